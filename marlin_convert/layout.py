@@ -1,0 +1,191 @@
+"""The Marlin weight layout: names, the tile, the scale permutations, the shape rules.
+
+This is the one place that explains the format. The native code (`kernels/`) and the torch twin (`repack.py`) both
+implement what stands here, and the tests compare them with it.
+
+Names
+-----
+    K, N          in_features and out_features: the weight W is K x N
+    M             rows of activations (batch x sequence)
+    group_size    rows of K that share one scale; -1 means all K
+    G             number of groups: K / group_size, or 1 when one scale serves a whole column ("per-channel")
+    qweight       GPTQ weights, int32 [K/8, N]: eight neighbours along K in a word, the lowest k in the lowest nibble
+    scales        GPTQ scales [G, N], one per group and column; fp16, bf16 or fp32 in checkpoints
+    qzeros        GPTQ zero points, int32 [G, N/8], packed along N; `gptq` stores z - 1, `gptq_v2` stores z
+    g_idx         GPTQ group of each row, int32 [K], optional; anything but k // group_size means act-order
+    B             Marlin weights, int32 [K/16, 2N], in tile order
+    s             Marlin scales, fp16 [G, N], columns permuted
+    bias          [N]; never permuted in a checkpoint
+
+A code is an unsigned 4-bit number; the weight it stands for is
+
+    W[k, n] = (code[k, n] - 8) * scale[k // group_size, n]
+
+One tile
+--------
+W is cut into tiles of 16 rows (K) by 64 columns (N), stored one after the other, row-major over (K/16, N/64). A tile
+is four 16 x 16 sub-tiles j = 0..3 side by side, and takes 128 words of 32 bits. Word w belongs to
+
+    lane = w // 4 of a warp        sub-tile j = w % 4
+
+and with g = lane // 4 (0..7) and t = lane % 4 (0..3), nibble p of the word (p = 0 is the lowest) holds
+
+    row = 2t + 8*(p & 1) + (p >> 2)        column = 16j + g + 8*((p >> 1) & 1)
+
+    nibble      7      6      5      4      3      2      1      0
+    row       2t+9   2t+1   2t+9   2t+1   2t+8    2t    2t+8    2t
+    column     g+8    g+8     g      g     g+8    g+8     g      g      (+ 16j)
+
+    a sub-tile, 16 x 16             columns
+                               0 ..  g .. 7   8 ..  g+8 .. 15
+                    2t              p=0             p=2
+             rows   2t+1            p=4             p=6
+                    2t+8            p=1             p=3
+                    2t+9            p=5             p=7
+
+Why so: a warp of 32 lanes computes with the tensor-core instruction mma.m16n8k16, whose fragment for W wants in each
+lane the rows 2t, 2t+1 (one register) and 2t+8, 2t+9 (another) of one column. With this order
+
+  * each lane loads its four words, one per sub-tile, as one 16-byte load, and the warp's loads are contiguous;
+  * `q & 0x000f000f` takes nibbles 0 and 4 = rows 2t and 2t+1 of column g, exactly one register of the fragment;
+    `q & 0x00f000f0` takes nibbles 1 and 5 = rows 2t+8 and 2t+9; and `q >> 8` gives the same for column g+8.
+
+So nothing moves between lanes, and the conversion to fp16 needs no shuffles.
+
+A tile row (16 rows of K) reads two rows of `qweight` (8N bytes) and writes one row of `B` (8N bytes). So any run of
+rows that starts and ends at a multiple of 16 converts on its own: a block of a layer is converted without the rest.
+
+Scales
+------
+A lane of the kernel needs the scales of the columns it handles next to each other; hence two permutations of the
+columns, one for grouped scales (applied while W is in registers) and one for a single scale per column (applied to
+the result). Which of the two applies depends on G, the number of groups there are, and not on the configured
+group_size: a layer with group_size == K has G == 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BITS = 4
+PACK_FACTOR = 32 // BITS  # codes in an int32
+ZERO_POINT = 8  # the code of weight 0: the quantization is symmetric
+
+TILE_K = 16
+TILE_N = 64
+SUBTILE_N = 16
+TILE_WORDS = TILE_K * TILE_N // PACK_FACTOR  # 128 int32
+WARP_LANES = 32
+
+# What the original format's kernel accepts: K a multiple of MIN_K, N a multiple of MIN_N, and these groups.
+MIN_K = 128
+MIN_N = 256
+GROUP_SIZES = (128, -1)
+
+# new[r*len + i] = old[r*len + permutation[i]] for each run r of len(permutation) columns.
+# G > 1, runs of 64: new[8i + j] = old[i + 8j].
+SCALE_PERMUTATION = (
+    *(0, 8, 16, 24, 32, 40, 48, 56),
+    *(1, 9, 17, 25, 33, 41, 49, 57),
+    *(2, 10, 18, 26, 34, 42, 50, 58),
+    *(3, 11, 19, 27, 35, 43, 51, 59),
+    *(4, 12, 20, 28, 36, 44, 52, 60),
+    *(5, 13, 21, 29, 37, 45, 53, 61),
+    *(6, 14, 22, 30, 38, 46, 54, 62),
+    *(7, 15, 23, 31, 39, 47, 55, 63),
+)
+# G == 1, runs of 32: new[8i + j] = old[2i + (0, 1, 8, 9, 16, 17, 24, 25)[j]].
+SCALE_PERMUTATION_SINGLE = (
+    *(0, 1, 8, 9, 16, 17, 24, 25),
+    *(2, 3, 10, 11, 18, 19, 26, 27),
+    *(4, 5, 12, 13, 20, 21, 28, 29),
+    *(6, 7, 14, 15, 22, 23, 30, 31),
+)
+
+
+def tile_position(word: int, nibble: int) -> tuple[int, int]:
+    """(row, column) within the 16 x 64 tile of a nibble (0 = lowest) of one of the tile's 128 words."""
+    if not 0 <= word < TILE_WORDS:
+        raise ValueError(f"word is {word}; a tile has words 0..{TILE_WORDS - 1}")
+    if not 0 <= nibble < PACK_FACTOR:
+        raise ValueError(f"nibble is {nibble}; a word has nibbles 0..{PACK_FACTOR - 1}")
+    lane, j = divmod(word, 4)
+    g, t = divmod(lane, 4)
+    row = 2 * t + 8 * (nibble & 1) + (nibble >> 2)
+    column = SUBTILE_N * j + g + 8 * ((nibble >> 1) & 1)
+    return row, column
+
+
+def check_tiles(K: int, N: int) -> None:
+    """Raise ValueError unless W [K, N] is cut into whole tiles. Blocks of a layer must satisfy this too."""
+    if K <= 0 or K % TILE_K:
+        raise ValueError(f"K is {K}; it should be a positive multiple of {TILE_K}")
+    if N <= 0 or N % TILE_N:
+        raise ValueError(f"N is {N}; it should be a positive multiple of {TILE_N}")
+
+
+def group_count(K: int, group_size: int) -> int:
+    """G. Raises ValueError if `group_size` (rows; -1 means all K) does not divide K."""
+    if group_size == -1:
+        return 1
+    if group_size <= 0 or K % group_size:
+        raise ValueError(f"group_size is {group_size}; it should be -1 or divide K = {K}")
+    return K // group_size
+
+
+def qweight_shape(K: int, N: int) -> tuple[int, int]:
+    """Shape of GPTQ's `qweight` (int32)."""
+    check_tiles(K, N)
+    return K // PACK_FACTOR, N
+
+
+def b_shape(K: int, N: int) -> tuple[int, int]:
+    """Shape of Marlin's `B` (int32)."""
+    check_tiles(K, N)
+    return K // TILE_K, N * TILE_K // PACK_FACTOR
+
+
+def s_shape(K: int, N: int, group_size: int) -> tuple[int, int]:
+    """Shape of Marlin's `s` (fp16), which is that of GPTQ's `scales`: [G, N]."""
+    check_tiles(K, N)
+    return group_count(K, group_size), N
+
+
+def scale_permutation(G: int) -> tuple[int, ...]:
+    """The permutation that applies to a layer with G groups (see SCALE_PERMUTATION)."""
+    if G <= 0:
+        raise ValueError(f"G is {G}; a layer has at least one group")
+    return SCALE_PERMUTATION_SINGLE if G == 1 else SCALE_PERMUTATION
+
+
+def permute_scales(scales: NDArray[Any], G: int | None = None) -> NDArray[Any]:
+    """GPTQ's `scales` [G, N] -> Marlin's `s` [G, N]; a new array of the same dtype.
+
+    `G` is the number of groups of the whole layer; give it when `scales` holds only some of the layer's rows.
+    """
+    return _permute_columns(scales, scale_permutation(_groups(scales, "scales", G)), "scales")
+
+
+def unpermute_scales(s: NDArray[Any], G: int | None = None) -> NDArray[Any]:
+    """Marlin's `s` [G, N] -> GPTQ's `scales` [G, N]: the inverse of `permute_scales`."""
+    permutation = scale_permutation(_groups(s, "s", G))
+    inverse = tuple(permutation.index(i) for i in range(len(permutation)))
+    return _permute_columns(s, inverse, "s")
+
+
+def _groups(scales: NDArray[Any], name: str, G: int | None) -> int:
+    if scales.ndim != 2:
+        raise ValueError(f"{name} has shape {scales.shape}; it should be [G, N]")
+    return int(scales.shape[0]) if G is None else G
+
+
+def _permute_columns(scales: NDArray[Any], permutation: tuple[int, ...], name: str) -> NDArray[Any]:
+    rows, N = scales.shape
+    run = len(permutation)
+    if N == 0 or N % run:
+        raise ValueError(f"{name} has N = {N} columns; N should be a positive multiple of {run}")
+    runs = scales.reshape(rows, N // run, run)
+    return np.ascontiguousarray(runs[:, :, list(permutation)].reshape(rows, N))
