@@ -1,0 +1,155 @@
+"""Builds the native libraries; everything else about the package stands in pyproject.toml.
+
+    marlin_convert/_cpu.so    kernels/cpu/*.cpp    always, with g++ or $CXX
+    marlin_convert/_cuda.so   kernels/cuda/*.cu    when nvcc is on the PATH or in $CUDA_HOME/bin
+
+Both are plain shared libraries with a C interface: no torch, no Python headers. So one wheel serves every Python and
+every torch, and building needs neither.
+
+Environment variables:
+
+    CXX                 the C++ compiler (default: g++)
+    MARLIN_NO_CUDA=1    leave _cuda.so out even if nvcc is there
+    MARLIN_CUDA_ARCHS   GPU architectures to compile for, such as "80,90a" (default: every supported one)
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+# setup.py runs in the project's folder, and setuptools wants source paths relative to it.
+CPU_SOURCES = sorted(Path("kernels/cpu").glob("*.cpp"))
+CUDA_SOURCES = sorted(Path("kernels/cuda").glob("*.cu"))
+
+# The C++ runtime goes into the library and stays hidden there, so that the library runs on systems with an older one
+# and does not meet the runtime of torch.
+SHARED_FLAGS = ["-shared", "-O3", "-std=c++17"]
+RUNTIME_FLAGS = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
+CPU_FLAGS = [*SHARED_FLAGS, "-fPIC", "-fvisibility=hidden", "-pthread", *RUNTIME_FLAGS]
+CUDA_FLAGS = [
+    *SHARED_FLAGS,
+    *("-cudart", "static"),
+    *("--threads", "0"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden," + ",".join(RUNTIME_FLAGS[:2])),
+    *("-Xlinker", "--exclude-libs,ALL"),
+]
+
+# Ampere (A100), Ampere (A10, RTX 30), Ada (L4, RTX 40), Hopper (with wgmma), Blackwell (B200), Blackwell (RTX 50).
+CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
+
+
+def find_nvcc() -> str | None:
+    if os.environ.get("MARLIN_NO_CUDA", "") not in ("", "0"):
+        return None
+    cuda_home = os.environ.get("CUDA_HOME")
+    in_home = shutil.which("nvcc", path=str(Path(cuda_home) / "bin")) if cuda_home else None
+    return in_home or shutil.which("nvcc")
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The architectures asked for (all must be known to nvcc), or those of the default that nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+    known = {line.removeprefix("compute_").strip() for line in listed.splitlines()}
+    asked = os.environ.get("MARLIN_CUDA_ARCHS", "").replace(";", ",").replace(" ", ",")
+    wanted = [arch for arch in asked.split(",") if arch] or list(CUDA_ARCHS)
+    archs = [arch for arch in wanted if arch.rstrip("af") in known]  # nvcc lists 90a only as 90
+    unknown = [arch for arch in wanted if arch not in archs]
+    if asked and unknown:
+        raise CompileError(f"MARLIN_CUDA_ARCHS: {nvcc} does not know {', '.join(unknown)}; it knows {sorted(known)}")
+    if not archs:
+        raise CompileError(f"{nvcc} knows none of {', '.join(wanted)}; use CUDA 11.8 or newer, or set MARLIN_NO_CUDA=1")
+    return archs
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    """Machine code for each architecture, and PTX of the lowest for every other GPU.
+
+    The driver compiles PTX for whatever GPU it finds, but only for one of that architecture or a higher one. PTX of the
+    lowest thus serves later GPUs and those between the listed ones. An "a" architecture runs on no other GPU.
+    """
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    portable = [arch for arch in archs if arch.isdigit()]
+    if portable:
+        lowest = min(portable, key=int)
+        flags.append(f"-gencode=arch=compute_{lowest},code=compute_{lowest}")
+    return flags
+
+
+def cpu_command(output: str) -> list[str]:
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    return [*compiler, *CPU_FLAGS, *map(str, CPU_SOURCES), "-o", output]
+
+
+def cuda_command(nvcc: str, output: str) -> list[str]:
+    return [nvcc, *CUDA_FLAGS, *arch_flags(cuda_archs(nvcc)), *map(str, CUDA_SOURCES), "-o", output]
+
+
+def compile_library(command: list[str], hint: str) -> None:
+    """Run a compiler; its own messages go to the terminal or pip's log."""
+    print(shlex.join(command), flush=True)
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        raise CompileError(f"cannot run {command[0]} ({error.strerror}): {hint}") from None
+    if code:
+        raise CompileError(f"{command[0]} failed with exit code {code}, see its messages above: {hint}")
+
+
+class BuildLibraries(build_ext):
+    """Calls g++ and nvcc; what comes out are plain shared libraries and not Python extension modules."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"  # no ".cpython-311-x86_64-linux-gnu"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # no PyInit_
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        inputs = [Path(path) for path in (*ext.sources, *ext.depends)]
+        if not self.force and output.exists() and newest(inputs) < output.stat().st_mtime:
+            return
+        # The old library may be mapped into a running Python: put the new one beside it and rename.
+        fresh = output.with_suffix(".new.so")
+        try:
+            if ext.name.endswith("_cuda"):
+                compile_library(cuda_command(str(NVCC), str(fresh)), "set MARLIN_NO_CUDA=1 to build without CUDA")
+            else:
+                compile_library(cpu_command(str(fresh)), "set CXX to a C++17 compiler such as g++ 9 or newer")
+            fresh.replace(output)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+class PlatformWheel(bdist_wheel):
+    """py3-none-<platform>: any Python 3, since nothing links to it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+def newest(paths: list[Path]) -> float:
+    return max(path.stat().st_mtime for path in paths)
+
+
+def extension(name: str, sources: list[Path], folder: str) -> Extension:
+    headers = [path for path in Path(folder).rglob("*") if path.is_file() and path not in sources]
+    depends = [Path("setup.py"), Path("kernels/marlin.h"), *headers]
+    return Extension(f"marlin_convert.{name}", sorted(map(str, sources)), depends=sorted(map(str, depends)))
+
+
+# Decided here and not while building: an editable install fails if a declared extension is not built.
+NVCC = find_nvcc()
+extensions = [extension("_cpu", CPU_SOURCES, "kernels/cpu")]
+if NVCC and CUDA_SOURCES:
+    extensions.append(extension("_cuda", CUDA_SOURCES, "kernels/cuda"))
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})
