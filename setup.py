@@ -28,6 +28,8 @@ from setuptools.errors import CompileError
 CPU_SOURCES = sorted(Path("kernels/cpu").glob("*.cpp"))
 CUDA_SOURCES = sorted(Path("kernels/cuda").glob("*.cu"))
 
+CACHE = Path("build/native")
+
 # The C++ runtime goes into the library and stays hidden there, so that the library runs on systems with an older one
 # and does not meet the runtime of torch.
 SHARED_FLAGS = ["-shared", "-O3", "-std=c++17"]
@@ -62,7 +64,9 @@ def cuda_archs(nvcc: str) -> list[str]:
     archs = [arch for arch in wanted if arch.rstrip("af") in known]  # nvcc lists 90a only as 90
     unknown = [arch for arch in wanted if arch not in archs]
     if asked and unknown:
-        raise CompileError(f"MARLIN_CUDA_ARCHS: {nvcc} does not know {', '.join(unknown)}; it knows {sorted(known)}")
+        raise CompileError(
+            f"MARLIN_CUDA_ARCHS: {nvcc} does not know {', '.join(unknown)}; it knows {', '.join(sorted(known))}"
+        )
     if not archs:
         raise CompileError(f"{nvcc} knows none of {', '.join(wanted)}; use CUDA 11.8 or newer, or set MARLIN_NO_CUDA=1")
     return archs
@@ -82,13 +86,13 @@ def arch_flags(archs: list[str]) -> list[str]:
     return flags
 
 
-def cpu_command(output: str) -> list[str]:
+def cpu_command() -> list[str]:
     compiler = shlex.split(os.environ.get("CXX") or "g++")
-    return [*compiler, *CPU_FLAGS, *map(str, CPU_SOURCES), "-o", output]
+    return [*compiler, *CPU_FLAGS, *map(str, CPU_SOURCES)]
 
 
-def cuda_command(nvcc: str, output: str) -> list[str]:
-    return [nvcc, *CUDA_FLAGS, *arch_flags(cuda_archs(nvcc)), *map(str, CUDA_SOURCES), "-o", output]
+def cuda_command(nvcc: str) -> list[str]:
+    return [nvcc, *CUDA_FLAGS, *arch_flags(cuda_archs(nvcc)), *map(str, CUDA_SOURCES)]
 
 
 def compile_library(command: list[str], hint: str) -> None:
@@ -100,6 +104,22 @@ def compile_library(command: list[str], hint: str) -> None:
         raise CompileError(f"cannot run {command[0]} ({error.strerror}): {hint}") from None
     if code:
         raise CompileError(f"{command[0]} failed with exit code {code}, see its messages above: {hint}")
+
+
+def cached_library(name: str, command: list[str], inputs: list[Path], hint: str, force: bool) -> Path:
+    """The library in CACHE, compiled anew if a source is newer or the command is another one.
+
+    pip gives every build a new, empty output folder; without this each `pip install -e .` would compile everything.
+    """
+    library, stamp = CACHE / name, CACHE / f"{name}.command"
+    newest = max(path.stat().st_mtime for path in inputs)
+    same = stamp.exists() and stamp.read_text() == shlex.join(command)
+    if force or not same or not library.exists() or library.stat().st_mtime <= newest:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        compile_library([*command, "-o", str(library)], hint)
+        stamp.write_text(shlex.join(command))
+    return library
 
 
 class BuildLibraries(build_ext):
@@ -115,18 +135,11 @@ class BuildLibraries(build_ext):
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         inputs = [Path(path) for path in (*ext.sources, *ext.depends)]
-        if not self.force and output.exists() and newest(inputs) < output.stat().st_mtime:
-            return
-        # The old library may be mapped into a running Python: put the new one beside it and rename.
-        fresh = output.with_suffix(".new.so")
-        try:
-            if ext.name.endswith("_cuda"):
-                compile_library(cuda_command(str(NVCC), str(fresh)), "set MARLIN_NO_CUDA=1 to build without CUDA")
-            else:
-                compile_library(cpu_command(str(fresh)), "set CXX to a C++17 compiler such as g++ 9 or newer")
-            fresh.replace(output)
-        finally:
-            fresh.unlink(missing_ok=True)
+        if ext.name.endswith("_cuda"):
+            command, hint = cuda_command(str(NVCC)), "set MARLIN_NO_CUDA=1 to build without CUDA"
+        else:
+            command, hint = cpu_command(), "set CXX to a C++17 compiler such as g++ 9 or newer"
+        shutil.copy(cached_library(output.name, command, inputs, hint, self.force), output)
 
 
 class PlatformWheel(bdist_wheel):
@@ -136,13 +149,9 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-def newest(paths: list[Path]) -> float:
-    return max(path.stat().st_mtime for path in paths)
-
-
 def extension(name: str, sources: list[Path], folder: str) -> Extension:
-    headers = [path for path in Path(folder).rglob("*") if path.is_file() and path not in sources]
-    depends = [Path("setup.py"), Path("kernels/marlin.h"), *headers]
+    headers = [path for path in Path(folder).iterdir() if path.suffix in (".h", ".cuh", ".inl")]
+    depends = [Path("setup.py"), *Path("kernels").glob("*.h"), *headers]
     return Extension(f"marlin_convert.{name}", sorted(map(str, sources)), depends=sorted(map(str, depends)))
 
 
