@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Int32Array = NDArray[np.int32]
 Float16Array = NDArray[np.float16]
 Float32Array = NDArray[np.float32]
+_Prototype = tuple[Any, list[Any]]
 
 ABI_VERSION = 1  # MARLIN_CPU_ABI_VERSION of kernels/marlin.h
 NO_NATIVE = "MARLIN_CONVERT_NO_NATIVE"
@@ -45,6 +46,25 @@ _ISA_AUTO = 0
 
 # MARLIN_ERROR_* of kernels/marlin.h.
 _ERRORS = {1: "a null pointer", 2: "sizes that do not fit", 3: "an instruction set that this CPU lacks"}
+
+# The prototypes of kernels/marlin.h: (result, arguments).
+_pointer_t, _size_t, _int_t = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_REPACKING: _Prototype = (_int_t, [*[_pointer_t] * 2, *[_size_t] * 2, *[_int_t] * 2])
+_DEQUANTIZING: _Prototype = (_int_t, [*[_pointer_t] * 3, *[_size_t] * 3, *[_int_t] * 2])
+_PRODUCT: _Prototype = (
+    _int_t,
+    [_pointer_t, *[_size_t] * 2, *[_pointer_t] * 3, *[_size_t] * 5, *[_int_t] * 2],
+)
+_PROTOTYPES: dict[str, _Prototype] = {
+    "marlin_cpu_best_isa": (_int_t, []),
+    "marlin_cpu_pack": _REPACKING,
+    "marlin_cpu_unpack": _REPACKING,
+    "marlin_cpu_first_difference": (_size_t, [*[_pointer_t] * 2, _size_t]),
+    "marlin_cpu_dequantize_gptq": _DEQUANTIZING,
+    "marlin_cpu_dequantize_marlin": _DEQUANTIZING,
+    "marlin_cpu_matmul_gptq": _PRODUCT,
+    "marlin_cpu_matmul_marlin": _PRODUCT,
+}
 
 
 # ---- What there is ----
@@ -287,22 +307,7 @@ def _load(path: Path) -> _Native | _Twin:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    """The prototypes of kernels/marlin.h."""
-    pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    repacking = [pointer, pointer, size, size, integer, integer]
-    dequantizing = [pointer, pointer, pointer, size, size, size, integer, integer]
-    product = [pointer, size, size, pointer, pointer, pointer, size, size, size, size, size, integer, integer]
-    prototypes: dict[str, tuple[Any, list[Any]]] = {
-        "marlin_cpu_best_isa": (integer, []),
-        "marlin_cpu_pack": (integer, repacking),
-        "marlin_cpu_unpack": (integer, repacking),
-        "marlin_cpu_first_difference": (ctypes.c_int64, [pointer, pointer, size]),
-        "marlin_cpu_dequantize_gptq": (integer, dequantizing),
-        "marlin_cpu_dequantize_marlin": (integer, dequantizing),
-        "marlin_cpu_matmul_gptq": (integer, product),
-        "marlin_cpu_matmul_marlin": (integer, product),
-    }
-    for name, (result, arguments) in prototypes.items():
+    for name, (result, arguments) in _PROTOTYPES.items():
         function = getattr(library, name)
         function.restype = result
         function.argtypes = arguments

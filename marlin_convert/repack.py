@@ -158,7 +158,8 @@ def _nibbles(words: Tensor) -> Tensor:
     import torch
 
     shifts = torch.arange(0, 32, BITS, device=words.device)
-    return (words.to(torch.int64).unsqueeze(-1) >> shifts) & (2**BITS - 1)
+    nibbles: Tensor = (words.to(torch.int64).unsqueeze(-1) >> shifts) & (2**BITS - 1)
+    return nibbles
 
 
 def _words(nibbles: Tensor) -> Tensor:
@@ -174,5 +175,4 @@ def _permute_columns(scales: Tensor, permutation: tuple[int, ...]) -> Tensor:
     rows, N = _shape(scales, "scales")
     if N == 0 or N % len(permutation):
         raise ValueError(f"scales has N = {N} columns; N should be a positive multiple of {len(permutation)}")
-    runs = scales.reshape(rows, -1, len(permutation))
-    return runs[:, :, list(permutation)].reshape(rows, N)
+    return scales.reshape(rows, -1, len(permutation))[:, :, list(permutation)].reshape(rows, N)
