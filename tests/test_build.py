@@ -1,0 +1,274 @@
+"""setup.py: what it compiles, how, and what it says when it cannot. The compilers here are scripts that write a log."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NVCC_LIST = "compute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\n"  # as CUDA 12.4 has it
+
+pytest.importorskip("setuptools", minversion="77")
+
+
+class Project:
+    """A copy of the project's build files, two sources, and a folder of compilers."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.bin = root / "project", root / "bin"
+        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+            self.write(name, (ROOT / name).read_text())
+        self.write("README.md", "# marlin-convert\n")
+        self.write("marlin_convert/__init__.py", '__version__ = "1.2.3"\n')
+        self.write("marlin_convert/data/example.json", "{}\n")
+        self.write("kernels/marlin.h", "")
+        self.write("kernels/cpu/repack.cpp", "")
+        self.write("kernels/cpu/common.h", "")
+        self.write("kernels/cuda/gemm.cu", "")
+        self.write("kernels/cuda/repack.cu", "")
+        self.compiler("g++")
+
+    def write(self, path: str, text: str) -> Path:
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    def compiler(self, name: str, code: int = 0, archs: str = "") -> Path:
+        """A script that logs its arguments, writes the file after -o and exits with `code`."""
+        self.bin.mkdir(exist_ok=True)
+        script = self.bin / name
+        script.write_text(f"""#!{sys.executable}
+import pathlib, sys
+arguments = sys.argv[1:]
+if arguments == ["--list-gpu-arch"]:
+    print({archs!r}, end="")
+    sys.exit()
+with open({str(self.log(name))!r}, "a") as log:
+    log.write(" ".join(arguments) + "\\n")
+if {code}:
+    print("kernels/x:1:1: error: no", file=sys.stderr)
+else:
+    pathlib.Path(arguments[arguments.index("-o") + 1]).write_bytes(b"library")
+sys.exit({code})
+""")
+        script.chmod(0o755)
+        return script
+
+    def log(self, name: str) -> Path:
+        return self.bin / f"{name}.log"
+
+    def calls(self, name: str) -> list[str]:
+        return self.log(name).read_text().splitlines() if self.log(name).exists() else []
+
+    def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MARLIN_", "CUDA_", "CXX"))}
+        path = os.pathsep.join([str(self.bin), "/usr/bin", "/bin"])
+        return subprocess.run(
+            [sys.executable, "setup.py", *arguments],
+            cwd=self.root,
+            env={**kept, "PATH": path, **environment},
+            text=True,
+            capture_output=True,
+        )
+
+    def build(self, **environment: str) -> str:
+        """Build in place; the output, which must be a success."""
+        done = self.setup("build_ext", "--inplace", **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def fail(self, **environment: str) -> str:
+        """Build in place; the last line of what it says when failing."""
+        done = self.setup("build_ext", "--inplace", **environment)
+        assert done.returncode != 0
+        assert not list(self.root.glob("marlin_convert/*.so"))
+        return done.stderr.strip().splitlines()[-1]
+
+    def libraries(self) -> list[str]:
+        return sorted(path.name for path in self.root.glob("marlin_convert/*.so"))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def test_without_nvcc_only_the_cpu_library_is_built(project: Project) -> None:
+    project.build()
+    assert project.libraries() == ["_cpu.so"]
+    (call,) = project.calls("g++")
+    assert "kernels/cpu/repack.cpp" in call.split()
+    assert "-fvisibility=hidden" in call.split()
+    assert not [flag for flag in call.split() if flag.startswith("-I")]  # no Python or torch headers
+
+
+def test_with_nvcc_both_are_built(project: Project) -> None:
+    project.compiler("nvcc", archs=NVCC_LIST)
+    project.build()
+    assert project.libraries() == ["_cpu.so", "_cuda.so"]
+    (call,) = project.calls("nvcc")
+    assert {"kernels/cuda/gemm.cu", "kernels/cuda/repack.cu"} <= set(call.split())
+    # 100 and 120 are not known to this nvcc; 90a is, as 90; PTX is that of the lowest.
+    assert [flag for flag in call.split() if flag.startswith("-gencode")] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_89,code=sm_89",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_80,code=compute_80",
+    ]
+
+
+def test_nvcc_is_found_in_cuda_home(project: Project, tmp_path: Path) -> None:
+    nvcc = project.compiler("nvcc", archs=NVCC_LIST)
+    home = tmp_path / "cuda" / "bin"
+    home.mkdir(parents=True)
+    nvcc.rename(home / "nvcc")
+    project.build()
+    assert project.libraries() == ["_cpu.so"]
+    project.build(CUDA_HOME=str(tmp_path / "cuda"))
+    assert project.libraries() == ["_cpu.so", "_cuda.so"]
+
+
+def test_cuda_can_be_left_out(project: Project) -> None:
+    project.compiler("nvcc", archs=NVCC_LIST)
+    project.build(MARLIN_NO_CUDA="1")
+    assert project.libraries() == ["_cpu.so"]
+    project.build(MARLIN_NO_CUDA="0")
+    assert project.libraries() == ["_cpu.so", "_cuda.so"]
+
+
+@pytest.mark.parametrize("asked", ["90a,80", "90a;80", "90a 80", " 90a, 80 "])
+def test_architectures_can_be_chosen(project: Project, asked: str) -> None:
+    project.compiler("nvcc", archs=NVCC_LIST)
+    project.build(MARLIN_CUDA_ARCHS=asked)
+    (call,) = project.calls("nvcc")
+    assert call.count("-gencode") == 3
+    assert {"-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_80,code=sm_80"} <= set(call.split())
+
+
+def test_unknown_architectures_are_refused(project: Project) -> None:
+    nvcc = project.compiler("nvcc", archs=NVCC_LIST)
+    (project.root / "kernels/cpu/repack.cpp").touch()
+    done = project.setup("build_ext", "--inplace", MARLIN_CUDA_ARCHS="80,999")
+    assert done.returncode != 0
+    assert f"MARLIN_CUDA_ARCHS: {nvcc} does not know 999; it knows 75, 80, 86, 89, 90" in done.stderr
+    project.compiler("nvcc", archs="compute_35\n")
+    done = project.setup("build_ext", "--inplace")
+    assert "knows none of 80, 86, 89, 90a, 100, 120; use CUDA 11.8 or newer, or set MARLIN_NO_CUDA=1" in done.stderr
+
+
+def test_only_what_is_older_than_its_sources_is_rebuilt(project: Project) -> None:
+    project.compiler("nvcc", archs=NVCC_LIST)
+
+    def built() -> tuple[int, int]:
+        project.build()
+        return len(project.calls("g++")), len(project.calls("nvcc"))
+
+    def touch(path: str) -> None:
+        file = project.root / path
+        later = time.time() + 60
+        os.utime(file, (later, later))
+
+    def age(path: str) -> None:
+        os.utime(project.root / path, (0, 0))
+
+    assert built() == (1, 1)
+    assert built() == (1, 1)
+    shutil.rmtree(project.root / "marlin_convert", ignore_errors=True)
+    project.write("marlin_convert/__init__.py", '__version__ = "1.2.3"\n')
+    assert built() == (1, 1)
+    assert project.libraries() == ["_cpu.so", "_cuda.so"]
+    touch("kernels/cpu/common.h")
+    assert built() == (2, 1)
+    age("kernels/cpu/common.h")
+    touch("kernels/cuda/gemm.cu")
+    assert built() == (2, 2)
+    age("kernels/cuda/gemm.cu")
+    touch("kernels/marlin.h")
+    assert built() == (3, 3)
+    age("kernels/marlin.h")
+    project.build(MARLIN_CUDA_ARCHS="80")
+    assert len(project.calls("nvcc")) == 4
+
+
+def test_a_failing_compiler_gives_one_clear_message(project: Project) -> None:
+    project.compiler("g++", code=1)
+    message = "error: g++ failed with exit code 1, see its messages above: set CXX to a C++17 compiler such as g++ 9"
+    assert project.fail().startswith(message)
+
+
+def test_a_missing_compiler_gives_one_clear_message(project: Project) -> None:
+    assert project.fail(CXX="no-such-compiler").startswith("error: cannot run no-such-compiler (No such file")
+
+
+def test_a_failing_nvcc_says_how_to_do_without(project: Project) -> None:
+    nvcc = project.compiler("nvcc", code=2, archs=NVCC_LIST)
+    done = project.setup("build_ext", "--inplace")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == (
+        f"error: {nvcc} failed with exit code 2, see its messages above: set MARLIN_NO_CUDA=1 to build without CUDA"
+    )
+    assert "_cuda.so" not in project.libraries()
+
+
+def test_cxx_may_have_arguments(project: Project) -> None:
+    project.compiler("other-cxx")
+    project.build(CXX="other-cxx -march=native")
+    assert project.calls("other-cxx")[0].startswith("-march=native -shared")
+    assert not project.calls("g++")
+
+
+def test_wheel_is_for_every_python_of_this_platform(project: Project) -> None:
+    # A library of an earlier build lies around and must not get into a wheel that was built without it.
+    project.write("marlin_convert/_cuda.so", "stale")
+    done = project.setup("bdist_wheel")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (project.root / "dist").glob("*.whl")
+    name, version, python, abi, platform = wheel.stem.split("-")
+    assert (name, version, python, abi) == ("marlin_convert", "1.2.3", "py3", "none")
+    assert platform.startswith("linux_")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "marlin_convert/_cpu.so" in names
+    assert "marlin_convert/data/example.json" in names
+    assert "marlin_convert/_cuda.so" not in names
+    assert not [name for name in names if name.startswith(("kernels", "tests"))]
+
+
+def test_sdist_has_the_kernels(project: Project) -> None:
+    done = project.setup("sdist")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (project.root / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, project.root / "unpacked")
+    (root,) = (project.root / "unpacked").iterdir()
+    assert (root / "kernels/marlin.h").exists()
+    assert (root / "kernels/cpu/common.h").exists()
+    assert (root / "kernels/cuda/gemm.cu").exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="no g++ or nm")
+def test_the_cpu_library_shows_its_own_functions_only(tmp_path: Path) -> None:
+    """With the real compiler; the C++ runtime inside must not meet another one in the process."""
+    kept = {name: value for name, value in os.environ.items() if name != "CXX"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}"],
+        cwd=ROOT,
+        env={**kept, "MARLIN_NO_CUDA": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    output = tmp_path / "marlin_convert" / "_cpu.so"
+    symbols = subprocess.run(["nm", "-D", "--defined-only", output], capture_output=True, text=True, check=True).stdout
+    strong = [line.split()[-1] for line in symbols.splitlines() if line.split()[-2] == "T"]
+    assert strong
+    assert all(name.startswith("marlin_cpu_") for name in strong)
+    needed = subprocess.run(["ldd", output], capture_output=True, text=True, check=True).stdout
+    assert "libstdc++" not in needed
+    assert "libpython" not in needed

@@ -1,0 +1,153 @@
+"""The layout: literals worked out by hand, and properties of the formula."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from marlin_convert import layout
+
+HEADER = Path(__file__).parent.parent / "kernels" / "marlin.h"
+
+# G > 1: position 8i + j of a run of 64 holds column i + 8j.
+GROUPED = """
+    0  8 16 24 32 40 48 56    1  9 17 25 33 41 49 57    2 10 18 26 34 42 50 58    3 11 19 27 35 43 51 59
+    4 12 20 28 36 44 52 60    5 13 21 29 37 45 53 61    6 14 22 30 38 46 54 62    7 15 23 31 39 47 55 63
+"""
+# G == 1: position 8i + j of a run of 32 holds column 2i + (0, 1, 8, 9, 16, 17, 24, 25)[j].
+SINGLE = """
+    0  1  8  9 16 17 24 25    2  3 10 11 18 19 26 27    4  5 12 13 20 21 28 29    6  7 14 15 22 23 30 31
+"""
+
+
+def integers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split()))
+
+
+def word_of(values: list[int]) -> int:
+    """Eight nibbles, lowest first, as a word."""
+    return sum(value << (4 * p) for p, value in enumerate(values))
+
+
+# ---- The tile ----
+
+# A word's nibbles, read as a hexadecimal number, for matrices that hold each place's row or column.
+ROWS_BY_T = (0x91918080, 0xB3B3A2A2, 0xD5D5C4C4, 0xF7F7E6E6)
+COLUMNS_BY_G = (
+    *(0x88008800, 0x99119911, 0xAA22AA22, 0xBB33BB33),
+    *(0xCC44CC44, 0xDD55DD55, 0xEE66EE66, 0xFF77FF77),
+)
+
+
+def test_tile_rows_columns_and_subtiles_are_where_the_diagram_says() -> None:
+    for word in range(128):
+        lane, j = word // 4, word % 4
+        positions = [layout.tile_position(word, p) for p in range(8)]
+        assert word_of([row for row, _ in positions]) == ROWS_BY_T[lane % 4]
+        assert word_of([column % 16 for _, column in positions]) == COLUMNS_BY_G[lane // 4]
+        assert {column // 16 for _, column in positions} == {j}
+
+
+def test_tile_is_a_bijection() -> None:
+    positions = {layout.tile_position(word, p) for word in range(128) for p in range(8)}
+    assert positions == {(row, column) for row in range(16) for column in range(64)}
+
+
+def test_masks_of_the_kernel_take_two_rows_of_one_column() -> None:
+    """`q & 0x000f000f` is the pair of rows of one register of the fragment; `q >> 8` gives column g + 8."""
+    for word in range(128):
+        (row, column), (next_row, same_column) = layout.tile_position(word, 0), layout.tile_position(word, 4)
+        assert (next_row, same_column) == (row + 1, column)
+        assert layout.tile_position(word, 1) == (row + 8, column)
+        assert layout.tile_position(word, 2) == (row, column + 8)
+
+
+@pytest.mark.parametrize(("word", "nibble"), [(-1, 0), (128, 0), (0, -1), (0, 8)])
+def test_tile_position_refuses_what_is_outside(word: int, nibble: int) -> None:
+    with pytest.raises(ValueError, match=r"a tile has words 0..127|a word has nibbles 0..7"):
+        layout.tile_position(word, nibble)
+
+
+# ---- Scales ----
+
+
+def test_scale_permutations() -> None:
+    assert integers(GROUPED) == layout.SCALE_PERMUTATION
+    assert integers(SINGLE) == layout.SCALE_PERMUTATION_SINGLE
+
+
+@pytest.mark.parametrize(("G", "literal"), [(1, SINGLE), (2, GROUPED), (7, GROUPED)])
+def test_permutation_is_chosen_by_the_number_of_groups(G: int, literal: str) -> None:
+    columns = np.arange(128, dtype=np.int16)
+    run = len(integers(literal))
+    expected = [start + c for start in range(0, 128, run) for c in integers(literal)]
+    permuted = layout.permute_scales(np.tile(columns, (G, 1)))
+    assert permuted.tolist() == [expected] * G
+    assert permuted.flags.c_contiguous
+
+
+def test_some_rows_of_a_grouped_layer_permute_as_the_layer_does() -> None:
+    scales = np.random.default_rng(0).standard_normal((4, 192)).astype(np.float16)
+    whole = layout.permute_scales(scales)
+    np.testing.assert_array_equal(layout.permute_scales(scales[2:3], G=4), whole[2:3])
+    np.testing.assert_array_equal(layout.unpermute_scales(whole[2:3], G=4), scales[2:3])
+
+
+@given(G=st.integers(1, 5), runs=st.integers(1, 4), dtype=st.sampled_from([np.float16, np.float32, np.uint16]))
+def test_scales_round_trip(G: int, runs: int, dtype: type) -> None:
+    scales = np.random.default_rng(G).integers(0, 1000, (G, 64 * runs)).astype(dtype)
+    s = layout.permute_scales(scales)
+    assert s.dtype == dtype
+    np.testing.assert_array_equal(layout.unpermute_scales(s), scales)
+    np.testing.assert_array_equal(layout.permute_scales(layout.unpermute_scales(scales)), scales)
+
+
+def test_scales_refuse_odd_shapes() -> None:
+    with pytest.raises(ValueError, match=r"scales has N = 96 columns; N should be a positive multiple of 64"):
+        layout.permute_scales(np.ones((2, 96), np.float16))
+    assert layout.permute_scales(np.ones((1, 96), np.float16)).shape == (1, 96)
+    with pytest.raises(ValueError, match=r"s has N = 0 columns"):
+        layout.unpermute_scales(np.ones((2, 0), np.float16))
+    with pytest.raises(ValueError, match=r"scales has shape \(64,\); it should be \[G, N\]"):
+        layout.permute_scales(np.ones(64, np.float16))
+    with pytest.raises(ValueError, match="G is 0"):
+        layout.permute_scales(np.ones((0, 64), np.float16))
+
+
+# ---- Shapes ----
+
+
+def test_shapes() -> None:
+    assert layout.qweight_shape(4096, 14336) == (512, 14336)
+    assert layout.b_shape(4096, 14336) == (256, 28672)
+    assert layout.s_shape(4096, 14336, 128) == (32, 14336)
+    assert layout.s_shape(4096, 14336, -1) == (1, 14336)
+    assert layout.s_shape(4096, 14336, 4096) == (1, 14336)
+
+
+@pytest.mark.parametrize(("K", "N", "name"), [(8, 64, "K"), (0, 64, "K"), (16, 32, "N"), (16, 0, "N"), (-16, 64, "K")])
+def test_shapes_refuse_parts_of_tiles(K: int, N: int, name: str) -> None:
+    for shape in (layout.qweight_shape, layout.b_shape):
+        with pytest.raises(ValueError, match=rf"^{name} is -?\d+; it should be a positive multiple of"):
+            shape(K, N)
+
+
+@pytest.mark.parametrize("group_size", [0, -2, 96, 8192])
+def test_groups_must_divide_k(group_size: int) -> None:
+    with pytest.raises(ValueError, match=f"group_size is {group_size}; it should be -1 or divide K = 4096"):
+        layout.group_count(4096, group_size)
+
+
+# ---- The other language ----
+
+
+def test_header_has_the_same_constants() -> None:
+    defined = dict(re.findall(r"^#define MARLIN_(\w+) (\d+)\b", HEADER.read_text(), re.MULTILINE))
+    names = ["BITS", "PACK_FACTOR", "ZERO_POINT", "TILE_K", "TILE_N", "SUBTILE_N", "TILE_WORDS", "WARP_LANES"]
+    for name in [*names, "MIN_K", "MIN_N"]:
+        assert int(defined.pop(name)) == getattr(layout, name), name
+    # What is left are versions and codes, which test_ops.py compares.
+    assert all(name.startswith(("ISA_", "ERROR_", "OK", "CPU_ABI_VERSION")) for name in defined), defined

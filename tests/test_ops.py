@@ -1,0 +1,493 @@
+"""The native code against the torch twin (bits) and float64 (products), each instruction set on its own."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from marlin_convert import layout, ops, repack
+
+HEADER = Path(__file__).parent.parent / "kernels" / "marlin.h"
+ISAS = ("plain", "avx2", "avx512")
+
+
+def needs(isa: str) -> Any:
+    """A parameter for an instruction set, skipped where it cannot run."""
+    absent = isa not in ops.available_isas()
+    return pytest.param(isa, marks=pytest.mark.skipif(absent, reason=f"no {isa} here: {ops.describe()}"))
+
+
+every_isa = pytest.mark.parametrize("isa", [needs(isa) for isa in ISAS])
+needs_native = pytest.mark.skipif(not ops.native_available(), reason=ops.describe())
+both_backends = pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_native), "twin"])
+
+
+@pytest.fixture
+def backend_set(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "twin":
+        monkeypatch.setenv(ops.NO_NATIVE, "1")
+
+
+def random_words(rows: int, columns: int, seed: int = 0) -> NDArray[np.int32]:
+    info = np.iinfo(np.int32)
+    return np.random.default_rng(seed).integers(info.min, info.max, (rows, columns), dtype=np.int32, endpoint=True)
+
+
+def random_scales(G: int, N: int, seed: int = 0) -> NDArray[np.float16]:
+    rng = np.random.default_rng(seed)
+    return (rng.uniform(0.2, 1, (G, N)) * rng.choice([-0.02, 0.02], (G, N))).astype(np.float16)
+
+
+def twin(function: Callable[..., torch.Tensor], *arrays: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(function(*map(torch.from_numpy, arrays)).numpy())
+
+
+# ---- Packing ----
+
+SHAPES = [(16, 64), (16, 128), (32, 192), (48, 64), (128, 256), (144, 320), (80, 1024)]
+
+
+@every_isa
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize(("K", "N"), SHAPES)
+def test_pack_and_unpack_equal_the_twin(isa: str, threads: int, K: int, N: int) -> None:
+    qweight = random_words(K // 8, N, seed=K + N)
+    B = twin(repack.gptq_to_marlin, qweight)
+    np.testing.assert_array_equal(ops.pack(qweight, threads=threads, isa=isa), B)
+    # Any words are some B, so that unpacking is tested on words that no packing made.
+    B = random_words(K // 16, 2 * N, seed=K * N)
+    np.testing.assert_array_equal(ops.unpack(B, threads=threads, isa=isa), twin(repack.marlin_to_gptq, B))
+
+
+@every_isa
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_enough_work_for_every_thread(isa: str, threads: int) -> None:
+    """Small work stays on one thread; this is enough for the threads to be started."""
+    qweight = random_words(34 * 2, 64 * 31)
+    B = twin(repack.gptq_to_marlin, qweight)
+    np.testing.assert_array_equal(ops.pack(qweight, threads=threads, isa=isa), B)
+    np.testing.assert_array_equal(ops.unpack(B, threads=threads, isa=isa), qweight)
+
+
+@every_isa
+@settings(deadline=None, max_examples=25)
+@given(rows=st.integers(1, 8), columns=st.integers(1, 8), threads=st.integers(1, 4), seed=st.integers(0, 2**31))
+def test_round_trip(isa: str, rows: int, columns: int, threads: int, seed: int) -> None:
+    qweight = random_words(2 * rows, 64 * columns, seed)
+    B = ops.pack(qweight, threads=threads, isa=isa)
+    assert B.shape == (rows, 128 * columns)
+    np.testing.assert_array_equal(B, twin(repack.gptq_to_marlin, qweight))
+    np.testing.assert_array_equal(ops.unpack(B, threads=threads, isa=isa), qweight)
+
+
+@both_backends
+@pytest.mark.usefixtures("backend_set")
+def test_blocks_of_rows_make_the_whole() -> None:
+    K, N = 224, 192
+    qweight = random_words(K // 8, N)
+    whole = twin(repack.gptq_to_marlin, qweight)
+    B = np.zeros_like(whole)
+    for k0, k1 in [(0, 16), (16, 64), (64, 176), (176, 224)]:
+        out = ops.pack(qweight[k0 // 8 : k1 // 8], B[k0 // 16 : k1 // 16])
+        assert np.shares_memory(out, B)
+    np.testing.assert_array_equal(B, whole)
+    back = np.zeros_like(qweight)
+    for k0, k1 in [(0, 48), (48, 64), (64, 224)]:
+        ops.unpack(B[k0 // 16 : k1 // 16], back[k0 // 8 : k1 // 8])
+    np.testing.assert_array_equal(back, qweight)
+
+
+@every_isa
+def test_unaligned_and_read_only_memory(isa: str) -> None:
+    """As in a mapped file whose header has an odd length."""
+    K, N = 32, 128
+    qweight = random_words(K // 8, N)
+    inside = np.frombuffer(b"?" + qweight.tobytes(), dtype=np.int32, offset=1).reshape(qweight.shape)
+    assert not inside.flags.aligned
+    assert not inside.flags.writeable
+    room = np.zeros(qweight.nbytes + 1, np.uint8)[1:].view(np.int32).reshape(K // 16, 2 * N)
+    B = ops.pack(inside, room, isa=isa)
+    assert B is room
+    np.testing.assert_array_equal(B, twin(repack.gptq_to_marlin, qweight))
+    np.testing.assert_array_equal(ops.unpack(B, isa=isa), qweight)
+    scales = random_scales(1, N)
+    odd_scales = np.frombuffer(b"?" + scales.tobytes(), dtype=np.float16, offset=1).reshape(1, N)
+    np.testing.assert_array_equal(
+        ops.dequantize_gptq(inside, odd_scales, isa=isa), twin(repack.dequantize_gptq, qweight, scales)
+    )
+
+
+@every_isa
+def test_nothing_is_written_outside_of_out(isa: str) -> None:
+    room = np.full((4, 256), 0x55555555, np.int32)
+    ops.pack(random_words(4, 128), room[1:3], isa=isa)
+    assert (room[[0, 3]] == 0x55555555).all()
+    room[...] = 0x55555555
+    ops.unpack(random_words(1, 512), room[1:3], isa=isa)
+    assert (room[[0, 3]] == 0x55555555).all()
+
+
+@needs_native
+def test_calls_from_many_threads_at_once() -> None:
+    layers = [random_words(32, 640, seed) for seed in range(8)]
+    expected = [twin(repack.gptq_to_marlin, layer) for layer in layers]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for B, wanted in zip(pool.map(lambda q: ops.pack(q, threads=2), layers), expected, strict=True):
+                np.testing.assert_array_equal(B, wanted)
+
+
+# ---- Comparing ----
+
+
+@both_backends
+@pytest.mark.usefixtures("backend_set")
+@pytest.mark.parametrize("place", [0, 1, 4095, 4096, 8191, 8192, 9999])
+def test_first_difference(place: int) -> None:
+    a = random_words(100, 100)
+    b = a.copy()
+    assert ops.first_difference(a, b) is None
+    b.flat[place] ^= -(2**31)
+    b.flat[9999] ^= 1
+    assert ops.first_difference(a, b) == place
+    empty = np.empty((0, 4), np.int32)
+    assert ops.first_difference(empty, empty) is None
+
+
+# ---- Weights ----
+
+
+def exact_weights(codes: NDArray[Any], scales: NDArray[np.float16]) -> NDArray[np.float16]:
+    """The formula in float64, in which the product is exact, rounded once by numpy."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = np.repeat(scales.astype(np.float64), len(codes) // len(scales), axis=0)
+        return ((codes - 8.0) * scale).astype(np.float16)
+
+
+def assert_same_fp16(actual: NDArray[np.float16], expected: NDArray[np.float16]) -> None:
+    """Bit for bit, except that any NaN equals any other."""
+    assert actual.dtype == np.float16
+    nan = np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(actual), nan)
+    np.testing.assert_array_equal(np.where(nan, 0, actual.view(np.uint16)), np.where(nan, 0, expected.view(np.uint16)))
+
+
+@every_isa
+def test_every_code_times_every_fp16_scale(isa: str) -> None:
+    """All 16 * 65536 products: normal, subnormal, zero, infinite and NaN."""
+    codes = np.repeat(np.arange(16)[:, None], 65536, axis=1)
+    scales = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(1, 65536)
+    expected = exact_weights(codes, scales)
+    qweight = twin(repack.pack_gptq, codes)
+    assert_same_fp16(ops.dequantize_gptq(qweight, scales, isa=isa), expected)
+    B = twin(repack.pack_marlin, codes)
+    assert_same_fp16(ops.dequantize_marlin(B, layout.permute_scales(scales), isa=isa), expected)
+
+
+@every_isa
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("K", "N", "G"), [(16, 64, 1), (48, 192, 3), (48, 192, 1), (256, 320, 2), (256, 1984, 16)])
+def test_dequantization(isa: str, threads: int, K: int, N: int, G: int) -> None:
+    qweight, scales = random_words(K // 8, N), random_scales(G, N)
+    expected = exact_weights(twin(repack.unpack_gptq, qweight), scales)
+    assert_same_fp16(ops.dequantize_gptq(qweight, scales, threads=threads, isa=isa), expected)
+    B, s = twin(repack.gptq_to_marlin, qweight), layout.permute_scales(scales)
+    assert_same_fp16(ops.dequantize_marlin(B, s, threads=threads, isa=isa), expected)
+
+
+class Product:
+    """x @ W of a random layer in both formats, and in float64."""
+
+    def __init__(self, M: int, K: int, N: int, G: int) -> None:
+        self.shape, self.rows_per_group = (M, N), K // G
+        self.x = np.random.default_rng(1).standard_normal((M, K)).astype(np.float32)
+        self.qweight, self.scales = random_words(K // 8, N), random_scales(G, N)
+        self.B, self.s = twin(repack.gptq_to_marlin, self.qweight), layout.permute_scales(self.scales)
+        W = exact_weights(twin(repack.unpack_gptq, self.qweight), self.scales).astype(np.float64)
+        self.exact = self.x.astype(np.float64) @ W
+        # Each of K additions and products may err by half a unit in the last place of a partial sum.
+        self.tolerance = K * 2.0**-23 * (np.abs(self.x.astype(np.float64)) @ np.abs(W))
+
+    def run(self, format_: str, blocks: list[tuple[int, int]], **options: Any) -> NDArray[np.float32]:
+        y = np.zeros(self.shape, np.float32)
+        for k0, k1 in blocks:
+            if format_ == "gptq":
+                weights = np.ascontiguousarray(self.qweight[k0 // 8 : k1 // 8])
+                ops.matmul_gptq(self.x, weights, self.scales, y, k0=k0, rows_per_group=self.rows_per_group, **options)
+            else:
+                weights = np.ascontiguousarray(self.B[k0 // 16 : k1 // 16])
+                ops.matmul_marlin(self.x, weights, self.s, y, k0=k0, rows_per_group=self.rows_per_group, **options)
+        return y
+
+    def check(self, y: NDArray[np.float32]) -> None:
+        assert (np.abs(y - self.exact) <= self.tolerance).all(), np.abs(y - self.exact).max()
+
+
+PRODUCTS = [(1, 128, 64, 1), (3, 256, 320, 2), (4, 96, 192, 6), (9, 384, 128, 3), (2, 640, 1216, 5)]
+
+
+@every_isa
+@pytest.mark.parametrize("format_", ["gptq", "marlin"])
+@pytest.mark.parametrize(("M", "K", "N", "G"), PRODUCTS)
+def test_products(isa: str, format_: str, M: int, K: int, N: int, G: int) -> None:
+    product = Product(M, K, N, G)
+    whole = product.run(format_, [(0, K)], isa=isa)
+    product.check(whole)
+    for threads in (2, 3, 4):
+        np.testing.assert_array_equal(product.run(format_, [(0, K)], threads=threads, isa=isa), whole)
+    # Blocks that end within a group, too; the additions come in the same order, hence equality.
+    blocks = [(0, 16), (16, 80), (80, K)]
+    np.testing.assert_array_equal(product.run(format_, blocks, isa=isa), whole)
+
+
+@pytest.mark.parametrize("format_", ["gptq", "marlin"])
+@pytest.mark.parametrize("G", [1, 3])
+def test_products_by_the_twin(format_: str, G: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ops.NO_NATIVE, "1")
+    product = Product(3, 192, 128, G)
+    product.check(product.run(format_, [(0, 192)]))
+    product.check(product.run(format_, [(0, 48), (48, 192)]))
+
+
+@both_backends
+@pytest.mark.usefixtures("backend_set")
+def test_products_add_to_what_is_there() -> None:
+    product = Product(2, 128, 64, 1)
+    y = np.full((2, 64), 1000, np.float32)
+    ops.matmul_gptq(product.x, product.qweight, product.scales, y, rows_per_group=128)
+    np.testing.assert_allclose(y, product.exact + 1000, atol=1e-3)
+
+
+def test_a_wrong_nibble_shows_in_the_product() -> None:
+    product = Product(4, 128, 128, 1)
+    product.B[3, 77] ^= 1 << 13
+    y = product.run("marlin", [(0, 128)])
+    wrong = np.abs(y - product.exact) > product.tolerance
+    assert wrong.any(axis=0).sum() == 1
+
+
+# ---- The twin in place of the library ----
+
+
+def test_the_twin_is_used_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    qweight, scales = random_words(16, 128), random_scales(1, 128)
+    s = layout.permute_scales(scales)
+    expected_B, expected_W = twin(repack.gptq_to_marlin, qweight), twin(repack.dequantize_gptq, qweight, scales)
+    for value, native in [("1", False), ("0", ops.native_available()), ("", ops.native_available())]:
+        monkeypatch.setenv(ops.NO_NATIVE, value)
+        assert ops.native_available() == native
+        out = np.empty_like(expected_B)
+        assert ops.pack(qweight, out, threads=2) is out
+        np.testing.assert_array_equal(out, expected_B)
+        np.testing.assert_array_equal(ops.unpack(out), qweight)
+        np.testing.assert_array_equal(ops.dequantize_gptq(qweight, scales), expected_W)
+        np.testing.assert_array_equal(ops.dequantize_marlin(out, s), expected_W)
+
+
+def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
+    if ops.native_available():
+        assert re.fullmatch(r"native CPU library \((plain C\+\+|AVX2|AVX-512)\)", ops.describe())
+    monkeypatch.setenv(ops.NO_NATIVE, "1")
+    assert ops.describe() == "torch twin: MARLIN_CONVERT_NO_NATIVE is set"
+    assert ops.available_isas() == ()
+    with pytest.raises(ValueError, match="isa is 'avx2', but the native library is not in use"):
+        ops.pack(random_words(2, 64), isa="avx2")
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Point `ops` to another library file, not yet loaded."""
+
+    def use(path: Path) -> None:
+        monkeypatch.setattr(ops, "LIBRARY", path)
+        monkeypatch.setattr(ops, "_loaded", None)
+
+    monkeypatch.delenv(ops.NO_NATIVE, raising=False)
+    return use
+
+
+def assert_works_without_library() -> None:
+    assert not ops.native_available()
+    qweight = random_words(2, 64)
+    np.testing.assert_array_equal(ops.pack(qweight), twin(repack.gptq_to_marlin, qweight))
+
+
+def test_missing_library(library: Callable[[Path], None], tmp_path: Path) -> None:
+    library(tmp_path / "marlin_convert" / "_cpu.so")
+    assert ops.describe() == "torch twin: marlin_convert/_cpu.so is not built: run pip install -e ."
+    assert_works_without_library()
+
+
+def test_damaged_library(library: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "_cpu.so"
+    path.write_bytes(b"not a library")
+    library(path)
+    assert re.fullmatch(r"torch twin: .*_cpu.so cannot be loaded \(.*\): rebuild it with .*", ops.describe())
+    assert_works_without_library()
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("int marlin_cpu_abi_version(void) { return 999; }", "has ABI version 999, this package wants"),
+        ("int other(void) { return 1; }", "cannot be loaded"),
+    ],
+)
+def test_stale_library(library: Callable[[Path], None], tmp_path: Path, source: str, message: str) -> None:
+    path = tmp_path / "_cpu.so"
+    (tmp_path / "stale.c").write_text(source)
+    subprocess.run(["gcc", "-shared", "-fPIC", tmp_path / "stale.c", "-o", path], check=True)
+    library(path)
+    assert ops.describe().startswith("torch twin: ")
+    assert message in ops.describe()
+    assert "pip install -e ." in ops.describe()
+    assert_works_without_library()
+
+
+def test_importing_and_packing_does_not_import_torch() -> None:
+    program = """if True:
+        import sys
+        import numpy as np
+        from marlin_convert import layout, ops, repack
+        if ops.native_available():
+            ops.pack(np.zeros((2, 64), np.int32))
+        assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# ---- Arguments ----
+
+WORDS, HALVES, FLOATS = np.zeros((16, 64), np.int32), np.ones((1, 64), np.float16), np.ones((2, 128), np.float32)
+
+
+@both_backends
+@pytest.mark.usefixtures("backend_set")
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.pack(WORDS.tolist()), TypeError, "qweight is a list; it should be a numpy array"),
+        (lambda: ops.pack(WORDS.astype(np.int64)), TypeError, "qweight has dtype int64; it should be int32"),
+        (lambda: ops.pack(WORDS.astype(">i4")), TypeError, "qweight has dtype >i4; it should be int32"),
+        (lambda: ops.pack(WORDS[0]), ValueError, r"qweight has shape \(64,\); it should have 2 dimensions"),
+        (lambda: ops.pack(WORDS.T), ValueError, r"qweight has strides .*; it should be C-contiguous"),
+        (lambda: ops.pack(WORDS[:3]), ValueError, r"qweight has shape \(3, 64\): K is 24; .* multiple of 16"),
+        (lambda: ops.pack(WORDS[:0]), ValueError, r"qweight has shape \(0, 64\): K is 0"),
+        (lambda: ops.pack(WORDS.reshape(32, 32)), ValueError, r"qweight has shape \(32, 32\): N is 32"),
+        (lambda: ops.unpack(WORDS), ValueError, r"B has shape \(16, 64\): N is 32"),
+        (lambda: ops.unpack(np.zeros((1, 129), np.int32)), ValueError, r"B has shape \(1, 129\); .* \[K/16, 2N\]"),
+        (lambda: ops.pack(WORDS, WORDS), ValueError, r"out has shape \(16, 64\); it should be \(8, 128\)"),
+        (lambda: ops.pack(WORDS, WORDS.reshape(8, 128)), ValueError, "out overlaps the input"),
+        (lambda: ops.pack(WORDS, HALVES), TypeError, "out has dtype float16; it should be int32"),
+        (lambda: ops.pack(WORDS, read_only((8, 128))), ValueError, "out is read-only"),
+        (lambda: ops.pack(WORDS, threads=0), ValueError, r"threads is 0; it should be 1\.\."),
+        (lambda: ops.pack(WORDS, threads=10**12), ValueError, r"threads is 1000000000000; it should be 1\.\."),
+        (lambda: ops.pack(WORDS, threads=2.0), TypeError, r"threads is 2\.0; it should be an int"),
+        (lambda: ops.unpack(WORDS.reshape(8, 128), isa="sse"), ValueError, "isa is 'sse'; it should be one of plain,"),
+        (lambda: ops.first_difference(WORDS, WORDS[:3]), ValueError, r"a has shape \(16, 64\) and b \(3, 64\)"),
+        (lambda: ops.first_difference(WORDS, FLOATS), TypeError, "b has dtype float32"),
+        (lambda: ops.dequantize_gptq(WORDS, FLOATS), TypeError, "scales has dtype float32; it should be float16"),
+        (lambda: ops.dequantize_gptq(WORDS, HALVES[:, :32]), ValueError, "scales has strides|scales has shape"),
+        (lambda: ops.dequantize_gptq(WORDS, halves(1, 128)), ValueError, r"scales has shape \(1, 128\); .* N = 64"),
+        (lambda: ops.dequantize_gptq(WORDS, halves(0, 64)), ValueError, r"scales has shape \(0, 64\)"),
+        (lambda: ops.dequantize_gptq(WORDS, halves(3, 64)), ValueError, "K / G should be a multiple of 16"),
+        (lambda: ops.dequantize_marlin(WORDS.reshape(8, 128), halves(16, 64)), ValueError, "s has shape .*: G = 16"),
+        (lambda: product(x=FLOATS.astype(np.float64)), TypeError, "x has dtype float64"),
+        (lambda: product(x=FLOATS[:, :64].copy()), ValueError, r"x has shape \(2, 64\); .* rows_per_group = 128"),
+        (lambda: product(x=FLOATS[:0]), ValueError, r"x has shape \(0, 128\)"),
+        (lambda: product(y=floats(2, 128)), ValueError, r"y has shape \(2, 128\); it should be \(2, 64\)"),
+        (lambda: product(y=FLOATS.reshape(-1)[:128].reshape(2, 64)), ValueError, "y overlaps x"),
+        (lambda: product(y=read_only((2, 64), np.float32)), ValueError, "y is read-only"),
+        (lambda: product(k0=8), ValueError, "k0 is 8; it should be a multiple of 16"),
+        (lambda: product(k0=-16), ValueError, "k0 is -16"),
+        (lambda: product(k0=16), ValueError, "k0 is 16; .* leave room for 128 rows in K = 128"),
+        (lambda: product(k0=0.0), TypeError, "float"),
+        (lambda: product(rows_per_group=0), ValueError, "rows_per_group is 0; it should be a positive multiple of 16"),
+        (lambda: product(rows_per_group=64), ValueError, r"K = G \* rows_per_group = 64"),
+    ],
+)
+def test_arguments_are_checked(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def read_only(shape: tuple[int, int], dtype: Any = np.int32) -> NDArray[Any]:
+    array = np.zeros(shape, dtype)
+    array.flags.writeable = False
+    return array
+
+
+def halves(rows: int, columns: int) -> NDArray[np.float16]:
+    return np.ones((rows, columns), np.float16)
+
+
+def floats(rows: int, columns: int) -> NDArray[np.float32]:
+    return np.ones((rows, columns), np.float32)
+
+
+def product(**changed: Any) -> None:
+    """Both products with one argument changed; the second one must complain in the same way."""
+    arguments: dict[str, Any] = {"x": FLOATS, "y": floats(2, 64), "rows_per_group": 128, **changed}
+    x, y = arguments.pop("x"), arguments.pop("y")
+    with pytest.raises((TypeError, ValueError)) as first:
+        ops.matmul_gptq(x, WORDS, HALVES, y, **arguments)
+    with pytest.raises(first.type, match=re.escape(str(first.value))):
+        ops.matmul_marlin(x, WORDS.reshape(8, 128), HALVES, y, **arguments)
+    raise first.value
+
+
+# ---- The other language ----
+
+
+def test_header_has_the_same_codes_and_prototypes() -> None:
+    text = re.sub(r"//.*", "", HEADER.read_text())
+    defined = {name: int(value) for name, value in re.findall(r"#define MARLIN_(\w+) (\d+)", text)}
+    assert defined["CPU_ABI_VERSION"] == ops.ABI_VERSION
+    assert defined["ISA_AUTO"] == ops._ISA_AUTO
+    assert {name: defined[f"ISA_{name.upper()}"] for name in ISAS} == ops._ISAS
+    errors = {value for name, value in defined.items() if name.startswith("ERROR_")}
+    assert errors == set(ops._ERRORS)
+
+    types = {"int": ctypes.c_int, "int64_t": ctypes.c_int64}
+    prototypes = {
+        name: (types[result], [c_type(argument, types) for argument in arguments.split(",") if argument != "void"])
+        for result, name, arguments in re.findall(r"MARLIN_EXPORT (\w+) (\w+)\(([^)]*)\)", text)
+    }
+    assert prototypes == {"marlin_cpu_abi_version": (ctypes.c_int, []), **ops._PROTOTYPES}
+
+
+def c_type(argument: str, types: dict[str, Any]) -> Any:
+    return ctypes.c_void_p if "*" in argument else types[argument.split()[0]]
+
+
+@needs_native
+def test_native_code_checks_again() -> None:
+    """The Python side lets none of this through; another caller might."""
+    library = ctypes.CDLL(str(ops.LIBRARY))
+    words = (ctypes.c_int32 * 1024)()
+    call = library.marlin_cpu_pack
+    call.argtypes = ops._PROTOTYPES["marlin_cpu_pack"][1]
+    assert call(None, words, 16, 64, 1, 0) == 1
+    for k, n in [(8, 64), (16, 32), (0, 64), (16, 0), (-16, 64), (16, -64)]:
+        assert call(words, words, k, n, 1, 0) == 2
+    for isa in (-1, 4):
+        assert call(words, words, 16, 64, 1, isa) == 3
+    call = library.marlin_cpu_matmul_gptq
+    call.argtypes = ops._PROTOTYPES["marlin_cpu_matmul_gptq"][1]
+    fits = [words, 1, 16, words, words, words, 0, 16, 64, 1, 16, 1, 0]
+    assert call(*fits) == 0
+    for place, value in [(1, 0), (2, 8), (6, 8), (6, 16), (7, 24), (8, 32), (9, 0), (10, 8), (10, 0)]:
+        assert call(*fits[:place], value, *fits[place + 1 :]) == 2, place

@@ -1,0 +1,194 @@
+"""The torch twin: a golden tile, the formula nibble by nibble, and exact arithmetic."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from marlin_convert import layout, repack
+
+# One tile of codes (k*n + 3*k + n//5) % 16, k = 0..15, n = 0..63. Worked out apart from the formula: from the registers
+# that the mma.m16n8k16 instruction assigns to a lane (b0, b1 = rows 2t, 2t+1 and b2, b3 = rows 2t+8, 2t+9 of column g),
+# for two blocks of 8 columns, the eight values stored as 0 2 4 6 1 3 5 7 from the lowest nibble.
+GOLDEN_B = (
+    *(0x4CB39180, 0x7FE6C4B3, 0xB31908E6, 0xE64C3B19, 0xA219F7E6, 0xD54C2A19, 0x197F6E4C, 0x4CA2917F),
+    *(0x087F5D4C, 0x3BA2807F, 0x7FD5C4A2, 0xA208F7D5, 0x6ED5B3A2, 0x9108E6D5, 0xD53B2A08, 0x086E5D3B),
+    *(0xDD441100, 0x11775533, 0x44AA8866, 0x77DDBB99, 0x55CC9988, 0x99FFDDBB, 0xCC2200EE, 0xFF553311),
+    *(0xDD441100, 0x11775533, 0x44AA8866, 0x77DDBB99, 0x55CC9988, 0x99FFDDBB, 0xCC2200EE, 0xFF553311),
+    *(0x7FD5A280, 0xA208D5B3, 0xD53B08E6, 0x087F3B2A, 0x197F4C2A, 0x4CA27F5D, 0x7FD5A280, 0xA219D5C4),
+    *(0xB319E6C4, 0xE64C19F7, 0x197F4C2A, 0x4CB37F6E, 0x5DB3806E, 0x80E6B391, 0xB319E6C4, 0xE65D1908),
+    *(0x00662200, 0x33995533, 0x66DD8877, 0x9900BBAA, 0xCC22EECC, 0xFF5511FF, 0x22994433, 0x55CC7766),
+    *(0x88EEAA88, 0xBB11DDBB, 0xEE5500FF, 0x11883322, 0x44AA6644, 0x77DD9977, 0xAA11CCBB, 0xDD44FFEE),
+    *(0x91F7A280, 0xC43BD5C4, 0xF76E08F7, 0x3B914C2A, 0x7FD5806E, 0xA219B3A2, 0xD54CE6D5, 0x197F2A08),
+    *(0x5DB36E4C, 0x80F79180, 0xB32AC4B3, 0xF75D08E6, 0x3B914C2A, 0x6ED57F6E, 0x9108A291, 0xD53BE6C4),
+    *(0x22992211, 0x55CC5544, 0x99FF9977, 0xCC22CCAA, 0x22992211, 0x55CC5544, 0x99FF9977, 0xCC22CCAA),
+    *(0x22992211, 0x55CC5544, 0x99FF9977, 0xCC22CCAA, 0x22992211, 0x55CC5544, 0x99FF9977, 0xCC22CCAA),
+    *(0xB32AA291, 0xF75DE6C4, 0x2A8019F7, 0x5DB34C2A, 0xD54CC4B3, 0x197F08E6, 0x4CA23B19, 0x7FD56E4C),
+    *(0xF76EE6D5, 0x3B912A08, 0x6EC45D3B, 0x91F7806E, 0x198008F7, 0x5DB34C2A, 0x80E67F5D, 0xB319A280),
+    *(0x55BB3311, 0x88EE6644, 0xBB119977, 0xEE55CCBB, 0x99FF7755, 0xCC22AA88, 0xFF55DDBB, 0x229900FF),
+    *(0xDD33BB99, 0x0066EECC, 0x339911FF, 0x66DD4433, 0x1177FFDD, 0x44AA2200, 0x77DD5533, 0xAA118877),
+)
+# Words of the same codes in `qweight`: {(row, column): word}.
+GOLDEN_QWEIGHT = {
+    (0, 0): 0x52FC9630,
+    (0, 1): 0xC840C840,
+    (0, 17): 0xFB73FB73,
+    (0, 63): 0xA86420EC,
+    (1, 0): 0xDA741EB8,
+    (1, 1): 0xC840C840,
+    (1, 17): 0xFB73FB73,
+    (1, 63): 0xA86420EC,
+}
+
+
+def golden_codes() -> torch.Tensor:
+    return torch.tensor([[(k * n + 3 * k + n // 5) % 16 for n in range(64)] for k in range(16)])
+
+
+def random_codes(K: int, N: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 16, (K, N), generator=torch.Generator().manual_seed(seed))
+
+
+def unsigned(words: torch.Tensor) -> list[int]:
+    return [word & 0xFFFFFFFF for word in words.flatten().tolist()]
+
+
+shapes = st.tuples(st.integers(1, 6).map(lambda i: 16 * i), st.integers(1, 5).map(lambda i: 64 * i))
+
+
+# ---- Packing ----
+
+
+def test_golden_tile() -> None:
+    codes = golden_codes()
+    B = repack.pack_marlin(codes)
+    assert B.dtype == torch.int32
+    assert B.shape == (1, 128)
+    assert unsigned(B) == list(GOLDEN_B)
+    assert torch.equal(repack.unpack_marlin(B), codes)
+
+    qweight = repack.pack_gptq(codes)
+    assert qweight.dtype == torch.int32
+    assert qweight.shape == (2, 64)
+    assert {at: int(qweight[at]) & 0xFFFFFFFF for at in GOLDEN_QWEIGHT} == GOLDEN_QWEIGHT
+    assert torch.equal(repack.unpack_gptq(qweight), codes)
+    assert torch.equal(repack.gptq_to_marlin(qweight), B)
+    assert torch.equal(repack.marlin_to_gptq(B), qweight)
+
+
+def test_every_nibble_is_where_the_formula_says() -> None:
+    K, N = 48, 192
+    codes = random_codes(K, N)
+    B = repack.pack_marlin(codes)
+    words = unsigned(B)
+    seen = 0
+    for index, word in enumerate(words):
+        tile, w = divmod(index, 128)
+        tile_row, tile_column = divmod(tile, N // 64)
+        lane, j = w // 4, w % 4
+        g, t = lane // 4, lane % 4
+        for p in range(8):
+            row = 16 * tile_row + 2 * t + 8 * (p & 1) + (p >> 2)
+            column = 64 * tile_column + 16 * j + g + 8 * ((p >> 1) & 1)
+            assert word >> (4 * p) & 15 == codes[row, column]
+            seen += 1
+    assert seen == K * N
+
+
+def test_gptq_words_hold_neighbours_along_k_lowest_first() -> None:
+    codes = random_codes(32, 64)
+    words = np.array(unsigned(repack.pack_gptq(codes))).reshape(4, 64)
+    for k in range(32):
+        np.testing.assert_array_equal(words[k // 8] >> (4 * (k % 8)) & 15, codes[k].numpy())
+
+
+@settings(deadline=None, max_examples=25)
+@given(shape=shapes, seed=st.integers(0, 2**31))
+def test_round_trips(shape: tuple[int, int], seed: int) -> None:
+    codes = random_codes(*shape, seed)
+    qweight = repack.pack_gptq(codes)
+    B = repack.gptq_to_marlin(qweight)
+    assert torch.equal(repack.unpack_gptq(qweight), codes)
+    assert torch.equal(repack.unpack_marlin(B), codes)
+    assert torch.equal(repack.marlin_to_gptq(B), qweight)
+    assert repack.marlin_size(B) == shape
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(ValueError, match="K is 8; it should be a positive multiple of 16"):
+        repack.gptq_to_marlin(torch.zeros((1, 64), dtype=torch.int32))
+    with pytest.raises(ValueError, match="N is 32; it should be a positive multiple of 64"):
+        repack.marlin_to_gptq(torch.zeros((1, 64), dtype=torch.int32))
+    with pytest.raises(ValueError, match="codes has K = 12 rows"):
+        repack.pack_gptq(random_codes(12, 64))
+    with pytest.raises(ValueError, match=r"qweight has shape \(64,\)"):
+        repack.unpack_gptq(torch.zeros(64, dtype=torch.int32))
+
+
+# ---- Weights ----
+
+
+@pytest.mark.parametrize("G", [1, 2, 6])
+def test_scales_permute_as_in_layout(G: int) -> None:
+    scales = torch.randn((G, 128)).to(torch.float16)
+    s = repack.permute_scales(scales)
+    np.testing.assert_array_equal(s.numpy(), layout.permute_scales(scales.numpy()))
+    assert torch.equal(repack.unpermute_scales(s), scales)
+
+
+@pytest.mark.parametrize("G", [1, 3])
+def test_dequantization_rounds_the_exact_product_once(G: int) -> None:
+    codes = random_codes(48, 128)
+    # Among 2**-26 .. 2**17 are subnormal products and, with code 0, overflows.
+    exponents = torch.arange(128) % 36 - 22
+    scales = (torch.ones((G, 128)) * 2.0**exponents * torch.linspace(1, 1.99, 128) * (-1) ** torch.arange(128)).half()
+    exact = (codes.numpy() - 8.0) * scales.double().repeat_interleave(48 // G, dim=0).numpy()
+    with np.errstate(over="ignore"):
+        expected = exact.astype(np.float16)
+    assert np.isinf(expected).any()
+    assert ((np.abs(expected) < 2.0**-14) & (expected != 0)).any()
+
+    W = repack.dequantize_gptq(repack.pack_gptq(codes), scales)
+    assert W.dtype == torch.float16
+    np.testing.assert_array_equal(W.numpy(), expected)
+    W = repack.dequantize_marlin(repack.pack_marlin(codes), repack.permute_scales(scales))
+    np.testing.assert_array_equal(W.numpy(), expected)
+
+
+@pytest.mark.parametrize("G", [1, 3])
+def test_products_of_both_formats(G: int) -> None:
+    codes, x = random_codes(96, 128), torch.randn((5, 96))
+    scales = (torch.rand((G, 128)) / 50).half()
+    weights = ((codes - 8) * scales.float().repeat_interleave(96 // G, dim=0)).half()
+    expected = x.double() @ weights.double()
+    for y in (
+        repack.matmul_gptq(x, repack.pack_gptq(codes), scales),
+        repack.matmul_marlin(x, repack.pack_marlin(codes), repack.permute_scales(scales)),
+    ):
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_scales_are_checked() -> None:
+    codes = random_codes(48, 64)
+    with pytest.raises(TypeError, match=r"scales has dtype torch.float32; it should be torch.float16"):
+        repack.dequantize(codes, torch.ones((1, 64)))
+    for shape in [(1, 128), (5, 64), (0, 64)]:
+        with pytest.raises(ValueError, match=r"it should be \[G, 64\] with G dividing K = 48"):
+            repack.dequantize(codes, torch.ones(shape, dtype=torch.float16))
+    with pytest.raises(ValueError, match="scales has N = 96 columns"):
+        repack.permute_scales(torch.ones((2, 96)))
+
+
+@pytest.mark.cuda
+def test_the_twin_works_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    codes, scales = random_codes(128, 256), (torch.rand((1, 256)) / 50).half()
+    qweight = repack.pack_gptq(codes)
+    B = repack.gptq_to_marlin(qweight.cuda())
+    assert torch.equal(B.cpu(), repack.gptq_to_marlin(qweight))
+    assert torch.equal(repack.marlin_to_gptq(B).cpu(), qweight)
+    W = repack.dequantize_marlin(B, repack.permute_scales(scales.cuda()))
+    assert torch.equal(W.cpu(), repack.dequantize_gptq(qweight, scales))
