@@ -1,0 +1,85 @@
+"""How fast is a conversion, beside `cp -r` of the same folder? And how much memory does it take?
+
+    python benchmarks/convert.py [--shape mistral-7b] [--runs 5] [--folder DIR] [--verify]
+
+Makes a checkpoint of the shape (kept in DIR for the next time), then alternates, in one run: `cp -r` and `sync`;
+the conversion; with --verify the conversion with --verify. Prints the median of the ratios, pair by pair, and the
+peak memory of the whole process. Each time ends when the data is on disk. Needs about 3 times the checkpoint's
+size in DIR (4.2 GB for mistral-7b).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from shapes import SHAPES, make
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+    """(seconds, peak resident MB) of `command` and a sync of what it wrote."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    seconds = time.perf_counter() - started
+    if status:
+        raise SystemExit(f"{command[0]} ended with status {status}")
+    return seconds, usage.ru_maxrss / 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "marlin-convert-bench")
+    parser.add_argument("--verify", action="store_true", help="also time --verify")
+    options = parser.parse_args()
+
+    source, copy, out = (options.folder / name for name in (options.shape, "copy", "out"))
+    if not source.exists():
+        print(f"making {source} …", flush=True)
+        make(source, SHAPES[options.shape])
+    nbytes = sum(f.stat().st_size for f in source.iterdir())
+    os.sync()
+    base = [sys.executable, "-m", "marlin_convert.cli"]
+    convert = [*base, str(source), str(out), "--quiet", "--device", "cpu"]
+    commands = {"cp -r": ["cp", "-r", str(source), str(copy)], "convert": convert}
+    if options.verify:
+        commands["convert --verify"] = [*convert, "--verify"]
+
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    peaks = dict.fromkeys(commands, 0.0)
+    for run in range(options.runs + 1):  # the first one warms the page cache and does not count
+        for name, command in commands.items():
+            for folder in (copy, out):
+                shutil.rmtree(folder, ignore_errors=True)
+            os.sync()
+            seconds, peak = timed(command)
+            peaks[name] = max(peaks[name], peak)
+            if run:
+                times[name].append(seconds)
+        if run:
+            print(f"run {run}: " + ", ".join(f"{name} {t[-1]:.2f} s" for name, t in times.items()), flush=True)
+    for folder in (copy, out):
+        shutil.rmtree(folder, ignore_errors=True)
+
+    print(f"{options.shape}: {nbytes / 1e9:.2f} GB, median of {options.runs}, {os.cpu_count()} cores")
+    for name, values in times.items():
+        ratio = statistics.median(t / c for t, c in zip(values, times["cp -r"], strict=True))
+        rate = nbytes / 1e9 / statistics.median(values)
+        print(
+            f"  {name:17} {statistics.median(values):6.2f} s  {rate:5.2f} GB/s  {ratio:5.2f} x cp"
+            f"  peak {peaks[name]:4.0f} MB"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""GPTQ checkpoints of real models' shapes, random contents, written as a stream: for benchmarks and memory tests."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+GROUP_SIZE = 128
+CHUNK = 8 << 20  # bytes written at a time
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model: hidden and intermediate size, columns of k and v, layers, vocabulary, safetensors files."""
+
+    hidden: int
+    intermediate: int
+    kv: int
+    layers: int
+    vocabulary: int
+    files: int = 1
+
+
+SHAPES = {
+    "mistral-7b": Shape(4096, 14336, 1024, 32, 32000),
+    "llama-70b-2-layers": Shape(8192, 28672, 1024, 2, 128256, files=2),
+    "tiny": Shape(256, 512, 256, 2, 1024),
+}
+
+
+def linears(shape: Shape) -> Iterator[tuple[str, int, int]]:
+    """(name, K, N) of every quantized linear."""
+    h, i, kv = shape.hidden, shape.intermediate, shape.kv
+    for layer in range(shape.layers):
+        at = f"model.layers.{layer}"
+        for name, n in (("q", h), ("k", kv), ("v", kv), ("o", h)):
+            yield f"{at}.self_attn.{name}_proj", h, n
+        for name, k, n in (("gate", h, i), ("up", h, i), ("down", i, h)):
+            yield f"{at}.mlp.{name}_proj", k, n
+
+
+def tensors(shape: Shape) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of every tensor of the GPTQ checkpoint."""
+    result: list[tuple[str, str, tuple[int, ...]]] = []
+    for name, k, n in linears(shape):
+        g = k // GROUP_SIZE
+        result += [(f"{name}.qweight", "I32", (k // 8, n)), (f"{name}.qzeros", "I32", (g, n // 8)),
+                   (f"{name}.g_idx", "I32", (k,)), (f"{name}.scales", "F16", (g, n))]  # fmt: skip
+    for layer in range(shape.layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            result.append((f"model.layers.{layer}.{norm}.weight", "F16", (shape.hidden,)))
+    result += [("model.norm.weight", "F16", (shape.hidden,))]
+    result += [
+        (f"{name}.weight", "F16", (shape.vocabulary, shape.hidden)) for name in ("model.embed_tokens", "lm_head")
+    ]
+    return result
+
+
+def make(folder: Path, shape: Shape, seed: int = 0) -> None:
+    """Write the checkpoint into `folder`, which is created. Codes are random; scales are those of random weights."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    everything = tensors(shape)
+    per_file = -(-len(everything) // shape.files)
+    weight_map: dict[str, str] = {}
+    for number in range(shape.files):
+        suffix = f"-{number + 1:05d}-of-{shape.files:05d}" if shape.files > 1 else ""
+        file = f"model{suffix}.safetensors"
+        part = sorted(everything[number * per_file : (number + 1) * per_file], key=lambda t: t[1] != "I32")
+        weight_map.update({name: file for name, _, _ in part})
+        _write(folder / file, part, rng)
+    if shape.files > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    quantization = {
+        "bits": 4,
+        "group_size": GROUP_SIZE,
+        "sym": True,
+        "desc_act": False,
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+    }
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers, "vocab_size": shape.vocabulary,
+        "num_attention_heads": shape.hidden // 128,
+        "num_key_value_heads": shape.kv // 128, "torch_dtype": "float16", "quantization_config": quantization,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2))
+
+
+def _write(path: Path, part: list[tuple[str, str, tuple[int, ...]]], rng: np.random.Generator) -> None:
+    header, begin = {}, 0
+    for name, dtype, dims in part:
+        nbytes = int(np.prod(dims, dtype=np.int64)) * (4 if dtype == "I32" else 2)
+        header[name] = {"dtype": dtype, "shape": dims, "data_offsets": [begin, begin + nbytes]}
+        begin += nbytes
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for name, dtype, dims in part:
+            begin, end = header[name]["data_offsets"]
+            if name.endswith("g_idx"):
+                file.write((np.arange(dims[0], dtype=np.int32) // GROUP_SIZE).tobytes())
+            elif name.endswith("qzeros"):
+                file.write(np.full(dims, 0x77777777, np.int32).tobytes())
+            else:
+                for start in range(begin, end, CHUNK):
+                    words = rng.integers(0, 2**32, (min(CHUNK, end - start) + 3) // 4, dtype=np.uint32)
+                    if dtype == "F16":  # keep finite: small positive numbers, 2^-14 ..  2^-6
+                        words = (words & 0x1FFF1FFF) + 0x04000400
+                    file.write(words.tobytes()[: min(CHUNK, end - start)])

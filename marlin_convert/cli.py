@@ -1,0 +1,277 @@
+"""The command line: options in, exit codes out. What it prints is drawn in `render`; what it does is in `convert`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import EXIT_CODES, MarlinConvertError, VerificationError
+
+if TYPE_CHECKING:
+    from .convert import Options
+    from .render import Screen
+
+# torch, numpy, rich and huggingface_hub are imported inside the commands: --help, --version and errors in the
+# arguments answer at once.
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
+
+
+class MainGroup(click.Group):
+    """A group whose first command needs no name: `marlin-convert SOURCE OUT` is `marlin-convert convert SOURCE OUT`."""
+
+    default = "convert"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, "--help", "-h", "--version"}:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "SOURCE OUT [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="       ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.commands[self.default].format_options(click.Context(self.commands[self.default]), formatter)
+        self.format_commands(ctx, formatter)
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
+
+
+def output_options(command: F) -> F:
+    """The options of every command about what is printed."""
+    command = click.option("-v", "--verbose", is_flag=True, help="Name every layer and note; show tracebacks of bugs.")(
+        command
+    )
+    command = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")(command)
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document on standard output, for scripts."
+    )(command)
+
+
+def source_options(command: F) -> F:
+    """The options of every command that reads a source."""
+    command = click.option(
+        "--cache-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Hub cache to use instead of the standard one.",
+    )(command)
+    command = click.option(
+        "--token", help="Hub token, for gated and private repositories (default: the one you logged in with)."
+    )(command)
+    command = click.option("--revision", help="Branch, tag or commit of a Hub source.")(command)
+    return click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
+        help="Where to compute. Converting needs no GPU; auto takes one of capability 8.0 or newer if there is one.",
+    )(command)  # fmt: skip
+
+
+def writing_options(command: F) -> F:
+    """The options of the commands that write a checkpoint."""
+    command = click.option(
+        "--quant-method", type=click.Choice(["gptq", "marlin"]), default="gptq", show_default=True,
+        help="quant_method in the result's config: gptq for vLLM ≤ 0.10.0 and AutoGPTQ, marlin for TGI.",
+    )(command)  # fmt: skip
+    command = click.option(
+        "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", callback=_shard_size,
+        help="Largest weight file; one model.safetensors when everything fits.",
+    )(command)  # fmt: skip
+    return click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT.")(command)
+
+
+def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    import re
+
+    if (
+        not re.fullmatch(r"\d+(\.\d+)?\s*(KB|MB|GB|TB)", value.strip(), re.IGNORECASE)
+        or float(re.split(r"[A-Za-z ]", value.strip())[0]) <= 0
+    ):
+        raise click.BadParameter(f"{value!r} is no size; write it like 5GB or 500MB.")
+    return value
+
+
+@click.group(cls=MainGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="marlin-convert", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Turn a GPTQ checkpoint into a Marlin one, and prove that nothing was lost.
+
+    SOURCE is a folder or a Hugging Face Hub id; OUT is the folder to create. OUT appears complete or not at all.
+    """
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--verify",
+    "with_verify",
+    is_flag=True,
+    help="Re-read the result from disk and check it against the source, layer by layer.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would happen to every layer, from headers alone; OUT is not needed."
+)
+@writing_options
+@source_options
+@output_options
+def convert(
+    source: str, out: Path | None, with_verify: bool, dry_run: bool, force: bool, max_shard_size: str,
+    quant_method: str, device: str, revision: str | None, token: str | None, cache_dir: Path | None,
+    as_json: bool, quiet: bool, verbose: bool,
+) -> None:  # fmt: skip
+    """Convert SOURCE, a folder or a Hub id, into a Marlin checkpoint at OUT."""
+    if out is None and not dry_run:
+        raise click.UsageError("Missing argument 'OUT': the folder to create (only --dry-run goes without).")
+    screen = _screen(as_json, quiet, verbose)
+    options = _options(
+        device=device, verify=with_verify, force=force, max_shard_size=max_shard_size, quant_method=quant_method,
+        revision=revision, token=token, cache_dir=cache_dir,
+    )  # fmt: skip
+    if dry_run:
+        from .convert import plan_only
+
+        origin, plan = plan_only(source, options)
+        screen.plan(origin, plan)
+        plan.require_convertible()
+    elif out is not None:
+        _convert(source, out, options, screen)
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@source_options
+@output_options
+def verify(
+    source: str, out: Path, device: str, revision: str | None, token: str | None, cache_dir: Path | None,
+    as_json: bool, quiet: bool, verbose: bool,
+) -> None:  # fmt: skip
+    """Check the Marlin checkpoint OUT against the GPTQ checkpoint SOURCE that it was made from.
+
+    Exactly (codes and scales, every element) and numerically (random activations through both). Writes verify.json
+    into OUT.
+    """
+    from .convert import verify_pair
+
+    screen = _screen(as_json, quiet, verbose)
+    options = _options(device=device, revision=revision, token=token, cache_dir=cache_dir)
+    with screen.progress() as progress:
+        report = verify_pair(source, out, options, progress)
+    screen.verification(report, out)
+    if not report.ok:
+        # The table, or the JSON document, has said what differs; the exit code says it to scripts.
+        raise VerificationError(
+            "" if as_json else "the Marlin checkpoint is not equal to its source; see the table above."
+        )
+
+
+@cli.command()
+@click.argument("out", required=False, type=click.Path(path_type=Path), default=Path("demo-out"))
+@writing_options
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
+@output_options
+def demo(
+    out: Path,
+    force: bool,
+    max_shard_size: str,
+    quant_method: str,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Convert and verify a small real GPTQ checkpoint that ships with marlin-convert.
+
+    Needs no network and no GPU. OUT defaults to ./demo-out.
+    """
+    screen = _screen(as_json, quiet, verbose)
+    options = _options(
+        device=device, verify=True, force=force, max_shard_size=max_shard_size, quant_method=quant_method
+    )
+    _convert(str(DEMO_FOLDER), out, options, screen)
+
+
+def _convert(source: str, out: Path, options: Options, screen: Screen) -> None:
+    from .convert import AlreadyMarlin, convert
+
+    screen.start(source, options)
+    try:
+        with screen.progress() as progress:
+            report = convert(source, out, options, progress)
+    except AlreadyMarlin as nothing:
+        screen.already_marlin(str(nothing))
+        return
+    screen.report(report)
+
+
+def _options(**settings: Any) -> Options:
+    from .convert import Options
+
+    return Options(**settings)
+
+
+def _screen(as_json: bool, quiet: bool, verbose: bool) -> Screen:
+    from .render import Screen
+
+    return Screen(as_json=as_json, quiet=quiet, verbose=verbose)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The program: runs `cli`, and turns every way of ending into one clear line and a documented exit code."""
+    arguments = sys.argv[1:] if args is None else args
+    for name in ("SIGTERM", "SIGHUP"):  # end like Ctrl-C does: stop, clean up, say so
+        signal.signal(getattr(signal, name), _interrupt)
+    try:
+        cli.main(args=arguments, prog_name="marlin-convert", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        _fail(arguments, error.exit_code, type(error).__name__, error.format_message(), functools.partial(_show, error))
+    except (KeyboardInterrupt, click.Abort):
+        _fail(arguments, 130, "Interrupted", "interrupted; nothing was left behind.")
+    except BrokenPipeError:  # the reader of a pipe went away (… | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if "--verbose" in arguments or "-v" in arguments:
+            raise
+        text = f"{type(error).__name__}: {error}; this is a bug. Run again with --verbose, and report what it prints."
+        _fail(arguments, 70, "Bug", text)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _show(error: click.ClickException) -> None:
+    if isinstance(error, MarlinConvertError):
+        if error.message:
+            click.echo(f"marlin-convert: {error.format_message()}", err=True)
+    else:
+        error.show()
+
+
+def _fail(arguments: list[str], code: int, kind: str, text: str, show: Callable[[], None] | None = None) -> None:
+    """Say what went wrong, for people on standard error and, with --json, for scripts on standard output; exit."""
+    if "--json" in arguments and text:
+        click.echo(json.dumps({"ok": False, "error": kind, "message": text, "exit_code": code}))
+    elif show:
+        show()
+    else:
+        click.echo(f"marlin-convert: {text}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

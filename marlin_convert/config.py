@@ -1,0 +1,239 @@
+"""Quantization settings: what a GPTQ source says about itself, and what a Marlin checkpoint must say.
+
+The spellings vary between the tools that write GPTQ checkpoints; they are brought to one form here. What the
+settings say is a claim: `plan` compares it with the tensors, and the tensors win.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .errors import SourceError, UnsupportedError
+
+#: One name for each setting, then the others under which it is met.
+_ALIASES = {
+    "bits": ("bits", "w_bit", "wbits"),
+    "group_size": ("group_size", "q_group_size", "groupsize"),
+    "sym": ("sym",),
+    "desc_act": ("desc_act",),
+    "checkpoint_format": ("checkpoint_format", "format", "version"),
+    "quant_method": ("quant_method", "method"),
+}
+
+#: quant_method → how a person calls it, for sources that are recognised and cannot be repacked.
+OTHER_METHODS = {
+    "awq": "an AWQ checkpoint",
+    "bitsandbytes": "a bitsandbytes checkpoint",
+    "compressed-tensors": "a compressed-tensors checkpoint",
+    "gguf": "a GGUF checkpoint",
+    "fp8": "an FP8 checkpoint",
+    "aqlm": "an AQLM checkpoint",
+    "hqq": "an HQQ checkpoint",
+    "exl2": "an EXL2 checkpoint",
+    "exl3": "an EXL3 checkpoint",
+    "eetq": "an EETQ checkpoint",
+    "quanto": "a Quanto checkpoint",
+    "torchao": "a torchao checkpoint",
+    "mxfp4": "an MXFP4 checkpoint",
+    "modelopt": "a ModelOpt checkpoint",
+}
+
+_GPTQ_METHODS = {"gptq", "gptqmodel", "marlin"}
+_AUTO_ROUND_METHODS = {"auto-round", "auto_round", "autoround", "intel/auto-round"}
+_GPTQ_FORMATS = {"gptq", "gptq_v2", "marlin"}
+_AWQ_FORMATS = {"gemm", "gemv", "gemv_fast"}
+
+
+@dataclass(frozen=True)
+class GPTQSettings:
+    """What the source's configuration says; None where it says nothing.
+
+    `conflicts` names the settings on which the source's own files disagree (their value here is None).
+    """
+
+    bits: int | None = None
+    group_size: int | None = None  # rows of K that share a scale; -1 is all of K
+    sym: bool | None = None
+    desc_act: bool | None = None
+    checkpoint_format: str | None = None  # "gptq" stores zero point - 1, "gptq_v2" the zero point itself
+    is_marlin: bool = False
+    dynamic: dict[str, dict[str, Any]] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+    conflicts: dict[str, str] = field(default_factory=dict)
+
+    def for_layer(self, name: str) -> GPTQSettings:
+        """The settings of one layer: the first `dynamic` rule whose pattern matches its name overrides.
+
+        A rule's key is a regular expression (`re.match`); "+:" before it is decoration, "-:" means that the
+        layer was left unquantized and overrides nothing.
+        """
+        for pattern, override in self.dynamic.items():
+            negative = pattern.startswith("-:")
+            try:
+                matches = re.match(pattern.removeprefix("+:").removeprefix("-:"), name)
+            except re.error as error:
+                raise SourceError(
+                    f"the quantization config's dynamic rule {pattern!r} is not a regular expression: {error}."
+                ) from None
+            if matches:
+                if negative:
+                    return self
+                known = _normalise(override)
+                return replace(
+                    self, **{k: known[k] for k in ("bits", "group_size", "sym", "desc_act") if known.get(k) is not None}
+                )
+        return self
+
+
+def find_configs(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Every quantization config in the source's parsed JSON files: where it stands → the config as it is."""
+    found: dict[str, dict[str, Any]] = {}
+    main = configs.get("config.json", {})
+    text = main.get("text_config")
+    for where, holder in (("config.json", main), ("config.json text_config", text)):
+        if isinstance(holder, dict) and isinstance(holder.get("quantization_config"), dict):
+            found[where] = holder["quantization_config"]
+    for name in ("quantize_config.json", "quant_config.json"):
+        if name in configs:
+            found[name] = configs[name]
+    return found
+
+
+def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
+    """Read the source's settings from its parsed JSON files (`Checkpoint.configs`).
+
+    Raises UnsupportedError when they name another quantization method or a packing that is not GPTQ's.
+    """
+    found = find_configs(configs)
+    merged: dict[str, Any] = {}
+    conflicts: dict[str, str] = {}
+    is_marlin = False
+    for where, raw in found.items():
+        _require_gptq(where, raw)
+        known = _normalise(raw)
+        is_marlin = is_marlin or raw.get("is_marlin_format") is True or known.get("checkpoint_format") == "marlin"
+        is_marlin = is_marlin or str(known.get("quant_method", "")).lower() == "marlin"
+        for key, value in known.items():
+            if value is None or key in conflicts:
+                continue
+            if key in merged and merged[key][0] != value:
+                if key in ("bits", "group_size", "sym", "desc_act"):
+                    conflicts[key] = f"{merged[key][1]} says {merged[key][0]}, {where} says {value}"
+                    del merged[key]
+            elif key not in merged:
+                merged[key] = (value, where)
+    values = {k: v for k, (v, _) in merged.items() if k not in conflicts}
+    raw_first: dict[str, Any] = {}
+    for raw in reversed(list(found.values())):  # config.json last, so that it wins
+        raw_first.update(raw)
+    dynamic = raw_first.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise SourceError("the quantization config's `dynamic` is not a map of rules.")
+    return GPTQSettings(
+        bits=values.get("bits"),
+        group_size=values.get("group_size"),
+        sym=values.get("sym"),
+        desc_act=values.get("desc_act"),
+        checkpoint_format=values.get("checkpoint_format"),
+        is_marlin=is_marlin,
+        dynamic={k: v if isinstance(v, dict) else {} for k, v in dynamic.items()},
+        raw=raw_first,
+        conflicts=conflicts,
+    )
+
+
+def _normalise(raw: dict[str, Any]) -> dict[str, Any]:
+    known: dict[str, Any] = {}
+    for key, names in _ALIASES.items():
+        known[key] = next((raw[n] for n in names if raw.get(n) is not None), None)
+    if raw.get("checkpoint_format") is None and raw.get("format") is None and not _names_a_layout(raw.get("version")):
+        known["checkpoint_format"] = None  # `version` is met as a layout's name, and as a plain version number
+    if known["sym"] is None and isinstance(raw.get("zero_point"), bool):
+        known["sym"] = not raw["zero_point"]
+    for key in ("bits", "group_size"):
+        value = known[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise SourceError(f"the quantization config's {key} is {value!r}; a whole number was expected.")
+    for key in ("sym", "desc_act"):
+        if known[key] is not None and not isinstance(known[key], bool):
+            raise SourceError(f"the quantization config's {key} is {known[key]!r}; true or false was expected.")
+    for key in ("checkpoint_format", "quant_method"):
+        known[key] = None if known[key] is None else str(known[key]).lower()
+    return known
+
+
+def _names_a_layout(value: object) -> bool:
+    return isinstance(value, str) and value.lower() in _GPTQ_FORMATS | _AWQ_FORMATS
+
+
+def _require_gptq(where: str, raw: dict[str, Any]) -> None:
+    method = str(raw.get("quant_method") or raw.get("method") or "gptq").lower()
+    packing = str(raw.get("packing_format") or "").lower()
+    if method in OTHER_METHODS:
+        raise UnsupportedError(f"{where}: {OTHER_METHODS[method]}; only GPTQ checkpoints can be repacked to Marlin.")
+    if method in _AUTO_ROUND_METHODS:
+        if packing.removeprefix("auto_round:") not in ("auto_gptq", "gptq"):
+            raise UnsupportedError(
+                f"{where}: an AutoRound checkpoint in the packing {packing or 'of its own'!r}; "
+                "export it with format='auto_gptq', which can be repacked."
+            )
+    elif method not in _GPTQ_METHODS:
+        raise UnsupportedError(f"{where}: quantized with {method!r}; only GPTQ checkpoints can be repacked to Marlin.")
+    layout = _normalise(raw)["checkpoint_format"]
+    if method not in _AUTO_ROUND_METHODS and layout is not None and layout not in _GPTQ_FORMATS:
+        if layout in _AWQ_FORMATS:
+            raise UnsupportedError(
+                f"{where}: an AWQ checkpoint ({layout}); only GPTQ checkpoints can be repacked to Marlin."
+            )
+        raise UnsupportedError(
+            f"{where}: checkpoint_format {layout!r} is not one of {', '.join(sorted(_GPTQ_FORMATS))}."
+        )
+    pack_dtype = raw.get("pack_dtype")
+    if pack_dtype is not None and str(pack_dtype).removeprefix("torch.") != "int32":
+        raise UnsupportedError(f"{where}: pack_dtype {pack_dtype}: only weights packed in int32 words can be repacked.")
+
+
+def marlin_settings(source: GPTQSettings, *, group_size: int, lm_head: bool, quant_method: str) -> dict[str, Any]:
+    """The quantization config of an original-format Marlin checkpoint (the same in both of its files).
+
+    `group_size` is 128 or -1; `lm_head` tells whether the head is quantized; `quant_method` is "gptq" (what
+    vLLM ≤ 0.10.0, AutoGPTQ and candle-vllm look for) or "marlin" (what TGI turns its kernels on by).
+    """
+    meta = source.raw.get("meta") if isinstance(source.raw.get("meta"), dict) else {}
+    result: dict[str, Any] = {
+        "bits": 4,
+        "group_size": group_size,
+        "sym": True,
+        "desc_act": False,
+        "static_groups": False,
+        "true_sequential": source.raw.get("true_sequential", (meta or {}).get("true_sequential", True)),
+        "lm_head": lm_head,
+        "quant_method": quant_method,
+        "checkpoint_format": "marlin",
+        "is_marlin_format": True,
+        "model_file_base_name": "model",
+    }
+    damp = source.raw.get("damp_percent", (meta or {}).get("damp_percent"))
+    if damp is not None:
+        result["damp_percent"] = damp
+    return result
+
+
+def marlin_model_config(config: dict[str, Any], quantization: dict[str, Any]) -> dict[str, Any]:
+    """The source's config.json with `quantization` in place of its GPTQ settings, to be loaded as float16.
+
+    Marlin's original kernel computes in float16 only, so both spellings of the model's dtype say so.
+    """
+    result = copy.deepcopy(config)
+    text = result.get("text_config")
+    for holder in (result, text):
+        if isinstance(holder, dict):
+            if holder is result or "quantization_config" in holder:
+                holder["quantization_config"] = quantization
+            for key in ("torch_dtype", "dtype"):
+                if holder is result or key in holder:
+                    holder[key] = "float16"
+    return result

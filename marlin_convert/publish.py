@@ -1,0 +1,278 @@
+"""Writing the output so that it appears complete or not at all.
+
+    with new_folder(out) as folder:      # a hidden sibling of `out`, locked by this process
+        with Shards(...) as shards: ...  # headers first, then every byte range at its planned offset
+    # here: all files fsynced, and `out` is there, by one rename
+
+A run that fails or is interrupted removes its hidden folder; one that is killed leaves it behind, without its
+lock, and the next run to the same place clears it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import DTYPE_BITS, Buffer
+from .errors import OutputError
+
+#: The report that every finished output holds; also what tells that a folder may be replaced by --force.
+REPORT_FILE = "marlin_convert.json"
+_LOCK_FILE = ".lock"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends well, it is synced to disk and becomes `out`.
+
+    With `force`, an earlier result at `out` is replaced (only a folder that this tool made, or an empty one).
+    Raises OutputError when `out` is taken or its parent is not writable.
+    """
+    check_free(out, force=force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(out)
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".tmp", dir=out.parent))
+    except OSError as error:
+        raise OutputError(f"{out.parent}: cannot be written to: {error.strerror}; choose another place.") from None
+    try:
+        lock = os.open(temporary / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 is for secrets, and this is none
+            yield temporary
+            sync_tree(temporary)
+            check_free(out, force=force)  # it may have appeared while the work went on
+            (temporary / _LOCK_FILE).unlink()
+            _swap_in(temporary, out)
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or out}: writing failed: {error.strerror}; nothing was left behind."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(out: Path, *, force: bool) -> None:
+    """Raise OutputError unless `out` does not exist, is an empty folder, or may be replaced."""
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise OutputError(f"{out}: it exists and is not a folder; choose another name.")
+    if not any(out.iterdir()):
+        return
+    if not force:
+        raise OutputError(f"{out}: it exists already; choose another name, or replace it with --force.")
+    if not (out / REPORT_FILE).is_file():
+        raise OutputError(
+            f"{out}: --force replaces only what marlin-convert made, and this folder has no {REPORT_FILE}; "
+            "remove it yourself, or choose another name."
+        )
+
+
+def clear_leftovers(out: Path) -> list[Path]:
+    """Remove the hidden folders that killed runs to `out` left behind; those of runs still alive are locked."""
+    removed = []
+    prefix = _prefix(out)
+    for folder in [f for f in out.parent.iterdir() if f.name.startswith(prefix) and f.suffix == ".tmp"]:
+        try:
+            lock = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:  # killed before it had a lock, or after the result was complete but not yet in place
+            if _age_seconds(folder) > 60:
+                shutil.rmtree(folder, ignore_errors=True)
+                removed.append(folder)
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder)
+        finally:
+            os.close(lock)
+    return removed
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise OutputError unless the file system that holds `folder` (or will) has `needed` bytes to spare."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"{folder}: the result takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            "make room or choose another disk."
+        )
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and itself."""
+    for parent, _, files in os.walk(folder):
+        for path in (*(Path(parent, f) for f in files), Path(parent)):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as the Hub's tools do: two spaces, UTF-8, one newline at the end."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.marlin-convert-"
+
+
+def _age_seconds(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _swap_in(temporary: Path, out: Path) -> None:
+    """Rename `temporary` to `out`; a folder at `out` is exchanged in one step and then removed by the caller."""
+    if out.is_dir() and any(out.iterdir()):
+        _exchange(temporary, out)
+    else:
+        temporary.rename(out)
+    fd = os.open(out.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders, so that `b` is there at every moment (renameat2 with RENAME_EXCHANGE, Linux ≥ 3.15)."""
+    at_fdcwd, rename_exchange = -100, 2
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 and renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0:
+        return
+    # A file system without it (some network and FUSE mounts): two renames, the old result kept until the new is there.
+    old = a.with_name(a.name + ".old")
+    b.rename(old)
+    a.rename(b)
+    old.rename(a)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The weights
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """One tensor of the output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: str
+    offset: int
+
+
+class Shards:
+    """The output's safetensors files, created at their full size with their headers, open for positioned writes.
+
+    Shards are cut by huggingface_hub's own rule, in the order of `tensors`; within a file, data is ordered by
+    element size so that every tensor is aligned, as the safetensors library does it.
+    """
+
+    def __init__(self, folder: Path, tensors: Sequence[OutTensor], max_shard_size: int | str) -> None:
+        from huggingface_hub.serialization._base import split_state_dict_into_shards_factory  # late: it is slow
+
+        self.folder = folder
+        by_name = {t.name: t for t in tensors}
+        self._split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        self._fds: dict[str, int] = {}
+        self._places: dict[str, _Place] = {}
+        try:
+            for file, names in self._split.filename_to_tensors.items():
+                self._create(file, [by_name[name] for name in names])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def files(self) -> list[str]:
+        return list(self._split.filename_to_tensors)
+
+    def _create(self, file: str, tensors: list[OutTensor]) -> None:
+        ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])  # stable: otherwise in the given order
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        begin = 0
+        for t in ordered:
+            header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [begin, begin + t.nbytes]}
+            begin += t.nbytes
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)  # the data starts at a multiple of 8
+        fd = self._fds[file] = os.open(self.folder / file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        _pwrite_all(fd, memoryview(struct.pack("<Q", len(raw)) + raw), 0)
+        data_start = 8 + len(raw)
+        os.truncate(fd, data_start + begin)
+        for t in ordered:
+            self._places[t.name] = _Place(file, data_start + header[t.name]["data_offsets"][0])
+
+    def write(self, name: str, data: Buffer, start: int = 0) -> None:
+        """Put the bytes of `data` at byte `start` of tensor `name`. Thread-safe: places do not overlap."""
+        place = self._places[name]
+        _pwrite_all(self._fds[place.file], data.reshape(-1).view("uint8").data, place.offset + start)
+
+    def write_index(self) -> None:
+        """Write `model.safetensors.index.json`, when there is more than one file."""
+        if self._split.is_sharded:
+            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+            write_json(self.folder / "model.safetensors.index.json", index)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pwrite_all(fd: int, view: memoryview, position: int) -> None:
+    while view:
+        count = os.pwrite(fd, view, position)
+        view, position = view[count:], position + count

@@ -1,0 +1,272 @@
+"""What the command line prints: bars and plain progress lines, tables, summaries, JSON documents.
+
+People read standard error while work goes on and standard output for the result; with --json, standard output
+holds one JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichBars
+from rich.table import Table
+
+from . import hub
+from .plan import Plan, plan_as_dict, span
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from .convert import Options, Report
+    from .hub import Source
+    from .verify import Verification
+
+#: Seconds between plain progress lines when the output is no terminal.
+PLAIN_INTERVAL = 5.0
+
+#: Rows of a table before the rest is summed up (--verbose shows all).
+SHORT_TABLE = 12
+
+
+class Bars(Progress):
+    """A live bar: bytes, rate, time left, layers, and the layer at hand."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = RichBars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[layers]} layers"),
+            TextColumn("[dim]{task.fields[layer]}", table_column=None),
+            console=console,
+            transient=True,
+        )
+        self._lock = threading.Lock()
+
+    def stage(self, label: str, total_bytes: int, layers: int) -> None:
+        self._done, self._layers, self._layer = 0, layers, ""
+        self._task = self._bars.add_task(label, total=total_bytes, layers=f"0/{layers}", layer="")
+        self._bars.start()
+
+    def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
+        with self._lock:
+            self._done += done
+            self._layer = layer or self._layer
+            self._bars.update(
+                self._task, advance=nbytes, layers=f"{self._done}/{self._layers}", layer=escape(self._layer)
+            )
+
+    def end(self) -> None:
+        self._bars.remove_task(self._task)
+        self._bars.stop()
+
+    def stop(self) -> None:
+        self._bars.stop()
+
+
+class PlainLines(Progress):
+    """One line every few seconds, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+
+    def stage(self, label: str, total_bytes: int, layers: int) -> None:
+        self._label, self._total, self._layers = label, total_bytes, layers
+        self._bytes = self._done = 0
+        self._started = self._last = time.monotonic()
+        self._print(f"{label}: {layers} layers, {size(total_bytes)}")
+
+    def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
+        with self._lock:
+            self._bytes += nbytes
+            self._done += done
+            now = time.monotonic()
+            if now - self._last < PLAIN_INTERVAL:
+                return
+            self._last = now
+            rate = self._bytes / (now - self._started)
+            left = (self._total - self._bytes) / rate if rate else 0
+            self._print(
+                f"{self._label}: {100 * self._bytes // max(1, self._total)} %, {self._done}/{self._layers} layers, "
+                f"{size(self._bytes)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
+                + (f", {layer}" if layer else "")
+            )
+
+    def end(self) -> None:
+        seconds = time.monotonic() - self._started
+        self._print(f"{self._label}: done, {self._layers} layers, {size(self._bytes)} in {seconds:.1f} s")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class Screen:
+    """Where a command prints, as the output options ask for it."""
+
+    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
+        self.as_json, self.verbose = as_json, verbose
+        self.silent = quiet or as_json
+        # A file or a pipe has no width of its own; tables should not be folded for it.
+        self.out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+        self.err = Console(stderr=True, highlight=False)
+        if self.silent or not self.err.is_terminal:
+            hub.quiet()
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """The way to show progress here: bars on a terminal, lines in a log, nothing with --quiet or --json."""
+        if self.silent:
+            yield Progress()
+        elif self.err.is_terminal:
+            bars = Bars(self.err)
+            try:
+                yield bars
+            finally:
+                bars.stop()
+        else:
+            yield PlainLines(self.err)
+
+    def _say(self, text: str = "") -> None:
+        if not self.silent:
+            self.out.print(text, markup=True)
+
+    def _json(self, value: dict[str, Any]) -> None:
+        if self.as_json:
+            print(json.dumps(value, indent=2, ensure_ascii=False))
+
+    def start(self, source: str, options: Options) -> None:
+        from . import ops
+
+        if not self.silent and not ops.native_available():
+            self.err.print(f"[yellow]slow:[/] {escape(ops.describe())}", soft_wrap=True)
+
+    def already_marlin(self, text: str) -> None:
+        self._say(escape(text))
+        self._json({"ok": True, "already_marlin": True, "message": text})
+
+    def plan(self, source: Source, plan: Plan) -> None:
+        """What `--dry-run` shows."""
+        self._json(plan_as_dict(plan, source.label))
+        if plan.already_marlin:
+            self._say(f"{escape(source.label)} already is a Marlin checkpoint; there is nothing to convert.")
+            return
+        table = Table(title=f"{escape(source.label)} → Marlin", title_justify="left", box=None, pad_edge=False)
+        for heading, justify in (
+            ("layers", "right"),
+            ("K x N", "left"),
+            ("bits", "right"),
+            ("group", "right"),
+            ("scales", "left"),
+            ("", "left"),
+        ):
+            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        kinds = Counter((x.K, x.N, x.bits, x.group_size, x.scales.dtype) for x in plan.layers)
+        for (K, N, bits, group, dtype), count in kinds.items():
+            table.add_row(str(count), f"{K} x {N}", str(bits), str(group), dtype.lower(), "convert")
+        if plan.layers:
+            self._table(table)
+        if self.verbose:
+            for layer in plan.layers:
+                self._say(f"  convert {escape(layer.name)}  {layer.K} x {layer.N}")
+            for tensor in plan.copies:
+                self._say(f"  copy    {escape(tensor.name)}  {tensor.dtype} {list(tensor.shape)}")
+        copied = sum(t.nbytes for t in plan.copies)
+        self._say(
+            f"{len(plan.layers)} layers to convert, {len(plan.copies)} tensors to copy ({size(copied)}), "
+            f"{len(plan.dropped)} dropped (g_idx, qzeros)"
+        )
+        self._say(f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out")
+        self._notes(plan)
+
+    def _notes(self, plan: Plan) -> None:
+        for note, names in plan.notes.items():
+            where = "" if not names else f": {', '.join(names) if self.verbose else span(names)}"
+            self._say(f"[yellow]note[/] {escape(note)}{escape(where)}")
+
+    def report(self, report: Report) -> None:
+        """The summary at the end of a conversion."""
+        self._json(report.as_dict())
+        if report.verification:
+            self._verification_table(report.verification)
+        plan = report.plan
+        self._notes(plan)
+        if report.scale_rounding:
+            self._say(f"[yellow]note[/] scales rounded to fp16, by at most {report.scale_rounding:.2e} of their value")
+        self._say(
+            f"[green]done[/] {len(plan.layers)} layers converted, {len(plan.copies)} tensors copied; "
+            f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out, {report.seconds:.1f} s, "
+            f"{report.gigabytes_per_second:.2f} GB/s, {escape(report.codec)}"
+        )
+        if report.verification:
+            self._say(f"[green]verified[/] {_verdict(report.verification)}")
+        files = ", ".join(report.files) if len(report.files) < 3 else f"{len(report.files)} weight files"
+        self._say(f"where: {escape(str(report.out))} ({files})")
+        self._say(f"load:  vllm serve {escape(str(report.out))} --dtype float16   (vLLM 0.3.3 to 0.10.0)")
+        if report.device.kind == "cpu":
+            self._say(
+                "note:  converted on the CPU; running the result needs an NVIDIA GPU of compute capability 8.0 or newer"
+            )
+
+    def verification(self, report: Verification, out: Path) -> None:
+        """The result of `marlin-convert verify`."""
+        self._json({**report.as_dict(), "out": str(out)})
+        self._verification_table(report)
+        for problem in report.problems:
+            self._say(f"[red]differs[/] {escape(problem)}")
+        self._say(f"{'[green]verified[/]' if report.ok else '[red]not equal[/]'} {_verdict(report)}")
+
+    def _verification_table(self, report: Verification) -> None:
+        table = Table(box=None, pad_edge=False)
+        for heading, justify in (
+            ("layer", "left"),
+            ("K x N", "left"),
+            ("codes and scales", "left"),
+            ("max error", "right"),
+            ("relative", "right"),
+        ):
+            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        bad = [x for x in report.layers if not x.ok]
+        shown = (
+            report.layers if self.verbose or len(report.layers) <= SHORT_TABLE else bad or report.layers[:SHORT_TABLE]
+        )
+        for x in shown:
+            verdict = "equal" if x.ok else f"[red]{escape(x.problem or 'differs')}[/]"
+            errors = ("-", "-") if x.max_error is None else (f"{x.max_error:.2e}", f"{x.relative_error:.2e}")
+            table.add_row(escape(x.name), f"{x.K} x {x.N}", verdict, *errors)
+        self._table(table)
+        if len(shown) < len(report.layers):
+            self._say(f"[dim]… and {len(report.layers) - len(shown)} more layers (--verbose shows all)[/]")
+
+    def _table(self, table: Table) -> None:
+        if not self.silent:
+            self.out.print(table)
+
+
+def _verdict(report: Verification) -> str:
+    equal = sum(x.exact for x in report.layers)
+    return (
+        f"{equal} of {len(report.layers)} layers exactly equal, {report.tensors_equal} other tensors byte for byte; "
+        f"outputs on {escape(report.device)}: largest relative error {report.worst:.1e}"
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people, in decimal units as disks and the Hub count them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

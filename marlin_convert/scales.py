@@ -1,0 +1,48 @@
+"""Bringing a GPTQ layer's scales to fp16, the only type that the original Marlin format has, without losing any.
+
+A scale may round (bf16 has a wider range and fp32 more digits than fp16); it may not overflow, and a scale that
+is not zero may not become zero, because then every weight of its group would be lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+F16 = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class ScaleFit:
+    """`scales` in fp16 [G, N]; `problem`: why they cannot be used, if so; `rounding`: the largest relative error."""
+
+    scales: F16
+    problem: str | None = None
+    rounding: float = 0.0
+
+
+def to_fp16(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
+    """`raw` [G, N] as read from a file of safetensors dtype F16, F32 or BF16 (the latter as uint16) → fp16."""
+    if dtype == "F16":
+        scales = raw
+        if ((raw.view(np.uint16) & 0x7C00) == 0x7C00).any():  # an exponent of all ones: inf or NaN
+            return ScaleFit(scales, "scales contain inf or NaN")
+        return ScaleFit(scales)
+    wide = (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else raw
+    if not np.isfinite(wide).all():
+        return ScaleFit(np.zeros(raw.shape, np.float16), "scales contain inf or NaN")
+    with np.errstate(over="ignore", under="ignore"):
+        scales = wide.astype(np.float16)
+    if np.isinf(scales).any():
+        return ScaleFit(scales, f"{dtype} scales beyond what fp16 can hold (65504)")
+    nonzero = wide != 0
+    if (nonzero & (scales == 0)).any():
+        return ScaleFit(scales, f"{dtype} scales so small that they would be 0 in fp16")
+    difference = np.abs(scales.astype(np.float64) - wide)
+    rounding = float(
+        np.max(np.divide(difference, np.abs(wide), out=np.zeros_like(difference), where=nonzero), initial=0.0)
+    )
+    return ScaleFit(scales, None, rounding)

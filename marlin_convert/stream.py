@@ -1,0 +1,85 @@
+"""Working through a large checkpoint in small pieces, several at a time, in bounded memory.
+
+A layer's weights are cut into blocks of whole tile rows (16 rows of K), each of which converts on its own; plain
+tensors are cut into byte ranges. Worker threads take piece after piece and do all of it: read, compute, write.
+The system calls and the native code release Python's lock, so reading, repacking and writing overlap.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .layout import PACK_FACTOR, TILE_K
+
+#: Bytes of packed weights in one block: large enough that a system call costs nothing beside the copy, small enough
+#: that a block, its result and the check's scratch stay in a core's share of the last-level cache.
+BLOCK_BYTES = 2 << 20
+
+#: Threads that work at a time. More than the cores, because some of them wait for the disk.
+WORKERS = min(8, 2 + (os.cpu_count() or 1))
+
+
+def row_blocks(K: int, N: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of each block of a K x N layer; both are multiples of 16."""
+    tile_row_bytes = TILE_K * N * 4 // PACK_FACTOR
+    rows = TILE_K * max(1, BLOCK_BYTES // tile_row_bytes)
+    for first in range(0, K, rows):
+        yield first, min(rows, K - first)
+
+
+def byte_blocks(nbytes: int) -> Iterator[tuple[int, int]]:
+    """(start, length) of each piece of a tensor that is copied as it is."""
+    for start in range(0, nbytes, BLOCK_BYTES):
+        yield start, min(BLOCK_BYTES, nbytes - start)
+
+
+class Buffers(threading.local):
+    """Scratch arrays of the calling thread, one for each role, kept between blocks and grown when needed."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, npt.NDArray[np.uint8]] = {}
+
+    def array(self, role: str, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """An uninitialised C-contiguous array; the next call for the same role hands out the same memory."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        memory = self._arrays.get(role)
+        if memory is None or memory.nbytes < nbytes:
+            memory = self._arrays[role] = np.empty(nbytes, np.uint8)
+        array: npt.NDArray[Any] = memory[:nbytes].view(dtype).reshape(shape)
+        return array
+
+
+def run_all(tasks: Iterable[Callable[[], None]], workers: int = WORKERS) -> None:
+    """Run every task, in order of arrival, on `workers` threads.
+
+    The first error stops the rest and is raised here, once no task is running any more; so does Ctrl-C.
+    """
+    iterator, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            with lock:
+                task = next(iterator, None)
+            if task is None:
+                return
+            try:
+                task()
+            except BaseException:
+                stop.set()
+                raise
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="marlin-convert") as pool:
+        futures = [pool.submit(work) for _ in range(workers)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    for future in futures:
+        future.result()
