@@ -1,0 +1,83 @@
+// dequant.cuh: from packed codes to the 16-bit values that tensor cores multiply.
+//
+// The codes become small integers, code - 8 in -8 .. 7, which fp16 and bf16 hold exactly; scales are applied later, in
+// fp32, to sums over a group (gemm.cuh). So nothing is rounded here, and a scale may be any fp16 number.
+//
+// No conversion instruction is used: OR-ing a code into the mantissa of a power of two 2^m adds the code to it.
+//
+//   fp16  0x6400 = 1024, spacing 1:     0x6400 | c       = 1024 + c           for a code in bits 0..3
+//                                       0x6400 | c << 4  = 1024 + 16 c        for a code in bits 4..7
+//   bf16  0x4300 = 128,  spacing 1:     0x4300 | c       = 128 + c            bits 0..3 only: 7 bits of mantissa
+//
+// and one subtraction or fused multiply-add on the pair of values takes the offset (and the 16) away again.
+#pragma once
+
+#include "../marlin.h"
+#include "ptx.cuh"
+
+namespace marlin {
+
+__device__ __forceinline__ uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ uint32_t add_half2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ uint32_t fma_bfloat2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// One word of a tile: the 16x16 sub-tile's share of one lane, eight codes. With g = lane / 4 and t = lane % 4:
+//
+//   nibble    7     6     5     4     3     2     1     0
+//   row     2t+9  2t+1  2t+9  2t+1  2t+8   2t   2t+8   2t       (along K)
+//   column   g+8   g+8    g     g    g+8   g+8    g     g       (along N)
+//
+// mma.m16n8k16 wants of its 16x16 left operand, from the same lane, four pairs: (row g, columns 2t, 2t+1), (row g+8,
+// the same), (row g, columns 2t+8, 2t+9), (row g+8, the same). Read the word transposed, N as the operand's rows, and
+// the pairs are nibbles (0, 4), (2, 6), (1, 5), (3, 7): sixteen bits apart, so one mask takes a pair.
+template <typename T>
+struct Dequant;
+
+template <>
+struct Dequant<__half> {
+  static __device__ __forceinline__ void word(uint32_t q, uint32_t (&a)[4]) {
+    constexpr uint32_t kMinus1032 = 0xe408e408;  // -(1024 + MARLIN_ZERO_POINT), twice
+    constexpr uint32_t kSixteenth = 0x2c002c00;  // 1 / 16
+    constexpr uint32_t kMinus72 = 0xd480d480;    // -(1024 / 16 + MARLIN_ZERO_POINT)
+    const uint32_t upper = q >> 8;
+    a[0] = add_half2(and_or<0x000f000f, 0x64006400>(q), kMinus1032);
+    a[1] = add_half2(and_or<0x000f000f, 0x64006400>(upper), kMinus1032);
+    a[2] = fma_half2(and_or<0x00f000f0, 0x64006400>(q), kSixteenth, kMinus72);
+    a[3] = fma_half2(and_or<0x00f000f0, 0x64006400>(upper), kSixteenth, kMinus72);
+  }
+};
+
+template <>
+struct Dequant<__nv_bfloat16> {
+  static __device__ __forceinline__ void word(uint32_t q, uint32_t (&a)[4]) {
+    constexpr uint32_t kOne = 0x3f803f80;
+    constexpr uint32_t kMinus136 = 0xc308c308;  // -(128 + MARLIN_ZERO_POINT), twice
+    a[0] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q), kOne, kMinus136);
+    a[1] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q >> 8), kOne, kMinus136);
+    a[2] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q >> 4), kOne, kMinus136);
+    a[3] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q >> 12), kOne, kMinus136);
+  }
+};
+
+// Where the scale of column n (0 .. 63 of a tile) stands in the permuted row of scales. A lane needs the columns
+// g + 8 i, i = 0 .. 7. With groups (G > 1) these eight stand together, 16 bytes at 8 g. Per-channel scales (G == 1)
+// are ordered for another fragment, in runs of 32 columns: new[8 i + j] = old[2 i + {0,1,8,9,16,17,24,25}[j]].
+__device__ __forceinline__ int scale_index(int column, bool per_channel) {
+  if (!per_channel) return (column & 7) * 8 + (column >> 3);
+  const int c = column & 31;
+  return (column & 32) + ((c & 7) >> 1) * 8 + (c >> 3) * 2 + (c & 1);
+}
+
+}  // namespace marlin

@@ -1,0 +1,410 @@
+// gemm.cuh: C[M, N] = A[M, K] * W[K, N] + bias, W in Marlin tiles. The one kernel, from sm_80 up.
+//
+// Why the layout is as it is
+//   A tile is 16 rows of K by 64 columns of N, 512 bytes. Lane l of a warp owns bytes 16 l .. 16 l + 15: one 16-byte
+//   load gives it, of each of the four 16x16 sub-tiles, exactly the eight codes that mma.m16n8k16 expects of that lane
+//   (dequant.cuh). So weights go from memory to tensor cores without any exchange between lanes.
+//
+// What is multiplied
+//   The transpose: C^T = W^T A^T. Weights are the left operand (16 columns of N by 16 of K), activations the right one
+//   (16 of K by 8 rows of M). The reason is the 8: M comes in steps of eight instead of sixteen, so decoding one to
+//   eight tokens costs half the tensor work, and the stored tile fits either way.
+//
+// How scales are applied
+//   Codes enter as exact integers. A group's sum is kept in `part`; when the group ends, part * scale is added to
+//   `sum` in fp32. That is 16 fused multiply-adds for a group of 128 rows where scaling the weights themselves would
+//   take 128 packed multiplications, nothing is rounded to 16 bits, and bf16 activations need no bf16 scales.
+//
+// How work is split
+//   W is cut into slabs of BLOCK_N columns, M into slabs of BLOCK_M rows; a pair of slabs is an output tile. Along K a
+//   tile is cut into steps of BLOCK_K. All steps of all tiles, in the order (slab of N, slab of M, step), form one line
+//   of units, cut into equal ranges, one per thread block and about one block per SM. 5 slabs of 4 steps on 7 blocks:
+//
+//          slab 0   slab 1   slab 2   slab 3   slab 4
+//   step 0   0        1        2        4        5          the number is the block that does the unit.
+//   step 1   0        1        2        4        5          Block 0 ends slab 0's second last step and starts
+//   step 2   0        1        3        4        6          nothing else; block 1 does the rest of slab 0 and
+//   step 3   1        2        3        5        6          most of slab 1, and so on (20 units, 3 each, 2 left).
+//
+//   A tile that one block did alone is written to C at once. Otherwise each of its blocks leaves its fp32 sums in the
+//   workspace and counts itself; the block that counts last adds all of them, in ascending K, and writes C. No block
+//   ever waits for another, so nothing depends on what else is running; and the order of addition is fixed by the
+//   shape, so equal inputs give equal bits.
+//
+// Inside a block: WM x WN x WK warps. A warp's piece of a step is 64 columns of N (one tile wide), 8 MB rows of M and
+//   16 KT rows of K. Warps along WK work on different K of the same outputs and are added up through shared memory at
+//   the end of a tile.
+//
+// One pipeline stage (one step) in shared memory, filled by cp.async, `stages` of them in a ring:
+//   weights      [WK * KT][WN] tiles of 512 bytes, as stored
+//   activations  [BLOCK_M][BLOCK_K], 16-byte pieces of a row swizzled: piece p of row r stands at p ^ (r % 8), so the
+//                eight rows that ldmatrix gathers lie in different banks
+//   scales       [WK][BLOCK_N] fp16, the group of each warp's piece, as stored
+#pragma once
+
+#include "dequant.cuh"
+
+namespace marlin {
+
+struct GemmArguments {
+  const void* A;         // [M, lda] activations
+  const uint4* B;        // [K / 16, N / 64, 32 lanes] packed weights
+  const __half* s;       // [G, N] permuted scales
+  const void* bias;      // [N] or null
+  void* C;               // [M, N]
+  float* partials;       // [blocks, 2, BLOCK_M, BLOCK_N] sums of tiles that several blocks share
+  unsigned* arrived;     // [blocks] how many blocks of a shared tile are done, at its first block; zero between calls
+  int M, N, K;
+  int64_t lda;           // elements between rows of A
+  int groups;            // G
+  int group_shift;       // log2 of the rows in a group; 31 when G == 1
+  int steps;             // units of a tile: ceil(K / BLOCK_K)
+  int slabs_m;           // ceil(M / BLOCK_M)
+  int units;             // units in all
+  int units_per_block;   // block b does units b * units_per_block and the following
+  int stages;            // pipeline depth
+};
+
+template <int MB_, int WM_, int WN_, int WK_, int KT_, int RESIDENT_ = 1>
+struct GemmShape {
+  static constexpr int MB = MB_;  // 8-row blocks of M in a warp's piece
+  static constexpr int WM = WM_, WN = WN_, WK = WK_;
+  static constexpr int KT = KT_;  // 16-row tiles of K in a warp's piece
+  static constexpr int kResident = RESIDENT_;  // blocks on an SM at once
+  static constexpr int kThreads = 32 * WM * WN * WK;
+  static constexpr int kBlockM = 8 * MB * WM;
+  static constexpr int kBlockN = MARLIN_TILE_N * WN;
+  static constexpr int kBlockK = MARLIN_TILE_K * KT * WK;
+
+  // Shared memory, in bytes.
+  static constexpr int kWeightBytes = WK * KT * WN * 512;
+  static constexpr int kActivationBytes = kBlockM * kBlockK * 2;
+  static constexpr int kScaleBytes = WK * kBlockN * 2;
+  static constexpr int kStageBytes = kWeightBytes + kActivationBytes + kScaleBytes;
+  // The sums of a tile pass through shared memory in rounds of at most two 8-row blocks a warp: 32 KB at most.
+  static constexpr int kRoundMB = MB < 2 || WK * WN > 8 ? 1 : 2;
+  static constexpr int kRoundRows = WM * kRoundMB * 8;
+  // Four floats of padding: lanes that differ in t write rows 2t of the same columns, 8 banks apart.
+  static constexpr int kSumPitch = kBlockN + 4;
+  static constexpr int kSumBytes = WK * kRoundRows * kSumPitch * 4;
+  static constexpr int kExtraBytes = kSumBytes + 16;  // and one flag
+
+  static_assert(MB % kRoundMB == 0, "rounds are whole");
+  static_assert(KT % WM == 0, "warps along M share the copying of a warp's weights");
+  static_assert(kBlockK >= 64, "the swizzle permutes eight 16-byte pieces");
+};
+
+// The oldest step has landed when at most stages - 2 groups of copies are under way. The instruction takes an immediate;
+// three depths cover the devices (gemm.cu).
+__device__ __forceinline__ void wait_for_oldest(int stages) {
+  if (stages >= 8) {
+    cp_async_wait<6>();
+  } else if (stages >= 6) {
+    cp_async_wait<4>();
+  } else if (stages >= 4) {
+    cp_async_wait<2>();
+  } else if (stages >= 3) {
+    cp_async_wait<1>();
+  } else {
+    cp_async_wait<0>();
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// Four neighbouring outputs of a row of C.
+template <typename T>
+__device__ __forceinline__ void store_outputs(const GemmArguments& p, int row, int column, float4 v) {
+  if (p.bias != nullptr) {
+    const T* bias = static_cast<const T*>(p.bias) + column;
+    v.x += to_float(bias[0]);
+    v.y += to_float(bias[1]);
+    v.z += to_float(bias[2]);
+    v.w += to_float(bias[3]);
+  }
+  union {
+    T value[4];
+    uint2 bits;
+  } out;
+  out.value[0] = from_float<T>(v.x);
+  out.value[1] = from_float<T>(v.y);
+  out.value[2] = from_float<T>(v.z);
+  out.value[3] = from_float<T>(v.w);
+  *reinterpret_cast<uint2*>(static_cast<T*>(p.C) + static_cast<int64_t>(row) * p.N + column) = out.bits;
+}
+
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+template <typename T, typename S>
+__global__ void __launch_bounds__(S::kThreads, S::kResident) gemm_kernel(const GemmArguments p) {
+  constexpr int MB = S::MB, WM = S::WM, WN = S::WN, WK = S::WK, KT = S::KT;
+  extern __shared__ __align__(128) unsigned char shared[];
+  float* const sums = reinterpret_cast<float*>(shared + p.stages * S::kStageBytes);
+  unsigned* const is_last = reinterpret_cast<unsigned*>(reinterpret_cast<unsigned char*>(sums) + S::kSumBytes);
+  const uint32_t ring = shared_address(shared);
+
+  const int tid = threadIdx.x;
+  const int lane = tid % 32, warp = tid / 32;
+  const int wn = warp % WN, wm = warp / WN % WM, wk = warp / (WN * WM);
+  const int g = lane / 4, t = lane % 4;
+
+  const int unit_end = min((static_cast<int>(blockIdx.x) + 1) * p.units_per_block, p.units);
+  const int tiles_n = p.N / MARLIN_TILE_N;
+  const int tiles_k = p.K / MARLIN_TILE_K;
+
+  // ---- Filling the pipeline. `fill_*` run ahead of the arithmetic by stages - 1 units, across ends of tiles. --------
+  // A thread copies the same places of every step, so it keeps addresses and moves them on.
+  constexpr int kPieces = S::kBlockK / 8;                 // 16-byte pieces in a row of activations
+  constexpr int kRowsAtOnce = S::kThreads / kPieces;      // rows that the block copies at once
+  constexpr int kScalePieces = WK * WN * 8;               // 16-byte pieces of scales
+  const int piece = tid % kPieces, first_row = tid / kPieces;
+  const int scale_wk = tid / (WN * 8);
+
+  const char* fill_weights = nullptr;      // of this lane's words in the warp's first tile
+  const T* fill_activations = nullptr;     // of this thread's piece of its first row
+  const __half* fill_scales = nullptr;     // of this thread's columns, group 0
+  int fill_rows = 0;                       // rows of the slab of M
+  int fill_tiles = 0;                      // tiles along K from the warp's first to the matrix's end; 0 beyond N
+  int fill_unit = blockIdx.x * p.units_per_block;
+  int fill_step = 0;
+  int fill_slot = 0;
+  const int64_t weights_pitch = static_cast<int64_t>(tiles_n) * 512;  // bytes in a row of tiles
+
+  auto start_tile = [&](int tile, int step) {
+    const int slab_n = tile / p.slabs_m;
+    const int row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
+    const int tile_n = slab_n * WN + wn;
+    const int tile_k = (step * WK + wk) * KT + wm;
+    fill_step = step;
+    fill_weights = reinterpret_cast<const char*>(p.B) + tile_k * weights_pitch + tile_n * 512 + lane * 16;
+    fill_tiles = tile_n < tiles_n ? tiles_k - tile_k : 0;
+    fill_activations =
+        static_cast<const T*>(p.A) + (row0 + first_row) * p.lda + step * S::kBlockK + piece * 8;
+    fill_rows = min(S::kBlockM, p.M - row0);
+    // Pieces beyond K or N meet zeros or are never stored; they take the scales of some valid group and columns.
+    fill_scales = p.s + min(slab_n * S::kBlockN + tid % (WN * 8) * 8, p.N - 8);
+  };
+  start_tile(fill_unit / p.steps, fill_unit % p.steps);
+
+  auto fill = [&]() {
+    if (fill_unit < unit_end) {
+      const uint32_t stage = ring + fill_slot * S::kStageBytes;
+
+      // Weights: a warp's own pieces, shared out among the warps along M.
+      const uint32_t weights_to = stage + ((wk * KT + wm) * WN + wn) * 512 + lane * 16;
+#pragma unroll
+      for (int i = 0; i < KT / WM; i++) {
+        if (i * WM < fill_tiles)
+          cp_async16_once(weights_to + i * (WM * WN * 512), fill_weights + i * WM * weights_pitch);
+      }
+
+      // Activations: rows below M only (a row feeds no other row's outputs), zeros beyond K.
+      const bool valid = fill_step * S::kBlockK + piece * 8 < p.K;
+      const uint32_t activations_to = stage + S::kWeightBytes + first_row * (S::kBlockK * 2);
+#pragma unroll
+      for (int i = 0; i < (S::kBlockM + kRowsAtOnce - 1) / kRowsAtOnce; i++) {
+        const int row = first_row + i * kRowsAtOnce;
+        if (row < fill_rows)
+          cp_async16_or_zero(activations_to + i * (kRowsAtOnce * S::kBlockK * 2) + ((piece ^ (row % 8)) * 16),
+                             fill_activations + i * kRowsAtOnce * p.lda, valid);
+      }
+
+      if (tid < kScalePieces) {
+        const int group = min(((fill_step * WK + scale_wk) * (KT * 16)) >> p.group_shift, p.groups - 1);
+        cp_async16(stage + S::kWeightBytes + S::kActivationBytes + tid * 16,
+                   fill_scales + static_cast<int64_t>(group) * p.N);
+      }
+
+      fill_unit++;
+      fill_slot = fill_slot + 1 == p.stages ? 0 : fill_slot + 1;
+      if (fill_step + 1 == p.steps) {
+        start_tile(fill_unit / p.steps, 0);
+      } else {
+        fill_step++;
+        fill_tiles -= WK * KT;
+        fill_weights += WK * KT * weights_pitch;
+        fill_activations += S::kBlockK;
+      }
+    }
+    cp_async_commit();  // also when nothing was copied: the count of groups is the count of steps
+  };
+
+  for (int i = 0; i < p.stages - 1; i++) fill();
+
+  // ---- What a lane reads of a stage. -------------------------------------------------------------------------------
+  const uint32_t weights_at = ring + (wk * KT * WN + wn) * 512 + lane * 16;
+  // ldmatrix: lane l names row l % 8 of matrix l / 8. Matrices 0 and 1 are the halves of K of one 8-row block, 2 and 3
+  // those of the next block.
+  const uint32_t row_at =
+      ring + S::kWeightBytes + (wm * MB * 8 + (lane / 16) * 8 + lane % 8) * (S::kBlockK * 2) + wk * (KT * 32);
+  const uint32_t half_at = ((lane / 8 % 2) ^ (lane % 8)) * 16;
+  static_assert(KT % 4 == 0, "a warp's piece of a row is whole runs of 8 swizzled pieces");
+
+  float sum[4][MB][4];   // outputs: [sub-tile][8-row block][register of the fragment]
+  float part[4][MB][4];  // the same, of the current group, not yet scaled
+  auto clear = [](float(&v)[4][MB][4]) {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int b = 0; b < MB; b++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) v[j][b][c] = 0.0f;
+  };
+
+  int slot = 0;
+  int unit = blockIdx.x * p.units_per_block;
+  while (unit < unit_end) {
+    const int tile = unit / p.steps;
+    const int step_begin = unit - tile * p.steps;
+    const int step_end = min(p.steps, step_begin + unit_end - unit);
+    clear(sum);
+    clear(part);
+
+    for (int step = step_begin; step < step_end; step++) {
+      wait_for_oldest(p.stages);
+      __syncthreads();  // everyone's copies of this step have landed, and everyone is done with the slot filled next
+      fill();
+
+      const uint32_t stage = slot * S::kStageBytes;
+#pragma unroll
+      for (int kt = 0; kt < KT; kt++) {
+        const uint4 q = load_shared16(stage + weights_at + kt * (WN * 512));
+        uint32_t b[MB][2];
+        const uint32_t at = stage + row_at + (kt / 4) * 128 + ((kt % 4 * 32) ^ half_at);
+#pragma unroll
+        for (int i = 0; i + 1 < MB; i += 2) ldmatrix4(b[i], b[i + 1], at + i * 8 * (S::kBlockK * 2));
+        if (MB % 2) ldmatrix2(b[MB - 1], at + (MB - 1) * 8 * (S::kBlockK * 2));
+        const uint32_t words[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          uint32_t a[4];
+          Dequant<T>::word(words[j], a);
+#pragma unroll
+          for (int i = 0; i < MB; i++) mma<T>(part[j][i], a, b[i]);
+        }
+      }
+
+      // The group's sum is complete, or this is the block's last step of the tile: scale it.
+      const int k = (step * WK + wk) * (KT * 16);
+      if (step + 1 == step_end || (k >> p.group_shift) != ((k + WK * KT * 16) >> p.group_shift)) {
+        const uint32_t at = ring + stage + S::kWeightBytes + S::kActivationBytes + (wk * WN + wn) * 128;
+        __half scale[8];  // of the columns g + 8 i
+        if (p.groups > 1) {
+          *reinterpret_cast<uint4*>(scale) = load_shared16(at + g * 16);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; i++) {
+            unsigned short bits;
+            asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(at + scale_index(g + 8 * i, true) * 2));
+            scale[i] = __ushort_as_half(bits);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const float f = __half2float(scale[2 * j + h]);
+#pragma unroll
+            for (int i = 0; i < MB; i++) {
+              sum[j][i][2 * h] += f * part[j][i][2 * h];
+              sum[j][i][2 * h + 1] += f * part[j][i][2 * h + 1];
+            }
+          }
+        clear(part);
+      }
+      if (++slot == p.stages) slot = 0;
+    }
+
+    // ---- The tile's end, for this block. -----------------------------------------------------------------------------
+    const int slab_n = tile / p.slabs_m;
+    const int row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
+    const int column0 = slab_n * S::kBlockN;
+    const int rows = min(S::kBlockM, p.M - row0);
+    const bool alone = step_begin == 0 && step_end == p.steps;
+    const int first_block = tile * p.steps / p.units_per_block;
+    // A block shares at most two tiles with others: it is the first block of one and a later block of the other.
+    constexpr int kTileFloats = S::kBlockM * S::kBlockN;
+    auto partial_of = [&](int block) {
+      return p.partials + (static_cast<int64_t>(block) * 2 + (block == first_block)) * kTileFloats;
+    };
+    constexpr int kFours = S::kBlockN / 4;
+
+#pragma unroll
+    for (int round = 0; round < MB / S::kRoundMB; round++) {
+      if (round > 0) __syncthreads();
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int i = 0; i < S::kRoundMB; i++)
+#pragma unroll
+          for (int c = 0; c < 4; c++) {
+            const int row = (wm * S::kRoundMB + i) * 8 + 2 * t + c % 2;
+            const int column = wn * 64 + j * 16 + c / 2 * 8 + g;
+            sums[(wk * S::kRoundRows + row) * S::kSumPitch + column] = sum[j][round * S::kRoundMB + i][c];
+          }
+      __syncthreads();
+      for (int item = tid; item < S::kRoundRows * kFours; item += S::kThreads) {
+        const int r = item / kFours, column = item % kFours * 4;
+        const int row = r / (S::kRoundMB * 8) * (MB * 8) + round * (S::kRoundMB * 8) + r % (S::kRoundMB * 8);
+        if (row >= rows || column0 + column >= p.N) continue;
+        float4 v = *reinterpret_cast<const float4*>(sums + r * S::kSumPitch + column);
+#pragma unroll
+        for (int w = 1; w < WK; w++)
+          v = v + *reinterpret_cast<const float4*>(sums + (w * S::kRoundRows + r) * S::kSumPitch + column);
+        if (alone)
+          store_outputs<T>(p, row0 + row, column0 + column, v);
+        else
+          __stcg(reinterpret_cast<float4*>(partial_of(blockIdx.x) + row * S::kBlockN + column), v);
+      }
+    }
+
+    if (!alone) {
+      const int last_block = ((tile + 1) * p.steps - 1) / p.units_per_block;
+      __syncthreads();
+      if (tid == 0) {
+        __threadfence();
+        const unsigned before = atomicAdd(p.arrived + first_block, 1u);
+        const bool last = before == static_cast<unsigned>(last_block - first_block);
+        if (last) p.arrived[first_block] = 0;
+        *is_last = last;
+        __threadfence();
+      }
+      __syncthreads();
+      if (*is_last) {
+        for (int item = tid; item < rows * kFours; item += S::kThreads) {
+          const int row = item / kFours, column = item % kFours * 4;
+          if (column0 + column >= p.N) continue;
+          constexpr int kAtOnce = 8;  // loads under way together: a load from L2 takes some 600 cycles
+          float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          for (int block = first_block; block <= last_block; block += kAtOnce) {
+            float4 w[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++)
+              if (block + i <= last_block)
+                w[i] = __ldcg(reinterpret_cast<const float4*>(partial_of(block + i) + row * S::kBlockN + column));
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++)
+              if (block + i <= last_block) v = v + w[i];
+          }
+          store_outputs<T>(p, row0 + row, column0 + column, v);
+        }
+      }
+    }
+    unit += step_end - step_begin;
+  }
+}
+
+}  // namespace marlin
