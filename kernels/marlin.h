@@ -42,11 +42,8 @@
 #define MARLIN_ISA_AVX2 2    // AVX2, FMA, F16C: x86 since 2013
 #define MARLIN_ISA_AVX512 3  // AVX-512 F, BW, VBMI: Intel since Ice Lake (2019), AMD since Zen 4 (2022)
 
-#if defined(_WIN32)
-#define MARLIN_EXPORT __declspec(dllexport)
-#else
+// The library is compiled with hidden visibility; what follows is all it shows.
 #define MARLIN_EXPORT __attribute__((visibility("default")))
-#endif
 
 #ifdef __cplusplus
 extern "C" {

@@ -4,16 +4,19 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
 #include "../marlin.h"
 
+// -DMARLIN_X86=0 leaves the intrinsics out, as on any other processor.
+#ifndef MARLIN_X86
 #if defined(__x86_64__)
 #define MARLIN_X86 1
 #else
 #define MARLIN_X86 0
+#endif
 #endif
 
 namespace marlin {

@@ -103,7 +103,8 @@ MARLIN_TARGET static void multiply_tile(const float* x, int64_t x_stride, const 
     for (int k = 0; k < MARLIN_TILE_K; ++k) {
       const Floats w0 = load_floats(w + k * kTileN + c), w1 = load_floats(w + k * kTileN + c + kWidth);
       for (int m = 0; m < rows; ++m) {
-        const float a = x[m * x_stride + k];
+        float a;
+        std::memcpy(&a, x + m * x_stride + k, sizeof a);
         sum[m][0] += a * w0;
         sum[m][1] += a * w1;
       }
@@ -152,8 +153,9 @@ MARLIN_TARGET static void dequantize(const Layer& layer, uint16_t* out, int64_t 
     for (int64_t column = begin; column < end; ++column) {
       tile_weights<format>(layer, row, column, scales.tile(column), w);
       for (int k = 0; k < MARLIN_TILE_K; ++k) {
-        uint16_t* to = out + (MARLIN_TILE_K * row + k) * layer.n + kTileN * column;
-        for (int c = 0; c < kTileN; ++c) to[c] = half_bits(w[k * kTileN + c]);
+        uint16_t halves[kTileN];
+        for (int c = 0; c < kTileN; ++c) halves[c] = half_bits(w[k * kTileN + c]);
+        std::memcpy(out + (MARLIN_TILE_K * row + k) * layer.n + kTileN * column, halves, sizeof halves);
       }
     }
   }
