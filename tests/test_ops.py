@@ -127,6 +127,12 @@ def test_unaligned_and_read_only_memory(isa: str) -> None:
     np.testing.assert_array_equal(
         ops.dequantize_gptq(inside, odd_scales, isa=isa), twin(repack.dequantize_gptq, qweight, scales)
     )
+    x, y = np.ones((3, K), np.float32), np.zeros((3, N), np.float32)
+    odd_x = np.frombuffer(b"?" + x.tobytes(), dtype=np.float32, offset=1).reshape(3, K)
+    odd_y = np.zeros(y.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(3, N)
+    ops.matmul_gptq(x, qweight, scales, y, rows_per_group=K, isa=isa)
+    ops.matmul_gptq(odd_x, inside, odd_scales, odd_y, rows_per_group=K, isa=isa)
+    np.testing.assert_array_equal(odd_y, y)
 
 
 @every_isa
