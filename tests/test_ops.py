@@ -291,7 +291,9 @@ def test_the_twin_is_used_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     qweight, scales = random_words(16, 128), random_scales(1, 128)
     s = layout.permute_scales(scales)
     expected_B, expected_W = twin(repack.gptq_to_marlin, qweight), twin(repack.dequantize_gptq, qweight, scales)
-    for value, native in [("1", False), ("0", ops.native_available()), ("", ops.native_available())]:
+    monkeypatch.delenv(ops.NO_NATIVE, raising=False)
+    built = ops.native_available()
+    for value, native in [("1", False), ("0", built), ("", built)]:
         monkeypatch.setenv(ops.NO_NATIVE, value)
         assert ops.native_available() == native
         out = np.empty_like(expected_B)
