@@ -13,7 +13,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -41,6 +41,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 OTHER_WEIGHT_SUFFIXES = (".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".mlmodel", ".npz")
 INDEX_SUFFIX = ".safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", INDEX_SUFFIX, ".bin.index.json", *PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES)
+
+#: The first bytes of what Git leaves in place of a large file that was not fetched.
+_LFS_POINTER = b"version "
 
 #: Anything that `os.preadv` can fill: a writable, C-contiguous numpy array.
 Buffer: TypeAlias = "npt.NDArray[Any]"
@@ -109,7 +112,7 @@ class Checkpoint:
         missing = sorted(set(index or ()) - set(found))
         if index and missing:
             raise SourceError(
-                f"{self.folder}: the index names {missing[0]} in {index[missing[0]]}, which does not hold it"
+                f"{self.folder}: the index names {missing[0]!r} in {index[missing[0]]}, which does not hold it"
                 f"{f' ({len(missing)} such tensors)' if len(missing) > 1 else ''}; "
                 "the download is incomplete or damaged."
             )
@@ -171,10 +174,8 @@ def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
     prefix = os.pread(fd, 8, 0)
     if len(prefix) < 8:
         raise damaged(f"it has {size} bytes, too few for a header")
-    if prefix.startswith(b"version "):
-        raise SourceError(
-            f"{path}: this is a Git LFS pointer, not the weights; run `git lfs pull` in the source first."
-        )
+    if prefix == _LFS_POINTER:
+        raise _lfs_pointer(path)
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER_BYTES or 8 + length > size:
         raise damaged(f"its header claims {length} bytes and the file has {size}")
@@ -185,7 +186,7 @@ def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
             raise damaged("its header cannot be read to the end")
         raw += part
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
+        header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)  # from bytes, json takes UTF-16 as well
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:
@@ -194,16 +195,22 @@ def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
 
     data_start, tensors = 8 + length, []
     for name, entry in header.items():
+        if not name.isprintable():  # no exporter writes such a name, and a message could not show it
+            raise damaged(f"the tensor name {name!r} holds characters that cannot be printed")
         try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            numbers = (*shape, begin, end)
-            if any(type(n) is not int or n < 0 for n in numbers):
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if not isinstance(dtype, str) or not isinstance(shape, list):
+                raise TypeError
+            if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise damaged(f"the header entry of {name} is malformed") from None
         if dtype not in DTYPE_BITS:
             raise damaged(f"{name} has the unknown dtype {dtype!r}")
-        if end < begin or end - begin != tensor_bytes(dtype, shape):
+        if math.prod(shape) * DTYPE_BITS[dtype] % 8:
+            raise damaged(f"{name} ({dtype} {shape}) does not end at a whole byte")
+        shape = tuple(shape)
+        if end - begin != tensor_bytes(dtype, shape):
             raise damaged(f"{name} ({dtype} {list(shape)}) takes {tensor_bytes(dtype, shape)} bytes, not {end - begin}")
         tensors.append(Tensor(name, dtype, shape, file, data_start + begin, end - begin))
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
@@ -241,9 +248,18 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _lfs_pointer(path: Path) -> SourceError:
+    return SourceError(
+        f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull` in the source first."
+    )
+
+
+def _read_json(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        if raw.startswith(_LFS_POINTER):
+            raise _lfs_pointer(path)
+        value = json.loads(raw, object_pairs_hook=pairs_hook)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
@@ -269,9 +285,10 @@ def _weight_files(
             )
         return _indexed_files(folder, preferred if preferred in indexes else indexes[0], names)
     for config in configs.values():
-        base = config.get("model_file_base_name")
-        if isinstance(base, str) and f"{base}.safetensors" in files:
-            return [f"{base}.safetensors"], None
+        for holder in (config, config.get("quantization_config")):
+            base = holder.get("model_file_base_name") if isinstance(holder, dict) else None
+            if isinstance(base, str) and f"{base}.safetensors" in files:
+                return [f"{base}.safetensors"], None
     if not files:
         raise _no_safetensors(folder, names)
     _require_all_parts(folder, files)
@@ -279,16 +296,16 @@ def _weight_files(
 
 
 def _indexed_files(folder: Path, index: str, names: list[str]) -> tuple[list[str], dict[str, str]]:
-    weight_map = _read_json(folder / index).get("weight_map")
+    weight_map = _read_json(folder / index, _unique_keys).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{folder / index}: it has no weight_map; fetch or export it again.")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not _stays_inside(file):
             raise SourceError(
-                f"{folder / index}: {tensor} points to {file!r}, outside the folder; this index is refused."
+                f"{folder / index}: {tensor!r} points to {file!r}, outside the folder; this index is refused."
             )
         if not file.endswith(".safetensors"):
-            raise SourceError(f"{folder / index}: {tensor} points to {file!r}, which is not a safetensors file.")
+            raise SourceError(f"{folder / index}: {tensor!r} points to {file!r}, which is not a safetensors file.")
     files = sorted(set(weight_map.values()))
     missing = [f for f in files if f not in names]
     if missing:
@@ -306,20 +323,24 @@ def _stays_inside(name: str) -> bool:
 
 def _require_all_parts(folder: Path, files: list[str]) -> None:
     """Without an index, `x-00002-of-00003.safetensors` tells that 1 and 3 must be there too."""
-    parts: dict[tuple[str, int], set[int]] = {}
+    parts: dict[tuple[str, str], set[int]] = {}
     for file in files:
-        match = re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.safetensors", file)
+        match = re.fullmatch(r"(.*)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors", file)
         if match:
-            parts.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+            parts.setdefault((match[1], match[3]), set()).add(int(match[2]))
     for (base, count), seen in parts.items():
-        if len(seen) < count:
-            raise SourceError(f"{folder}: {len(seen)} of the {count} parts of {base} are there; complete the download.")
+        first = 0 if 0 in seen else 1
+        missing = next((i for i in range(first, first + int(count)) if i not in seen), None)
+        if missing is not None:
+            file = f"{base}-{missing:0{len(count)}d}-of-{count}.safetensors"
+            raise SourceError(f"{folder}: {file} is missing, and its neighbours are there; complete the download.")
 
 
 def _no_safetensors(folder: Path, names: list[str]) -> Exception:
-    if any(n.endswith((".gguf", ".ggml")) for n in names):
+    ggufs = [n for n in names if n.endswith((".gguf", ".ggml"))]
+    if ggufs:
         return UnsupportedError(
-            f"{folder}: a GGUF checkpoint, which has nothing to repack; a GPTQ checkpoint is needed."
+            f"{folder}: a GGUF checkpoint ({ggufs[0]}), which has nothing to repack; a GPTQ checkpoint is needed."
         )
     pickles = [n for n in names if n.endswith(PICKLE_SUFFIXES)]
     if pickles:
