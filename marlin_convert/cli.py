@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import __version__
+from .config import QUANT_METHODS
 from .errors import EXIT_CODES, MarlinConvertError, VerificationError
 
 if TYPE_CHECKING:
@@ -73,7 +76,7 @@ def source_options(command: F) -> F:
     )(command)
     command = click.option("--revision", help="Branch, tag or commit of a Hub source.")(command)
     return click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", callback=_device,
         help="Where to compute. Converting needs no GPU; auto takes one of capability 8.0 or newer if there is one.",
     )(command)  # fmt: skip
 
@@ -81,7 +84,7 @@ def source_options(command: F) -> F:
 def writing_options(command: F) -> F:
     """The options of the commands that write a checkpoint."""
     command = click.option(
-        "--quant-method", type=click.Choice(["gptq", "marlin"]), default="gptq", show_default=True,
+        "--quant-method", type=click.Choice(QUANT_METHODS), default=QUANT_METHODS[0], show_default=True,
         help="quant_method in the result's config: gptq for vLLM ≤ 0.10.0 and AutoGPTQ, marlin for TGI.",
     )(command)  # fmt: skip
     command = click.option(
@@ -89,6 +92,14 @@ def writing_options(command: F) -> F:
         help="Largest weight file; one model.safetensors when everything fits.",
     )(command)  # fmt: skip
     return click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT.")(command)
+
+
+def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    from .device import REQUEST
+
+    if not REQUEST.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is no device; give auto, cpu, cuda or cuda:N.")
+    return value
 
 
 def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -144,7 +155,8 @@ def convert(
 
         origin, plan = plan_only(source, options)
         screen.plan(origin, plan)
-        plan.require_convertible()
+        with _said_in_json(as_json):
+            plan.require_convertible()
     elif out is not None:
         _convert(source, out, options, screen)
 
@@ -170,17 +182,23 @@ def verify(
     with screen.progress() as progress:
         report = verify_pair(source, out, options, progress)
     screen.verification(report, out)
-    if not report.ok:
-        # The table, or the JSON document, has said what differs; the exit code says it to scripts.
-        raise VerificationError(
-            "" if as_json else "the Marlin checkpoint is not equal to its source; see the table above."
-        )
+    if not report.ok and not screen.silent:
+        raise VerificationError("the Marlin checkpoint is not equal to its source; see the table above.")
+    with _said_in_json(as_json):
+        report.require_ok()
 
 
 @cli.command()
 @click.argument("out", required=False, type=click.Path(path_type=Path), default=Path("demo-out"))
 @writing_options
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda|cuda:N",
+    callback=_device,
+    help="Where to compute.",
+)
 @output_options
 def demo(
     out: Path,
@@ -216,6 +234,17 @@ def _convert(source: str, out: Path, options: Options, screen: Screen) -> None:
     screen.report(report)
 
 
+@contextlib.contextmanager
+def _said_in_json(as_json: bool) -> Iterator[None]:
+    """With --json, the one document that was printed has named the problems: the exit code is all that is left."""
+    try:
+        yield
+    except MarlinConvertError as error:
+        if as_json:
+            raise type(error)("") from None
+        raise
+
+
 def _options(**settings: Any) -> Options:
     from .convert import Options
 
@@ -231,8 +260,11 @@ def _screen(as_json: bool, quiet: bool, verbose: bool) -> Screen:
 def main(args: list[str] | None = None) -> None:
     """The program: runs `cli`, and turns every way of ending into one clear line and a documented exit code."""
     arguments = sys.argv[1:] if args is None else args
-    for name in ("SIGTERM", "SIGHUP"):  # end like Ctrl-C does: stop, clean up, say so
-        signal.signal(getattr(signal, name), _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end like Ctrl-C does: stop, clean up, say so
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal or a file name that is not UTF-8 is no reason to fail
     try:
         cli.main(args=arguments, prog_name="marlin-convert", standalone_mode=False)
         sys.stdout.flush()

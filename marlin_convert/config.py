@@ -46,6 +46,9 @@ _AUTO_ROUND_METHODS = {"auto-round", "auto_round", "autoround", "intel/auto-roun
 _GPTQ_FORMATS = {"gptq", "gptq_v2", "marlin"}
 _AWQ_FORMATS = {"gemm", "gemv", "gemv_fast"}
 
+#: What a result's quant_method may be: "gptq" for vLLM ≤ 0.10.0, AutoGPTQ and candle-vllm, "marlin" for TGI.
+QUANT_METHODS = ("gptq", "marlin")
+
 
 @dataclass(frozen=True)
 class GPTQSettings:

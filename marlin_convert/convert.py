@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import threading
 import time
@@ -18,7 +19,7 @@ from . import __version__, ops
 from .checkpoint import Checkpoint, Tensor
 from .config import marlin_model_config, marlin_settings
 from .device import Device, pick_device
-from .errors import MarlinConvertError, OutputError, UnsupportedError
+from .errors import MarlinConvertError, OutputError, SourceError, UnsupportedError
 from .hub import Source, fetch
 from .layout import PACK_FACTOR, TILE_K, permute_scales, unpermute_scales
 from .plan import Layer, Plan, make_plan, span
@@ -270,7 +271,13 @@ def copy_extra_files(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _bytes_needed(checkpoint: Checkpoint, plan: Plan) -> int:
-    small = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.extra_files)
+    small = 0
+    for path in (checkpoint.folder / name for name in checkpoint.extra_files):
+        if not path.is_file() or not os.access(path, os.R_OK):
+            raise SourceError(
+                f"{path}: it cannot be read (a broken link, a pipe, or no permission); remove or mend it."
+            )
+        small += path.stat().st_size
     return plan.bytes_out + small + (16 << 20)  # headers, index, reports, and the file system's own needs
 
 

@@ -16,6 +16,9 @@ from .errors import DeviceError
 #: The lowest compute capability (major, minor) that Marlin's kernels run on.
 MIN_CAPABILITY = (8, 0)
 
+#: What --device takes.
+REQUEST = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
+
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 
@@ -78,7 +81,7 @@ def pick_device(request: str) -> Device:
     Raises DeviceError when CUDA was asked for and there is none, or when the GPU that would be used is older than
     compute capability 8.0; the message gives the way out.
     """
-    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", request)
+    match = REQUEST.fullmatch(request)
     if not match:
         raise DeviceError(f"{request!r} is no device; give auto, cpu, cuda or cuda:N.")
     if request == "cpu":
@@ -94,9 +97,8 @@ def pick_device(request: str) -> Device:
     if match[1] is not None:
         index = int(match[1])
         if index >= len(devices):
-            raise DeviceError(
-                f"--device {request}: there are {len(devices)} GPUs, numbered from 0; choose one, or --device cpu."
-            )
+            there = "there is one GPU, cuda:0" if len(devices) == 1 else f"the last GPU is cuda:{len(devices) - 1}"
+            raise DeviceError(f"--device {request}: {there}; choose one that is there, or --device cpu.")
         chosen = devices[index]
     else:
         chosen = next((d for d in devices if d.suits_marlin), devices[0])

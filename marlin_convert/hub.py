@@ -34,7 +34,8 @@ def fetch(
     if path.is_dir():
         if revision:
             raise SourceError(f"{source} is a folder; --revision applies to a Hub id only.")
-        return Source(path, path.resolve().name)
+        name = os.fsencode(path.resolve().name).decode(errors="replace")  # a name on disk may be any bytes
+        return Source(path, name)
     if path.exists():
         raise SourceError(f"{source} is a file; give the folder that holds the checkpoint.")
     looks_local = source.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(source) or source.count("/") > 1
@@ -45,7 +46,11 @@ def fetch(
 
 def _download(repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None) -> Source:
     from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the httpx that it is built on
 
+    token = (token or "").strip() or None
+    if token and not (token.isascii() and token.isprintable()):
+        raise HubError("the token is none: it holds characters that no token has.")
     unwanted = [f"*{suffix}" for suffix in (*PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES)]
     try:
         folder = Path(
@@ -65,28 +70,28 @@ def _download(repo_id: str, revision: str | None, token: str | None, cache_dir: 
         raise HubError(
             f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit that it has."
         ) from None
-    except errors.LocalEntryNotFoundError:
-        offline = constants.HF_HUB_OFFLINE
-        raise HubError(
-            f"{repo_id}: "
-            + (
-                "offline mode is on (HF_HUB_OFFLINE) and the cache does not hold it"
-                if offline
-                else "the Hub cannot be reached and the cache does not hold it"
-            )
-            + "; try again with a network connection."
-        ) from None
-    except errors.HfHubHTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", "an error")
-        raise HubError(f"{repo_id}: the Hub answered {status}; try again later.") from None
     except errors.HFValidationError:
         raise SourceError(f"{repo_id}: neither a folder nor a Hub id.") from None
-    except OSError as error:
-        raise HubError(
-            f"{repo_id}: the download failed: {error.strerror or type(error).__name__}; run it again to resume."
-        ) from None
+    except (errors.LocalEntryNotFoundError, HTTPError, OSError) as error:
+        raise HubError(f"{repo_id}: {_why(error, constants.HF_HUB_OFFLINE)}") from None
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
     return Source(folder, repo_id, commit)
+
+
+def _why(error: Exception, offline: bool) -> str:
+    """What stopped a download, from the error that huggingface_hub gave or the one that it came from."""
+    for cause in (error, error.__cause__):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in (401, 403):
+            return f"the Hub refuses access ({status}); log in with `hf auth login`, or give another --token."
+        if status is not None:
+            return f"the Hub answered {status}; try again later."
+    if isinstance(error, FileNotFoundError):  # huggingface_hub's LocalEntryNotFoundError
+        where = "offline mode is on (HF_HUB_OFFLINE)" if offline else "the Hub cannot be reached"
+        part = "holds only a part of it" if "Incomplete" in type(error).__name__ else "does not hold it"
+        return f"{where} and the cache {part}; try again with a network connection."
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return f"the download failed: {reason}; run it again to resume."
 
 
 def quiet() -> None:

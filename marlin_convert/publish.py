@@ -1,11 +1,15 @@
 """Writing the output so that it appears complete or not at all.
 
-    with new_folder(out) as folder:      # a hidden sibling of `out`, locked by this process
+    with new_folder(out) as folder:      # inside a hidden sibling of `out`, locked by this process
         with Shards(...) as shards: ...  # headers first, then every byte range at its planned offset
     # here: all files fsynced, and `out` is there, by one rename
 
-A run that fails or is interrupted removes its hidden folder; one that is killed leaves it behind, without its
-lock, and the next run to the same place clears it.
+    .out.marlin-convert-x1y2z3.tmp/      the hidden sibling, as long as the run lasts
+        .lock                            held by the run; free when the run was killed
+        new/                             what becomes `out`; with --force, then what was there before
+
+A run that fails or is interrupted removes its hidden folder; one that is killed leaves it behind, unlocked, and
+the next run to the same place clears it.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from .errors import OutputError
 #: The report that every finished output holds; also what tells that a folder may be replaced by --force.
 REPORT_FILE = "marlin_convert.json"
 _LOCK_FILE = ".lock"
+_NEW = "new"
+_REPLACED = "replaced"  # where an earlier result waits while the new one takes its place
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -44,39 +50,47 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     Raises OutputError when `out` is taken or its parent is not writable.
     """
     check_free(out, force=force)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(out)
-        temporary = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".tmp", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"{out.parent}: cannot be written to: {error.strerror}; choose another place.") from None
-    try:
-        lock = os.open(temporary / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    with contextlib.ExitStack() as cleaning:
         try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(out)
+            hidden = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".tmp", dir=out.parent))
+            folder = hidden / _NEW
+            lock = os.open(hidden / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            cleaning.callback(os.close, lock)
+            cleaning.callback(_remove, hidden)
             fcntl.flock(lock, fcntl.LOCK_EX)
-            temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 is for secrets, and this is none
-            yield temporary
-            sync_tree(temporary)
+            folder.mkdir()
+        except OSError as error:
+            raise OutputError(f"{out.parent}: cannot be written to: {error.strerror}; choose another place.") from None
+        try:
+            yield folder
+            sync_tree(folder)
             check_free(out, force=force)  # it may have appeared while the work went on
-            (temporary / _LOCK_FILE).unlink()
-            _swap_in(temporary, out)
-        finally:
-            os.close(lock)
-    except OSError as error:
-        raise OutputError(
-            f"{error.filename or out}: writing failed: {error.strerror}; nothing was left behind."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _swap_in(folder, out)
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or out}: writing failed: {error.strerror or error}; nothing was left behind."
+            ) from None
 
 
 def check_free(out: Path, *, force: bool) -> None:
     """Raise OutputError unless `out` does not exist, is an empty folder, or may be replaced."""
+    if out.name in ("", ".."):
+        raise OutputError(f"{out}: give the new folder a name of its own.")
     if not os.path.lexists(out):
         return
-    if not out.is_dir() or out.is_symlink():
+    if out.is_symlink():
+        raise OutputError(f"{out}: it is a symbolic link; choose another name.")
+    if not out.is_dir():
         raise OutputError(f"{out}: it exists and is not a folder; choose another name.")
-    if not any(out.iterdir()):
+    if os.path.ismount(out):
+        raise OutputError(f"{out}: nothing can be renamed to a mount point; choose a folder inside it.")
+    try:
+        empty = not any(out.iterdir())
+    except OSError as error:
+        raise OutputError(f"{out}: it exists and cannot be read: {error.strerror}; choose another name.") from None
+    if empty:
         return
     if not force:
         raise OutputError(f"{out}: it exists already; choose another name, or replace it with --force.")
@@ -91,24 +105,32 @@ def clear_leftovers(out: Path) -> list[Path]:
     """Remove the hidden folders that killed runs to `out` left behind; those of runs still alive are locked."""
     removed = []
     prefix = _prefix(out)
-    for folder in [f for f in out.parent.iterdir() if f.name.startswith(prefix) and f.suffix == ".tmp"]:
+    for hidden in [f for f in out.parent.iterdir() if f.name.startswith(prefix) and f.suffix == ".tmp"]:
         try:
-            lock = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:  # killed before it had a lock, or after the result was complete but not yet in place
-            if _age_seconds(folder) > 60:
-                shutil.rmtree(folder, ignore_errors=True)
-                removed.append(folder)
+            lock = os.open(hidden / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:  # about to get its lock, or killed just before
+            if _age_seconds(hidden) > 60:
+                _remove(hidden)
+                removed.append(hidden)
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             continue
         else:
-            shutil.rmtree(folder, ignore_errors=True)
-            removed.append(folder)
+            if (hidden / _REPLACED).is_dir() and not os.path.lexists(out):
+                (hidden / _REPLACED).rename(out)  # killed between the two renames of `_exchange`
+            _remove(hidden)
+            removed.append(hidden)
         finally:
             os.close(lock)
     return removed
+
+
+def _remove(hidden: Path) -> None:
+    """Remove a hidden folder, its lock last: if this is killed too, the next run still knows what it finds."""
+    for folder in (hidden / _NEW, hidden / _REPLACED, hidden):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -150,18 +172,12 @@ def _age_seconds(path: Path) -> float:
         return 0.0
 
 
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _swap_in(temporary: Path, out: Path) -> None:
-    """Rename `temporary` to `out`; a folder at `out` is exchanged in one step and then removed by the caller."""
+def _swap_in(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; a folder at `out` is exchanged in one step, and the caller then removes it."""
     if out.is_dir() and any(out.iterdir()):
-        _exchange(temporary, out)
+        _exchange(folder, out)
     else:
-        temporary.rename(out)
+        folder.rename(out)
     fd = os.open(out.parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -169,17 +185,20 @@ def _swap_in(temporary: Path, out: Path) -> None:
         os.close(fd)
 
 
-def _exchange(a: Path, b: Path) -> None:
-    """Swap two folders, so that `b` is there at every moment (renameat2 with RENAME_EXCHANGE, Linux ≥ 3.15)."""
+def _exchange(folder: Path, out: Path) -> None:
+    """Swap two folders, so that `out` is there at every moment (renameat2 with RENAME_EXCHANGE, Linux ≥ 3.15)."""
     at_fdcwd, rename_exchange = -100, 2
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 and renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0:
+    if renameat2 and renameat2(at_fdcwd, os.fsencode(folder), at_fdcwd, os.fsencode(out), rename_exchange) == 0:
         return
     # A file system without it (some network and FUSE mounts): two renames, the old result kept until the new is there.
-    old = a.with_name(a.name + ".old")
-    b.rename(old)
-    a.rename(b)
-    old.rename(a)
+    replaced = folder.with_name(_REPLACED)
+    out.rename(replaced)
+    try:
+        folder.rename(out)
+    except BaseException:
+        replaced.rename(out)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------

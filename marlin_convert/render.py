@@ -16,11 +16,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as RichBars
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from . import hub
 from .plan import Plan, plan_as_dict, span
@@ -38,20 +47,36 @@ PLAIN_INTERVAL = 5.0
 SHORT_TABLE = 12
 
 
+class LayerColumn(ProgressColumn):
+    """The layer at hand, in what room the other columns leave: the end of its name, which tells most."""
+
+    class Tail:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            room = options.max_width
+            yield Text(self.name if len(self.name) <= room else "…" + self.name[len(self.name) + 1 - room :], "dim")
+
+    def render(self, task: Task) -> Tail:
+        return self.Tail(task.fields["layer"])
+
+
 class Bars(Progress):
-    """A live bar: bytes, rate, time left, layers, and the layer at hand."""
+    """A live bar on one line: bytes, rate, time left, layers, and the layer at hand."""
 
     def __init__(self, console: Console) -> None:
         self._bars = RichBars(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=10 if console.width < 100 else 24, table_column=Column(no_wrap=True)),
+            DownloadColumn(table_column=Column(no_wrap=True)),
+            TransferSpeedColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[layers]} layers"),
-            TextColumn("[dim]{task.fields[layer]}", table_column=None),
+            LayerColumn(table_column=Column(no_wrap=True, ratio=1)),
             console=console,
             transient=True,
+            expand=True,
         )
         self._lock = threading.Lock()
 
@@ -64,9 +89,7 @@ class Bars(Progress):
         with self._lock:
             self._done += done
             self._layer = layer or self._layer
-            self._bars.update(
-                self._task, advance=nbytes, layers=f"{self._done}/{self._layers}", layer=escape(self._layer)
-            )
+            self._bars.update(self._task, advance=nbytes, layers=f"{self._done}/{self._layers}", layer=self._layer)
 
     def end(self) -> None:
         self._bars.remove_task(self._task)
@@ -141,11 +164,11 @@ class Screen:
 
     def _say(self, text: str = "") -> None:
         if not self.silent:
-            self.out.print(text, markup=True)
+            self.out.print(text, markup=True, soft_wrap=True)
 
     def _json(self, value: dict[str, Any]) -> None:
         if self.as_json:
-            print(json.dumps(value, indent=2, ensure_ascii=False))
+            print(json.dumps(value, indent=2))
 
     def start(self, source: str, options: Options) -> None:
         from . import ops
@@ -233,7 +256,7 @@ class Screen:
         for heading, justify in (
             ("layer", "left"),
             ("K x N", "left"),
-            ("codes and scales", "left"),
+            ("exact", "left"),
             ("max error", "right"),
             ("relative", "right"),
         ):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from . import ops
 from .checkpoint import Checkpoint, Tensor
-from .config import find_configs
+from .config import QUANT_METHODS, find_configs
 from .device import Device
 from .errors import VerificationError
 from .layout import PACK_FACTOR, TILE_K, unpermute_scales
@@ -73,12 +73,13 @@ class Verification:
 
     @property
     def worst(self) -> float:
-        """The largest relative error of all layers."""
-        return max((x.relative_error for x in self.layers if x.relative_error is not None), default=0.0)
+        """The largest relative error of all layers; NaN if one of them is."""
+        return _largest([x.relative_error for x in self.layers])
 
     @property
     def max_error(self) -> float:
-        return max((x.max_error for x in self.layers if x.max_error is not None), default=0.0)
+        """The largest absolute error of all layers; NaN if one of them is."""
+        return _largest([x.max_error for x in self.layers])
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -87,10 +88,13 @@ class Verification:
             "tolerance": TOLERANCE,
             "layers_checked": len(self.layers),
             "tensors_equal": self.tensors_equal,
-            "worst_relative_error": self.worst,
-            "max_error": self.max_error,
+            "worst_relative_error": _json_number(self.worst),
+            "max_error": _json_number(self.max_error),
             "problems": self.problems,
-            "layers": [{**asdict(layer), "ok": layer.ok} for layer in self.layers],
+            "layers": [
+                {key: _json_number(value) for key, value in asdict(layer).items()} | {"ok": layer.ok}
+                for layer in self.layers
+            ],
         }
 
     def require_ok(self) -> None:
@@ -103,6 +107,15 @@ class Verification:
         if count > len(lines):
             lines.append(f"  - and {count - len(lines)} more")
         raise VerificationError("the Marlin checkpoint is not equal to its source:\n" + "\n".join(lines))
+
+
+def _largest(errors: list[float | None]) -> float:
+    return float(np.max([x for x in errors if x is not None], initial=0.0))  # np.max keeps a NaN, max may lose it
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN and no infinity: "nan" and "inf" then."""
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
 class Product(Protocol):
@@ -266,5 +279,7 @@ def _check_config(report: Verification, plan: Plan, source: Checkpoint, result: 
             report.problems.append(f"{file} has no quantization settings")
     for where, config in found.items():
         wrong = [f"{k} is {config.get(k)!r}, not {v!r}" for k, v in required.items() if config.get(k) != v]
+        if config.get("quant_method") not in QUANT_METHODS:
+            wrong.append(f"quant_method is {config.get('quant_method')!r}, not {' or '.join(QUANT_METHODS)}")
         if wrong:
             report.problems.append(f"{where}: {', '.join(wrong)}")
