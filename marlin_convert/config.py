@@ -46,6 +46,11 @@ _AUTO_ROUND_METHODS = {"auto-round", "auto_round", "autoround", "intel/auto-roun
 _GPTQ_FORMATS = {"gptq", "gptq_v2", "marlin"}
 _AWQ_FORMATS = {"gemm", "gemv", "gemv_fast"}
 
+#: What a `dynamic` rule can change for the layers that it matches.
+_PER_LAYER = ("bits", "group_size", "sym", "desc_act")
+#: Where the source's files contradict each other on one of these, none of them is believed.
+_CONTESTED = (*_PER_LAYER, "checkpoint_format")
+
 #: What a result's quant_method may be: "gptq" for vLLM ≤ 0.10.0, AutoGPTQ and candle-vllm, "marlin" for TGI.
 QUANT_METHODS = ("gptq", "marlin")
 
@@ -55,6 +60,7 @@ class GPTQSettings:
     """What the source's configuration says; None where it says nothing.
 
     `conflicts` names the settings on which the source's own files disagree (their value here is None).
+    `dynamic` has a source's per-layer rules in their order: pattern → what it changes.
     """
 
     bits: int | None = None
@@ -74,20 +80,11 @@ class GPTQSettings:
         layer was left unquantized and overrides nothing.
         """
         for pattern, override in self.dynamic.items():
-            negative = pattern.startswith("-:")
-            try:
-                matches = re.match(pattern.removeprefix("+:").removeprefix("-:"), name)
-            except re.error as error:
-                raise SourceError(
-                    f"the quantization config's dynamic rule {pattern!r} is not a regular expression: {error}."
-                ) from None
-            if matches:
-                if negative:
+            if re.match(_regular_expression(pattern), name):
+                if pattern.startswith("-:"):
                     return self
-                known = _normalise(override)
-                return replace(
-                    self, **{k: known[k] for k in ("bits", "group_size", "sym", "desc_act") if known.get(k) is not None}
-                )
+                left = {key: text for key, text in self.conflicts.items() if key not in override}
+                return replace(self, conflicts=left, **override)
         return self
 
 
@@ -114,16 +111,18 @@ def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
     merged: dict[str, Any] = {}
     conflicts: dict[str, str] = {}
     is_marlin = False
+    dynamic: dict[str, dict[str, Any]] = {}
     for where, raw in found.items():
         _require_gptq(where, raw)
-        known = _normalise(raw)
+        known = _normalise(where, raw)
+        dynamic = dynamic or _dynamic_rules(where, raw.get("dynamic"))
         is_marlin = is_marlin or raw.get("is_marlin_format") is True or known.get("checkpoint_format") == "marlin"
         is_marlin = is_marlin or str(known.get("quant_method", "")).lower() == "marlin"
         for key, value in known.items():
             if value is None or key in conflicts:
                 continue
             if key in merged and merged[key][0] != value:
-                if key in ("bits", "group_size", "sym", "desc_act"):
+                if key in _CONTESTED:
                     conflicts[key] = f"{merged[key][1]} says {merged[key][0]}, {where} says {value}"
                     del merged[key]
             elif key not in merged:
@@ -132,9 +131,6 @@ def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
     raw_first: dict[str, Any] = {}
     for raw in reversed(list(found.values())):  # config.json last, so that it wins
         raw_first.update(raw)
-    dynamic = raw_first.get("dynamic") or {}
-    if not isinstance(dynamic, dict):
-        raise SourceError("the quantization config's `dynamic` is not a map of rules.")
     return GPTQSettings(
         bits=values.get("bits"),
         group_size=values.get("group_size"),
@@ -142,13 +138,35 @@ def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
         desc_act=values.get("desc_act"),
         checkpoint_format=values.get("checkpoint_format"),
         is_marlin=is_marlin,
-        dynamic={k: v if isinstance(v, dict) else {} for k, v in dynamic.items()},
+        dynamic=dynamic,
         raw=raw_first,
         conflicts=conflicts,
     )
 
 
-def _normalise(raw: dict[str, Any]) -> dict[str, Any]:
+def _regular_expression(pattern: str) -> str:
+    return pattern.removeprefix("+:").removeprefix("-:")
+
+
+def _dynamic_rules(where: str, rules: object) -> dict[str, dict[str, Any]]:
+    """`dynamic` as a config has it → each rule's pattern, in order, and the settings that it changes."""
+    if rules is None or rules is False:  # GPTQModel writes null where there are none
+        return {}
+    if not isinstance(rules, dict):
+        raise SourceError(f"{where}: dynamic is {rules!r}; a map of rules was expected.")
+    parsed = {}
+    for pattern, override in rules.items():
+        try:
+            re.compile(_regular_expression(pattern))
+        except re.error as error:
+            raise SourceError(f"{where}: the dynamic rule {pattern!r} is not a regular expression: {error}.") from None
+        known = _normalise(f"{where}, dynamic rule {pattern!r}", override if isinstance(override, dict) else {})
+        parsed[pattern] = {key: known[key] for key in _PER_LAYER if known[key] is not None}
+    return parsed
+
+
+def _normalise(where: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `raw` under one name each, None where it says nothing."""
     known: dict[str, Any] = {}
     for key, names in _ALIASES.items():
         known[key] = next((raw[n] for n in names if raw.get(n) is not None), None)
@@ -159,10 +177,10 @@ def _normalise(raw: dict[str, Any]) -> dict[str, Any]:
     for key in ("bits", "group_size"):
         value = known[key]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise SourceError(f"the quantization config's {key} is {value!r}; a whole number was expected.")
+            raise SourceError(f"{where}: {key} is {value!r}; a whole number was expected.")
     for key in ("sym", "desc_act"):
         if known[key] is not None and not isinstance(known[key], bool):
-            raise SourceError(f"the quantization config's {key} is {known[key]!r}; true or false was expected.")
+            raise SourceError(f"{where}: {key} is {known[key]!r}; true or false was expected.")
     for key in ("checkpoint_format", "quant_method"):
         known[key] = None if known[key] is None else str(known[key]).lower()
     return known
@@ -179,20 +197,22 @@ def _require_gptq(where: str, raw: dict[str, Any]) -> None:
         raise UnsupportedError(f"{where}: {OTHER_METHODS[method]}; only GPTQ checkpoints can be repacked to Marlin.")
     if method in _AUTO_ROUND_METHODS:
         if packing.removeprefix("auto_round:") not in ("auto_gptq", "gptq"):
+            named = f"the packing {packing}" if packing else "a packing that it does not name"
             raise UnsupportedError(
-                f"{where}: an AutoRound checkpoint in the packing {packing or 'of its own'!r}; "
+                f"{where}: an AutoRound checkpoint in {named}; "
                 "export it with format='auto_gptq', which can be repacked."
             )
     elif method not in _GPTQ_METHODS:
         raise UnsupportedError(f"{where}: quantized with {method!r}; only GPTQ checkpoints can be repacked to Marlin.")
-    layout = _normalise(raw)["checkpoint_format"]
+    layout = _normalise(where, raw)["checkpoint_format"]
     if method not in _AUTO_ROUND_METHODS and layout is not None and layout not in _GPTQ_FORMATS:
         if layout in _AWQ_FORMATS:
             raise UnsupportedError(
                 f"{where}: an AWQ checkpoint ({layout}); only GPTQ checkpoints can be repacked to Marlin."
             )
         raise UnsupportedError(
-            f"{where}: checkpoint_format {layout!r} is not one of {', '.join(sorted(_GPTQ_FORMATS))}."
+            f"{where}: checkpoint_format {layout!r} cannot be repacked; "
+            f"{', '.join(sorted(_GPTQ_FORMATS - {'marlin'}))} can."
         )
     pack_dtype = raw.get("pack_dtype")
     if pack_dtype is not None and str(pack_dtype).removeprefix("torch.") != "int32":
@@ -205,23 +225,24 @@ def marlin_settings(source: GPTQSettings, *, group_size: int, lm_head: bool, qua
     `group_size` is 128 or -1; `lm_head` tells whether the head is quantized; `quant_method` is "gptq" (what
     vLLM ≤ 0.10.0, AutoGPTQ and candle-vllm look for) or "marlin" (what TGI turns its kernels on by).
     """
-    meta = source.raw.get("meta") if isinstance(source.raw.get("meta"), dict) else {}
+    meta = source.raw.get("meta")
+    holders = (meta if isinstance(meta, dict) else {}, source.raw)  # GPTQModel keeps the details in `meta`
+    said = {key: value for holder in holders for key, value in holder.items() if value is not None}
     result: dict[str, Any] = {
         "bits": 4,
         "group_size": group_size,
         "sym": True,
         "desc_act": False,
         "static_groups": False,
-        "true_sequential": source.raw.get("true_sequential", (meta or {}).get("true_sequential", True)),
+        "true_sequential": said.get("true_sequential", True),
         "lm_head": lm_head,
         "quant_method": quant_method,
         "checkpoint_format": "marlin",
         "is_marlin_format": True,
         "model_file_base_name": "model",
     }
-    damp = source.raw.get("damp_percent", (meta or {}).get("damp_percent"))
-    if damp is not None:
-        result["damp_percent"] = damp
+    if said.get("damp_percent") is not None:
+        result["damp_percent"] = said["damp_percent"]
     return result
 
 
