@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+#: Whether OUT can be read and written is not for click to judge: a failure there has its own exit code.
+OUT = click.Path(path_type=Path, readable=False)
+
 DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
 
 
@@ -124,7 +127,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("source")
-@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.argument("out", required=False, type=OUT)
 @click.option(
     "--verify",
     "with_verify",
@@ -163,7 +166,7 @@ def convert(
 
 @cli.command()
 @click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUT)
 @source_options
 @output_options
 def verify(
@@ -189,7 +192,7 @@ def verify(
 
 
 @cli.command()
-@click.argument("out", required=False, type=click.Path(path_type=Path), default=Path("demo-out"))
+@click.argument("out", required=False, type=OUT, default=Path("demo-out"))
 @writing_options
 @click.option(
     "--device",
