@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -31,16 +32,16 @@ def fetch(
     folder is missing, HubError when the Hub does not give the repository.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         if revision:
             raise SourceError(f"{source} is a folder; --revision applies to a Hub id only.")
         name = os.fsencode(path.resolve().name).decode(errors="replace")  # a name on disk may be any bytes
         return Source(path, name)
-    if path.exists():
+    if source and path.exists():
         raise SourceError(f"{source} is a file; give the folder that holds the checkpoint.")
     looks_local = source.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(source) or source.count("/") > 1
     if looks_local:
-        raise SourceError(f"{source}: no such folder.")
+        raise SourceError(f"{source or repr(source)}: no such folder.")
     return _download(source, revision, token, cache_dir)
 
 
@@ -72,6 +73,10 @@ def _download(repo_id: str, revision: str | None, token: str | None, cache_dir: 
         ) from None
     except errors.HFValidationError:
         raise SourceError(f"{repo_id}: neither a folder nor a Hub id.") from None
+    except (json.JSONDecodeError, errors.FileMetadataError):
+        raise HubError(
+            f"{repo_id}: what answers at {constants.ENDPOINT} is no Hub; check the proxy settings, and HF_ENDPOINT."
+        ) from None
     except (errors.LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise HubError(f"{repo_id}: {_why(error, constants.HF_HUB_OFFLINE)}") from None
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None

@@ -194,7 +194,7 @@ def test_4_unsupported(run: Callable[..., Run], tmp_path: Path) -> None:
     result = run(tmp_path / "source", tmp_path / "out")
     assert result.code == 4
     assert "2 of 2 quantized layers do not fit the original Marlin format" in result.err
-    assert f"  - 8-bit weights; the original format has 4 bits only: 2 layers, {LAYERS[1]} … {LAYERS[0]}" in result.err
+    assert f"  - 8-bit weights; the original format has 4 bits only: 2 layers, {LAYERS[1]}, {LAYERS[0]}" in result.err
     assert not (tmp_path / "out").exists()
 
 

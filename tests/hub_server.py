@@ -1,0 +1,211 @@
+"""A small Hugging Face Hub on loopback, for the real huggingface_hub client: HF_ENDPOINT=server.url.
+
+It serves what fetching needs, as the Hub does it:
+
+    GET /api/models/{id}[/revision/{r}]             what there is, and its commit
+    GET /api/models/{id}/tree/{r}                   the files, with sizes and hashes
+    HEAD, GET /{id}/resolve/{r}/{file}              ETag, X-Repo-Commit, ranges
+
+and refuses as the Hub does, with X-Error-Code. Repositories are plain objects that a test fills; `requests` keeps
+every request that came. A method that is to be added (upload) is one more row of `Handler.routes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Repository:
+    """`commits`: commit → its files; `refs`: branch or tag → commit. `members` are the tokens that may enter."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+    gated: bool = False
+    members: set[str] = field(default_factory=set)
+
+    def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
+        """Add a commit with `files`, and let `ref` name it."""
+        digest = hashlib.sha1(repr((sorted(files.items()), ref, len(self.commits))).encode()).hexdigest()
+        self.commits[digest] = files
+        self.refs[ref] = digest
+        return digest
+
+    def resolve(self, revision: str) -> str | None:
+        return revision if revision in self.commits else self.refs.get(revision)
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    token: str | None
+    range: str | None
+
+
+class Hub:
+    """The server, running while its `with` block lasts."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[Request] = []
+        #: Answers every request whose path it returns a status for.
+        self.fault: Callable[[Request], int | None] = lambda _: None
+        #: Ends the connection after so many bytes of a file, once.
+        self.cut_after: int | None = None
+        handler = type("BoundHandler", (Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def add(self, repo_id: str, folder: Path, **rules: Any) -> Repository:
+        """A repository with the files of `folder` as its first commit."""
+        repository = self.repositories[repo_id] = Repository(**rules)
+        repository.commit({p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
+        return repository
+
+    def fetched(self) -> set[str]:
+        """Names of the files that were downloaded."""
+        paths = [unquote(r.path) for r in self.requests if r.method == "GET" and "/resolve/" in r.path]
+        return {path.split("/resolve/")[1].split("/", 1)[1] for path in paths}
+
+    def __enter__(self) -> Hub:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class Refusal(Exception):
+    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+        self.status, self.code, self.message = status, code, message
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    # Group names are the arguments. A repository's id is `name` or `owner/name`.
+    routes: ClassVar[list[tuple[str, str, str]]] = [
+        ("GET", r"/api/models/(?P<repo_id>[^/]+(/[^/]+)?)/tree/(?P<revision>[^/]+)(/(?P<folder>.*))?", "tree"),
+        ("GET", r"/api/models/(?P<repo_id>[^/]+(/[^/]+)?)/revision/(?P<revision>[^/]+)", "info"),
+        ("GET", r"/api/models/(?P<repo_id>[^/]+(/[^/]+)?)", "info"),
+        ("HEAD|GET", r"/(?P<repo_id>[^/]+(/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", "file"),
+    ]
+
+    def answer(self) -> None:
+        header = self.headers.get("Authorization") or ""
+        token = header.removeprefix("Bearer ") or None
+        request = Request(self.command, urlsplit(self.path).path, token, self.headers.get("Range"))
+        self.hub.requests.append(request)
+        try:
+            if status := self.hub.fault(request):
+                raise Refusal(status)
+            for methods, pattern, name in self.routes:
+                if self.command in methods.split("|") and (match := re.fullmatch(pattern, request.path)):
+                    arguments = {k: unquote(v) for k, v in match.groupdict().items() if v is not None}
+                    getattr(self, name)(request, **arguments)
+                    return
+            raise Refusal(404)
+        except Refusal as refusal:
+            headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
+            self.send(refusal.status, b"", {k: v for k, v in headers.items() if v})
+
+    do_GET = do_HEAD = answer
+
+    def repository(self, request: Request, repo_id: str) -> Repository:
+        """Who may not enter a private repository is told that there is none."""
+        repository = self.hub.repositories.get(repo_id)
+        if repository is None or (repository.private and request.token not in repository.members):
+            raise Refusal(401 if request.token is None else 404, "RepoNotFound", "Repository not found")
+        return repository
+
+    def commit(self, repository: Repository, revision: str) -> str:
+        commit = repository.resolve(revision)
+        if commit is None:
+            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return commit
+
+    def info(self, request: Request, repo_id: str, revision: str = "main") -> None:
+        repository = self.repository(request, repo_id)
+        commit = self.commit(repository, revision)
+        files = [{"rfilename": name} for name in repository.commits[commit]]
+        self.send_json({
+            "id": repo_id, "modelId": repo_id, "sha": commit, "private": repository.private,
+            "gated": "manual" if repository.gated else False, "tags": [], "downloads": 0, "likes": 0, "siblings": files,
+        })  # fmt: skip
+
+    def tree(self, request: Request, repo_id: str, revision: str, folder: str = "") -> None:
+        repository = self.repository(request, repo_id)
+        files = repository.commits[self.commit(repository, revision)]
+        entries = []
+        for name, data in files.items():
+            entry = {"type": "file", "path": name, "size": len(data), "oid": blob_id(data)}
+            if name.endswith(".safetensors"):  # the Hub keeps weights as LFS objects
+                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+            entries.append(entry)
+        self.send_json([e for e in entries if str(e["path"]).startswith(folder)])
+
+    def file(self, request: Request, repo_id: str, revision: str, file: str) -> None:
+        repository = self.repository(request, repo_id)
+        if repository.gated and request.token not in repository.members:
+            raise Refusal(
+                401 if request.token is None else 403, "GatedRepo", f"Access to model {repo_id} is restricted"
+            )
+        commit = self.commit(repository, revision)
+        data = repository.commits[commit].get(file)
+        if data is None:
+            raise Refusal(404, "EntryNotFound", "Entry not found")
+        etag = hashlib.sha256(data).hexdigest() if file.endswith(".safetensors") else blob_id(data)
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if file.endswith(".safetensors"):
+            headers |= {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "")
+        if match is None:
+            self.send(200, data, headers)
+            return
+        begin, end = int(match[1]), min(int(match[2] or len(data)) + 1, len(data))
+        self.send(206, data[begin:end], {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"})
+
+    def send_json(self, value: object) -> None:
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        cut = self.hub.cut_after
+        if cut is not None and len(body) > cut and "/resolve/" in self.path:
+            self.hub.cut_after = None
+            self.wfile.write(body[:cut])
+            self.close_connection = True
+            return
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: `Hub.requests` keeps what came."""
+
+
+def blob_id(data: bytes) -> str:
+    """git's name for a file."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

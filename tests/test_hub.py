@@ -1,0 +1,285 @@
+"""Sources on the Hub, fetched by the real huggingface_hub from a server on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from gptq import Source, two_layers, write_source
+from hub_server import Hub, Request
+
+from marlin_convert.errors import SourceError
+from marlin_convert.hub import fetch
+
+REPO = "someone/model-gptq"
+SECRET = "hf_SECRETXYZ"
+#: Beside the weights: what travels, and what is never fetched.
+EXTRA = {"tokenizer.json": "{}", "LICENSE": "free", "assets/logo.txt": "logo"}
+UNWANTED = {"pytorch_model.bin": "pickle", "old/consolidated.00.pth": "pickle", "model.Q4_K_M.gguf": "GGUF"}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture
+def online(hub: Hub, run: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
+    """Run the program with `hub` as the Hub, a cache of its own, and no token of the user's."""
+
+    def online(*args: object, env: dict[str, str] | None = None) -> Run:
+        result = run(
+            *args,
+            env={"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "", "NO_PROXY": "*", **(env or {})},
+        )
+        assert SECRET not in result.out + result.err
+        return result
+
+    return online
+
+
+@pytest.fixture
+def repository(hub: Hub, tmp_path: Path) -> Source:
+    """A checkpoint in the repository REPO; the folder it came from is not there any more."""
+    source = write_source(tmp_path / "upload", extra={**EXTRA, **UNWANTED}, shards=2)
+    hub.add(REPO, source.folder)
+    shutil.rmtree(source.folder)
+    return source
+
+
+def refusal(result: Run) -> str:
+    """The message of a refusal: exit code 8, one sentence on one line, no traceback."""
+    assert (result.code, result.out) == (8, ""), result.err
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.startswith("marlin-convert: ")
+    return result.err.removeprefix("marlin-convert: ").rstrip("\n")
+
+
+def test_a_conversion(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    result = online(REPO, tmp_path / "out", "--verify", "--device", "cpu")
+    assert result.code == 0, result.err
+    assert "2 of 2 layers exactly equal, 3 other tensors byte for byte" in result.out
+    report = json.loads((tmp_path / "out" / "marlin_convert.json").read_text())
+    assert (report["source"], report["source_commit"]) == (REPO, hub.repositories[REPO].refs["main"])
+    for name, text in EXTRA.items():
+        assert (tmp_path / "out" / name).read_text() == text
+        assert not (tmp_path / "out" / name).is_symlink()  # as the cache's files are
+    wanted = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+              "config.json", *EXTRA}  # fmt: skip
+    assert hub.fetched() == wanted
+    assert not list(tmp_path.rglob("*.bin"))
+    # The progress bars of huggingface_hub do not mix with ours.
+    assert [line.split(":")[0] for line in result.err.splitlines()] == ["converting"] * 2 + ["verifying"] * 2
+
+
+def test_the_cache_is_used(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    assert online(REPO, tmp_path / "a", "--quiet", "--cache-dir", tmp_path / "cache").code == 0
+    assert (tmp_path / "cache" / "models--someone--model-gptq").is_dir()
+    hub.requests.clear()
+    assert online(REPO, tmp_path / "b", "--quiet", "--cache-dir", tmp_path / "cache").code == 0
+    assert hub.fetched() == set()
+    assert online("verify", REPO, tmp_path / "b", "--quiet", "--cache-dir", tmp_path / "cache").code == 0
+
+
+def test_a_dry_run(hub: Hub, repository: Source, online: Callable[..., Run]) -> None:
+    result = online("--dry-run", REPO, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert result.json()["source"] == REPO
+    assert len(result.json()["layers"]) == 2
+
+
+def test_a_revision(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    """A branch, a tag and a commit; each with weights of its own."""
+    other = write_source(tmp_path / "upload", two_layers(group_size=-1))
+    files = {p.name: p.read_bytes() for p in other.folder.iterdir()}
+    commit = hub.repositories[REPO].commit(files, "per-channel")
+    for i, revision in enumerate(("per-channel", commit)):
+        report = online(REPO, tmp_path / f"out{i}", "--revision", revision, "--json").json()
+        assert (report["group_size"], report["source_commit"]) == (-1, commit)
+    report = online(REPO, tmp_path / "main", "--json").json()
+    assert (report["group_size"], report["source_commit"]) == (128, hub.repositories[REPO].refs["main"])
+
+
+def test_no_such_revision(repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    assert refusal(online(REPO, tmp_path / "out", "--revision", "nonsense")) == (
+        f"{REPO} has no revision 'nonsense'; give a branch, a tag or a commit that it has."
+    )
+
+
+def test_no_such_repository(online: Callable[..., Run], tmp_path: Path) -> None:
+    assert refusal(online("someone/nothing", tmp_path / "out")) == (
+        "someone/nothing: no such repository, or it is private and needs a token (`hf auth login` or --token)."
+    )
+    assert refusal(online("nothing", tmp_path / "out", "--token", SECRET)) == (
+        "nothing: no such repository, or it is private and needs a token (`hf auth login` or --token); "
+        "if you mean a folder, there is none named nothing here."
+    )
+
+
+def test_a_private_repository(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    hub.repositories[REPO].private, hub.repositories[REPO].members = True, {SECRET}
+    assert refusal(online(REPO, tmp_path / "out")).startswith(f"{REPO}: no such repository, or it is private")
+    assert refusal(online(REPO, tmp_path / "out", "--token", "hf_other")).startswith(f"{REPO}: no such repository")
+    assert online(REPO, tmp_path / "out", "--token", SECRET, "--verbose").code == 0
+    assert {r.token for r in hub.requests if "/resolve/" in r.path} == {SECRET}
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
+
+
+def test_a_gated_repository(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    """Its description is public, its files are not."""
+    hub.repositories[REPO].gated, hub.repositories[REPO].members = True, {SECRET}
+    for token in ([], ["--token", "hf_other"]):
+        assert refusal(online(REPO, tmp_path / "out", *token)) == (
+            f"{REPO} is gated: ask for access at {hub.url}/{REPO}, then log in with `hf auth login` or give --token."
+        )
+    assert online(REPO, tmp_path / "out", "--quiet", "--token", SECRET).code == 0
+
+
+def test_the_token_of_the_environment(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    hub.repositories[REPO].private, hub.repositories[REPO].members = True, {SECRET}
+    assert online(REPO, tmp_path / "a", "--quiet", env={"HF_TOKEN": SECRET}).code == 0
+    assert online(REPO, tmp_path / "b", "--quiet", "--token", "", env={"HF_TOKEN": SECRET}).code == 0
+
+
+@pytest.mark.parametrize("token", [f" {SECRET}\r\n", f"{SECRET}\r\nX-Other: 1", f"{SECRET}\N{CHECK MARK}"])
+def test_a_token_with_a_line_end(
+    hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path, token: str
+) -> None:
+    """White space around a token, as from a file, is none of it; within it is an error that does not show it."""
+    result = online(REPO, tmp_path / "out", "--quiet", "--token", token)
+    if token.strip() == SECRET:
+        assert result.code == 0, result.err
+        assert {r.token for r in hub.requests if "/resolve/" in r.path} == {SECRET}
+    else:
+        assert refusal(result) == "the token is none: it holds characters that no token has."
+        assert hub.requests == []
+
+
+def test_a_token_that_the_hub_does_not_know(
+    hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path
+) -> None:
+    hub.fault = lambda request: 401 if request.token == SECRET else None
+    assert "--token" in refusal(online(REPO, tmp_path / "out", "--token", SECRET))
+
+
+def test_offline(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    offline = {"HF_HUB_OFFLINE": "1"}
+    assert refusal(online(REPO, tmp_path / "out", env=offline)) == (
+        f"{REPO}: offline mode is on (HF_HUB_OFFLINE) and the cache does not hold it; "
+        "try again with a network connection."
+    )
+    assert hub.requests == []
+    assert online("--dry-run", REPO, "--quiet").code == 0
+    hub.requests.clear()
+    result = online(REPO, tmp_path / "out", "--json", env=offline)
+    assert result.code == 0, result.err
+    assert result.json()["source_commit"] == hub.repositories[REPO].refs["main"]
+    assert hub.requests == []
+
+
+def test_no_network(repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the port that nothing listens on
+    assert refusal(online(REPO, tmp_path / "out", env=nowhere)) == (
+        f"{REPO}: the Hub cannot be reached and the cache does not hold it; try again with a network connection."
+    )
+    assert online("--dry-run", REPO, "--quiet").code == 0
+    assert online(REPO, tmp_path / "out", "--quiet", env=nowhere).code == 0
+
+
+@pytest.mark.parametrize("status", [500, 403])
+def test_the_hub_fails(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path, status: int) -> None:
+    hub.fault = lambda _: status
+    message = refusal(online(REPO, tmp_path / "out"))
+    if status == 403:
+        assert message == f"{REPO}: the Hub refuses access (403); log in with `hf auth login`, or give another --token."
+    else:
+        assert message == f"{REPO}: the Hub answered {status}; try again later."
+
+
+def test_the_hub_fails_on_a_file(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    def fault(request: Request) -> int | None:
+        return 418 if request.method == "GET" and request.path.endswith("00002-of-00002.safetensors") else None
+
+    hub.fault = fault
+    assert refusal(online(REPO, tmp_path / "out")) == f"{REPO}: the Hub answered 418; try again later."
+    assert not (tmp_path / "out").exists()
+    hub.fault = lambda _: None
+    hub.requests.clear()
+    assert online(REPO, tmp_path / "out", "--quiet").code == 0
+    assert "config.json" not in hub.fetched()  # what had come is not fetched again
+
+
+def test_a_server_that_is_no_hub(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
+    """As a network that wants a login first: it answers everything, with something else."""
+    hub.fault = lambda _: 200
+    assert refusal(online(REPO, tmp_path / "out")) == (
+        f"{REPO}: what answers at {hub.url} is no Hub; check the proxy settings, and HF_ENDPOINT."
+    )
+
+
+def test_a_broken_connection_is_tried_again(
+    hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path
+) -> None:
+    hub.cut_after = 5000
+    assert online(REPO, tmp_path / "out", "--quiet", "--verify").code == 0
+    asked = [r.path for r in hub.requests if r.method == "GET" and r.path.endswith(".safetensors")]
+    assert len(asked) == len(set(asked)) + 1
+
+
+def test_an_error_in_json(online: Callable[..., Run], tmp_path: Path) -> None:
+    result = online("someone/nothing", tmp_path / "out", "--json", "--token", SECRET)
+    assert (result.code, result.err) == (8, "")
+    error = result.json()
+    assert (error["ok"], error["error"], error["exit_code"]) == (False, "HubError", 8)
+
+
+@pytest.mark.parametrize("source", ["./x", "../x", "~/x", "/x/y", "a/b/c", "a b", "x/", "", "someone/x?y", "C:\\x"])
+def test_what_is_no_hub_id_is_a_folder_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError) as error:
+        fetch(source)
+    assert error.value.message == f"{source or repr('')}: no such folder."
+
+
+def test_no_hub_is_asked_for_a_folder(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
+    for source in ("./x", "a/b/c"):
+        result = online(source, tmp_path / "out")
+        assert result.code == 3
+        assert result.err == f"marlin-convert: {source}: no such folder.\n"
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["-x/y", "a/b.git", "a--b/c", "x..y/z"])
+def test_names_that_the_hub_does_not_have(name: str) -> None:
+    with pytest.raises(SourceError) as error:
+        fetch(name)
+    assert error.value.message == f"{name}: neither a folder nor a Hub id."
+
+
+def test_a_folder_comes_before_the_hub(
+    hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path
+) -> None:
+    write_source(tmp_path / "someone" / "model-gptq", two_layers(group_size=-1))
+    report = online(REPO, tmp_path / "out", "--json").json()
+    assert (report["group_size"], report["source"], report["source_commit"]) == (-1, "model-gptq", None)
+    assert hub.requests == []
+    result = online(REPO, tmp_path / "x", "--revision", "main")
+    assert result.code == 3
+    assert result.err == f"marlin-convert: {REPO} is a folder; --revision applies to a Hub id only.\n"
+
+
+def test_a_file_is_no_source(source: Source) -> None:
+    with pytest.raises(SourceError, match="is a file; give the folder that holds the checkpoint"):
+        fetch(str(source.folder / "model.safetensors"))
+
+
+def test_a_folders_label_is_its_name(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source.folder)
+    assert fetch(".").label == fetch("../source/").label == "source"

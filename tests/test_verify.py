@@ -1,0 +1,487 @@
+"""Every kind of damage in a converted checkpoint is found and named; what is sound is called sound."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from gptq import GPTQLayer, Source, marlin_codes, two_layers, write_source
+from safetensors.torch import load_file, save_file
+
+from marlin_convert.checkpoint import Checkpoint
+from marlin_convert.convert import Options, convert, verify_pair
+from marlin_convert.errors import SourceError, VerificationError
+from marlin_convert.layout import SCALE_PERMUTATION, SCALE_PERMUTATION_SINGLE
+from marlin_convert.plan import make_plan
+from marlin_convert.verify import TOLERANCE, CPUProduct, LayerCheck, Verification, compare
+
+CPU = Options(device="cpu")
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture
+def out(source: Source, tmp_path: Path) -> Path:
+    """`source`, converted."""
+    convert(source.folder, tmp_path / "out", CPU)
+    return tmp_path / "out"
+
+
+def change(out: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Edit the tensors of a converted checkpoint."""
+    tensors = load_file(out / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def layer_check(report: Verification, name: str) -> LayerCheck:
+    return next(x for x in report.layers if x.name == name)
+
+
+def test_a_sound_result(source: Source, out: Path) -> None:
+    report = verify_pair(source.folder, out, CPU)
+    assert report.ok
+    assert {x.name for x in report.layers} == {Q, DOWN}
+    assert all(x.exact and x.problem is None for x in report.layers)
+    assert (layer_check(report, Q).K, layer_check(report, Q).N, layer_check(report, Q).G) == (256, 512, 2)
+    assert report.tensors_equal == 3
+    assert report.problems == []
+    assert 0 <= report.worst < 1e-6
+    report.require_ok()
+
+
+def test_the_report_on_disk(source: Source, out: Path) -> None:
+    report = verify_pair(source.folder, out, CPU)
+    written = json.loads((out / "verify.json").read_text())
+    assert written == report.as_dict()
+    assert {k: written[k] for k in ("ok", "device", "layers_checked", "tensors_equal", "problems")} == {
+        "ok": True, "device": "cpu", "layers_checked": 2, "tensors_equal": 3, "problems": []
+    }  # fmt: skip
+    (q,) = [x for x in written["layers"] if x["name"] == Q]
+    assert {k: q[k] for k in ("K", "N", "G", "exact", "ok", "problem")} == {
+        "K": 256, "N": 512, "G": 2, "exact": True, "ok": True, "problem": None
+    }  # fmt: skip
+    change(out, lambda t: t[f"{Q}.s"].neg_())
+    verify_pair(source.folder, out, CPU)
+    assert json.loads((out / "verify.json").read_text())["ok"] is False
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Damage to a layer
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_flipped_bit_is_named_by_row_and_column(source: Source, out: Path, seed: int) -> None:
+    """Where the bit belongs is computed here from the tile's formula: nibble p of word w of a 16 x 64 tile."""
+    rng = np.random.default_rng(seed)
+    K, N = 256, 512
+    tile_row, tile_column, word, bit = (int(rng.integers(n)) for n in (K // 16, N // 64, 128, 32))
+    lane, j = divmod(word, 4)
+    g, t = divmod(lane, 4)
+    p = bit // 4
+    row = 16 * tile_row + 2 * t + 8 * (p & 1) + (p >> 2)
+    column = 64 * tile_column + 16 * j + g + 8 * ((p >> 1) & 1)
+    was = int(source.layers[Q].codes[row, column])
+
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        words = tensors[f"{Q}.B"].numpy().view(np.uint32)
+        words[tile_row, 128 * tile_column + word] ^= np.uint32(1 << bit)
+        now = marlin_codes(words.view(np.int32))
+        assert [list(x) for x in np.argwhere(now != source.layers[Q].codes)] == [[row, column]]
+
+    change(out, flip)
+    report = verify_pair(source.folder, out, CPU)
+    assert not report.ok
+    assert layer_check(report, Q).problem == (
+        f"the code of row {row}, column {column} is {was ^ (1 << bit % 4)}, not {was}"
+    )
+    assert not layer_check(report, Q).exact
+    assert layer_check(report, DOWN).ok
+    assert report.problems == []
+
+
+def test_the_row_is_right_in_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("marlin_convert.stream.BLOCK_BYTES", 1)  # one row of tiles at a time
+    source = write_source(tmp_path / "source", {"a": GPTQLayer(K=512, N=256)})
+    convert(source.folder, tmp_path / "out", CPU)
+    change(tmp_path / "out", lambda t: t["a.B"][20].bitwise_xor_(1))  # nibble 0 of each word: row 2t, here of lane 0
+    problem = layer_check(verify_pair(source.folder, tmp_path / "out", CPU), "a").problem
+    was = int(source.layers["a"].codes[320, 0])
+    assert problem == f"the code of row 320, column 0 is {was ^ 1}, not {was}"
+
+
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_a_changed_scale(tmp_path: Path, group_size: int) -> None:
+    source = write_source(tmp_path / "source", two_layers(group_size=group_size))
+    convert(source.folder, tmp_path / "out", CPU)
+    group = 1 if group_size == 128 else 0
+    # Column 3 of s is column 24 of the scales with groups (new[8i + j] = old[i + 8j]), else 9 (old[2i + (0, 1, …)[j]]).
+    column = 24 if group_size == 128 else 9
+    change(tmp_path / "out", lambda t: t[f"{Q}.s"][group, 3].mul_(2))
+    check = layer_check(verify_pair(source.folder, tmp_path / "out", CPU), Q)
+    was = source.layers[Q].scale_tensor[group, column].numpy()
+    assert check.problem == f"the scale of group {group}, column {column} is {was * 2}, not {was}"
+    assert not check.exact
+    assert check.relative_error is not None
+    assert check.relative_error > TOLERANCE
+
+
+def test_a_scale_that_changed_its_sign_of_zero(tmp_path: Path) -> None:
+    """Equal as numbers, not as bits: exactly equal means the bits."""
+    source = write_source(tmp_path / "source", {"a": GPTQLayer(scales=np.zeros((2, 256)))})
+    convert(source.folder, tmp_path / "out", CPU)
+    change(tmp_path / "out", lambda t: t["a.s"].copy_(torch.full((2, 256), -0.0)))
+    report = verify_pair(source.folder, tmp_path / "out", CPU)
+    assert layer_check(report, "a").problem == "the scale of group 0, column 0 is -0.0, not 0.0"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity(source: Source, out: Path, run: Callable[..., Run], value: float) -> None:
+    change(out, lambda t: t[f"{Q}.s"][0, 0].fill_(value))
+    report = verify_pair(source.folder, out, CPU)
+    assert layer_check(report, Q).problem is not None
+    assert not np.isfinite(report.worst)  # whichever layer comes first
+    written = json.loads((out / "verify.json").read_text(), parse_constant=pytest.fail)  # JSON has no NaN
+    assert written["ok"] is False
+    assert written["worst_relative_error"] in ("nan", "inf")
+    result = run("verify", source.folder, out, "--json")
+    assert result.code == 7
+    assert json.loads(result.out, parse_constant=pytest.fail)["ok"] is False
+
+
+def test_the_worst_of_all_layers_keeps_a_nan() -> None:
+    def check(error: float) -> LayerCheck:
+        return LayerCheck("x", 128, 256, 1, True, error, error)
+
+    nan = float("nan")
+    for errors in ([nan, 1.0], [1.0, nan]):
+        report = Verification("cpu", [check(e) for e in errors])
+        assert np.isnan(report.worst)
+        assert np.isnan(report.max_error)
+    assert Verification("cpu", [check(1.0), check(3.0), check(2.0)]).worst == 3.0
+    assert Verification("cpu", []).worst == 0.0
+
+
+def test_nan_in_the_product_alone_fails(source: Source, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPUProduct, "errors", lambda _: (float("nan"), float("nan")))
+    report = verify_pair(source.folder, out, CPU)
+    assert [x.ok for x in report.layers] == [False, False]
+    assert all("outputs differ by nan" in (x.problem or "") for x in report.layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Damage to anything else
+
+
+def wrong_dtype(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{Q}.s"] = tensors[f"{Q}.s"].to(torch.bfloat16)
+
+
+def wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{Q}.B"] = tensors[f"{Q}.B"].reshape(32, 512)
+
+
+def missing_layer(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[f"{Q}.B"], tensors[f"{Q}.s"]
+
+
+def missing_scales(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[f"{Q}.s"]
+
+
+LAYER_DAMAGE = {
+    wrong_dtype: f"{Q}.s is BF16 [2, 512], not F16 [2, 512]",
+    wrong_shape: f"{Q}.B is I32 [32, 512], not I32 [16, 1024]",
+    missing_layer: f"{Q}.B is missing",
+    missing_scales: f"{Q}.s is missing",
+}
+
+
+@pytest.mark.parametrize("edit", LAYER_DAMAGE, ids=lambda e: e.__name__)
+def test_damage_to_a_whole_layer(source: Source, out: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    change(out, edit)
+    report = verify_pair(source.folder, out, CPU)
+    check = layer_check(report, Q)
+    assert (check.problem, check.exact, check.max_error) == (LAYER_DAMAGE[edit], False, None)
+    assert layer_check(report, DOWN).ok
+    with pytest.raises(VerificationError) as error:
+        report.require_ok()
+    assert f"  - {Q}: {LAYER_DAMAGE[edit]}" in error.value.message.splitlines()
+
+
+def changed_byte(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.embed_tokens.weight"].view(torch.uint8).reshape(-1)[12345] ^= 64
+
+
+def missing_tensor(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.norm.weight"]
+
+
+def additional_tensor(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{Q}.g_idx"] = torch.zeros(256, dtype=torch.int32)
+
+
+def converted_tensor(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
+
+
+def flattened_tensor(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].reshape(-1)
+
+
+TENSOR_DAMAGE = {
+    changed_byte: "model.embed_tokens.weight: byte 12345 differs from the source",
+    missing_tensor: "model.norm.weight: model.norm.weight is missing",
+    additional_tensor: f"{Q}.g_idx is in the result and should not be",
+    converted_tensor: "model.norm.weight: model.norm.weight is F16 [256], not F32 [256]",
+    flattened_tensor: "model.embed_tokens.weight: model.embed_tokens.weight is BF16 [16384], not BF16 [64, 256]",
+}
+
+
+@pytest.mark.parametrize("edit", TENSOR_DAMAGE, ids=lambda e: e.__name__)
+def test_damage_to_other_tensors(source: Source, out: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    change(out, edit)
+    report = verify_pair(source.folder, out, CPU)
+    assert report.problems == [TENSOR_DAMAGE[edit]]
+    assert not report.ok
+    assert all(x.ok for x in report.layers)
+    assert report.tensors_equal == (3 if edit is additional_tensor else 2)
+
+
+def test_a_byte_far_into_a_tensor(tmp_path: Path) -> None:
+    """Beyond the first of the blocks in which tensors are compared (2 MiB)."""
+    source = write_source(tmp_path / "source", {"a": GPTQLayer()}, {"x": torch.zeros(5_000_000, dtype=torch.uint8)})
+    convert(source.folder, tmp_path / "out", CPU)
+    change(tmp_path / "out", lambda t: t["x"][4_999_999].fill_(1))
+    assert verify_pair(source.folder, tmp_path / "out", CPU).problems == ["x: byte 4999999 differs from the source"]
+
+
+SETTINGS = {
+    "bits": 8, "group_size": 64, "sym": False, "desc_act": True, "checkpoint_format": "gptq", "is_marlin_format": False,
+    "quant_method": "awq",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+@pytest.mark.parametrize("how", ["altered", "missing"])
+@pytest.mark.parametrize("file", ["config.json", "quantize_config.json"])
+def test_a_config_that_says_something_else(source: Source, out: Path, file: str, key: str, how: str) -> None:
+    config = json.loads((out / file).read_text())
+    settings = config.get("quantization_config", config)
+    was, now = settings.pop(key), None
+    if how == "altered":
+        now = settings[key] = SETTINGS[key]
+    (out / file).write_text(json.dumps(config))
+    (problem,) = verify_pair(source.folder, out, CPU).problems
+    expected = "gptq or marlin" if key == "quant_method" else repr(was)
+    assert problem == f"{file}: {key} is {now!r}, not {expected}"
+
+
+@pytest.mark.parametrize("file", ["config.json", "quantize_config.json"])
+def test_a_config_that_is_missing(source: Source, out: Path, file: str) -> None:
+    (out / file).unlink()
+    assert verify_pair(source.folder, out, CPU).problems == [f"{file} has no quantization settings"]
+
+
+def test_both_quant_methods_are_fine(source: Source, tmp_path: Path) -> None:
+    convert(source.folder, tmp_path / "out", Options(device="cpu", quant_method="marlin"))
+    assert verify_pair(source.folder, tmp_path / "out", CPU).ok
+
+
+def test_damaged_files_are_the_results_and_not_the_sources(source: Source, out: Path, run: Callable[..., Run]) -> None:
+    with (out / "model.safetensors").open("r+b") as file:
+        file.truncate(10_000)
+    with pytest.raises(SourceError, match="truncated") as error:
+        verify_pair(source.folder, out, CPU)
+    assert str(out / "model.safetensors") in error.value.message
+
+
+@pytest.mark.parametrize("what", ["nothing", "empty", "file"])
+def test_there_is_no_result(source: Source, tmp_path: Path, run: Callable[..., Run], what: str) -> None:
+    out = tmp_path / "out"
+    if what == "empty":
+        out.mkdir()
+    if what == "file":
+        out.write_text("mine")
+    result = run("verify", source.folder, out)
+    assert result.code == 3
+    assert result.err.startswith(f"marlin-convert: {out}: ")
+    assert result.err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The wrong pair
+
+
+def test_another_source(source: Source, out: Path, tmp_path: Path) -> None:
+    """The same shapes, other weights: no layer is equal, and the outputs show it too."""
+    other = {n: GPTQLayer(K=x.K, N=x.N, seed=x.seed + 100) for n, x in source.layers.items()}
+    write_source(tmp_path / "other", other)
+    report = verify_pair(tmp_path / "other", out, CPU)
+    assert [x.exact for x in report.layers] == [False, False]
+    assert all(x.relative_error is not None and x.relative_error > 0.1 for x in report.layers)
+    assert report.tensors_equal == 3
+
+
+def test_a_source_of_other_names(source: Source, out: Path, tmp_path: Path) -> None:
+    write_source(tmp_path / "other", {"elsewhere": GPTQLayer()}, {})
+    report = verify_pair(tmp_path / "other", out, CPU)
+    assert layer_check(report, "elsewhere").problem == "elsewhere.B is missing"
+    assert f"{Q}.B is in the result and should not be" in report.problems
+
+
+def test_the_pair_the_wrong_way_round(source: Source, out: Path, run: Callable[..., Run]) -> None:
+    result = run("verify", out, source.folder)
+    assert result.code == 4
+    assert result.err == (
+        f"marlin-convert: {out} is a Marlin checkpoint; give the GPTQ checkpoint that {source.folder} was made from.\n"
+    )
+    assert not (source.folder / "verify.json").exists()
+
+
+def test_the_source_against_itself(source: Source) -> None:
+    report = verify_pair(source.folder, source.folder, CPU)
+    assert not report.ok
+    assert layer_check(report, Q).problem == f"{Q}.B is missing"
+    assert f"{Q}.qweight is in the result and should not be" in report.problems
+
+
+def test_long_lists_are_cut(tmp_path: Path) -> None:
+    layers = {f"layer{i:02}": GPTQLayer(K=128, N=256, seed=i) for i in range(30)}
+    source = write_source(tmp_path / "source", layers)
+    convert(source.folder, tmp_path / "out", CPU)
+    change(tmp_path / "out", lambda t: [t[f"{n}.s"].mul_(2) for n in layers])
+    with pytest.raises(VerificationError) as error:
+        verify_pair(source.folder, tmp_path / "out", CPU).require_ok()
+    lines = error.value.message.splitlines()
+    assert len(lines) == 22
+    assert lines[-1] == "  - and 10 more"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Within a conversion
+
+
+def corrupt(name: str, position: int) -> Callable[..., None]:
+    """A stand-in for the step between writing and verifying that flips a bit of the file's tensor `name`."""
+    from marlin_convert.convert import write_configs
+
+    def after_writing(checkpoint: Checkpoint, plan: Any, folder: Path, quant_method: str) -> None:
+        write_configs(checkpoint, plan, folder, quant_method)
+        with Checkpoint(folder) as written:
+            offset = written.tensors[name].offset + position
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ 1]))
+
+    return after_writing
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        (f"{Q}.B", rf"{Q}: the code of row \d+, column \d+ is \d+, not \d+"),
+        (f"{Q}.s", rf"{Q}: the scale of group \d, column \d+ is \S+, not \S+"),
+        ("model.norm.weight", "model.norm.weight: byte 100 differs from the source"),
+    ],
+)
+def test_what_is_not_equal_is_not_published(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: str
+) -> None:
+    monkeypatch.setattr("marlin_convert.convert.write_configs", corrupt(name, 100))
+    with pytest.raises(VerificationError, match=f"not equal to its source:\n  - {problem}$"):
+        convert(source.folder, tmp_path / "out", Options(device="cpu", verify=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The numeric check, alone
+
+
+def errors_of(source: Source, edit: Callable[[Any, Any], tuple[Any, Any]]) -> tuple[float, float]:
+    """The product's errors for the only layer of `source`, its B and s passed through `edit` first."""
+    out = source.folder.parent / "numeric"
+    shutil.rmtree(out, ignore_errors=True)
+    convert(source.folder, out, CPU)
+    tensors = load_file(out / "model.safetensors")
+    with Checkpoint(source.folder) as checkpoint:
+        (layer,) = make_plan(checkpoint).layers
+        qweight, scales = checkpoint.read(layer.qweight), checkpoint.read(layer.scales)
+    B, s = edit(tensors["a.B"].numpy(), tensors["a.s"].numpy())
+    product = CPUProduct(layer, scales, np.ascontiguousarray(s))
+    product.add(0, qweight, np.ascontiguousarray(B))
+    return product.errors()
+
+
+@pytest.fixture(params=[128, -1])
+def one_layer(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
+    return write_source(tmp_path / "source", {"a": GPTQLayer(K=256, N=256, group_size=request.param)}, {})
+
+
+def repermuted(permutation: tuple[int, ...], s: Any) -> Any:
+    """s with its columns brought to GPTQ's order and permuted anew."""
+    right = SCALE_PERMUTATION if s.shape[0] > 1 else SCALE_PERMUTATION_SINGLE
+    natural = np.empty_like(s)
+    for i, old in enumerate(right):
+        natural[:, old :: len(right)] = s[:, i :: len(right)]
+    result = np.empty_like(s)
+    for i, old in enumerate(permutation):
+        result[:, i :: len(permutation)] = natural[:, old :: len(permutation)]
+    return result
+
+
+def test_the_product_accepts_what_is_right(one_layer: Source) -> None:
+    assert errors_of(one_layer, lambda B, s: (B, s))[1] < 1e-6
+    right = SCALE_PERMUTATION if one_layer.layers["a"].G > 1 else SCALE_PERMUTATION_SINGLE
+    assert errors_of(one_layer, lambda B, s: (B, repermuted(right, s)))[1] < 1e-6
+
+
+def test_the_product_finds_wrong_permutations_by_itself(one_layer: Source) -> None:
+    """The other permutation, and none at all: what others shipped (a permutation chosen by the wrong K)."""
+    wrong = SCALE_PERMUTATION_SINGLE if one_layer.layers["a"].G > 1 else SCALE_PERMUTATION
+    for permutation in (wrong, tuple(range(64))):
+        assert errors_of(one_layer, lambda B, s, p=permutation: (B, repermuted(p, s)))[1] > 100 * TOLERANCE
+
+
+def test_the_product_finds_a_wrong_order_of_codes_by_itself(one_layer: Source) -> None:
+    def swap_tiles(B: Any, s: Any) -> tuple[Any, Any]:
+        return np.concatenate([B[:, 128:256], B[:, :128], B[:, 256:]], axis=1), s
+
+    def swap_nibbles(B: Any, s: Any) -> tuple[Any, Any]:
+        words = B.view(np.uint32)
+        return ((words >> 4 & 0x0F0F0F0F) | (words & 0x0F0F0F0F) << 4).view(np.int32), s
+
+    def swap_rows(B: Any, s: Any) -> tuple[Any, Any]:
+        return B[::-1], s
+
+    for edit in (swap_tiles, swap_nibbles, swap_rows):
+        assert errors_of(one_layer, edit)[1] > 100 * TOLERANCE
+
+
+def test_the_product_is_the_definitions(one_layer: Source) -> None:
+    """The reference against activations times weights in float64, computed here from codes and scales."""
+    layer = one_layer.layers["a"]
+    with Checkpoint(one_layer.folder) as checkpoint:
+        (planned,) = make_plan(checkpoint).layers
+        product = CPUProduct(planned, checkpoint.read(planned.scales), checkpoint.read(planned.scales))
+        product.add(0, checkpoint.read(planned.qweight), np.zeros((16, 512), np.int32))
+    assert product.x.shape == (4, 256)
+    assert np.array_equal(product.x, product.x.astype(np.float16))
+    assert 0.8 < product.x.std() < 1.2
+    expected = product.x.astype(np.float64) @ layer.weight.astype(np.float16).astype(np.float64)
+    assert compare(product.reference, expected)[1] < 1e-6
+
+
+def test_compare() -> None:
+    assert compare(np.array([[3.0, 4.5]]), np.array([[3.0, 4.0]])) == (0.5, 0.1)
+    assert compare(np.zeros((1, 2)), np.zeros((1, 2))) == (0.0, 0.0)
+    assert compare(np.ones((1, 2)), np.zeros((1, 2))) == (1.0, pytest.approx(2**0.5))
+    assert np.isnan(compare(np.array([[np.nan, 1.0]]), np.array([[1.0, 1.0]]))[1])
