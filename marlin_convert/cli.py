@@ -274,7 +274,7 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(arguments, error.exit_code, type(error).__name__, error.format_message(), functools.partial(_show, error))
     except (KeyboardInterrupt, click.Abort):
-        _fail(arguments, 130, "Interrupted", "interrupted; nothing was left behind.")
+        _fail(arguments, 130, "Interrupted", "interrupted; nothing half-done was left behind.")
     except BrokenPipeError:  # the reader of a pipe went away (… | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

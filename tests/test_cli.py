@@ -254,7 +254,7 @@ def test_130_interrupted(
     _break(monkeypatch, KeyboardInterrupt())
     result = main(source.folder, tmp_path / "out")
     assert result.code == 130
-    assert result.err == "\nmarlin-convert: interrupted; nothing was left behind.\n"  # the first ends a line with ^C
+    assert result.err == "\nmarlin-convert: interrupted; nothing half-done was left behind.\n"  # the first ends a line with ^C
 
 
 def test_every_exit_code_has_a_test() -> None:
