@@ -8,6 +8,7 @@ count, and the plan says so in `notes`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from .checkpoint import Checkpoint, Tensor
 from .config import GPTQSettings, parse_settings
 from .errors import SourceError, UnsupportedError
-from .layout import GROUP_SIZES, MIN_K, MIN_N, b_shape
+from .layout import GROUP_SIZES, MIN_K, MIN_N, PACK_FACTOR, b_shape
 from .publish import OutTensor
 
 #: The one group size, besides "all of K", that the original format can hold.
@@ -86,6 +87,7 @@ class Plan:
     group_size: int = GROUP_SIZE  # of the result: 128 or -1
     already_marlin: bool = False
     layers_found: int = 0
+    bytes_in: int = 0  # of all tensors that the source holds
 
     @property
     def out_tensors(self) -> list[OutTensor]:
@@ -100,12 +102,6 @@ class Plan:
 
     def _source_order(self) -> list[Tensor]:
         return sorted([*(x.qweight for x in self.layers), *self.copies], key=lambda t: (t.file, t.offset, t.name))
-
-    @property
-    def bytes_in(self) -> int:
-        """Bytes of tensors that the source holds."""
-        parts = [x for layer in self.layers for x in (layer.qweight, layer.scales)]
-        return sum(t.nbytes for t in (*parts, *self.copies, *self.dropped))
 
     @property
     def bytes_out(self) -> int:
@@ -129,11 +125,47 @@ class Plan:
         )
 
 
+#: A number within a name, of those that count something: "07" counts nothing.
+_NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]*)(?![0-9])")
+
+
 def span(names: list[str]) -> str:
-    """`names` in a few words: one name, or how many and the first and last of them."""
+    """All of `names` in a few words: `64 layers, layers.{0-31}.mlp.up_proj, layers.{0-31}.mlp.down_proj`."""
     if len(names) == 1:
         return names[0]
-    return f"{len(names)} layers, {names[0]} … {names[-1]}"
+    numbers: dict[tuple[str, ...], set[tuple[int, ...]]] = {}  # texts between the numbers → the numbers
+    for name in names:
+        parts = _NUMBER.split(name)
+        numbers.setdefault(tuple(parts[::2]), set()).add(tuple(map(int, parts[1::2])))
+    lists = [
+        "".join(text + number for text, number in zip(texts, (*row, ""), strict=True))
+        for texts, rows in numbers.items()
+        for row in _grids(rows)
+    ]
+    return f"{len(names)} layers, {', '.join(lists)}"
+
+
+def _grids(rows: set[tuple[int, ...]]) -> list[tuple[str, ...]]:
+    """`rows` of equally many numbers, cut into grids: {(0, 4), (0, 5), (1, 4), (1, 5), (2, 4)} → {0-1}{4-5}, 2 4."""
+    if () in rows:
+        return [()]
+    heads_of: dict[frozenset[tuple[int, ...]], list[int]] = {}
+    for head in sorted({row[0] for row in rows}):
+        heads_of.setdefault(frozenset(row[1:] for row in rows if row[0] == head), []).append(head)
+    return [(_ranges(heads), *rest) for tails, heads in heads_of.items() for rest in _grids(set(tails))]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Sorted numbers: [3] → 3, [0, 1, 2, 5] → {0-2,5}."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs) + "}"
 
 
 def make_plan(checkpoint: Checkpoint) -> Plan:
@@ -143,15 +175,18 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
     other. Layers that the original format cannot hold are not an error yet: they are listed in `refusals`.
     """
     settings = parse_settings(checkpoint.configs)
-    plan = Plan(settings, notes={note: [] for note in checkpoint.notes})
     tensors = checkpoint.tensors
-    if _is_marlin(settings, tensors):
+    plan = Plan(
+        settings, notes={note: [] for note in checkpoint.notes}, bytes_in=sum(t.nbytes for t in tensors.values())
+    )
+    if _is_marlin(tensors):
         plan.already_marlin = True
         return plan
     names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     plan.layers_found = len(names)
     if not names:
-        raise UnsupportedError(f"{checkpoint.folder}: {_what_else(tensors)}; a GPTQ checkpoint is needed.")
+        raise UnsupportedError(f"{checkpoint.folder}: {_what_else(settings, tensors)}; a GPTQ checkpoint is needed.")
+    _require_complete(tensors)
 
     judged = [_Judged(checkpoint, name, settings) for name in names]
     _one_group_size(plan, judged)
@@ -231,6 +266,13 @@ class _Judged:
             self.notes.append(
                 f"the config says {self.settings.bits} bits, the tensors are {bits}-bit; the tensors count"
             )
+        said = self.settings.group_size
+        if said is not None and (-(-K // said) if said > 0 else 1) != G:
+            self.notes.append(
+                f"the config says group_size {said}, the tensors have "
+                + (f"{K / G:g} rows in a group" if G > 1 else "one group over all rows")
+                + "; the tensors count"
+            )
         if bias is not None and bias.shape != (N,):
             raise SourceError(f"{self.name}: bias {list(bias.shape)} does not match N = {N}.")
         return Layer(self.name, K, N, G, bits, qweight, scales, qzeros, g_idx, bias)
@@ -295,8 +337,8 @@ class _Judged:
         if rows_per_group is not None and np.array_equal(g_idx, np.arange(layer.K) // rows_per_group):
             if claimed and layer.G > 1:
                 self.notes.append("desc_act in name only: g_idx is sequential, converted as plain")
-        elif not g_idx.any():
-            self.refusals.append(f"g_idx puts every row into group 0 of {layer.G}")
+        elif (g_idx == g_idx[0]).all():
+            self.refusals.append(f"g_idx puts every row into group {g_idx[0]} of {layer.G}")
         elif claimed is False:
             self.refusals.append("act-order (g_idx is shuffled, although the config says desc_act false)")
         else:
@@ -315,16 +357,24 @@ class _Judged:
         if layer.bits != 4:
             return
         words = self.checkpoint.read(layer.qzeros).view(np.uint32)
-        stored = next((z for z in (7, 8) if (words == 0x11111111 * z).all()), None)
+        used = np.full(words.shape[1], 0xFFFFFFFF, np.uint32)
+        used[-1] >>= 4 * (-layer.N % PACK_FACTOR)  # behind the last column, anything may stand
+        stored = next((z for z in (7, 8) if not ((words ^ np.uint32(0x11111111 * z)) & used).any()), None)
         if stored is None:
             claim = ", although the config says sym" if sym else ""
             self.refusals.append(f"asymmetric (zero points are not all 8{claim})")
             return
         layout, expected = ("gptq_v2", 8) if version == "gptq_v2" else ("gptq", 7)
-        if stored == expected:
+        doubtful = sym is False or "sym" in self.settings.conflicts
+        if doubtful and "checkpoint_format" in self.settings.conflicts:
+            self.refusals.append(
+                f"every zero point is stored as {stored}, no config says sym for certain, and they disagree on "
+                f"checkpoint_format ({self.settings.conflicts['checkpoint_format']})"
+            )
+        elif stored == expected:
             if sym is False:
                 self.notes.append("the config says sym false, and every zero point is 8; converted as symmetric")
-        elif sym is False or "sym" in self.settings.conflicts:
+        elif doubtful:
             # No sym to lean on: the label decides what the stored number means, and it does not mean 8.
             meant = stored + 8 - expected
             self.refusals.append(
@@ -371,18 +421,32 @@ def _one_group_size(plan: Plan, judged: Iterable[_Judged]) -> None:
             )
 
 
-def _is_marlin(settings: GPTQSettings, tensors: dict[str, Tensor]) -> bool:
+def _is_marlin(tensors: dict[str, Tensor]) -> bool:
+    """Whatever the config says: where there is a qweight, there is something to convert."""
     if any(name.endswith(".qweight") for name in tensors):
-        return False  # whatever the config says, there are GPTQ tensors to convert
-    pairs = [n for n in tensors if n.endswith(".B") and f"{n[:-2]}.s" in tensors]
-    return bool(pairs) or settings.is_marlin
+        return False
+    return any(n.endswith(".B") and t.dtype == "I32" and f"{n[:-2]}.s" in tensors for n, t in tensors.items())
 
 
-def _what_else(tensors: dict[str, Tensor]) -> str:
+def _require_complete(tensors: dict[str, Tensor]) -> None:
+    """Raise SourceError for parts of a GPTQ layer without its weights, and for names that the result needs itself."""
+    for name in tensors:
+        layer, _, part = name.rpartition(".")
+        if part in ("qzeros", "g_idx") and f"{layer}.qweight" not in tensors:
+            raise SourceError(f"{layer}: it has {part} and no qweight; the checkpoint is incomplete.")
+        if part in ("B", "s") and f"{layer}.qweight" in tensors:
+            raise SourceError(
+                f"{layer}: it has a qweight and, as Marlin layers do, {part}; remove the one or the other."
+            )
+
+
+def _what_else(settings: GPTQSettings, tensors: dict[str, Tensor]) -> str:
     for name in tensors:
         for ending, kind in _FOREIGN_TENSORS.items():
             if name.endswith(ending):
                 return f"{kind} ({name})"
+    if settings.is_marlin:
+        return "its config says Marlin, and it has neither Marlin's tensors (B and s) nor GPTQ's (qweight)"
     return "an unquantized checkpoint: none of its tensors is a qweight"
 
 
