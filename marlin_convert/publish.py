@@ -22,6 +22,7 @@ import os
 import shutil
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -241,6 +242,8 @@ class Shards:
         )
         self._fds: dict[str, int] = {}
         self._places: dict[str, _Place] = {}
+        # The kernel lets one writer at a time into a file, and makes the others spin: they wait here instead.
+        self._turn = threading.Lock()
         try:
             for file, names in self._split.filename_to_tensors.items():
                 self._create(file, [by_name[name] for name in names])
@@ -271,7 +274,8 @@ class Shards:
     def write(self, name: str, data: Buffer, start: int = 0) -> None:
         """Put the bytes of `data` at byte `start` of tensor `name`. Thread-safe: places do not overlap."""
         place = self._places[name]
-        _pwrite_all(self._fds[place.file], data.reshape(-1).view("uint8").data, place.offset + start)
+        with self._turn:
+            _pwrite_all(self._fds[place.file], data.reshape(-1).view("uint8").data, place.offset + start)
 
     def write_index(self) -> None:
         """Write `model.safetensors.index.json`, when there is more than one file."""

@@ -22,8 +22,8 @@ from .layout import PACK_FACTOR, TILE_K
 #: that a block, its result and the check's scratch stay in a core's share of the last-level cache.
 BLOCK_BYTES = 2 << 20
 
-#: Threads that work at a time. More than the cores, because some of them wait for the disk.
-WORKERS = min(8, 2 + (os.cpu_count() or 1))
+#: Threads that work at a time. One more than the cores, because one of them waits for the disk.
+WORKERS = min(8, 1 + (os.cpu_count() or 1))
 
 
 def row_blocks(K: int, N: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""The bundled GEMM on this GPU, beside cuBLAS, dequantize + cuBLAS, and any peer that is installed.
+
+    python benchmarks/gemm.py [--layers all|NAME,...] [--m 1,8,16,...] [--json OUT.json] [--variants 0,...]
+
+Needs torch and the CUDA library (marlin_convert/_cuda.so or $MARLIN_CUDA_LIBRARY). Times are medians of replays of CUDA
+graphs whose launches rotate through weights larger than L2, in microseconds. Columns:
+
+    stream   a kernel that only reads the packed weights: the floor while there are few rows
+    cublas   torch.matmul with fp16 weights
+    deq+mm   marlin_cuda_dequantize, then torch.matmul
+    gemm     marlin_cuda_gemm
+    chosen   what marlin_cuda_choose says is faster: g (gemm) or d (deq+mm)
+    marlin, machete   vLLM's, when vllm can be imported
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+GROUP_SIZE = 128
+LAYERS = {  # K, N
+    "mistral-gate-up": (4096, 28672),
+    "mistral-down": (14336, 4096),
+    "mistral-qkv": (4096, 6144),
+    "mistral-o": (4096, 4096),
+    "llama70-gate-up": (8192, 57344),
+    "llama70-down": (28672, 8192),
+}
+ROTATE_BYTES = 200 << 20  # four times the L2 of an H100
+LAUNCHES = 16  # in a graph, so that the graph's own start is a small part
+
+Calls = list[Callable[[], object]]
+
+
+class Library:
+    """marlin_cuda.h on torch tensors, fp16, device 0, torch's current stream."""
+
+    def __init__(self) -> None:
+        path = os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "marlin_convert" / "_cuda.so"
+        i64, i32, p, size = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+        self.lib = lib = ctypes.CDLL(str(path))
+        lib.marlin_cuda_gemm.argtypes = [p] * 6 + [size] + [i64] * 5 + [i32, i32, p, i32]
+        lib.marlin_cuda_gemm_workspace_bytes.argtypes = [i64, i64, i64, i32]
+        lib.marlin_cuda_gemm_workspace_bytes.restype = size
+        lib.marlin_cuda_choose.argtypes = [i64, i64, i64, i32]
+        lib.marlin_cuda_dequantize.argtypes = [p, p, p, i64, i64, i64, i32, i32, p]
+        lib.marlin_cuda_stream_read.argtypes = [p, i64, p, i32, p]
+        lib.marlin_cuda_error_string.restype = ctypes.c_char_p
+        size = lib.marlin_cuda_gemm_workspace_bytes(1, 64, 64, 0)
+        self.workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
+
+    def check(self, code: int) -> None:
+        if code:
+            raise RuntimeError(f"{code}: {self.lib.marlin_cuda_error_string(code).decode()}")
+
+    def gemm(self, x: torch.Tensor, b: torch.Tensor, s: torch.Tensor, y: torch.Tensor, variant: int) -> None:
+        self.check(
+            self.lib.marlin_cuda_gemm(
+                x.data_ptr(), b.data_ptr(), s.data_ptr(), None, y.data_ptr(), self.workspace.data_ptr(),
+                self.workspace.numel(), x.shape[0], y.shape[1], x.shape[1], s.shape[0], x.stride(0), 0, 0, stream(),
+                variant,
+            )
+        )  # fmt: skip
+
+    def dequantize(self, b: torch.Tensor, s: torch.Tensor, w: torch.Tensor) -> None:
+        self.check(
+            self.lib.marlin_cuda_dequantize(
+                b.data_ptr(), s.data_ptr(), w.data_ptr(), w.shape[0], w.shape[1], s.shape[0], 0, 0, stream()
+            )
+        )
+
+    def read(self, b: torch.Tensor, sink: torch.Tensor) -> None:
+        self.check(self.lib.marlin_cuda_stream_read(b.data_ptr(), b.numel() * 4, sink.data_ptr(), 0, stream()))
+
+    def choose(self, m: int, n: int, k: int) -> int:
+        return int(self.lib.marlin_cuda_choose(m, n, k, 0))
+
+
+def stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream)
+
+
+def microseconds(calls: Calls, replays: int) -> float:
+    """The median time of a call, from replays of a graph of all of them."""
+    calls = calls * max(1, LAUNCHES // len(calls))
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def vllm_peers(k: int, n: int, weights: Calls, scales: list[torch.Tensor]) -> dict[str, Callable[..., Calls]]:
+    """Makers of calls for vLLM's kernels, or nothing without vLLM."""
+    try:
+        from vllm import _custom_ops as ops
+        from vllm.model_executor.layers.quantization.utils import marlin_utils
+        from vllm.scalar_type import scalar_types
+    except ImportError:
+        return {}
+    none = torch.empty(0, dtype=torch.int32, device="cuda")
+    workspace = torch.zeros(8 * 1024, dtype=torch.int32, device="cuda")
+
+    def marlin(x: torch.Tensor) -> Calls:
+        def call(b: torch.Tensor, s: torch.Tensor) -> Callable[[], object]:
+            return lambda: marlin_utils.apply_gptq_marlin_linear(
+                x, b, s, none, none, none, workspace, scalar_types.uint4b8, n, k, True
+            )
+
+        return [call(b, s) for b, s in zip(weights, scales, strict=True)]
+
+    packed = [
+        ops.machete_prepack_B(
+            b.view(k // 8, n).t().contiguous().t(), a_type=torch.float16, b_type=scalar_types.uint4b8,
+            group_scales_type=torch.float16,
+        )
+        for b in weights
+    ]  # fmt: skip
+
+    def machete(x: torch.Tensor) -> Calls:
+        def call(b: torch.Tensor, s: torch.Tensor) -> Callable[[], object]:
+            return lambda: ops.machete_mm(
+                a=x, b_q=b, b_type=scalar_types.uint4b8, b_group_scales=s, b_group_size=GROUP_SIZE
+            )
+
+        return [call(b, s) for b, s in zip(packed, scales, strict=True)]
+
+    return {"marlin": marlin, "machete": machete}
+
+
+def bench_layer(library: Library, name: str, rows: list[int], variants: list[int], replays: int) -> list[dict]:
+    k, n = LAYERS[name]
+    copies = max(2, min(16, ROTATE_BYTES // (k * n // 2) + 1))
+    shape = (k // 16, n * 2)
+    packed = [torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda") for _ in range(copies)]
+    scales = [(torch.rand(k // GROUP_SIZE, n, device="cuda") * 0.01).half() for _ in range(copies)]
+    plain = [torch.randn(k, n, dtype=torch.half, device="cuda") for _ in range(max(2, min(8, copies // 4)))]
+    peers = vllm_peers(k, n, packed, scales)
+    sink = torch.zeros(4, dtype=torch.int32, device="cuda")
+    floor = microseconds([lambda b=b: library.read(b, sink) for b in packed], replays)
+    results = []
+    for m in rows:
+        x, y = torch.randn(m, k, dtype=torch.half, device="cuda"), torch.empty(m, n, dtype=torch.half, device="cuda")
+
+        def dequantized(b: torch.Tensor, s: torch.Tensor, x: torch.Tensor = x, y: torch.Tensor = y) -> None:
+            library.dequantize(b, s, plain[0])
+            torch.matmul(x, plain[0], out=y)
+
+        pairs = list(zip(packed, scales, strict=True))
+        row = {"layer": name, "k": k, "n": n, "m": m, "stream": floor}
+        row["cublas"] = microseconds([lambda w=w, x=x, y=y: torch.matmul(x, w, out=y) for w in plain], replays)
+        row["deq+mm"] = microseconds([lambda b=b, s=s, d=dequantized: d(b, s) for b, s in pairs], replays)
+        for v in variants:
+            calls: Calls = [lambda b=b, s=s, x=x, y=y, v=v: library.gemm(x, b, s, y, v) for b, s in pairs]
+            try:
+                row["gemm" if v == 0 else f"v{v:x}"] = microseconds(calls, replays)
+            except RuntimeError as error:
+                if not str(error).startswith("-9"):
+                    raise
+        row["chosen"] = "gd"[library.choose(m, n, k)]
+        for peer, calls_for in peers.items():
+            row[peer] = microseconds(calls_for(x), replays)
+        results.append(row)
+        numbers = " ".join(f"{key} {v:8.1f}" for key, v in row.items() if isinstance(v, float))
+        print(f"{name:16s} m {m:5d}  {numbers}  {row['chosen']}", flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default="all")
+    parser.add_argument("--m", default="1,8,16,32,64,128,256,512,1024,2048")
+    parser.add_argument("--variants", default="0", help="see struct Variant in kernels/cuda/gemm.cu; hexadecimal")
+    parser.add_argument("--replays", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    names = list(LAYERS) if options.layers == "all" else options.layers.split(",")
+    rows = [int(m) for m in options.m.split(",")]
+    variants = [int(v, 16) for v in options.variants.split(",")]
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, group {GROUP_SIZE}, us"
+    )
+    library = Library()
+    results = []
+    for name in names:
+        results += bench_layer(library, name, rows, variants, options.replays)
+        torch.cuda.empty_cache()
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
