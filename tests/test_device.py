@@ -120,7 +120,7 @@ def test_the_way_out_works(machine: Callable[..., Run]) -> None:
     assert result.json()["device"] == "cpu"
 
 
-@pytest.mark.parametrize("gpu", [A100, H100, "RTX 3090=8.6", "B200=10.0", "RTX 5090=12.0"])
+@pytest.mark.parametrize("gpu", [A100, "RTX 3090=8.6", "B200=10.0"])
 def test_a_gpu_that_is_new_enough(machine: Callable[..., Run], gpu: str) -> None:
     result = machine(gpu, options=("--json",))
     assert result.code == 0, result.err

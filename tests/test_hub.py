@@ -31,12 +31,11 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture
 def online(hub: Hub, run: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
     """Run the program with `hub` as the Hub, a cache of its own, and no token of the user's."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "",
+                "NO_PROXY": "*"}  # fmt: skip
 
     def online(*args: object, env: dict[str, str] | None = None) -> Run:
-        result = run(
-            *args,
-            env={"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "", "NO_PROXY": "*", **(env or {})},
-        )
+        result = run(*args, env={**settings, **(env or {})})
         assert SECRET not in result.out + result.err
         return result
 
@@ -86,13 +85,6 @@ def test_the_cache_is_used(hub: Hub, repository: Source, online: Callable[..., R
     assert online("verify", REPO, tmp_path / "b", "--quiet", "--cache-dir", tmp_path / "cache").code == 0
 
 
-def test_a_dry_run(hub: Hub, repository: Source, online: Callable[..., Run]) -> None:
-    result = online("--dry-run", REPO, "--json")
-    assert (result.code, result.err) == (0, "")
-    assert result.json()["source"] == REPO
-    assert len(result.json()["layers"]) == 2
-
-
 def test_a_revision(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
     """A branch, a tag and a commit; each with weights of its own."""
     other = write_source(tmp_path / "upload", two_layers(group_size=-1))
@@ -101,8 +93,6 @@ def test_a_revision(hub: Hub, repository: Source, online: Callable[..., Run], tm
     for i, revision in enumerate(("per-channel", commit)):
         report = online(REPO, tmp_path / f"out{i}", "--revision", revision, "--json").json()
         assert (report["group_size"], report["source_commit"]) == (-1, commit)
-    report = online(REPO, tmp_path / "main", "--json").json()
-    assert (report["group_size"], report["source_commit"]) == (128, hub.repositories[REPO].refs["main"])
 
 
 def test_no_such_revision(repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
@@ -124,7 +114,6 @@ def test_no_such_repository(online: Callable[..., Run], tmp_path: Path) -> None:
 def test_a_private_repository(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
     hub.repositories[REPO].private, hub.repositories[REPO].members = True, {SECRET}
     assert refusal(online(REPO, tmp_path / "out")).startswith(f"{REPO}: no such repository, or it is private")
-    assert refusal(online(REPO, tmp_path / "out", "--token", "hf_other")).startswith(f"{REPO}: no such repository")
     assert online(REPO, tmp_path / "out", "--token", SECRET, "--verbose").code == 0
     assert {r.token for r in hub.requests if "/resolve/" in r.path} == {SECRET}
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
@@ -142,8 +131,8 @@ def test_a_gated_repository(hub: Hub, repository: Source, online: Callable[..., 
 
 def test_the_token_of_the_environment(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
     hub.repositories[REPO].private, hub.repositories[REPO].members = True, {SECRET}
-    assert online(REPO, tmp_path / "a", "--quiet", env={"HF_TOKEN": SECRET}).code == 0
-    assert online(REPO, tmp_path / "b", "--quiet", "--token", "", env={"HF_TOKEN": SECRET}).code == 0
+    """It is used, also when --token is there and empty: a variable of a script that was not set."""
+    assert online(REPO, tmp_path / "out", "--quiet", "--token", "", env={"HF_TOKEN": SECRET}).code == 0
 
 
 @pytest.mark.parametrize("token", [f" {SECRET}\r\n", f"{SECRET}\r\nX-Other: 1", f"{SECRET}\N{CHECK MARK}"])
@@ -174,7 +163,9 @@ def test_offline(hub: Hub, repository: Source, online: Callable[..., Run], tmp_p
         "try again with a network connection."
     )
     assert hub.requests == []
-    assert online("--dry-run", REPO, "--quiet").code == 0
+    plan = online("--dry-run", REPO, "--json")
+    assert (plan.code, plan.err) == (0, "")
+    assert (plan.json()["source"], len(plan.json()["layers"])) == (REPO, 2)
     hub.requests.clear()
     result = online(REPO, tmp_path / "out", "--json", env=offline)
     assert result.code == 0, result.err

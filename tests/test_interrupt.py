@@ -9,14 +9,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Run
 from gptq import Source, two_layers, write_source
 from test_convert import assert_equal_to_source
+
+from marlin_convert.convert import Options, convert
+
+CPU, FORCE = Options(device="cpu"), Options(device="cpu", force=True)
 
 # Waiting ends when a signal's exception arrives (in the main thread), when the main thread has got it and shuts the
 # pool of workers down (in a worker), or by SIGUSR1.
@@ -126,7 +129,7 @@ def test_nohup_is_respected(source: Source, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_killed(source: Source, tmp_path: Path, run: Callable[..., Run], point: str) -> None:
+def test_killed(source: Source, tmp_path: Path, point: str) -> None:
     before = snapshot(source.folder)
     with stopped(point, source.folder, tmp_path / "out") as process:
         process.kill()
@@ -136,8 +139,7 @@ def test_killed(source: Source, tmp_path: Path, run: Callable[..., Run], point: 
     assert len(left) == 1
     assert left[0].startswith(".out.marlin-convert-")
 
-    again = run(source.folder, tmp_path / "out", "--quiet", "--device", "cpu")
-    assert again.code == 0, again.err
+    convert(source.folder, tmp_path / "out", CPU)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
     assert_equal_to_source(source, tmp_path / "out")
     assert snapshot(source.folder) == before
@@ -145,14 +147,12 @@ def test_killed(source: Source, tmp_path: Path, run: Callable[..., Run], point: 
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
-def test_an_earlier_result_survives(
-    tmp_path: Path, run: Callable[..., Run], point: str, number: signal.Signals
-) -> None:
+def test_an_earlier_result_survives(tmp_path: Path, point: str, number: signal.Signals) -> None:
     """With --force: what is at OUT stays, byte for byte, until the new result takes its place."""
     old = write_source(tmp_path / "old", two_layers(group_size=-1))
     new = write_source(tmp_path / "new")
     out = tmp_path / "out"
-    assert run(old.folder, out, "--quiet").code == 0
+    convert(old.folder, out, CPU)
     before = snapshot(out)
     with stopped(point, new.folder, out, "--force") as process:
         assert snapshot(out) == before
@@ -162,27 +162,25 @@ def test_an_earlier_result_survives(
     assert snapshot(out) == before
     if number == signal.SIGINT or point != POINTS[-1]:
         return
-    assert run(new.folder, out, "--quiet", "--force").code == 0
+    convert(new.folder, out, FORCE)
     assert_equal_to_source(new, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "old", "out"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
-def test_after_the_rename_the_new_result_is_there(
-    tmp_path: Path, run: Callable[..., Run], number: signal.Signals
-) -> None:
+def test_after_the_rename_the_new_result_is_there(tmp_path: Path, number: signal.Signals) -> None:
     """What is left then is the earlier result, on its way out; the next run clears it."""
     old = write_source(tmp_path / "old", two_layers(group_size=-1))
     new = write_source(tmp_path / "new")
     out = tmp_path / "out"
-    assert run(old.folder, out, "--quiet").code == 0
+    convert(old.folder, out, CPU)
     with stopped("after the rename", new.folder, out, "--force") as process:
         process.send_signal(number)
         end(process)
     assert_equal_to_source(new, out)
     hidden = [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     assert len(hidden) == (0 if number == signal.SIGINT else 1)
-    assert run(old.folder, out, "--quiet", "--force").code == 0
+    convert(old.folder, out, FORCE)
     assert_equal_to_source(old, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "old", "out"]
 
