@@ -8,18 +8,19 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from . import __version__, ops
 from .checkpoint import Checkpoint, Tensor
 from .config import marlin_model_config, marlin_settings
-from .device import Device, pick_device
-from .errors import MarlinConvertError, OutputError, SourceError, UnsupportedError
+from .device import CPU, Device, pick_device
+from .errors import DeviceError, MarlinConvertError, OutputError, SourceError, UnsupportedError
 from .hub import Source, fetch
 from .layout import PACK_FACTOR, TILE_K, permute_scales, unpermute_scales
 from .plan import Layer, Plan, make_plan, span
@@ -56,6 +57,7 @@ class Report:
     device: Device
     plan: Plan
     codec: str
+    remark: str | None = None  # about the device, if there is something to say
     scale_rounding: float = 0.0
     files: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -91,6 +93,7 @@ class Report:
             **self.as_file(),
             "out": str(self.out),
             "device": str(self.device),
+            "remark": self.remark,
             "codec": self.codec,
             "seconds": round(self.seconds, 3),
             "gigabytes_per_second": round(self.gigabytes_per_second, 3),
@@ -113,19 +116,19 @@ def convert(
     options, progress, started = options or Options(), progress or Progress(), time.monotonic()
     out = Path(out)
     check_free(out, force=options.force)
-    device = pick_device(options.device)
+    device, remark = usable_device(options)
     with opened(source, options) as (origin, checkpoint):
         _keep_apart(origin.folder, out)
         plan = make_plan(checkpoint)
         if plan.already_marlin:
             raise AlreadyMarlin(f"{source} already is a Marlin checkpoint; there is nothing to convert.")
         plan.require_convertible()
-        report = Report(origin, out, device, plan, ops.describe())
+        report = Report(origin, out, device, plan, ops.describe(), remark)
         report.scale_rounding = check_scales(checkpoint, plan)
         check_space(out.parent, _bytes_needed(checkpoint, plan))
         with new_folder(out, force=options.force) as folder:
             with Shards(folder, plan.out_tensors, options.max_shard_size) as shards:
-                write_tensors(checkpoint, plan, shards, progress)
+                write_tensors(checkpoint, plan, shards, progress, packer(device, options))
                 shards.write_index()
                 report.files = shards.files
             write_configs(checkpoint, plan, folder, options.quant_method)
@@ -151,7 +154,7 @@ def verify_pair(
 ) -> Verification:
     """Check an existing Marlin checkpoint `out` against its GPTQ `source`; writes `verify.json` into `out`."""
     options, out = options or Options(), Path(out)
-    device = pick_device(options.device)
+    device, _ = usable_device(replace(options, verify=True))
     with opened(source, options) as (_, checkpoint), Checkpoint(out) as result:
         plan = make_plan(checkpoint)
         if plan.already_marlin:
@@ -197,7 +200,49 @@ def check_scales(checkpoint: Checkpoint, plan: Plan) -> float:
     return largest
 
 
-def write_tensors(checkpoint: Checkpoint, plan: Plan, shards: Shards, progress: Progress) -> None:
+def usable_device(options: Options) -> tuple[Device, str | None]:
+    """The device that `options` ask for, its kernels loaded if they will be used, and a remark for the user.
+
+    Raises DeviceError when it was asked for by name and cannot be used. With "auto", a GPU whose kernels are not
+    there gives way to the CPU, and the remark says so.
+    """
+    device = pick_device(options.device)
+    if device.kind == "cpu":
+        return device, None
+    if options.device == "auto" and not options.verify:
+        return device, None  # nothing to compute there: see `packer`
+    from . import cuda
+
+    try:
+        cuda.torch_device(device)
+    except DeviceError as error:
+        if options.device != "auto":
+            raise
+        return CPU, f"{device} ({device.name}) is not used: {error.message}"
+    return device, None
+
+
+#: Repacks a block: qweight [K/8, N] → the given B [K/16, 2N].
+Packer: TypeAlias = "Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32]], object]"
+
+
+def packer(device: Device, options: Options) -> Packer:
+    """What repacks: the CPU, which keeps up with any disk, unless a GPU was asked for by name."""
+    if device.kind == "cpu" or options.device == "auto":
+        return lambda qweight, B: ops.pack(qweight, out=B)
+    import torch
+
+    from . import cuda
+
+    target = cuda.torch_device(device)
+
+    def pack(qweight: npt.NDArray[np.int32], B: npt.NDArray[np.int32]) -> None:
+        torch.from_numpy(B).copy_(cuda.repack(torch.from_numpy(qweight).to(target)))
+
+    return pack
+
+
+def write_tensors(checkpoint: Checkpoint, plan: Plan, shards: Shards, progress: Progress, pack: Packer) -> None:
     """Stream every tensor: read, repack, check, write; blocks of several layers at a time, in bounded memory."""
     progress.stage("converting", plan.bytes_out, len(plan.layers))
     buffers = Buffers()
@@ -217,7 +262,8 @@ def write_tensors(checkpoint: Checkpoint, plan: Plan, shards: Shards, progress: 
         qweight = buffers.array("qweight", (rows // PACK_FACTOR, layer.N), np.int32)
         position = k0 * layer.N * 4 // PACK_FACTOR  # the same in qweight and in B: both take N/2 bytes for a row of K
         checkpoint.read_into(layer.qweight, qweight, position)
-        B = ops.pack(qweight, out=buffers.array("B", (rows // TILE_K, 2 * layer.N), np.int32))
+        B = buffers.array("B", (rows // TILE_K, 2 * layer.N), np.int32)
+        pack(qweight, B)
         unpacked = ops.unpack(B, out=buffers.array("unpacked", qweight.shape, np.int32))
         problem = code_difference(unpacked, qweight, k0)
         if problem:

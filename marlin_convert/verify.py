@@ -20,9 +20,9 @@ import numpy.typing as npt
 from . import ops
 from .checkpoint import Checkpoint, Tensor
 from .config import QUANT_METHODS, find_configs
-from .device import CPU, Device
+from .device import Device
 from .errors import VerificationError
-from .layout import PACK_FACTOR, TILE_K, unpermute_scales
+from .layout import PACK_FACTOR, TILE_K, ZERO_POINT, unpermute_scales
 from .plan import Layer, Plan
 from .progress import Progress
 from .publish import OutTensor
@@ -35,6 +35,9 @@ TOLERANCE = 1e-3
 
 #: Rows of random activations for each layer on a CPU.
 CPU_ROWS = 4
+
+#: Rows in each of the products on a GPU: one token, a small batch, and one that takes another path of the kernel.
+CUDA_ROWS = (1, 16, 128)
 
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
@@ -129,13 +132,13 @@ class Product(Protocol):
 
 
 def product_for(device: Device, layer: Layer, scales: F16, s: F16) -> Product:
-    """The one place where a device's way of multiplying is chosen. All of them use the CPU's as yet."""
-    return CPUProduct(layer, scales, s)
+    """The one place where a device's way of multiplying is chosen."""
+    return CPUProduct(layer, scales, s) if device.kind == "cpu" else CUDAProduct(device, layer, scales, s)
 
 
 def product_device(device: Device) -> str:
     """Where `product_for` computes, as the report names it."""
-    return str(CPU)
+    return str(device) if device.kind == "cpu" else f"{device} ({device.name})"
 
 
 class CPUProduct:
@@ -154,6 +157,45 @@ class CPUProduct:
 
     def errors(self) -> tuple[float, float]:
         return compare(self.result, self.reference)
+
+
+class CUDAProduct:
+    """The bundled kernel's product on a GPU, in fp16, against the definition in float64.
+
+    The reference is computed from the GPTQ words by plain torch operations, and never sees `B` or the kernels.
+    """
+
+    def __init__(self, device: Device, layer: Layer, scales: F16, s: F16) -> None:
+        import torch
+
+        from . import cuda
+
+        self.layer, self.device = layer, cuda.torch_device(device)
+        self.scales, self.s = (torch.from_numpy(x).to(self.device) for x in (scales, s))
+        self.x = torch.from_numpy(activations(layer, sum(CUDA_ROWS))).to(self.device)
+        self.B = torch.empty(layer.B.shape, dtype=torch.int32, device=self.device)
+        self.reference = torch.zeros((sum(CUDA_ROWS), layer.N), dtype=torch.float64, device=self.device)
+
+    def add(self, k0: int, qweight: I32, B: I32) -> None:
+        import torch
+
+        from . import repack
+
+        codes = repack.unpack_gptq(torch.from_numpy(qweight).to(self.device))
+        rows = torch.arange(k0, k0 + codes.shape[0], device=self.device)
+        weight = (codes.half() - ZERO_POINT) * self.scales[rows // self.layer.rows_per_group]  # fp16, rounded once
+        self.reference += self.x[:, k0 : k0 + codes.shape[0]].double() @ weight.double()
+        self.B[k0 // TILE_K : k0 // TILE_K + B.shape[0]] = torch.from_numpy(B)
+
+    def errors(self) -> tuple[float, float]:
+        from . import cuda
+
+        worst, first = (0.0, 0.0), 0
+        for rows in CUDA_ROWS:
+            result = cuda.gemm(self.x[first : first + rows].half(), self.B, self.s)
+            found = compare(result.cpu().numpy(), self.reference[first : first + rows].cpu().numpy())
+            worst, first = (float(np.max([worst[0], found[0]])), float(np.max([worst[1], found[1]]))), first + rows
+        return worst
 
 
 def activations(layer: Layer, rows: int) -> F32:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,9 +132,12 @@ def test_a_gpu_that_is_new_enough(machine: Callable[..., Run], gpu: str) -> None
 @pytest.mark.parametrize(
     ("device", "chosen"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:1", "cuda:1"), ("cuda:2", "cuda:2")]
 )
-def test_a_mixed_machine(machine: Callable[..., Run], device: str, chosen: str) -> None:
+def test_a_mixed_machine(driver: Path, device: str, chosen: str) -> None:
     """auto and cuda take the first GPU that suits; a number is taken as it is."""
-    assert machine(V100, A100, H100, T4, device=device, options=("--json",)).json()["device"] == chosen
+    env = {**os.environ, "LD_LIBRARY_PATH": str(driver), "FAKE_GPUS": ";".join((V100, A100, H100, T4))}
+    code = f"from marlin_convert.device import pick_device; print(pick_device({device!r}))"
+    picked = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert picked.stdout == f"{chosen}\n"
 
 
 @pytest.mark.parametrize(("device", "name"), [("cuda:0", "Tesla V100"), ("cuda:3", "Tesla T4")])
@@ -195,10 +200,16 @@ def test_a_library_that_is_no_driver(run: Callable[..., Run], source: Source, tm
 
 
 def test_a_gpu_is_only_said_to_have_computed_what_it_did(machine: Callable[..., Run]) -> None:
-    """The products that --verify compares are computed on the CPU as long as there are no CUDA kernels for it."""
+    """The driver shows a GPU, and no kernel can run on it: auto verifies on the CPU and says why."""
     report = machine(A100, options=("--verify", "--json")).json()
-    assert report["device"] == "cuda:0"
-    assert report["verification"]["device"] == "cpu"
+    assert report["device"] == report["verification"]["device"] == "cpu"
+    assert report["remark"].startswith("cuda:0 (NVIDIA A100-SXM4-80GB) is not used: ")
+    assert report["remark"].endswith("use --device cpu.")
+
+
+def test_a_gpu_asked_for_by_name_is_not_replaced(machine: Callable[..., Run], tmp_path: Path) -> None:
+    """Without --verify too: what was asked for cannot be done, and nothing else is done in its place."""
+    assert refused(machine(A100, device="cuda:0"), tmp_path).endswith("use --device cpu.")
 
 
 @pytest.mark.parametrize("request_", ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "cuda:99999", "cpu "])

@@ -25,7 +25,7 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem not in 
 FLOORS = (
     ("errors", "layout", "progress", "scales"),
     ("checkpoint", "config", "device", "repack", "stream"),
-    ("hub", "ops", "publish"),
+    ("cuda", "hub", "ops", "publish"),
     ("plan",),
     ("verify",),
     ("convert",),
@@ -50,7 +50,8 @@ def own_imports(path: Path) -> Iterator[str]:
 
 
 def imports_at_the_top(path: Path) -> set[str]:
-    """What importing the file imports: first names of packages, without what only type checkers see."""
+    """What importing the file imports: first names of packages, own modules with a dot before them; without what only
+    type checkers see."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -60,8 +61,9 @@ def imports_at_the_top(path: Path) -> set[str]:
             return
         if isinstance(node, ast.Import):
             found.update(alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found.update("." * node.level + name.split(".")[0] for name in names)
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -88,9 +90,18 @@ def test_own_imports_sees_all_of_them() -> None:
     assert set(own_imports(MODULES["scales"])) == set()
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+#: Modules of torch tensors through and through, themselves imported late.
+TORCH_MODULES = {"bench", "cuda"}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - TORCH_MODULES))
 def test_torch_and_the_like_are_imported_late(name: str) -> None:
     assert not imports_at_the_top(MODULES[name]) & {"torch", "transformers", "huggingface_hub", "safetensors", "tqdm"}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - TORCH_MODULES))
+def test_modules_of_torch_tensors_are_imported_late(name: str) -> None:
+    assert not imports_at_the_top(MODULES[name]) & {f".{module}" for module in TORCH_MODULES}
 
 
 def loaded_after(code: str, *arguments: object, **environment: str) -> set[str]:
