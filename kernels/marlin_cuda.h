@@ -71,7 +71,7 @@ MARLIN_EXPORT int marlin_cuda_device_info(int device, marlin_cuda_device_info_t*
 // stored. A, bias [N] (or null) and C are of `dtype`; lda is the number of elements between rows of A.
 // The workspace holds partial sums. Its first MARLIN_CUDA_COUNTER_BYTES must be zero before the first call that uses it
 // and are zero after each; calls that may run at the same time need workspaces of their own.
-// `variant` is 0 for the library's choice; other values (see variant_of in cuda/gemm.cu) are for tests and tuning.
+// `variant` is 0 for the library's choice; other values (see struct Variant in cuda/gemm.cu) are for tests and tuning.
 // Equal arguments on equal devices give equal bits.
 #define MARLIN_CUDA_COUNTER_BYTES 8192
 MARLIN_EXPORT int marlin_cuda_gemm(const void* A, const void* B, const void* s, const void* bias, void* C,

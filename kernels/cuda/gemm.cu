@@ -1,103 +1,254 @@
-// gemm.cu: which shape of the kernel runs, on how many blocks, and the launch.
-#include "gemm.cuh"
-
+// gemm.cu: which instance of which kernel runs, how the work is split, and the launch.
 #include <algorithm>
 #include <atomic>
 
 #include "device.h"
+#include "gemm.cuh"
+#include "hopper.cuh"
 
 namespace marlin {
 namespace {
 
-// One instance of the kernel template, and the numbers of it that the host needs.
+// One instance of a kernel template, and the numbers of it that the host needs.
 struct Config {
-  void (*kernels[2])(GemmArguments);  // by dtype
-  int threads, block_m, block_n, block_k, stage_bytes, extra_bytes, resident;
+  const void* kernels[2];  // by dtype
+  bool hopper;             // takes tensor maps and clusters, runs on capability 9.0 only
+  int threads, block_m, block_n, block_k;
+  int stage_bytes, extra_bytes;  // of shared memory: each pipeline stage, and beside the stages
+  int most_stages, stage_multiple;
+  int box_columns;  // hopper: columns of weights that one copy takes
 };
 
 template <typename S>
-constexpr Config config_of() {
-  return {{gemm_kernel<__half, S>, gemm_kernel<__nv_bfloat16, S>},
+Config generic() {
+  return {{reinterpret_cast<const void*>(&gemm_kernel<__half, S>),
+           reinterpret_cast<const void*>(&gemm_kernel<__nv_bfloat16, S>)},
+          false,
           S::kThreads,
           S::kBlockM,
           S::kBlockN,
           S::kBlockK,
           S::kStageBytes,
           S::kExtraBytes,
-          S::kResident};
+          S::kMaxStages,
+          1,
+          0};
 }
 
-#ifdef MARLIN_DEV_CONFIGS
-#include MARLIN_DEV_CONFIGS
-#else
-//        GemmShape<MB, WM, WN, WK, KT>
-const Config kConfigs[] = {
-    config_of<GemmShape<1, 1, 4, 2, 4>>(),
-    config_of<GemmShape<2, 1, 4, 2, 4>>(),
-    config_of<GemmShape<4, 1, 4, 2, 4>>(),
-    config_of<GemmShape<4, 2, 4, 1, 4>>(),
-    config_of<GemmShape<4, 4, 2, 1, 4>>(),
-};
-#endif
-constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
+template <typename S>
+Config hopper() {
+  return {{reinterpret_cast<const void*>(&hopper_kernel<__half, S>),
+           reinterpret_cast<const void*>(&hopper_kernel<__nv_bfloat16, S>)},
+          true,
+          S::kThreads,
+          S::kBlockM,
+          S::kBlockN,
+          S::kBlockK,
+          S::kStageBytes,
+          S::kExtraBytes,
+          S::kMaxStages,
+          S::WK,
+          S::kBoxColumns};
+}
 
-constexpr int kMaxStages = 8;
+// Ascending in block_m within each kind. A path for another architecture is another kind here: a kernel that takes
+// GemmArguments, its entries in this table, and its line in `runs_on`.
+const Config kConfigs[] = {
+    // GemmShape<MB, WM, WN, WK, KT>: eight warps each. Few rows leave warps for more of N and K.
+    generic<GemmShape<1, 1, 4, 2, 4>>(),  // 1:    8 x 256
+    generic<GemmShape<2, 1, 4, 2, 4>>(),  // 2:   16 x 256
+    generic<GemmShape<4, 1, 4, 2, 4>>(),  // 3:   32 x 256
+    generic<GemmShape<4, 2, 4, 1, 4>>(),  // 4:   64 x 256
+    generic<GemmShape<4, 4, 2, 1, 4>>(),  // 5:  128 x 128
+    // HopperShape<MB, J, WN, WK>: two warpgroups that multiply. Wide slabs read activations less often, narrow ones make
+    // more tiles and smaller sums; which is better depends on N (see `predict`).
+    hopper<HopperShape<1, 2, 1, 2>>(),   // 6:    8 x 128
+    hopper<HopperShape<1, 4, 1, 2>>(),   // 7:    8 x 256
+    hopper<HopperShape<2, 2, 1, 2>>(),   // 8:   16 x 128
+    hopper<HopperShape<2, 4, 1, 2>>(),   // 9:   16 x 256
+    hopper<HopperShape<4, 2, 1, 2>>(),   // 10:  32 x 128
+    hopper<HopperShape<4, 4, 1, 2>>(),   // 11:  32 x 256
+    hopper<HopperShape<8, 2, 1, 2>>(),   // 12:  64 x 128
+    hopper<HopperShape<8, 2, 2, 1>>(),   // 13:  64 x 256
+    hopper<HopperShape<16, 1, 2, 1>>(),  // 14: 128 x 128
+};
+constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
+constexpr int kMostRows = 128;  // the largest block_m
+
+bool runs_on(const Config& c, const Device& facts) { return !c.hopper || facts.capability == 90; }
+bool preferred_on(const Config& c, const Device& facts) { return c.hopper == (facts.capability == 90); }
+
+// How tiles are given to blocks.
+constexpr int kMostCluster = 8;   // 1 .. 8: a tile to each cluster of that many blocks (hopper), part of its K to each
+constexpr int kSplitRanges = 9;   // equal ranges of units, tiles shared through the workspace
+constexpr int kSplitWhole = 10;   // the same, rounded up to whole tiles
+constexpr int kSplits = kSplitWhole + 1;
+
 constexpr int kMaxBlocks = MARLIN_CUDA_COUNTER_BYTES / sizeof(unsigned);
+
+// `variant` of marlin_cuda_gemm: bits 0..7 the configuration (its number above), bits 8..11 the stages, bits 12..15 the split; 0: choose.
+struct Variant {
+  int config, stages, split;
+  explicit Variant(int v) : config(v & 0xff), stages(v >> 8 & 0xf), split(v >> 12 & 0xf) {}
+};
 
 // What one call runs.
 struct Plan {
-  int config;
-  int stages;
-  int blocks;
+  const Config* config;
+  int stages, split, blocks;
   int steps, slabs_m, units, units_per_block;
+  double microseconds;  // predicted
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// variant_of: bits 0..7 configuration + 1 (0: choose), bits 8..11 stages (0: choose), bit 12: whole tiles per block.
-int make_plan(int64_t M, int64_t N, int64_t K, const Device& facts, int variant, Plan* plan) {
-  int config = (variant & 0xff) - 1;
-  if (config < 0) {
-    config = 0;
-    while (config + 1 < kConfigCount && kConfigs[config].block_m < M) config++;
+int stages_of(const Config& c, const Device& facts) {
+  const int most = std::min(c.most_stages, (facts.shared_bytes_per_block - c.extra_bytes) / c.stage_bytes);
+  return most - most % c.stage_multiple;
+}
+
+int shared_bytes_of(const Config& c, int stages) { return stages * c.stage_bytes + c.extra_bytes; }
+
+// A kernel may use more than 48 KB of shared memory only after it was told so, once per device. `device` is current.
+int allow_shared_memory(const Config& c, int dtype, const Device& facts, int device) {
+  static std::atomic<bool> done[kMaxDevices][kConfigCount][2];
+  std::atomic<bool>& mine = done[device][&c - kConfigs][dtype];
+  if (mine.load(std::memory_order_relaxed)) return MARLIN_OK;
+  MARLIN_RETURN_IF_ERROR(cudaFuncSetAttribute(c.kernels[dtype], cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              facts.shared_bytes_per_block));
+  mine.store(true, std::memory_order_relaxed);
+  return MARLIN_OK;
+}
+
+void set_cluster(cudaLaunchConfig_t* launch, cudaLaunchAttribute* attribute, int size) {
+  attribute->id = cudaLaunchAttributeClusterDimension;
+  attribute->val.clusterDim.x = size;
+  attribute->val.clusterDim.y = 1;
+  attribute->val.clusterDim.z = 1;
+  launch->attrs = attribute;
+  launch->numAttrs = 1;
+}
+
+// How many clusters of `size` blocks the device holds at once. A cluster lives inside one group of 16 or 18 SMs, some of
+// which a chip may lack, so this is less than SMs / size and is asked of the driver (once). 0 when it will not say.
+int resident_clusters(const Config& c, int size, const Device& facts, int device) {
+  if (size == 1) return facts.multiprocessors;
+  static std::atomic<int> known[kMaxDevices][kConfigCount][kMostCluster + 1];  // the answer + 1
+  std::atomic<int>& mine = known[device][&c - kConfigs][size];
+  if (mine.load(std::memory_order_relaxed) == 0) {
+    int count = 0;
+    if (allow_shared_memory(c, 0, facts, device) == MARLIN_OK) {
+      cudaLaunchConfig_t launch = {};
+      launch.gridDim = dim3(facts.multiprocessors / size * size);
+      launch.blockDim = dim3(c.threads);
+      launch.dynamicSmemBytes = shared_bytes_of(c, stages_of(c, facts));
+      cudaLaunchAttribute attribute = {};
+      set_cluster(&launch, &attribute, size);
+      if (cudaOccupancyMaxActiveClusters(&count, c.kernels[0], &launch) != cudaSuccess) {
+        cudaGetLastError();  // not the caller's concern
+        count = 0;
+      }
+    }
+    mine.store(count + 1, std::memory_order_relaxed);
   }
-  if (config >= kConfigCount || variant < 0) return MARLIN_CUDA_ERROR_VARIANT;
-  const Config& c = kConfigs[config];
-  int stages = variant >> 8 & 0xf;
-  const int shared_bytes = c.resident == 1 ? facts.shared_bytes_per_block
-                                           : (facts.shared_bytes_per_block + 1024) / c.resident - 1024;
-  const int most_stages = std::min(kMaxStages, (shared_bytes - c.extra_bytes) / c.stage_bytes);
-  if (stages == 0) stages = most_stages;
-  if (stages == 7 || stages == 5) stages--;
-  if (stages < 2 || stages > most_stages) return MARLIN_CUDA_ERROR_VARIANT;
+  return mine.load(std::memory_order_relaxed) - 1;
+}
+
+// Lays out `split` for one configuration and predicts its time; false if it cannot be done.
+//
+// The prediction is good enough to order the candidates. Its constants were fitted to 420 timings on one H100 80GB (6
+// layers, 1 to 512 rows, every configuration and split; docs/kernels.md): what it chose there was 0.7% slower than the
+// best on average, 8% at most.
+//   time = launch + max(time to read memory, steps of the busiest SM * time of a step) + time to add up partial sums
+bool lay_out(const Config& c, int split, int64_t M, int64_t N, int64_t K, const Device& facts, int device, Plan* plan) {
+  constexpr double kLaunch = 2.3;         // us
+  constexpr double kMemory = 3.0e6;       // bytes per us from device memory
+  constexpr double kSm = 47.9e3;          // bytes per us into one SM
+  constexpr double kStep = 0.25;          // us of a step at least: its chain of dependent instructions,
+  constexpr double kStepOutput = 9.1e-6;  //   and us for each output of the tile
+  constexpr double kClusterRank = 0.85;   // us for each block of a cluster
+  constexpr double kClusterKb = 0.032;    // us for each KB of a tile's sums, in a cluster
+  constexpr double kWave = 4.8;           // us for each further wave of blocks
+  constexpr double kWhole = 0.85;         // us at the end of a range of whole tiles
+  constexpr double kShared = 1.2;         // us when tiles are shared through the workspace
+  constexpr double kMisaligned = 10.7;    // us when ranges end inside tiles: a block then has two tiles' ends
+  constexpr double kSharedKb = 0.095;     // us for each KB of a tile's sums and block that shares it
 
   const int64_t steps = ceil_div(K, c.block_k), slabs_m = ceil_div(M, c.block_m), slabs_n = ceil_div(N, c.block_n);
-  const int64_t units = steps * slabs_m * slabs_n;
-  if (units > 0x3fffffff) return MARLIN_CUDA_ERROR_SHAPE;
-  int64_t per_block = ceil_div(units, facts.multiprocessors * c.resident);
-  if (variant >> 12 & 1) per_block = ceil_div(per_block, steps) * steps;
-  *plan = Plan{config,
-               stages,
-               static_cast<int>(ceil_div(units, per_block)),
+  const int64_t tiles = slabs_m * slabs_n, units = tiles * steps;
+  if (units > 0x3fffffff) return false;
+  const int64_t rows = std::min<int64_t>(M, c.block_m);
+  const double tile_kb = c.block_m * c.block_n * 4 / 1024.0;
+  const double step_bytes = c.block_k * (c.block_n / 2.0 + rows * 2) + c.block_n * 2;
+  const double read = (K * N / 2.0 + K * N / 64.0 + M * K * 2.0 + M * N * 2.0) / kMemory;
+
+  int64_t blocks, per_block = steps, busiest;
+  double ends;
+  if (split <= kMostCluster) {
+    if (!c.hopper || split > steps) return false;
+    const int64_t resident = resident_clusters(c, split, facts, device);
+    if (resident < 1) return false;
+    const int64_t waves = ceil_div(tiles, resident);
+    blocks = tiles * split;
+    busiest = waves * ceil_div(steps, split);
+    ends = kClusterRank * split + (split > 1 ? kClusterKb * tile_kb : 0) + kWave * (waves - 1);
+  } else {
+    per_block = ceil_div(units, facts.multiprocessors);
+    if (split != kSplitRanges) per_block = ceil_div(per_block, steps) * steps;
+    blocks = ceil_div(units, per_block);
+    busiest = per_block;
+    ends = kWhole;
+    if (per_block % steps != 0) {
+      const bool aligned = steps % per_block == 0;
+      const double sharing = static_cast<double>(ceil_div(steps, per_block) + (aligned ? 0 : 1));
+      ends = kShared + (aligned ? 0 : kMisaligned) + kSharedKb * tile_kb * sharing;
+    }
+    if (blocks > kMaxBlocks) return false;
+  }
+  const double step = std::max(step_bytes / kSm, kStep + kStepOutput * c.block_m * c.block_n);
+  *plan = Plan{&c,
+               stages_of(c, facts),
+               split,
+               static_cast<int>(blocks),
                static_cast<int>(steps),
                static_cast<int>(slabs_m),
                static_cast<int>(units),
-               static_cast<int>(per_block)};
-  return plan->blocks <= kMaxBlocks ? MARLIN_OK : MARLIN_CUDA_ERROR_DEVICE;
+               static_cast<int>(per_block),
+               kLaunch + std::max(read, busiest * step) + ends};
+  return blocks <= 0x7fffffff;
 }
 
-// A kernel may use more than 48 KB of shared memory only after it was told so, once per device.
-int allow_shared_memory(const Device& facts, int device, int config, int dtype) {
-  static std::atomic<bool> done[kMaxDevices][kConfigCount][2];
-  if (done[device][config][dtype].load(std::memory_order_relaxed)) return MARLIN_OK;
-  MARLIN_RETURN_IF_ERROR(cudaFuncSetAttribute(reinterpret_cast<const void*>(kConfigs[config].kernels[dtype]),
-                                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              facts.shared_bytes_per_block));
-  done[device][config][dtype].store(true, std::memory_order_relaxed);
+// Takes the fastest of what `variant` leaves open. `device` is current.
+int make_plan(int64_t M, int64_t N, int64_t K, const Device& facts, int device, int variant, Plan* best) {
+  const Variant wanted(variant);
+  if (variant < 0 || variant >> 16 != 0 || wanted.config > kConfigCount || wanted.split >= kSplits)
+    return MARLIN_CUDA_ERROR_VARIANT;
+  int block_m = kMostRows;  // the smallest that takes all rows, or the largest
+  for (const Config& c : kConfigs)
+    if (preferred_on(c, facts) && c.block_m >= M) block_m = std::min(block_m, c.block_m);
+  bool found = false;
+  for (int i = 0; i < kConfigCount; i++) {
+    const Config& c = kConfigs[i];
+    if (!runs_on(c, facts) || stages_of(c, facts) < 2 * c.stage_multiple) continue;
+    if (wanted.config == 0 ? !preferred_on(c, facts) || c.block_m != block_m : wanted.config != i + 1) continue;
+    for (int split = 1; split < kSplits; split++) {
+      Plan plan;
+      if ((wanted.split != 0 && wanted.split != split) || !lay_out(c, split, M, N, K, facts, device, &plan)) continue;
+      if (!found || plan.microseconds < best->microseconds) *best = plan;
+      found = true;
+    }
+  }
+  if (!found) return MARLIN_CUDA_ERROR_VARIANT;
+  if (wanted.stages != 0) {
+    if (wanted.stages < 2 * best->config->stage_multiple || wanted.stages > best->stages || wanted.stages % best->config->stage_multiple != 0)
+      return MARLIN_CUDA_ERROR_VARIANT;
+    best->stages = wanted.stages;
+  }
   return MARLIN_OK;
 }
 
 int check_shape(int64_t M, int64_t N, int64_t K) {
+  // Rows, columns and offsets of blocks are 32-bit; products of them are not formed.
   constexpr int64_t kLimit = int64_t{1} << 30;
   if (M <= 0 || N <= 0 || K <= 0 || M > kLimit || N > kLimit || K > kLimit || K % MARLIN_CUDA_K_MULTIPLE != 0 ||
       N % MARLIN_CUDA_N_MULTIPLE != 0)
@@ -107,9 +258,41 @@ int check_shape(int64_t M, int64_t N, int64_t K) {
 
 bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-size_t workspace_bytes(const Config& c, const Device& facts) {
-  return MARLIN_CUDA_COUNTER_BYTES +
-         static_cast<size_t>(facts.multiprocessors) * c.resident * 2 * c.block_m * c.block_n * sizeof(float);
+// Describes a matrix to the copy engine: `inner` x `outer` elements, `pitch` bytes between rows, copied in boxes.
+int describe(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64_t inner, int64_t outer, int64_t pitch,
+             int box_inner, int box_outer, CUtensorMapSwizzle swizzle) {
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  // Taken from the driver at run time, so that the library also loads where there is none.
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorInsufficientDriver;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(inner), static_cast<cuuint64_t>(outer)};
+  const cuuint64_t pitches[1] = {static_cast<cuuint64_t>(pitch)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_inner), static_cast<cuuint32_t>(box_outer)};
+  const cuuint32_t every[2] = {1, 1};
+  const CUresult result = encode(map, type, 2, const_cast<void*>(data), sizes, pitches, box, every,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? MARLIN_OK : cudaErrorInvalidValue;
+}
+
+// The same for every shape: the counters, and two tiles of sums for each block of the largest configuration.
+size_t workspace_bytes(const Device& facts) {
+  size_t tile = 0;
+  for (const Config& c : kConfigs)
+    if (runs_on(c, facts)) tile = std::max(tile, static_cast<size_t>(c.block_m) * c.block_n * sizeof(float));
+  return MARLIN_CUDA_COUNTER_BYTES + 2 * tile * facts.multiprocessors;
 }
 
 }  // namespace
@@ -119,15 +302,26 @@ size_t marlin_cuda_gemm_workspace_bytes(int64_t M, int64_t N, int64_t K, int dev
   using namespace marlin;
   Device facts;
   if (check_shape(M, N, K) != MARLIN_OK || find_device(device, &facts) != MARLIN_OK) return 0;
-  size_t bytes = 0;
-  for (const Config& c : kConfigs) bytes = std::max(bytes, workspace_bytes(c, facts));
-  return bytes;
+  return workspace_bytes(facts);
 }
 
 int marlin_cuda_choose(int64_t M, int64_t N, int64_t K, int device) {
   using namespace marlin;
   MARLIN_RETURN_IF_ERROR(check_shape(M, N, K));
-  return M > 256 ? MARLIN_CUDA_USE_DEQUANTIZE : MARLIN_CUDA_USE_GEMM;
+  // Fitted like the constants of lay_out. Dequantizing reads half a byte and writes two for each weight. cuBLAS reaches
+  // 690 TFLOP/s on large products, the Hopper kernel 490 (2 M N K flops over 1e6 flops per us). The generic kernel uses
+  // mma.sync, which has about half of the rate on Hopper and most of it elsewhere.
+  constexpr double kLaunches = 4.0, kDequantize = 2.45e6, kCublas = 690e6, kHopper = 490e6, kGeneric = 250e6;
+  Device facts;
+  MARLIN_RETURN_IF_ERROR(find_device(device, &facts));
+  DeviceGuard guard(device);
+  MARLIN_RETURN_IF_ERROR(guard.error());
+  Plan plan;
+  MARLIN_RETURN_IF_ERROR(make_plan(M, N, K, facts, device, 0, &plan));
+  const double flops = 2.0 * M * N * K;
+  const double own = std::max(plan.microseconds, flops / (plan.config->hopper ? kHopper : kGeneric));
+  const double other = kLaunches + 2.5 * K * N / kDequantize + flops / kCublas;
+  return own <= other ? MARLIN_CUDA_USE_GEMM : MARLIN_CUDA_USE_DEQUANTIZE;
 }
 
 int marlin_cuda_gemm(const void* A, const void* B, const void* s, const void* bias, void* C, void* workspace,
@@ -144,14 +338,14 @@ int marlin_cuda_gemm(const void* A, const void* B, const void* s, const void* bi
     return MARLIN_CUDA_ERROR_ALIGNMENT;
   Device facts;
   MARLIN_RETURN_IF_ERROR(find_device(device, &facts));
-  Plan plan;
-  MARLIN_RETURN_IF_ERROR(make_plan(M, N, K, facts, variant, &plan));
-  const Config& c = kConfigs[plan.config];
-  if (workspace_size < workspace_bytes(c, facts)) return MARLIN_CUDA_ERROR_WORKSPACE;
-
+  if (workspace_size < workspace_bytes(facts)) return MARLIN_CUDA_ERROR_WORKSPACE;
   DeviceGuard guard(device);
   MARLIN_RETURN_IF_ERROR(guard.error());
-  MARLIN_RETURN_IF_ERROR(allow_shared_memory(facts, device, plan.config, dtype));
+  Plan plan;
+  MARLIN_RETURN_IF_ERROR(make_plan(M, N, K, facts, device, variant, &plan));
+  const Config& c = *plan.config;
+  MARLIN_RETURN_IF_ERROR(allow_shared_memory(c, dtype, facts, device));
+
   GemmArguments arguments;
   arguments.A = A;
   arguments.B = static_cast<const uint4*>(B);
@@ -171,22 +365,23 @@ int marlin_cuda_gemm(const void* A, const void* B, const void* s, const void* bi
   arguments.units = plan.units;
   arguments.units_per_block = plan.units_per_block;
   arguments.stages = plan.stages;
-  const int shared_bytes = plan.stages * c.stage_bytes + c.extra_bytes;
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = plan.blocks;
-  launch.blockDim = c.threads;
-  launch.dynamicSmemBytes = shared_bytes;
-  launch.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute[1];
-  if (variant >> 13 & 1) {
-    attribute[0].id = cudaLaunchAttributeAccessPolicyWindow;
-    attribute[0].val.accessPolicyWindow.base_ptr = const_cast<void*>(B);
-    attribute[0].val.accessPolicyWindow.num_bytes = std::min<size_t>(K * N / 2, 128u << 20);
-    attribute[0].val.accessPolicyWindow.hitRatio = 1.0f;
-    attribute[0].val.accessPolicyWindow.hitProp = cudaAccessPropertyStreaming;
-    attribute[0].val.accessPolicyWindow.missProp = cudaAccessPropertyNormal;
-    launch.attrs = attribute;
-    launch.numAttrs = 1;
+  arguments.cluster = plan.split <= kMostCluster ? plan.split : 0;
+
+  CUtensorMap weights_map, activations_map;
+  if (c.hopper) {
+    // A row of tiles as N elements of 8 bytes: a tile is 64 of them, and the order of bytes stays.
+    MARLIN_RETURN_IF_ERROR(describe(&weights_map, CU_TENSOR_MAP_DATA_TYPE_INT64, B, N, K / MARLIN_TILE_K, N * 8,
+                                    c.box_columns, c.block_k / MARLIN_TILE_K, CU_TENSOR_MAP_SWIZZLE_NONE));
+    MARLIN_RETURN_IF_ERROR(describe(&activations_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, A, K, M, lda * 2, 64, c.block_m,
+                                    CU_TENSOR_MAP_SWIZZLE_128B));
   }
-  return cudaLaunchKernelEx(&launch, c.kernels[dtype], arguments);
+  void* parameters[] = {&arguments, &weights_map, &activations_map};
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(plan.blocks);
+  launch.blockDim = dim3(c.threads);
+  launch.dynamicSmemBytes = shared_bytes_of(c, plan.stages);
+  launch.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  if (arguments.cluster > 1) set_cluster(&launch, &attribute, arguments.cluster);
+  return cudaLaunchKernelExC(&launch, c.kernels[dtype], parameters);
 }

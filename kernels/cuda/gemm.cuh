@@ -63,15 +63,16 @@ struct GemmArguments {
   int units;             // units in all
   int units_per_block;   // block b does units b * units_per_block and the following
   int stages;            // pipeline depth
+  int cluster;           // hopper.cuh: blocks that share a tile as a cluster; 0: ranges of units as above
 };
 
-template <int MB_, int WM_, int WN_, int WK_, int KT_, int RESIDENT_ = 1>
+template <int MB_, int WM_, int WN_, int WK_, int KT_>
 struct GemmShape {
   static constexpr int MB = MB_;  // 8-row blocks of M in a warp's piece
   static constexpr int WM = WM_, WN = WN_, WK = WK_;
   static constexpr int KT = KT_;  // 16-row tiles of K in a warp's piece
-  static constexpr int kResident = RESIDENT_;  // blocks on an SM at once
   static constexpr int kThreads = 32 * WM * WN * WK;
+  static constexpr int kConsumers = kThreads;  // threads that multiply
   static constexpr int kBlockM = 8 * MB * WM;
   static constexpr int kBlockN = MARLIN_TILE_N * WN;
   static constexpr int kBlockK = MARLIN_TILE_K * KT * WK;
@@ -82,12 +83,13 @@ struct GemmShape {
   static constexpr int kScaleBytes = WK * kBlockN * 2;
   static constexpr int kStageBytes = kWeightBytes + kActivationBytes + kScaleBytes;
   // The sums of a tile pass through shared memory in rounds of at most two 8-row blocks a warp: 32 KB at most.
-  static constexpr int kRoundMB = MB < 2 || WK * WN > 8 ? 1 : 2;
+  static constexpr int kRoundMB = MB < 2 ? 1 : 2;
   static constexpr int kRoundRows = WM * kRoundMB * 8;
   // Four floats of padding: lanes that differ in t write rows 2t of the same columns, 8 banks apart.
   static constexpr int kSumPitch = kBlockN + 4;
   static constexpr int kSumBytes = WK * kRoundRows * kSumPitch * 4;
   static constexpr int kExtraBytes = kSumBytes + 16;  // and one flag
+  static constexpr int kMaxStages = 8;
 
   static_assert(MB % kRoundMB == 0, "rounds are whole");
   static_assert(KT % WM == 0, "warps along M share the copying of a warp's weights");
@@ -95,7 +97,7 @@ struct GemmShape {
 };
 
 // The oldest step has landed when at most stages - 2 groups of copies are under way. The instruction takes an immediate;
-// three depths cover the devices (gemm.cu).
+// for depths between the cases it waits for one group more than it must.
 __device__ __forceinline__ void wait_for_oldest(int stages) {
   if (stages >= 8) {
     cp_async_wait<6>();
@@ -148,8 +150,84 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
+// The end of a tile, for one block: adds up the warps along K, and writes C or, where several blocks share the tile,
+// leaves the sums in the workspace and lets the last block of them write C. In rounds, through `sums`
+// [WK][kRoundRows][kSumPitch] in shared memory. `write_sums(round, sums)` puts a thread's share there, `synchronize`
+// is a barrier for the `S::kConsumers` threads that take part.
+template <typename T, typename S, typename WriteSums, typename Synchronize>
+__device__ __forceinline__ void finish_tile(const GemmArguments& p, float* sums, unsigned* is_last, int tile,
+                                            int step_begin, int step_end, int tid, WriteSums write_sums,
+                                            Synchronize synchronize) {
+  const int slab_n = tile / p.slabs_m;
+  const int row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
+  const int column0 = slab_n * S::kBlockN;
+  const int rows = min(S::kBlockM, p.M - row0);
+  const int columns = min(S::kBlockN, p.N - column0);
+  const bool alone = step_begin == 0 && step_end == p.steps;
+  const int first_block = tile * p.steps / p.units_per_block;
+  // A block shares at most two tiles with others: it is the first block of one and a later block of the other.
+  constexpr int kTileFloats = S::kBlockM * S::kBlockN;
+  auto partial_of = [&](int block) {
+    return p.partials + (static_cast<int64_t>(block) * 2 + (block == first_block)) * kTileFloats;
+  };
+  constexpr int kFours = S::kBlockN / 4;
+
+#pragma unroll
+  for (int round = 0; round < S::MB / S::kRoundMB; round++) {
+    if (round > 0) synchronize();
+    write_sums(round, sums);
+    synchronize();
+    for (int item = tid; item < S::kRoundRows * kFours; item += S::kConsumers) {
+      const int r = item / kFours, column = item % kFours * 4;
+      // A round takes kRoundMB 8-row blocks of each warp along M, and these have MB in all.
+      const int row =
+          r / (S::kRoundMB * 8) * (S::MB * 8) + round * (S::kRoundMB * 8) + r % (S::kRoundMB * 8);
+      if (row >= rows || column >= columns) continue;
+      float4 v = *reinterpret_cast<const float4*>(sums + r * S::kSumPitch + column);
+#pragma unroll
+      for (int w = 1; w < S::WK; w++)
+        v = v + *reinterpret_cast<const float4*>(sums + (w * S::kRoundRows + r) * S::kSumPitch + column);
+      if (alone)
+        store_outputs<T>(p, row0 + row, column0 + column, v);
+      else
+        __stcg(reinterpret_cast<float4*>(partial_of(blockIdx.x) + row * S::kBlockN + column), v);
+    }
+  }
+  synchronize();  // the sums are read: the next tile may overwrite them
+  if (alone) return;
+
+  const int last_block = ((tile + 1) * p.steps - 1) / p.units_per_block;
+  if (tid == 0) {
+    __threadfence();  // the block's sums, then the count
+    const unsigned before = atomicAdd(p.arrived + first_block, 1u);
+    const bool last = before == static_cast<unsigned>(last_block - first_block);
+    if (last) p.arrived[first_block] = 0;
+    *is_last = last;
+    __threadfence();  // the count, then the other blocks' sums
+  }
+  synchronize();
+  if (!*is_last) return;
+  for (int item = tid; item < rows * kFours; item += S::kConsumers) {
+    const int row = item / kFours, column = item % kFours * 4;
+    if (column >= columns) continue;
+    constexpr int kAtOnce = 8;  // loads under way together: a load from L2 takes some 600 cycles
+    float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int block = first_block; block <= last_block; block += kAtOnce) {
+      float4 w[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        if (block + i <= last_block)
+          w[i] = __ldcg(reinterpret_cast<const float4*>(partial_of(block + i) + row * S::kBlockN + column));
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        if (block + i <= last_block) v = v + w[i];
+    }
+    store_outputs<T>(p, row0 + row, column0 + column, v);
+  }
+}
+
 template <typename T, typename S>
-__global__ void __launch_bounds__(S::kThreads, S::kResident) gemm_kernel(const GemmArguments p) {
+__global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArguments p) {
   constexpr int MB = S::MB, WM = S::WM, WN = S::WN, WK = S::WK, KT = S::KT;
   extern __shared__ __align__(128) unsigned char shared[];
   float* const sums = reinterpret_cast<float*>(shared + p.stages * S::kStageBytes);
@@ -328,81 +406,23 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident) gemm_kernel(const G
       if (++slot == p.stages) slot = 0;
     }
 
-    // ---- The tile's end, for this block. -----------------------------------------------------------------------------
-    const int slab_n = tile / p.slabs_m;
-    const int row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
-    const int column0 = slab_n * S::kBlockN;
-    const int rows = min(S::kBlockM, p.M - row0);
-    const bool alone = step_begin == 0 && step_end == p.steps;
-    const int first_block = tile * p.steps / p.units_per_block;
-    // A block shares at most two tiles with others: it is the first block of one and a later block of the other.
-    constexpr int kTileFloats = S::kBlockM * S::kBlockN;
-    auto partial_of = [&](int block) {
-      return p.partials + (static_cast<int64_t>(block) * 2 + (block == first_block)) * kTileFloats;
-    };
-    constexpr int kFours = S::kBlockN / 4;
-
+    finish_tile<T, S>(
+        p, sums, is_last, tile, step_begin, step_end, tid,
+        [&](int round, float* to) {
 #pragma unroll
-    for (int round = 0; round < MB / S::kRoundMB; round++) {
-      if (round > 0) __syncthreads();
+          for (int j = 0; j < 4; j++)
 #pragma unroll
-      for (int j = 0; j < 4; j++)
+            for (int i = 0; i < MB; i++) {
+              if (i / S::kRoundMB != round) continue;
 #pragma unroll
-        for (int i = 0; i < S::kRoundMB; i++)
-#pragma unroll
-          for (int c = 0; c < 4; c++) {
-            const int row = (wm * S::kRoundMB + i) * 8 + 2 * t + c % 2;
-            const int column = wn * 64 + j * 16 + c / 2 * 8 + g;
-            sums[(wk * S::kRoundRows + row) * S::kSumPitch + column] = sum[j][round * S::kRoundMB + i][c];
-          }
-      __syncthreads();
-      for (int item = tid; item < S::kRoundRows * kFours; item += S::kThreads) {
-        const int r = item / kFours, column = item % kFours * 4;
-        const int row = r / (S::kRoundMB * 8) * (MB * 8) + round * (S::kRoundMB * 8) + r % (S::kRoundMB * 8);
-        if (row >= rows || column0 + column >= p.N) continue;
-        float4 v = *reinterpret_cast<const float4*>(sums + r * S::kSumPitch + column);
-#pragma unroll
-        for (int w = 1; w < WK; w++)
-          v = v + *reinterpret_cast<const float4*>(sums + (w * S::kRoundRows + r) * S::kSumPitch + column);
-        if (alone)
-          store_outputs<T>(p, row0 + row, column0 + column, v);
-        else
-          __stcg(reinterpret_cast<float4*>(partial_of(blockIdx.x) + row * S::kBlockN + column), v);
-      }
-    }
-
-    if (!alone) {
-      const int last_block = ((tile + 1) * p.steps - 1) / p.units_per_block;
-      __syncthreads();
-      if (tid == 0) {
-        __threadfence();
-        const unsigned before = atomicAdd(p.arrived + first_block, 1u);
-        const bool last = before == static_cast<unsigned>(last_block - first_block);
-        if (last) p.arrived[first_block] = 0;
-        *is_last = last;
-        __threadfence();
-      }
-      __syncthreads();
-      if (*is_last) {
-        for (int item = tid; item < rows * kFours; item += S::kThreads) {
-          const int row = item / kFours, column = item % kFours * 4;
-          if (column0 + column >= p.N) continue;
-          constexpr int kAtOnce = 8;  // loads under way together: a load from L2 takes some 600 cycles
-          float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-          for (int block = first_block; block <= last_block; block += kAtOnce) {
-            float4 w[kAtOnce];
-#pragma unroll
-            for (int i = 0; i < kAtOnce; i++)
-              if (block + i <= last_block)
-                w[i] = __ldcg(reinterpret_cast<const float4*>(partial_of(block + i) + row * S::kBlockN + column));
-#pragma unroll
-            for (int i = 0; i < kAtOnce; i++)
-              if (block + i <= last_block) v = v + w[i];
-          }
-          store_outputs<T>(p, row0 + row, column0 + column, v);
-        }
-      }
-    }
+              for (int c = 0; c < 4; c++) {
+                const int row = (wm * S::kRoundMB + i % S::kRoundMB) * 8 + 2 * t + c % 2;
+                const int column = wn * 64 + j * 16 + c / 2 * 8 + g;
+                to[(wk * S::kRoundRows + row) * S::kSumPitch + column] = sum[j][i][c];
+              }
+            }
+        },
+        [] { __syncthreads(); });
     unit += step_end - step_begin;
   }
 }

@@ -1,0 +1,352 @@
+"""The CUDA kernels against float64 and slow twins: fresh random inputs, poisoned outputs, every element checked."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import cuda_library  # noqa: E402  (needs torch)
+from cuda_library import (  # noqa: E402
+    CLUSTERS,
+    COUNTER_BYTES,
+    GENERIC,
+    HOPPER,
+    RANGES,
+    WHOLE,
+    CudaError,
+    Layer,
+    Library,
+    assert_close,
+    pack_gptq,
+    pack_marlin,
+    permute_scales,
+    variant,
+)  # fmt: skip
+
+
+def why_not() -> str | None:
+    if not cuda_library.PATH.exists():
+        return f"the CUDA library is not built ({cuda_library.PATH})"
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU, or torch was built without CUDA"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU's compute capability is below 8.0"
+    return None
+
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+FP16, BF16 = torch.float16, torch.bfloat16
+GROUP = cuda_library.GROUP_SIZE
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return Library()
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs() -> None:
+    print(f"torch seed {torch.seed()}")  # shown when the test fails
+
+
+def poisoned(m: int, n: int, dtype) -> torch.Tensor:
+    return torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
+
+
+def activations(m: int, k: int, dtype) -> torch.Tensor:
+    return torch.randn(m, k, device="cuda").to(dtype)
+
+
+def on_hopper() -> bool:
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+# ---- Repack and dequantize: exact. -----------------------------------------------------------------------------------
+
+EXACT_SHAPES = [(64, 64, 1), (128, 64, 1), (192, 320, 1), (256, 128, 2), (1024, 4096, 8), (1152, 448, 9)]
+
+
+@pytest.mark.parametrize(("k", "n"), sorted({shape[:2] for shape in EXACT_SHAPES}))
+def test_repack_and_unpack(library, k, n):
+    code = torch.randint(0, 16, (k, n), dtype=torch.uint8, device="cuda")
+    qweight, b = pack_gptq(code), pack_marlin(code)
+    assert torch.equal(library.repack(qweight), b)
+    assert torch.equal(library.unpack(b), qweight)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize(("k", "n", "groups"), EXACT_SHAPES)
+def test_dequantize(library, k, n, groups, dtype):
+    # Any bit pattern of a finite scale: subnormal, zero, negative, up to 65504, where fp16 weights become infinite.
+    scales = torch.randint(-(2**15), 2**15, (groups, n), dtype=torch.int16).view(FP16)
+    scales[~scales.isfinite()] = 65504
+    layer = Layer(k, n, groups, scales)
+    expected = layer.weight(torch.float32).to(dtype)  # the fp32 product is exact, so this rounds once
+    out = library.dequantize(layer.b, layer.s, dtype)
+    assert torch.equal(out, expected)  # which takes -0.0 for 0.0: code 8 with a negative scale
+
+
+# ---- GEMM: values. ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize(("k", "n", "groups"), [(1152, 448, 9), (1088, 320, 1)])
+def test_rows(library, k, n, groups, dtype):
+    layer = Layer(k, n, groups)
+    weight = layer.weight()
+    for m in [*range(1, 300, 2), 2, 8, 16, 32, 64, 128, 256]:
+        a = activations(m, k, dtype)
+        assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, n, dtype)), a, weight)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("m", [511, 1024, 2047, 4096, 8192])
+def test_many_rows(library, m, dtype):
+    layer = Layer(1024, 1536, 8)
+    a = activations(m, 1024, dtype)
+    assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, 1536, dtype)), a, layer.weight())
+
+
+SHAPES = [
+    *[(k, n, 1) for k in (64, 128, 192, 320) for n in (64, 128, 192, 704)],
+    *[(k, n, k // 128) for k in (256, 384, 2176) for n in (64, 256, 320, 4096)],
+    (4096, 4096, 32), (4096, 6144, 1), (4096, 28672, 32), (14336, 4096, 112), (28672, 8192, 224),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("k", "n", "groups"), SHAPES)
+def test_shapes(library, k, n, groups):
+    layer = Layer(k, n, groups)
+    weight = layer.weight()
+    for m in (1, 7, 16, 24, 48, 65, 128, 257):
+        a = activations(m, k, FP16)
+        assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, n, FP16)), a, weight)
+
+
+def test_largest_shape(library):
+    k, n, groups = 8192, 57344, 64
+    layer = Layer(k, n, groups)
+    for m in (1, 16, 33, 128, 300):
+        a = activations(m, k, FP16)
+        out = library.gemm(a, layer.b, layer.s, poisoned(m, n, FP16))
+        for first in range(0, n, 8192):  # float64 weights of an eighth at a time
+            columns = slice(first, first + 8192)
+            scales = layer.scales[:, columns].double().repeat_interleave(GROUP, dim=0)
+            assert_close(out[:, columns], a, (layer.code[:, columns].double() - 8) * scales)
+
+
+@pytest.mark.parametrize("config", [*GENERIC, *HOPPER])
+def test_every_configuration_and_split(library, config):
+    """Also those that the library would not choose here: ragged in M, N and K, tiles shared by many blocks."""
+    if config in HOPPER and not on_hopper():
+        pytest.skip("a configuration for compute capability 9.0")
+    splits = [*CLUSTERS, RANGES, WHOLE] if config in HOPPER else [RANGES, WHOLE]
+    for dtype in (FP16, BF16):
+        for k, n, groups in ((64, 64, 1), (1088, 320, 1), (1152, 448, 9), (4096, 512, 32), (2048, 4096, 16)):
+            layer = Layer(k, n, groups)
+            weight = layer.weight()
+            for m in (1, 17, 130, 257):
+                a, bias = activations(m, k, dtype), torch.randn(n, device="cuda").to(dtype)
+                for split in splits:
+                    try:
+                        out = library.gemm(a, layer.b, layer.s, poisoned(m, n, dtype), bias, variant(config, 0, split))
+                    except CudaError as error:
+                        if error.code != -9 or split not in CLUSTERS:  # more blocks than steps, or than fit
+                            raise
+                        continue
+                    assert_close(out, a, weight, bias)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 5, 6, 8, 10])
+def test_stages(library, stages):
+    layer = Layer(4096, 1024, 32)
+    weight = layer.weight()
+    ran = 0
+    for config in [*GENERIC, *(HOPPER if on_hopper() else [])]:
+        for split in (RANGES, WHOLE):
+            a = activations(9, 4096, FP16)
+            try:
+                out = library.gemm(a, layer.b, layer.s, poisoned(9, 1024, FP16), None, variant(config, stages, split))
+            except CudaError as error:
+                if error.code != -9:  # more stages than fit, or not a number that the configuration can use
+                    raise
+                continue
+            assert_close(out, a, weight)
+            ran += 1
+    assert ran or stages > 8
+
+
+@pytest.mark.parametrize("m", [1, 16, 100])
+def test_bias_and_row_stride(library, m):
+    layer = Layer(512, 192, 4)
+    for dtype in (FP16, BF16):
+        wide = torch.full((m, 512 + 24), float("nan"), dtype=dtype, device="cuda")  # what lies between rows is not read
+        wide[:, :512] = activations(m, 512, dtype)
+        a, bias = wide[:, :512], torch.randn(192, device="cuda").to(dtype) * 10
+        assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, 192, dtype), bias), a, layer.weight(), bias)
+
+
+@pytest.mark.parametrize("m", [1, 16, 130])
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize(
+    ("scale", "activation"),
+    [
+        (2.0**-24, 1000.0),  # the smallest subnormal scale
+        (2.0**-16, 30000.0),  # subnormal
+        (60000.0, 2.0**-18),  # weights beyond fp16, activations subnormal
+        (65504.0, 2.0**-24),  # the largest scale, the smallest activation
+        (2.0**-10, 2.0**-14),
+    ],
+)
+def test_extremes(library, m, groups, scale, activation):
+    k, n = 1024, 256
+    scales = ((torch.rand(groups, n) * 0.5 + 0.5) * scale).half()
+    scales[:, ::7] = scale
+    scales[:, 5::11] = 0
+    layer = Layer(k, n, groups, scales)
+    a = (torch.randn(m, k, device="cuda").clamp(-2, 2) * activation).to(FP16)
+    out = library.gemm(a, layer.b, layer.s, poisoned(m, n, FP16))
+    assert torch.isfinite(out).all()
+    assert_close(out, a, layer.weight())
+
+
+def test_infinite_activation_stays_in_its_row(library):
+    layer = Layer(512, 256, 4)
+    for m in (2, 16, 40, 130):
+        a = activations(m, 512, FP16)
+        a[1, 100] = float("inf")
+        out = library.gemm(a, layer.b, layer.s, poisoned(m, 256, FP16))
+        assert torch.isfinite(out[0]).all()
+        assert torch.isfinite(out[2:]).all()
+        assert not torch.isfinite(out[1]).any()
+
+
+# ---- GEMM: what it leaves alone, and how it may be called. -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [1, 3, 16, 33, 129])
+def test_writes_nothing_else(library, m):
+    k, n = 1152, 320
+    layer = Layer(k, n, 9)
+    a = activations(m, k, FP16)
+    around = 4096
+    for config in [0, *GENERIC]:
+        buffer = torch.full((2 * around + m * n,), 7.0, dtype=FP16, device="cuda")
+        library.gemm(a, layer.b, layer.s, buffer[around:-around].view(m, n), None, variant(config))
+        assert (buffer[:around] == 7).all()
+        assert (buffer[-around:] == 7).all()
+    assert not library.workspace[:COUNTER_BYTES].any()
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 200])
+def test_equal_bits_every_time(library, m):
+    layer = Layer(14336, 1024, 112)  # tall: every tile is shared
+    a = activations(m, 14336, FP16)
+    for split in (0, RANGES):
+        first = library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), None, variant(0, 0, split))
+        for _ in range(50):
+            again = library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), None, variant(0, 0, split))
+            assert torch.equal(first, again)
+
+
+def test_two_streams(library):
+    layers = [Layer(4096, 1536, 32), Layer(8192, 1024, 64)]
+    inputs = [activations(m, layer.k, FP16) for m, layer in zip((5, 70), layers, strict=True)]
+    for split in (0, RANGES):
+        alone = [
+            library.gemm(a, x.b, x.s, poisoned(a.shape[0], x.n, FP16), None, variant(0, 0, split))
+            for a, x in zip(inputs, layers, strict=True)
+        ]
+        streams = [torch.cuda.Stream() for _ in layers]
+        workspaces = [library.new_workspace() for _ in layers]
+        outs = [[poisoned(*o.shape, FP16) for _ in range(100)] for o in alone]
+        torch.cuda.synchronize()
+        for i in range(100):
+            for j, (a, x) in enumerate(zip(inputs, layers, strict=True)):
+                with torch.cuda.stream(streams[j]):
+                    library.gemm(a, x.b, x.s, outs[j][i], None, variant(0, 0, split), workspaces[j])
+        torch.cuda.synchronize()
+        for expected, got in zip(alone, outs, strict=True):
+            assert all(torch.equal(expected, out) for out in got)
+
+
+def test_in_a_graph(library):
+    layer = Layer(2048, 1024, 16)
+    for m in (1, 100):
+        a, out = activations(m, 2048, FP16), poisoned(m, 1024, FP16)
+        library.gemm(a, layer.b, layer.s, out)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            library.gemm(a, layer.b, layer.s, out)
+        for _ in range(3):
+            a.copy_(activations(m, 2048, FP16))
+            out.fill_(float("nan"))
+            graph.replay()
+            assert_close(out, a, layer.weight())
+
+
+# ---- Answers and errors. ---------------------------------------------------------------------------------------------
+
+
+def test_version_and_device(library):
+    assert library.lib.marlin_cuda_abi_version() == 1
+    count = ctypes.c_int()
+    library.check(library.lib.marlin_cuda_device_count(ctypes.byref(count)))
+    assert count.value == torch.cuda.device_count()
+    info = (ctypes.c_char * 1024)()
+    library.check(library.lib.marlin_cuda_device_info(0, ctypes.byref(info)))
+    assert int.from_bytes(info[0:4], "little") == torch.cuda.get_device_capability()[0]
+    assert int.from_bytes(info[8:12], "little") == torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def test_choose(library):
+    for k, n in ((64, 64), (4096, 4096), (8192, 57344)):
+        assert library.lib.marlin_cuda_choose(1, n, k, 0) == 0
+        assert all(library.lib.marlin_cuda_choose(m, n, k, 0) in (0, 1) for m in (1, 100, 1000, 10000, 100000))
+    assert library.lib.marlin_cuda_choose(16384, 28672, 4096, 0) == 1
+    assert library.lib.marlin_cuda_choose(0, 64, 64, 0) == -2
+
+
+def test_errors(library):
+    layer = Layer(256, 128, 2)
+    a, out = activations(4, 256, FP16), poisoned(4, 128, FP16)
+    good = {"A": a.data_ptr(), "B": layer.b.data_ptr(), "s": layer.s.data_ptr(), "bias": None, "C": out.data_ptr(),
+                "ws": library.workspace.data_ptr(), "size": library.workspace.numel(),
+                "M": 4, "N": 128, "K": 256, "G": 2, "lda": 256,
+                "dtype": 0, "device": 0, "stream": library.stream(), "variant": 0}  # fmt: skip
+    cases = [
+        (-1, {"A": None}), (-1, {"C": None}), (-1, {"ws": None}),
+        (-2, {"M": 0}), (-2, {"M": -1}), (-2, {"N": 96}), (-2, {"K": 250}), (-2, {"K": 0}), (-2, {"M": 1 << 40}),
+        (-3, {"G": 3}), (-3, {"G": 0}), (-3, {"K": 192, "G": 2}),
+        (-4, {"lda": 255}), (-4, {"lda": 260}),
+        (-5, {"A": good["A"] + 2}), (-5, {"C": good["C"] + 8}), (-5, {"bias": good["C"] + 4}),
+        (-6, {"dtype": 2}), (-7, {"size": 1000}), (-8, {"device": 99}), (-8, {"device": -1}),
+        (-9, {"variant": 200}), (-9, {"variant": -1}), (-9, {"variant": 1 << 20}),
+        (-9, {"variant": variant(1, 0, 2)}), (-9, {"variant": variant(1, 15)}),
+    ]  # fmt: skip
+    for code, change in cases:
+        assert library.lib.marlin_cuda_gemm(*{**good, **change}.values()) == code, change
+        assert library.lib.marlin_cuda_error_string(code)
+    torch.cuda.synchronize()
+    assert torch.isnan(out).all()  # a refused call queues nothing
+    assert library.lib.marlin_cuda_gemm(*good.values()) == 0
+    assert_close(out, a, layer.weight())
+
+
+def test_twins_agree():
+    """The twin of the packing against the formula for single nibbles."""
+    code = torch.randint(0, 16, (32, 128), dtype=torch.uint8)
+    b = pack_marlin(code)
+    for k, n in ((0, 0), (17, 3), (31, 127), (9, 70), (24, 44)):
+        row, column = k % 16, n % 64
+        j, g, high = column // 16, column % 8, column % 16 // 8
+        t, p = row % 8 // 2, row // 8 + 2 * high + 4 * (row % 2)
+        word = b[k // 16, n // 64 * 128 + (4 * g + t) * 4 + j]
+        assert word >> (4 * p) & 0xF == code[k, n]
+    scales = torch.arange(64).half()
+    assert permute_scales(scales[None, :]).tolist()[0][:9] == [0, 1, 8, 9, 16, 17, 24, 25, 2]
+    assert permute_scales(torch.stack([scales, scales])).tolist()[1][:9] == [0, 8, 16, 24, 32, 40, 48, 56, 1]
