@@ -124,7 +124,6 @@ def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
             if key in merged and merged[key][0] != value:
                 if key in _CONTESTED:
                     conflicts[key] = f"{merged[key][1]} says {merged[key][0]}, {where} says {value}"
-                    del merged[key]
             elif key not in merged:
                 merged[key] = (value, where)
     values = {k: v for k, (v, _) in merged.items() if k not in conflicts}

@@ -458,6 +458,15 @@ def test_model_safetensors_beats_files_of_other_names(tmp_path: Path) -> None:
         assert set(checkpoint.tensors) == {"x"}
 
 
+def test_index_beats_the_standard_name(tmp_path: Path) -> None:
+    """One of several files may be called model.safetensors: it is not the whole model."""
+    shard(tmp_path, "model.safetensors", "a")
+    shard(tmp_path, "more.safetensors", "b")
+    index(tmp_path, {"a": "model.safetensors", "b": "more.safetensors"})
+    with Checkpoint(tmp_path) as checkpoint:
+        assert set(checkpoint.tensors) == {"a", "b"}
+
+
 def test_tensor_beside_the_index_is_kept_and_said(tmp_path: Path) -> None:
     shard(tmp_path, "m.safetensors", "a", "extra")
     index(tmp_path, {"a": "m.safetensors"})

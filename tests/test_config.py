@@ -370,6 +370,13 @@ def test_marlin_settings(source: dict[str, Any], changes: dict[str, Any]) -> Non
     assert settings_of(**source) == {**MARLIN, **changes}
 
 
+def test_config_json_is_believed_first() -> None:
+    configs = {"config.json": {"quantization_config": {"damp_percent": 0.1}},
+               "quantize_config.json": {"damp_percent": 0.01, "true_sequential": False}}  # fmt: skip
+    result = marlin_settings(parse_settings(configs), group_size=128, lm_head=False, quant_method="gptq")
+    assert (result["damp_percent"], result["true_sequential"]) == (0.1, False)
+
+
 def test_marlin_settings_are_recognised_as_marlin() -> None:
     for place in ("config.json", "quantize_config.json"):
         configs = {place: {"quantization_config": MARLIN} if place == "config.json" else settings_of()}

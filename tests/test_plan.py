@@ -256,6 +256,7 @@ def test_group_as_large_as_K(tmp_path: Path, said: int) -> None:
     plan = planned(tmp_path, GPTQLayer(K=128, group_size=said), group_size=said)
     assert_converts(plan)
     assert plan.layers[0].G == 1
+    assert plan.group_size == 128  # of the two, the one that every reader takes: candle-vllm cannot read -1
     for other, expected in ((128, 128), (-1, -1)):
         folder = tmp_path / str(other)
         layers = {"small": GPTQLayer(K=128), "wide": GPTQLayer(K=512, group_size=other)}
