@@ -274,7 +274,10 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(arguments, error.exit_code, type(error).__name__, error.format_message(), functools.partial(_show, error))
     except (KeyboardInterrupt, click.Abort):
-        _fail(arguments, 130, "Interrupted", "interrupted; nothing half-done was left behind.")
+        try:
+            _fail(arguments, 130, "Interrupted", "interrupted; nothing half-done was left behind.")
+        finally:
+            _leave_download(130)
     except BrokenPipeError:  # the reader of a pipe went away (… | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -283,6 +286,15 @@ def main(args: list[str] | None = None) -> None:
             raise
         text = f"{type(error).__name__}: {error}; this is a bug. Run again with --verbose, and report what it prints."
         _fail(arguments, 70, "Bug", text)
+
+
+def _leave_download(code: int) -> None:
+    """Exit at once, with `code`, if a download that was interrupted still has threads."""
+    hub = sys.modules.get(f"{__package__}.hub")
+    if hub and hub.downloading():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import OTHER_WEIGHT_SUFFIXES, PICKLE_SUFFIXES
 from .errors import HubError, SourceError
 
+_DOWNLOAD = "marlin-convert-download"
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -54,8 +58,12 @@ def _download(repo_id: str, revision: str | None, token: str | None, cache_dir: 
         raise HubError("the token is none: it holds characters that no token has.")
     unwanted = [f"*{suffix}" for suffix in (*PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES)]
     try:
-        folder = Path(
-            snapshot_download(repo_id, revision=revision, token=token, cache_dir=cache_dir, ignore_patterns=unwanted)
+        folder = _interruptible(
+            lambda: Path(
+                snapshot_download(
+                    repo_id, revision=revision, token=token, cache_dir=cache_dir, ignore_patterns=unwanted
+                )
+            )
         )
     except errors.GatedRepoError:
         where = f"{constants.ENDPOINT}/{repo_id}"
@@ -81,6 +89,28 @@ def _download(repo_id: str, revision: str | None, token: str | None, cache_dir: 
         raise HubError(f"{repo_id}: {_why(error, constants.HF_HUB_OFFLINE)}") from None
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
     return Source(folder, repo_id, commit)
+
+
+def _interruptible(work: Callable[[], Path]) -> Path:
+    """Do `work` on a thread that Ctrl-C leaves behind: huggingface_hub itself ends only when every file has come.
+
+    What has come by then stays in its cache, and the next run goes on from there.
+    """
+    result: Future[Path] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+            result.set_exception(error)
+
+    threading.Thread(target=run, name=_DOWNLOAD, daemon=True).start()
+    return result.result()
+
+
+def downloading() -> bool:
+    """Whether a download that was interrupted still goes on. Python itself would wait for its end before it exits."""
+    return any(thread.name == _DOWNLOAD for thread in threading.enumerate())
 
 
 def _why(error: Exception, offline: bool) -> str:

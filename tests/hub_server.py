@@ -12,6 +12,7 @@ every request that came. A method that is to be added (upload) is one more row o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -200,7 +201,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[:cut])
             self.close_connection = True
             return
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):  # the client may have gone
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: `Hub.requests` keeps what came."""

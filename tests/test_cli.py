@@ -654,6 +654,17 @@ def test_a_bar_on_a_terminal(source: Source, tmp_path: Path, columns: int) -> No
     assert all(line for line in rest)
 
 
+def test_an_error_leaves_no_bar_on_a_terminal(source: Source, tmp_path: Path) -> None:
+    full = SLOW.replace("write(*args, **kw)", "raise OSError(28, 'No space left on device')")
+    code, terminal = on_a_terminal([sys.executable, "-c", full, str(source.folder), str(tmp_path / "out")])
+    assert code == 6
+    assert "converting" in terminal.frames
+    assert terminal.cursor_visible
+    assert " ".join(terminal.text.splitlines()) == (
+        f"marlin-convert: {tmp_path / 'out'}: writing failed: No space left on device; nothing was left behind."
+    )
+
+
 def test_quiet_on_a_terminal(source: Source, tmp_path: Path) -> None:
     code, terminal = on_a_terminal([*PROGRAM, str(source.folder), str(tmp_path / "out"), "--quiet"])
     assert (code, terminal.frames) == (0, "")

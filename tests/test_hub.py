@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -220,6 +225,33 @@ def test_a_broken_connection_is_tried_again(
     assert online(REPO, tmp_path / "out", "--quiet", "--verify").code == 0
     asked = [r.path for r in hub.requests if r.method == "GET" and r.path.endswith(".safetensors")]
     assert len(asked) == len(set(asked)) + 1
+
+
+def test_an_interrupted_download_ends_at_once(hub: Hub, repository: Source, tmp_path: Path) -> None:
+    """huggingface_hub alone would wait for every file, which may be gigabytes, or for the server, as here."""
+    arrived, release = threading.Event(), threading.Event()
+
+    def hold(request: Request) -> None:
+        if request.method == "GET" and request.path.endswith("00002-of-00002.safetensors"):
+            arrived.set()
+            release.wait(60)
+
+    hub.fault = hold
+    process = subprocess.Popen(
+        [sys.executable, "-m", "marlin_convert.cli", REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache"],
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf-home")},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert arrived.wait(30)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=8)[1]  # the client's own patience is 10 s
+    finally:
+        process.kill()
+        release.set()
+    assert process.returncode == 130
+    assert error == "\nmarlin-convert: interrupted; nothing half-done was left behind.\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_error_in_json(online: Callable[..., Run], tmp_path: Path) -> None:
