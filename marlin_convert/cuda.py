@@ -13,6 +13,7 @@ once; messages name the argument, what it is and what it should be. Names and sh
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 from typing import TypeAlias
@@ -23,7 +24,8 @@ from .device import MIN_CAPABILITY, Device, cuda_devices
 from .errors import DeviceError
 from .layout import PACK_FACTOR, TILE_K
 
-LIBRARY = Path(__file__).with_name("_cuda.so")
+#: Where the library is; MARLIN_CUDA_LIBRARY names another one, to compare builds.
+LIBRARY = Path(os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).with_name("_cuda.so"))
 
 # MARLIN_CUDA_* of kernels/marlin_cuda.h; a test compares them.
 ABI_VERSION = 1
