@@ -32,6 +32,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: Whether OUT can be read and written is not for click to judge: a failure there has its own exit code.
 OUT = click.Path(path_type=Path, readable=False)
 
+#: Most rows of activations that `bench` takes.
+MAX_BATCH = 1 << 20
+
 DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
 
 
@@ -222,6 +225,83 @@ def demo(
         device=device, verify=True, force=force, max_shard_size=max_shard_size, quant_method=quant_method
     )
     _convert(str(DEMO_FOLDER), out, options, screen)
+
+
+def _batch(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        sizes = tuple(sorted({int(size) for size in value.split(",")}))
+    except ValueError:
+        sizes = (0,)
+    if sizes[0] < 1 or sizes[-1] > MAX_BATCH:
+        raise click.BadParameter(f"{value!r} is no list of batch sizes; write it like 1,16,256 (at most {MAX_BATCH}).")
+    return sizes
+
+
+def _preset(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        from .bench import PRESETS
+
+        if value not in PRESETS:
+            raise click.BadParameter(f"{value!r} is no preset; give {', '.join(PRESETS)}.")
+    return value
+
+
+@cli.command()
+@click.argument("source", required=False)
+@click.option(
+    "--preset",
+    metavar="mistral-7b|llama-3-8b|llama-70b",
+    callback=_preset,
+    help="Measure this model's layers, q, k, v and gate, up fused as engines run them (default: mistral-7b).",
+)
+@click.option(
+    "--batch",
+    metavar="M,M,...",
+    callback=_batch,
+    help="Batch sizes: rows of activations in a product (default: 1,2,4,...,4096).",
+)
+@click.option("--compare", is_flag=True, help="Measure vLLM's Marlin and humming-kernels too, if they are installed.")
+@click.option(
+    "--plot",
+    "plot_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help='Draw speedup against batch size into a .png, .svg or .pdf; needs pip install "marlin-convert[plot]".',
+)
+@source_options
+@output_options
+def bench(
+    source: str | None, preset: str | None, batch: tuple[int, ...] | None, compare: bool, plot_file: Path | None,
+    device: str, revision: str | None, token: str | None, cache_dir: Path | None,
+    as_json: bool, quiet: bool, verbose: bool,
+) -> None:  # fmt: skip
+    """Measure this GPU: fp16 (cuBLAS) against Marlin, for the layers of SOURCE or of a preset.
+
+    SOURCE is a checkpoint, GPTQ or Marlin, a folder or a Hub id; its headers tell the shapes. Prints times, GB/s,
+    TFLOP/s, speedup, and the share of what memory and tensor cores allow.
+    """
+    if source is not None and preset is not None:
+        raise click.UsageError("Give a SOURCE or --preset, not both.")
+    from .bench import BATCH, run
+
+    screen = _screen(as_json, quiet, verbose)
+    plot = None
+    if plot_file is not None:
+        from .render import Plot
+
+        plot = Plot(plot_file)
+    options = _options(device=device, revision=revision, token=token, cache_dir=cache_dir)
+    with screen.progress(timings=True) as progress:
+        report = run(source, preset, batch=batch or BATCH, compare=compare, options=options, progress=progress)
+    problem = plot.draw(report) if plot else None
+    if problem:  # the numbers took minutes; they are shown all the same
+        report.notes[problem.message] = ["--plot"]
+    screen.bench(report, None if problem else plot_file)
+    if problem:
+        with _said_in_json(as_json):
+            raise problem
 
 
 def _convert(source: str, out: Path, options: Options, screen: Screen) -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     ProgressColumn,
     Task,
     TextColumn,
@@ -32,10 +33,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from . import hub
+from .errors import MarlinConvertError, OutputError
 from .plan import Plan, plan_as_dict, span
 from .progress import Progress
 
 if TYPE_CHECKING:
+    from .bench import Cell, LayerResult
+    from .bench import Report as BenchReport
     from .convert import Options, Report
     from .hub import Source
     from .verify import Verification
@@ -62,15 +66,18 @@ class LayerColumn(ProgressColumn):
         return self.Tail(task.fields["layer"])
 
 
-class Bars(Progress):
-    """A live bar on one line: bytes, rate, time left, layers, and the layer at hand."""
+#: Columns of a bar that counts bytes.
+BYTES = (DownloadColumn, TransferSpeedColumn)
 
-    def __init__(self, console: Console) -> None:
+
+class Bars(Progress):
+    """A live bar on one line: bytes and their rate (or what `amounts` shows), time left, layers, the layer at hand."""
+
+    def __init__(self, console: Console, amounts: tuple[type[ProgressColumn], ...] = BYTES) -> None:
         self._bars = RichBars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10 if console.width < 100 else 24, table_column=Column(no_wrap=True)),
-            DownloadColumn(table_column=Column(no_wrap=True)),
-            TransferSpeedColumn(table_column=Column(no_wrap=True)),
+            *(column(table_column=Column(no_wrap=True)) for column in amounts),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[layers]} layers"),
             LayerColumn(table_column=Column(no_wrap=True, ratio=1)),
@@ -100,17 +107,17 @@ class Bars(Progress):
 
 
 class PlainLines(Progress):
-    """One line every few seconds, for logs."""
+    """One line every few seconds, for logs. `amount` writes what is counted: bytes, unless told otherwise."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, amount: Callable[[float], str] | None = None) -> None:
+        self._console, self._amount = console, amount or size
         self._lock = threading.Lock()
 
     def stage(self, label: str, total_bytes: int, layers: int) -> None:
         self._label, self._total, self._layers = label, total_bytes, layers
         self._bytes = self._done = 0
         self._started = self._last = time.monotonic()
-        self._print(f"{label}: {layers} layers, {size(total_bytes)}")
+        self._print(f"{label}: {layers} layers, {self._amount(total_bytes)}")
 
     def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
         with self._lock:
@@ -124,13 +131,13 @@ class PlainLines(Progress):
             left = (self._total - self._bytes) / rate if rate else 0
             self._print(
                 f"{self._label}: {100 * self._bytes // max(1, self._total)} %, {self._done}/{self._layers} layers, "
-                f"{size(self._bytes)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
+                f"{self._amount(self._bytes)} of {self._amount(self._total)}, {self._amount(rate)}/s, {left:.0f} s left"
                 + (f", {layer}" if layer else "")
             )
 
     def end(self) -> None:
         seconds = time.monotonic() - self._started
-        self._print(f"{self._label}: done, {self._layers} layers, {size(self._bytes)} in {seconds:.1f} s")
+        self._print(f"{self._label}: done, {self._layers} layers, {self._amount(self._bytes)} in {seconds:.1f} s")
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -149,18 +156,21 @@ class Screen:
             hub.quiet()
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator[Progress]:
-        """The way to show progress here: bars on a terminal, lines in a log, nothing with --quiet or --json."""
+    def progress(self, *, timings: bool = False) -> Iterator[Progress]:
+        """The way to show progress here: bars on a terminal, lines in a log, nothing with --quiet or --json.
+
+        `timings` says that the work is counted in timings, not in bytes.
+        """
         if self.silent:
             yield Progress()
         elif self.err.is_terminal:
-            bars = Bars(self.err)
+            bars = Bars(self.err, (MofNCompleteColumn,) if timings else BYTES)
             try:
                 yield bars
             finally:
                 bars.stop()
         else:
-            yield PlainLines(self.err)
+            yield PlainLines(self.err, (lambda count: f"{count:.0f} timings") if timings else None)
 
     def _say(self, text: str = "") -> None:
         if not self.silent:
@@ -275,9 +285,118 @@ class Screen:
         if len(shown) < len(report.layers):
             self._say(f"[dim]… and {len(report.layers) - len(shown)} more layers (--verbose shows all)[/]")
 
+    def bench(self, report: BenchReport, plot: Path | None) -> None:
+        """The result of `marlin-convert bench`: one table for each layer."""
+        self._json({**report.as_dict(), "plot": plot and str(plot)})
+        machine, limits = report.machine, report.limits
+        versions = ", ".join(f"{name} {version}" for name, version in {**machine.versions, **report.peers}.items())
+        self._say(
+            f"{escape(machine.name)} ({machine.device}), capability {machine.capability}, {machine.multiprocessors} "
+            f"multiprocessors, L2 {size(machine.l2_bytes)}, driver {escape(machine.driver)}{_clocks(machine.clocks)}"
+        )
+        self._say(escape(versions))
+        self._say(
+            f"measured here: copy {limits.copy_bytes_per_s / 1e12:.2f} TB/s (read + write), "
+            f"fp16 product {limits.fp16_flop_per_s / 1e12:.0f} TFLOP/s"
+        )
+        for layer in report.layers:
+            self._say()
+            self._table(self._bench_table(report, layer))
+        self._say()
+        self._say(
+            "times in us; fp16: torch.matmul (cuBLAS); GB/s, TFLOP/s and share of the limit are Marlin's; "
+            "dequantize: where it runs as dequantize + cuBLAS"
+        )
+        for note, where in report.notes.items():
+            places = where if self.verbose or len(where) <= 3 else [*where[:3], f"and {len(where) - 3} more"]
+            self._say(f"[yellow]note[/] {escape(note)}: {escape('; '.join(places))}")
+        if plot:
+            self._say(f"plot:  {escape(str(plot))}")
+
+    @staticmethod
+    def _bench_table(report: BenchReport, layer: LayerResult) -> Table:
+        shape = layer.shape
+        many = f", {shape.count} layers" if shape.count > 1 else ""
+        title = f"{escape(report.title)} {escape(shape.name)}  {shape.K} x {shape.N}, group {shape.group_size}{many}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for heading in ("M", "fp16", "Marlin", *report.peers, "speedup", "GB/s", "TFLOP/s", "of limit", "", ""):
+            table.add_column(escape(heading), justify="right" if heading else "left", no_wrap=True)
+        for cell in layer.cells:
+            table.add_row(*_bench_row(cell))
+        return table
+
     def _table(self, table: Table) -> None:
         if not self.silent:
             self.out.print(table)
+
+
+def _bench_row(cell: Cell) -> list[str]:
+    marlin = cell.marlin
+    peers = [f"{speed.us:.1f}" if speed else "-" for speed in cell.peers.values()]
+    return [
+        str(cell.M), f"{cell.fp16.us:.1f}", f"{marlin.us:.1f}", *peers, f"{cell.speedup:.2f}x",
+        f"{marlin.gb_per_s:.0f}", f"{marlin.tflop_per_s:.1f}", f"{100 * marlin.share_of_limit:.0f} %", marlin.bound,
+        "dequantize" if cell.way == "dequantize" else "",
+    ]  # fmt: skip
+
+
+def _clocks(clocks: dict[str, float | None] | None) -> str:
+    """Clocks under load, as far as nvidia-smi knows them."""
+    known = {key: value for key, value in (clocks or {}).items() if value is not None}
+    parts = [
+        f"{name} {known[key]:.0f}" + (f" of {known[most]:.0f} MHz" if most in known else " MHz")
+        for name, key, most in (("SM", "sm_mhz", "max_sm_mhz"), ("memory", "memory_mhz", "max_memory_mhz"))
+        if key in known
+    ]
+    return f"; under load {', '.join(parts)}" if parts else "; clocks unknown (no nvidia-smi)"
+
+
+class Plot:
+    """Speedup over fp16 against batch size, one line for each layer, as an image at `path`.
+
+    Made before the measurement, so that what is missing is said at once: MarlinConvertError without matplotlib or
+    for a file type that it cannot write, OutputError for a folder that is not there.
+    """
+
+    IDEAL = 4  # times fewer bits to read than fp16 has
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MarlinConvertError(
+                f'--plot needs matplotlib ({error}): pip install "marlin-convert[plot]", or leave --plot out.'
+            ) from None
+        self.path, self._figure = path, Figure(figsize=(8, 5), layout="constrained")
+        types = self._figure.canvas.get_supported_filetypes()
+        if path.suffix.lower().removeprefix(".") not in types:
+            raise MarlinConvertError(f"{path}: matplotlib writes no such file; end its name in .png, .svg or .pdf.")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
+
+    def draw(self, report: BenchReport) -> OutputError | None:
+        """Draw and write the image; the error when it cannot be written."""
+        axes = self._figure.subplots()
+        for layer in report.layers:
+            rows, speedups = [cell.M for cell in layer.cells], [cell.speedup for cell in layer.cells]
+            axes.plot(rows, speedups, marker="o", markersize=4, label=str(layer.shape))
+        axes.axhline(self.IDEAL, color="0.4", linestyle="--", linewidth=1, label=f"ideal {self.IDEAL}x")
+        axes.axhline(1, color="0.7", linewidth=1)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({cell.M for layer in report.layers for cell in layer.cells})
+        axes.set_xticks(ticks, labels=[str(M) for M in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("batch size M")
+        axes.set_ylabel("speedup over fp16 (cuBLAS)")
+        axes.set_title(f"Marlin on {report.machine.name}: {report.title}".replace("$", r"\$"))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        try:
+            self._figure.savefig(self.path, dpi=150)
+        except OSError as error:
+            return OutputError(f"{self.path}: the plot cannot be written: {error.strerror or error}.")
+        return None
 
 
 def _verdict(report: Verification) -> str:

@@ -29,6 +29,7 @@ FLOORS = (
     ("plan",),
     ("verify",),
     ("convert",),
+    ("bench",),
     ("render",),
     ("cli",),
 )
@@ -118,7 +119,8 @@ def loaded_after(code: str, *arguments: object, **environment: str) -> set[str]:
 @pytest.mark.parametrize(
     "arguments",
     [None, ["--help"], ["--version"], ["convert", "--help"], ["verify", "--help"], ["demo", "--help"], ["verify"],
-     ["source", "out", "--no-such-option"], ["source", "out", "--max-shard-size", "many"]],
+     ["source", "out", "--no-such-option"], ["source", "out", "--max-shard-size", "many"], ["bench", "--help"],
+     ["bench", "--batch", "0"]],
     ids=lambda arguments: " ".join(arguments or ["import"]),
 )  # fmt: skip
 def test_the_command_line_answers_without_heavy_imports(arguments: list[str] | None) -> None:
