@@ -214,22 +214,42 @@ def _check_gemm(a: T, B: T, s: T, bias: T | None) -> tuple[int, int, int]:
 # ---- The functions ----
 
 _workspaces: dict[tuple[int, int], T] = {}
+_captured: dict[tuple[int, int], tuple[int, T]] = {}  # the same, with the id of the capture that they belong to
 
 
 def _workspace(device: torch.device, stream: int, nbytes: int) -> T:
     """Scratch memory for a product, its counters zero: one for each device and stream, grown when needed.
 
-    While a CUDA graph is captured, memory must come from the graph's own pool and be zeroed by the graph.
+    While a CUDA graph is captured, memory must come from the graph's own pool and be zeroed by the graph: once for
+    all products that it captures on a stream, since each leaves the counters at zero.
     """
-    if torch.cuda.is_current_stream_capturing():
-        captured = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        captured[:COUNTER_BYTES].zero_()
-        return captured
     key = (device.index, stream)
+    if torch.cuda.is_current_stream_capturing():
+        capture, (known, captured) = _capture_id(stream), _captured.get(key, (None, None))
+        if captured is None or known != capture or captured.numel() < nbytes:
+            captured = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            captured[:COUNTER_BYTES].zero_()
+            _captured[key] = (capture, captured)
+        return captured
     workspace = _workspaces.get(key)
     if workspace is None or workspace.numel() < nbytes:
         workspace = _workspaces[key] = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     return workspace
+
+
+def _capture_id(stream: int) -> int:
+    """The driver's number for the capture that `stream` takes part in; unique in the process."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    function = _driver().cuStreamGetCaptureInfo_v2
+    code = function(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
+    if code:
+        raise RuntimeError(f"cuStreamGetCaptureInfo: error {code} of the NVIDIA driver")
+    return number.value
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def gemm(a: T, B: T, s: T, bias: T | None = None, *, variant: int = 0) -> T:

@@ -210,14 +210,12 @@ def test_force_keeps_the_earlier_result_when_the_new_run_fails(tmp_path: Path) -
 class NoRenameat2:
     """A C library on a file system that cannot exchange: renameat2 fails."""
 
-    def __init__(self, *_: object, **__: object) -> None: ...
-
     def renameat2(self, *_: object) -> int:
         return -1
 
 
 def test_force_where_folders_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctypes.CDLL", NoRenameat2)
+    monkeypatch.setattr("marlin_convert.publish._libc", NoRenameat2())
     out = tmp_path / "out"
     old = earlier_result(out)
     write_new(out, force=True)

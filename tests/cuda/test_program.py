@@ -36,11 +36,8 @@ def test_demo(tmp_path: Path) -> None:
     assert len(checked["layers"]) == 56
     # fp16 outputs: rounding alone gives about 2^-12 relative; exactly 0 would mean that the kernel was not asked.
     assert all(0 < layer["relative_error"] <= 1e-3 for layer in checked["layers"])
-    digests = {
-        name: hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest()
-        for name in ("gpu", "cpu")
-    }
-    assert digests["gpu"] == digests["cpu"]
+    files = [tmp_path / name / "model.safetensors" for name in ("gpu", "cpu")]
+    assert len({hashlib.sha256(file.read_bytes()).hexdigest() for file in files}) == 1
     assert on_cpu["verification"]["device"] == "cpu"
 
 
