@@ -53,7 +53,8 @@ class MainGroup(click.Group):
         formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        self.commands[self.default].format_options(click.Context(self.commands[self.default]), formatter)
+        command = self.commands[self.default]
+        command.format_options(click.Context(command, parent=ctx), formatter)
         self.format_commands(ctx, formatter)
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
@@ -83,7 +84,7 @@ def source_options(command: F) -> F:
     command = click.option("--revision", help="Branch, tag or commit of a Hub source.")(command)
     return click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", callback=_device,
-        help="Where to compute. Converting needs no GPU; auto takes one of capability 8.0 or newer if there is one.",
+        help="Where to compute. auto repacks on the CPU, and verifies on a GPU of capability 8.0 or newer if there is one.",
     )(command)  # fmt: skip
 
 
