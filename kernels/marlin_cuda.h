@@ -1,8 +1,8 @@
 // marlin_cuda.h: the C interface of the CUDA library (`_cuda.so`). Plain C: no torch, no Python, no CUDA headers.
 //
 // Conventions
-//   * Pointers are device pointers unless said otherwise, aligned to 16 bytes. Matrices are row-major; only A may have a
-//     row stride of its own. Buffers that are written must not overlap any other argument.
+//   * Pointers are device pointers unless said otherwise, aligned to 16 bytes. Matrices are row-major; only A may have
+//     a row stride of its own. Buffers that are written must not overlap any other argument.
 //   * W is K x N. K and N are multiples of MARLIN_CUDA_K_MULTIPLE and MARLIN_CUDA_N_MULTIPLE. G is the number of groups
 //     of rows that share a scale: K / 128, or 1 for per-channel scales.
 //   * `stream` is a cudaStream_t. Calls are queued there, never wait, and never print. `device` is a CUDA ordinal; the
@@ -81,7 +81,8 @@ MARLIN_EXPORT int marlin_cuda_gemm(const void* A, const void* B, const void* s, 
 // Bytes of workspace that marlin_cuda_gemm needs for this shape and any variant; 0 if the shape or device is invalid.
 MARLIN_EXPORT size_t marlin_cuda_gemm_workspace_bytes(int64_t M, int64_t N, int64_t K, int device);
 
-// Which is expected to be faster for this shape: MARLIN_CUDA_USE_GEMM or MARLIN_CUDA_USE_DEQUANTIZE (or a negative code).
+// Which is expected to be faster for this shape: MARLIN_CUDA_USE_GEMM or MARLIN_CUDA_USE_DEQUANTIZE (or a negative
+// code).
 MARLIN_EXPORT int marlin_cuda_choose(int64_t M, int64_t N, int64_t K, int device);
 
 // GPTQ qweight [K / 8, N] -> B [K / 16, 2 N], and back. Bits are moved, nothing is computed.

@@ -18,8 +18,7 @@ int find_device(int device, Device* facts) {
     Device found{};
     MARLIN_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     MARLIN_RETURN_IF_ERROR(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    MARLIN_RETURN_IF_ERROR(
-        cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    MARLIN_RETURN_IF_ERROR(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device));
     MARLIN_RETURN_IF_ERROR(
         cudaDeviceGetAttribute(&found.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     found.capability = 10 * major + minor;
@@ -62,17 +61,28 @@ int marlin_cuda_abi_version(void) { return MARLIN_CUDA_ABI_VERSION; }
 
 const char* marlin_cuda_error_string(int code) {
   switch (code) {
-    case MARLIN_OK: return "no error";
-    case MARLIN_CUDA_ERROR_NULL: return "a required pointer is null";
-    case MARLIN_CUDA_ERROR_SHAPE: return "M, N or K is not positive, too large, or not a multiple of 64 (N and K)";
-    case MARLIN_CUDA_ERROR_GROUPS: return "the number of groups is neither 1 nor K / 128";
-    case MARLIN_CUDA_ERROR_STRIDE: return "the row stride of A is less than K or not a multiple of 8";
-    case MARLIN_CUDA_ERROR_ALIGNMENT: return "a pointer is not aligned to 16 bytes";
-    case MARLIN_CUDA_ERROR_DTYPE: return "the type is neither fp16 nor bf16";
-    case MARLIN_CUDA_ERROR_WORKSPACE: return "the workspace is too small";
-    case MARLIN_CUDA_ERROR_DEVICE: return "no such CUDA device, or its compute capability is below 8.0";
-    case MARLIN_CUDA_ERROR_VARIANT: return "no such variant of the kernel on this device";
-    default: return cudaGetErrorString(static_cast<cudaError_t>(code));
+    case MARLIN_OK:
+      return "no error";
+    case MARLIN_CUDA_ERROR_NULL:
+      return "a required pointer is null";
+    case MARLIN_CUDA_ERROR_SHAPE:
+      return "M, N or K is not positive, too large, or not a multiple of 64 (N and K)";
+    case MARLIN_CUDA_ERROR_GROUPS:
+      return "the number of groups is neither 1 nor K / 128";
+    case MARLIN_CUDA_ERROR_STRIDE:
+      return "the row stride of A is less than K or not a multiple of 8";
+    case MARLIN_CUDA_ERROR_ALIGNMENT:
+      return "a pointer is not aligned to 16 bytes";
+    case MARLIN_CUDA_ERROR_DTYPE:
+      return "the type is neither fp16 nor bf16";
+    case MARLIN_CUDA_ERROR_WORKSPACE:
+      return "the workspace is too small";
+    case MARLIN_CUDA_ERROR_DEVICE:
+      return "no such CUDA device, or its compute capability is below 8.0";
+    case MARLIN_CUDA_ERROR_VARIANT:
+      return "no such variant of the kernel on this device";
+    default:
+      return cudaGetErrorString(static_cast<cudaError_t>(code));
   }
 }
 

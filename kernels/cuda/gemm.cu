@@ -60,8 +60,8 @@ const Config kConfigs[] = {
     generic<GemmShape<4, 1, 4, 2, 4>>(),  // 3:   32 x 256
     generic<GemmShape<4, 2, 4, 1, 4>>(),  // 4:   64 x 256
     generic<GemmShape<4, 4, 2, 1, 4>>(),  // 5:  128 x 128
-    // HopperShape<MB, J, WN, WK>: two warpgroups that multiply. Wide slabs read activations less often, narrow ones make
-    // more tiles and smaller sums; which is better depends on N (see `predict`).
+    // HopperShape<MB, J, WN, WK>: two warpgroups that multiply. Wide slabs read activations less often, narrow ones
+    // make more tiles and smaller sums; which is better depends on N (see `predict`).
     hopper<HopperShape<1, 2, 1, 2>>(),   // 6:    8 x 128
     hopper<HopperShape<1, 4, 1, 2>>(),   // 7:    8 x 256
     hopper<HopperShape<2, 2, 1, 2>>(),   // 8:   16 x 128
@@ -79,14 +79,16 @@ bool runs_on(const Config& c, const Device& facts) { return !c.hopper || facts.c
 bool preferred_on(const Config& c, const Device& facts) { return c.hopper == (facts.capability == 90); }
 
 // How tiles are given to blocks.
-constexpr int kMostCluster = 8;   // 1 .. 8: a tile to each cluster of that many blocks (hopper), part of its K to each
-constexpr int kSplitRanges = 9;   // equal ranges of units, tiles shared through the workspace
-constexpr int kSplitWhole = 10;   // the same, rounded up to whole tiles
+constexpr int kMostCluster = 8;  // 1 .. 8: a tile to each cluster of that many blocks (hopper), part of its K to each
+constexpr int kSplitRanges = 9;  // equal ranges of units, tiles shared through the workspace
+constexpr int kSplitWhole = 10;  // whole tiles in turn
 constexpr int kSplits = kSplitWhole + 1;
+static_assert(kSplitRanges == kMostCluster + 1 && kSplitWhole == kSplitRanges + 1, "splits are numbered without gaps");
 
 constexpr int kMaxBlocks = MARLIN_CUDA_COUNTER_BYTES / sizeof(unsigned);
 
-// `variant` of marlin_cuda_gemm: bits 0..7 the configuration (its number above), bits 8..11 the stages, bits 12..15 the split; 0: choose.
+// `variant` of marlin_cuda_gemm: bits 0..7 the configuration (its number above), bits 8..11 the stages, bits 12..15 the
+// split; 0: choose.
 struct Variant {
   int config, stages, split;
   explicit Variant(int v) : config(v & 0xff), stages(v >> 8 & 0xf), split(v >> 12 & 0xf) {}
@@ -129,8 +131,8 @@ void set_cluster(cudaLaunchConfig_t* launch, cudaLaunchAttribute* attribute, int
   launch->numAttrs = 1;
 }
 
-// How many clusters of `size` blocks the device holds at once. A cluster lives inside one group of 16 or 18 SMs, some of
-// which a chip may lack, so this is less than SMs / size and is asked of the driver (once). 0 when it will not say.
+// How many clusters of `size` blocks the device holds at once. A cluster lives inside one group of 16 or 18 SMs, some
+// of which a chip may lack, so this is less than SMs / size and is asked of the driver (once). 0 when it will not say.
 int resident_clusters(const Config& c, int size, const Device& facts, int device) {
   if (size == 1) return facts.multiprocessors;
   static std::atomic<int> known[kMaxDevices][kConfigCount][kMostCluster + 1];  // the answer + 1
@@ -154,25 +156,28 @@ int resident_clusters(const Config& c, int size, const Device& facts, int device
   return mine.load(std::memory_order_relaxed) - 1;
 }
 
-// Lays out `split` for one configuration and predicts its time; false if it cannot be done.
+// Lays out `split` for one configuration and predicts its time; false if it cannot be done, or, unless `forced`, should
+// not.
 //
-// The prediction is good enough to order the candidates. Its constants were fitted to 420 timings on one H100 80GB (6
-// layers, 1 to 512 rows, every configuration and split; docs/kernels.md): what it chose there was 0.7% slower than the
-// best on average, 8% at most.
+// The prediction is good enough to order the candidates, no more. Its constants were fitted to 372 timings on one H100
+// 80GB (6 layers, 1 to 1024 rows, each configuration and split; docs/kernels.md): there its choice was 0.6% slower than
+// the best on average and 8% at most.
 //   time = launch + max(time to read memory, steps of the busiest SM * time of a step) + time to add up partial sums
-bool lay_out(const Config& c, int split, int64_t M, int64_t N, int64_t K, const Device& facts, int device, Plan* plan) {
+bool lay_out(const Config& c, int split, bool forced, int64_t M, int64_t N, int64_t K, const Device& facts, int device,
+             Plan* plan) {
   constexpr double kLaunch = 2.3;         // us
   constexpr double kMemory = 3.0e6;       // bytes per us from device memory
-  constexpr double kSm = 47.9e3;          // bytes per us into one SM
-  constexpr double kStep = 0.25;          // us of a step at least: its chain of dependent instructions,
-  constexpr double kStepOutput = 9.1e-6;  //   and us for each output of the tile
-  constexpr double kClusterRank = 0.85;   // us for each block of a cluster
-  constexpr double kClusterKb = 0.032;    // us for each KB of a tile's sums, in a cluster
-  constexpr double kWave = 4.8;           // us for each further wave of blocks
-  constexpr double kWhole = 0.85;         // us at the end of a range of whole tiles
-  constexpr double kShared = 1.2;         // us when tiles are shared through the workspace
-  constexpr double kMisaligned = 10.7;    // us when ranges end inside tiles: a block then has two tiles' ends
-  constexpr double kSharedKb = 0.095;     // us for each KB of a tile's sums and block that shares it
+  constexpr double kSm = 61.9e3;          // bytes per us into one SM
+  constexpr double kStep = 0.31;          // us of a step at least: its chain of dependent instructions,
+  constexpr double kStepOutput = 5.9e-6;  //   and us for each output of the tile
+  constexpr double kGenericStep = 0.4, kGenericProduct = 0.7e-6;  // the generic kernel's step: us, and us a product
+  constexpr double kClusterRank = 0.77;                           // us for each block of a cluster
+  constexpr double kClusterKb = 0.074;                            // us for each KB of a tile's sums, in a cluster
+  constexpr double kWave = 3.7;                                   // us for each further wave of blocks
+  constexpr double kWhole = 0.76;                                 // us at the end of a tile that is not shared
+  constexpr double kShared = 1.5;                                 // us when tiles are shared through the workspace
+  constexpr double kMisaligned = 16.3;  // us when ranges end inside tiles: a block then has two tiles' ends
+  constexpr double kSharedKb = 0.064;   // us for each KB of a tile's sums and block that shares it
 
   const int64_t steps = ceil_div(K, c.block_k), slabs_m = ceil_div(M, c.block_m), slabs_n = ceil_div(N, c.block_n);
   const int64_t tiles = slabs_m * slabs_n, units = tiles * steps;
@@ -182,7 +187,7 @@ bool lay_out(const Config& c, int split, int64_t M, int64_t N, int64_t K, const 
   const double step_bytes = c.block_k * (c.block_n / 2.0 + rows * 2) + c.block_n * 2;
   const double read = (K * N / 2.0 + K * N / 64.0 + M * K * 2.0 + M * N * 2.0) / kMemory;
 
-  int64_t blocks, per_block = steps, busiest;
+  int64_t blocks, per_block = steps, busiest;  // a cluster's range is its tile's
   double ends;
   if (split <= kMostCluster) {
     if (!c.hopper || split > steps) return false;
@@ -193,19 +198,29 @@ bool lay_out(const Config& c, int split, int64_t M, int64_t N, int64_t K, const 
     busiest = waves * ceil_div(steps, split);
     ends = kClusterRank * split + (split > 1 ? kClusterKb * tile_kb : 0) + kWave * (waves - 1);
   } else {
-    per_block = ceil_div(units, facts.multiprocessors);
-    if (split != kSplitRanges) per_block = ceil_div(per_block, steps) * steps;
-    blocks = ceil_div(units, per_block);
-    busiest = per_block;
-    ends = kWhole;
-    if (per_block % steps != 0) {
-      const bool aligned = steps % per_block == 0;
-      const double sharing = static_cast<double>(ceil_div(steps, per_block) + (aligned ? 0 : 1));
-      ends = kShared + (aligned ? 0 : kMisaligned) + kSharedKb * tile_kb * sharing;
+    if (split == kSplitWhole) {
+      blocks = std::min<int64_t>(tiles, facts.multiprocessors);
+      per_block = 0;
+      busiest = ceil_div(tiles, blocks) * steps;
+      ends = kWhole * ceil_div(tiles, blocks);
+    } else {
+      // Ranges scatter the blocks over the matrices; with many rows, activations then fall out of L2.
+      constexpr int kMostSlabs = 4;
+      if (slabs_m > kMostSlabs && !forced) return false;
+      busiest = per_block = ceil_div(units, facts.multiprocessors);
+      blocks = ceil_div(units, per_block);
+      ends = kWhole * (per_block / steps);
+      if (per_block % steps != 0) {
+        const bool aligned = steps % per_block == 0;
+        const double sharing = static_cast<double>(ceil_div(steps, per_block) + (aligned ? 0 : 1));
+        ends = kShared + (aligned ? 0 : kMisaligned) + kSharedKb * tile_kb * sharing;
+      }
     }
     if (blocks > kMaxBlocks) return false;
   }
-  const double step = std::max(step_bytes / kSm, kStep + kStepOutput * c.block_m * c.block_n);
+  const double outputs = static_cast<double>(c.block_m) * c.block_n;
+  const double least = c.hopper ? kStep + kStepOutput * outputs : kGenericStep + kGenericProduct * outputs * c.block_k;
+  const double step = std::max(step_bytes / kSm, least);
   *plan = Plan{&c,
                stages_of(c, facts),
                split,
@@ -233,14 +248,17 @@ int make_plan(int64_t M, int64_t N, int64_t K, const Device& facts, int device, 
     if (wanted.config == 0 ? !preferred_on(c, facts) || c.block_m != block_m : wanted.config != i + 1) continue;
     for (int split = 1; split < kSplits; split++) {
       Plan plan;
-      if ((wanted.split != 0 && wanted.split != split) || !lay_out(c, split, M, N, K, facts, device, &plan)) continue;
+      if ((wanted.split != 0 && wanted.split != split) ||
+          !lay_out(c, split, wanted.split != 0, M, N, K, facts, device, &plan))
+        continue;
       if (!found || plan.microseconds < best->microseconds) *best = plan;
       found = true;
     }
   }
   if (!found) return MARLIN_CUDA_ERROR_VARIANT;
   if (wanted.stages != 0) {
-    if (wanted.stages < 2 * best->config->stage_multiple || wanted.stages > best->stages || wanted.stages % best->config->stage_multiple != 0)
+    if (wanted.stages < 2 * best->config->stage_multiple || wanted.stages > best->stages ||
+        wanted.stages % best->config->stage_multiple != 0)
       return MARLIN_CUDA_ERROR_VARIANT;
     best->stages = wanted.stages;
   }
@@ -281,9 +299,9 @@ int describe(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64
   const cuuint64_t pitches[1] = {static_cast<cuuint64_t>(pitch)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_inner), static_cast<cuuint32_t>(box_outer)};
   const cuuint32_t every[2] = {1, 1};
-  const CUresult result = encode(map, type, 2, const_cast<void*>(data), sizes, pitches, box, every,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, type, 2, const_cast<void*>(data), sizes, pitches, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? MARLIN_OK : cudaErrorInvalidValue;
 }
 
@@ -309,9 +327,9 @@ int marlin_cuda_choose(int64_t M, int64_t N, int64_t K, int device) {
   using namespace marlin;
   MARLIN_RETURN_IF_ERROR(check_shape(M, N, K));
   // Fitted like the constants of lay_out. Dequantizing reads half a byte and writes two for each weight. cuBLAS reaches
-  // 690 TFLOP/s on large products, the Hopper kernel 490 (2 M N K flops over 1e6 flops per us). The generic kernel uses
+  // 690 TFLOP/s on large products, the Hopper kernel 540 (2 M N K flops, in flops per us). The generic kernel uses
   // mma.sync, which has about half of the rate on Hopper and most of it elsewhere.
-  constexpr double kLaunches = 4.0, kDequantize = 2.45e6, kCublas = 690e6, kHopper = 490e6, kGeneric = 250e6;
+  constexpr double kLaunches = 4.0, kDequantize = 2.45e6, kCublas = 690e6, kHopper = 540e6, kGeneric = 250e6;
   Device facts;
   MARLIN_RETURN_IF_ERROR(find_device(device, &facts));
   DeviceGuard guard(device);

@@ -1,4 +1,5 @@
-// gemm.cuh: C[M, N] = A[M, K] * W[K, N] + bias, W in Marlin tiles. The one kernel, from sm_80 up.
+// gemm.cuh: C[M, N] = A[M, K] * W[K, N] + bias, W in Marlin tiles. The kernel for every GPU from sm_80 up.
+// hopper.cuh has another inside of a block for compute capability 9.0; how work is split and ended is here, for both.
 //
 // Why the layout is as it is
 //   A tile is 16 rows of K by 64 columns of N, 512 bytes. Lane l of a warp owns bytes 16 l .. 16 l + 15: one 16-byte
@@ -12,19 +13,23 @@
 //
 // How scales are applied
 //   Codes enter as exact integers. A group's sum is kept in `part`; when the group ends, part * scale is added to
-//   `sum` in fp32. That is 16 fused multiply-adds for a group of 128 rows where scaling the weights themselves would
-//   take 128 packed multiplications, nothing is rounded to 16 bits, and bf16 activations need no bf16 scales.
+//   `sum` in fp32. For 8 rows of M and a tile's columns that is 16 fused multiply-adds for a group of 128 rows where
+//   scaling the weights themselves would take 128 packed multiplications, nothing is rounded to 16 bits, and bf16
+//   activations need no bf16 scales.
 //
 // How work is split
 //   W is cut into slabs of BLOCK_N columns, M into slabs of BLOCK_M rows; a pair of slabs is an output tile. Along K a
 //   tile is cut into steps of BLOCK_K. All steps of all tiles, in the order (slab of N, slab of M, step), form one line
 //   of units, cut into equal ranges, one per thread block and about one block per SM. 5 slabs of 4 steps on 7 blocks:
 //
-//          slab 0   slab 1   slab 2   slab 3   slab 4
-//   step 0   0        1        2        4        5          the number is the block that does the unit.
-//   step 1   0        1        2        4        5          Block 0 ends slab 0's second last step and starts
-//   step 2   0        1        3        4        6          nothing else; block 1 does the rest of slab 0 and
-//   step 3   1        2        3        5        6          most of slab 1, and so on (20 units, 3 each, 2 left).
+//          slab 0   slab 1   slab 2   slab 3   slab 4      The number is the block that does the unit: 20 units,
+//   step 0   0        1        2        4        5         three each, two left for the last. Block 0 does most of
+//   step 1   0        1        3        4        5         slab 0, block 1 ends it and begins slab 1, and so on: a
+//   step 2   0        2        3        4        6         block has at most one tile that it shares with earlier
+//   step 3   1        2        3        5        6         blocks and one that it shares with later ones.
+//
+//   Where there are many tiles, blocks take whole ones instead, block b the tiles b, b + blocks, and so on: neighbours
+//   in time are neighbours in the matrices and find each other's weights and activations in L2.
 //
 //   A tile that one block did alone is written to C at once. Otherwise each of its blocks leaves its fp32 sums in the
 //   workspace and counts itself; the block that counts last adds all of them, in ascending K, and writes C. No block
@@ -47,23 +52,23 @@
 namespace marlin {
 
 struct GemmArguments {
-  const void* A;         // [M, lda] activations
-  const uint4* B;        // [K / 16, N / 64, 32 lanes] packed weights
-  const __half* s;       // [G, N] permuted scales
-  const void* bias;      // [N] or null
-  void* C;               // [M, N]
-  float* partials;       // [blocks, 2, BLOCK_M, BLOCK_N] sums of tiles that several blocks share
-  unsigned* arrived;     // [blocks] how many blocks of a shared tile are done, at its first block; zero between calls
+  const void* A;      // [M, lda] activations
+  const uint4* B;     // [K / 16, N / 64, 32 lanes] packed weights
+  const __half* s;    // [G, N] permuted scales
+  const void* bias;   // [N] or null
+  void* C;            // [M, N]
+  float* partials;    // [blocks, 2, BLOCK_M, BLOCK_N] sums of tiles that several blocks share
+  unsigned* arrived;  // [blocks] how many blocks of a shared tile are done, at its first block; zero between calls
   int M, N, K;
-  int64_t lda;           // elements between rows of A
-  int groups;            // G
-  int group_shift;       // log2 of the rows in a group; 31 when G == 1
-  int steps;             // units of a tile: ceil(K / BLOCK_K)
-  int slabs_m;           // ceil(M / BLOCK_M)
-  int units;             // units in all
-  int units_per_block;   // block b does units b * units_per_block and the following
-  int stages;            // pipeline depth
-  int cluster;           // hopper.cuh: blocks that share a tile as a cluster; 0: ranges of units as above
+  int64_t lda;          // elements between rows of A
+  int groups;           // G
+  int group_shift;      // log2 of the rows in a group; 31 when G == 1
+  int steps;            // units of a tile: ceil(K / BLOCK_K)
+  int slabs_m;          // ceil(M / BLOCK_M)
+  int units;            // units in all
+  int units_per_block;  // block b does units b * units_per_block and the following; 0: whole tiles, b, b + blocks, ...
+  int stages;           // pipeline depth
+  int cluster;          // hopper.cuh: blocks that share a tile as a cluster; 0: ranges of units as above
 };
 
 template <int MB_, int WM_, int WN_, int WK_, int KT_>
@@ -96,8 +101,8 @@ struct GemmShape {
   static_assert(kBlockK >= 64, "the swizzle permutes eight 16-byte pieces");
 };
 
-// The oldest step has landed when at most stages - 2 groups of copies are under way. The instruction takes an immediate;
-// for depths between the cases it waits for one group more than it must.
+// The oldest step has landed when at most stages - 2 groups of copies are under way. The instruction takes an
+// immediate; for depths between the cases it waits for one group more than it must.
 __device__ __forceinline__ void wait_for_oldest(int stages) {
   if (stages >= 8) {
     cp_async_wait<6>();
@@ -124,6 +129,26 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
 }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// The units of one block, and which tiles they belong to.
+struct Work {
+  int begin, end;  // whole tiles are numbered from 0 in each block
+
+  __device__ __forceinline__ explicit Work(const GemmArguments& p) {
+    const int block = blockIdx.x, blocks = gridDim.x;
+    if (p.units_per_block == 0) {
+      begin = 0;
+      end = (p.units / p.steps - block + blocks - 1) / blocks * p.steps;
+    } else {
+      begin = block * p.units_per_block;
+      end = min(begin + p.units_per_block, p.units);
+    }
+  }
+  __device__ __forceinline__ static int tile(const GemmArguments& p, int unit) {
+    const int n = unit / p.steps;
+    return p.units_per_block == 0 ? n * gridDim.x + blockIdx.x : n;
+  }
+};
 
 // Four neighbouring outputs of a row of C.
 template <typename T>
@@ -164,7 +189,7 @@ __device__ __forceinline__ void finish_tile(const GemmArguments& p, float* sums,
   const int rows = min(S::kBlockM, p.M - row0);
   const int columns = min(S::kBlockN, p.N - column0);
   const bool alone = step_begin == 0 && step_end == p.steps;
-  const int first_block = tile * p.steps / p.units_per_block;
+  const int first_block = alone ? 0 : tile * p.steps / p.units_per_block;
   // A block shares at most two tiles with others: it is the first block of one and a later block of the other.
   constexpr int kTileFloats = S::kBlockM * S::kBlockN;
   auto partial_of = [&](int block) {
@@ -180,8 +205,7 @@ __device__ __forceinline__ void finish_tile(const GemmArguments& p, float* sums,
     for (int item = tid; item < S::kRoundRows * kFours; item += S::kConsumers) {
       const int r = item / kFours, column = item % kFours * 4;
       // A round takes kRoundMB 8-row blocks of each warp along M, and these have MB in all.
-      const int row =
-          r / (S::kRoundMB * 8) * (S::MB * 8) + round * (S::kRoundMB * 8) + r % (S::kRoundMB * 8);
+      const int row = r / (S::kRoundMB * 8) * (S::MB * 8) + round * (S::kRoundMB * 8) + r % (S::kRoundMB * 8);
       if (row >= rows || column >= columns) continue;
       float4 v = *reinterpret_cast<const float4*>(sums + r * S::kSumPitch + column);
 #pragma unroll
@@ -239,24 +263,24 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
   const int wn = warp % WN, wm = warp / WN % WM, wk = warp / (WN * WM);
   const int g = lane / 4, t = lane % 4;
 
-  const int unit_end = min((static_cast<int>(blockIdx.x) + 1) * p.units_per_block, p.units);
+  const Work work(p);
   const int tiles_n = p.N / MARLIN_TILE_N;
   const int tiles_k = p.K / MARLIN_TILE_K;
 
   // ---- Filling the pipeline. `fill_*` run ahead of the arithmetic by stages - 1 units, across ends of tiles. --------
   // A thread copies the same places of every step, so it keeps addresses and moves them on.
-  constexpr int kPieces = S::kBlockK / 8;                 // 16-byte pieces in a row of activations
-  constexpr int kRowsAtOnce = S::kThreads / kPieces;      // rows that the block copies at once
-  constexpr int kScalePieces = WK * WN * 8;               // 16-byte pieces of scales
+  constexpr int kPieces = S::kBlockK / 8;             // 16-byte pieces in a row of activations
+  constexpr int kRowsAtOnce = S::kThreads / kPieces;  // rows that the block copies at once
+  constexpr int kScalePieces = WK * WN * 8;           // 16-byte pieces of scales
   const int piece = tid % kPieces, first_row = tid / kPieces;
   const int scale_wk = tid / (WN * 8);
 
-  const char* fill_weights = nullptr;      // of this lane's words in the warp's first tile
-  const T* fill_activations = nullptr;     // of this thread's piece of its first row
-  const __half* fill_scales = nullptr;     // of this thread's columns, group 0
-  int fill_rows = 0;                       // rows of the slab of M
-  int fill_tiles = 0;                      // tiles along K from the warp's first to the matrix's end; 0 beyond N
-  int fill_unit = blockIdx.x * p.units_per_block;
+  const char* fill_weights = nullptr;   // of this lane's words in the warp's first tile
+  const T* fill_activations = nullptr;  // of this thread's piece of its first row
+  const __half* fill_scales = nullptr;  // of this thread's columns, group 0
+  int fill_rows = 0;                    // rows of the slab of M
+  int fill_tiles = 0;                   // tiles along K from the warp's first to the matrix's end; 0 beyond N
+  int fill_unit = work.begin;
   int fill_step = 0;
   int fill_slot = 0;
   const int64_t weights_pitch = static_cast<int64_t>(tiles_n) * 512;  // bytes in a row of tiles
@@ -269,24 +293,22 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
     fill_step = step;
     fill_weights = reinterpret_cast<const char*>(p.B) + tile_k * weights_pitch + tile_n * 512 + lane * 16;
     fill_tiles = tile_n < tiles_n ? tiles_k - tile_k : 0;
-    fill_activations =
-        static_cast<const T*>(p.A) + (row0 + first_row) * p.lda + step * S::kBlockK + piece * 8;
+    fill_activations = static_cast<const T*>(p.A) + (row0 + first_row) * p.lda + step * S::kBlockK + piece * 8;
     fill_rows = min(S::kBlockM, p.M - row0);
     // Pieces beyond K or N meet zeros or are never stored; they take the scales of some valid group and columns.
     fill_scales = p.s + min(slab_n * S::kBlockN + tid % (WN * 8) * 8, p.N - 8);
   };
-  start_tile(fill_unit / p.steps, fill_unit % p.steps);
+  start_tile(Work::tile(p, fill_unit), fill_unit % p.steps);
 
   auto fill = [&]() {
-    if (fill_unit < unit_end) {
+    if (fill_unit < work.end) {
       const uint32_t stage = ring + fill_slot * S::kStageBytes;
 
       // Weights: a warp's own pieces, shared out among the warps along M.
       const uint32_t weights_to = stage + ((wk * KT + wm) * WN + wn) * 512 + lane * 16;
 #pragma unroll
       for (int i = 0; i < KT / WM; i++) {
-        if (i * WM < fill_tiles)
-          cp_async16_once(weights_to + i * (WM * WN * 512), fill_weights + i * WM * weights_pitch);
+        if (i * WM < fill_tiles) cp_async16(weights_to + i * (WM * WN * 512), fill_weights + i * WM * weights_pitch);
       }
 
       // Activations: rows below M only (a row feeds no other row's outputs), zeros beyond K.
@@ -309,7 +331,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
       fill_unit++;
       fill_slot = fill_slot + 1 == p.stages ? 0 : fill_slot + 1;
       if (fill_step + 1 == p.steps) {
-        start_tile(fill_unit / p.steps, 0);
+        start_tile(Work::tile(p, fill_unit), 0);
       } else {
         fill_step++;
         fill_tiles -= WK * KT;
@@ -333,7 +355,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
 
   float sum[4][MB][4];   // outputs: [sub-tile][8-row block][register of the fragment]
   float part[4][MB][4];  // the same, of the current group, not yet scaled
-  auto clear = [](float(&v)[4][MB][4]) {
+  auto clear = [](float (&v)[4][MB][4]) {
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
@@ -343,11 +365,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
   };
 
   int slot = 0;
-  int unit = blockIdx.x * p.units_per_block;
-  while (unit < unit_end) {
-    const int tile = unit / p.steps;
-    const int step_begin = unit - tile * p.steps;
-    const int step_end = min(p.steps, step_begin + unit_end - unit);
+  int unit = work.begin;
+  while (unit < work.end) {
+    const int tile = Work::tile(p, unit);
+    const int step_begin = unit % p.steps;
+    const int step_end = min(p.steps, step_begin + work.end - unit);
     clear(sum);
     clear(part);
 

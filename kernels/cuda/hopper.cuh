@@ -2,41 +2,45 @@
 //
 // The work is split as gemm.cuh describes, and the end of a tile is the same code. What differs is inside a block:
 //
-//   * wgmma: four warps (a warpgroup) multiply 64 columns of N by 8 MB rows of M by 16 rows of K in one instruction. The
-//     left operand is registers: the stored tile, decoded, is exactly that fragment. The right operand, activations, is
-//     read from shared memory, so no warp loads fragments of it. The instruction is asynchronous: a warp decodes the next
-//     words meanwhile.
-//   * One warp does nothing but copy (the copy engine, TMA): one instruction moves a box of weights, or of activations with
-//     the swizzle that wgmma expects and zeros outside of the matrix.
-//   * Barriers in shared memory (mbarrier) tell "this stage is full" and "this stage is vacant", so warps wait for data and
-//     never for each other.
+//   * wgmma: four warps (a warpgroup) multiply 64 columns of N by 8 MB rows of M by 16 rows of K in one instruction.
+//     The left operand is registers: the stored tile, decoded, is exactly that fragment. The right operand,
+//     activations, is read from shared memory, so no warp loads fragments of it. The instruction is asynchronous: a
+//     warp decodes the next words meanwhile.
+//   * One thread does nothing but copy, with the copy engine (TMA): one instruction moves a box of weights, or of
+//     activations with the swizzle that wgmma expects and zeros outside of the matrix.
+//   * Barriers in shared memory (mbarrier) tell "this stage is full" and "this stage is vacant", so warps wait for data
+//     and never for each other.
 //
-//     copying warp:   wait vacant[i] ── fill stage i ──> full[i]
-//     warpgroups:     wait full[i] ── 8 times: words -> decode -> wgmma ── scale and add the group's sum ──> vacant[i]
+//     copying thread:  wait vacant[i] -- fill stage i --> full[i]
+//     warpgroups:      wait full[i] -- 8 times: words, decode, wgmma -- scale and add the group's sum --> vacant[i]
 //
-// A step is 128 rows of K: one group, and two swizzled boxes of 64. Warpgroups: WN along N, WK along K; those along K take
-// turns, one stage each.
+// Where there are few tiles, the blocks of a cluster share one along K. Each puts its sums into its shared memory, and
+// each adds up a part of the outputs from all of them.
+//
+// A step is 128 rows of K: one group, and two swizzled boxes of 64. Warpgroups: WN along N, WK along K; those along K
+// take turns, one stage each.
 //
 // Which columns a warp decodes. A warp of the warpgroup supplies 16 of wgmma's 64 rows, one sub-tile. With J = 4 warp w
-// takes the whole tile w of four neighbouring ones, 16 bytes a lane, for four wgmmas (sub-tile j of all four tiles each);
-// with J = 1 it takes word w of a single tile for one. Sums take 4 J MB registers, twice; J falls as M grows to keep them
-// at 128.
+// takes the whole tile w of four neighbouring ones, 16 bytes a lane, for four wgmmas (sub-tile j of all four tiles
+// each); with J = 1 it takes word w of a single tile for one. Sums take 4 J MB registers, twice; J falls as M grows to
+// keep them at 128.
 #pragma once
 
-#include "gemm.cuh"
-
 #include <cuda.h>
+
+#include "gemm.cuh"
 
 namespace marlin {
 
 template <int MB_, int J_, int WN_, int WK_>
 struct HopperShape {
   static constexpr int MB = MB_, J = J_, WN = WN_, WK = WK_;
-  static constexpr int kConsumers = 128 * WN * WK;  // threads that multiply
+  static constexpr int kConsumers = 128 * WN * WK;   // threads that multiply
   static constexpr int kThreads = kConsumers + 128;  // and a warpgroup of which one thread copies
   // Registers are dealt out by warpgroup: few for the one that copies, the rest for those that multiply.
-  static constexpr int kCopyRegisters = WN * WK == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = WN * WK <= 2 ? 240 : (WN * WK == 3 ? 160 : 112);
+  // 168 each at the start, what 65536 allow 384 threads; 24 + 2 * 240 = 3 * 168.
+  static constexpr int kCopyRegisters = 24, kConsumerRegisters = 240;
+  static_assert(WN * WK == 2, "three warpgroups share the registers");
   static constexpr int kBlockM = 8 * MB;
   static constexpr int kBlockN = MARLIN_TILE_N * J * WN;
   static constexpr int kBlockK = 128;
@@ -56,14 +60,18 @@ struct HopperShape {
 
   // For the end of a tile, as in GemmShape.
   static constexpr int kSumPitch = kBlockN + 4;
-  static constexpr int kRowLimit = 33 * 1024 / (WK * kSumPitch * 4) / 8;  // 8-row blocks in 33 KB
-  static constexpr int kRoundMB = MB <= kRowLimit ? MB : (MB / 2 <= kRowLimit ? MB / 2 : (MB / 4 <= kRowLimit ? MB / 4 : MB / 8));
+  // The most 8-row blocks, dividing MB, whose sums take 33 KB.
+  static constexpr int round_blocks(int blocks) {
+    return WK * 8 * blocks * kSumPitch * 4 <= 33 * 1024 ? blocks : round_blocks(blocks / 2);
+  }
+  static constexpr int kRoundMB = round_blocks(MB);
   static constexpr int kRoundRows = kRoundMB * 8;
   static constexpr int kSumBytes = WK * kRoundRows * kSumPitch * 4;
   static constexpr int kMaxStages = 12;
   static constexpr int kBarrierBytes = 2 * 8 * kMaxStages;
   static constexpr int kExtraBytes = kSumBytes + 16 + kBarrierBytes + 1024;  // 1024: to align the first stage
-  static_assert(MB % kRoundMB == 0 && kRoundMB > 0, "rounds are whole");
+  static_assert(MB % kRoundMB == 0, "rounds are whole");
+  static_assert(WK * kBlockM * kSumPitch * 4 <= 2 * WK * kStageBytes, "a cluster's sums fit into the shortest ring");
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -87,19 +95,29 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       "@done bra finished;\n"
       "bra again;\n"
       "finished:\n"
-      "}" ::"r"(barrier), "r"(parity) : "memory");
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
-// The L2 policies as the toolkit encodes them (createpolicy.fractional, fraction 1): weights are read once, activations by
-// every slab of N.
+// The L2 policy for weights, which are read once: evict them first, so that activations and partial sums stay. This is
+// the policy word that createpolicy.fractional.L2::evict_first makes for a fraction of 1. On cp.async the hint is no
+// option: in some kernels nvcc 13.0 puts its 64-bit descriptor into an odd register, and the instruction is illegal.
 constexpr uint64_t kEvictFirst = 0x12f0000000000000;
-constexpr uint64_t kEvictLast = 0x14f0000000000000;
 
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier,
-                                         uint64_t policy) {
+// Copies the box of a matrix whose first element is (x, y); zeros outside of the matrix. Its bytes count on `barrier`.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void copy_box_once(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
-      "%3}], [%4], %5;" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(policy)
+      "%3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(kEvictFirst)
       : "memory");
 }
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
@@ -126,46 +144,37 @@ template <typename T, int MB>
 __device__ __forceinline__ void wgmma(float (&d)[MB][4], const uint32_t (&a)[4], uint64_t b, bool add);
 
 #define MARLIN_D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define MARLIN_WGMMA(T, TYPE, MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, ...)                                          \
-  template <>                                                                                                         \
-  __device__ __forceinline__ void wgmma<T, MB>(float (&d)[MB][4], const uint32_t (&a)[4], uint64_t b, bool add) {      \
-    asm volatile(                                                                                                     \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %" ADD ", 0;\n"                                                            \
-        "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {%" A0 ", %" A1 ", %" A2     \
-        ", %" A3 "}, %" B ", p, 1, 1, 0;\n}"                                                                          \
-        : __VA_ARGS__                                                                                                 \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                            \
+#define MARLIN_WGMMA(T, TYPE, MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, ...)                                       \
+  template <>                                                                                                      \
+  __device__ __forceinline__ void wgmma<T, MB>(float (&d)[MB][4], const uint32_t (&a)[4], uint64_t b, bool add) {  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" ADD                                                          \
+                 ", 0;\n"                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {%" A0 ", %" A1 \
+                 ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, 0;\n}"                                                     \
+                 : __VA_ARGS__                                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                \
   }
-#define MARLIN_WGMMA_BOTH(MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, ...)                                    \
-  MARLIN_WGMMA(__half, "f16", MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, __VA_ARGS__)                        \
+#define MARLIN_WGMMA_BOTH(MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, ...)             \
+  MARLIN_WGMMA(__half, "f16", MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, __VA_ARGS__) \
   MARLIN_WGMMA(__nv_bfloat16, "bf16", MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, __VA_ARGS__)
-MARLIN_WGMMA_BOTH(1, "8",
-                  "%0, %1, %2, %3",
-                  "4", "5", "6", "7", "8", "9",
-                  MARLIN_D4(0))
-MARLIN_WGMMA_BOTH(2, "16",
-                  "%0, %1, %2, %3, %4, %5, %6, %7",
-                  "8", "9", "10", "11", "12", "13",
-                  MARLIN_D4(0), MARLIN_D4(1))
-MARLIN_WGMMA_BOTH(4, "32",
-                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
-                  "16", "17", "18", "19", "20", "21",
-                  MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3))
+MARLIN_WGMMA_BOTH(1, "8", "%0, %1, %2, %3", "4", "5", "6", "7", "8", "9", MARLIN_D4(0))
+MARLIN_WGMMA_BOTH(2, "16", "%0, %1, %2, %3, %4, %5, %6, %7", "8", "9", "10", "11", "12", "13", MARLIN_D4(0),
+                  MARLIN_D4(1))
+MARLIN_WGMMA_BOTH(4, "32", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "16", "17", "18",
+                  "19", "20", "21", MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3))
 MARLIN_WGMMA_BOTH(8, "64",
                   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
-                  "32", "33", "34", "35", "36", "37",
-                  MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3), MARLIN_D4(4), MARLIN_D4(5), MARLIN_D4(6),
-                  MARLIN_D4(7))
+                  "32", "33", "34", "35", "36", "37", MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3),
+                  MARLIN_D4(4), MARLIN_D4(5), MARLIN_D4(6), MARLIN_D4(7))
 MARLIN_WGMMA_BOTH(16, "128",
                   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
                   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
                   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63",
-                  "64", "65", "66", "67", "68", "69",
-                  MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3), MARLIN_D4(4), MARLIN_D4(5), MARLIN_D4(6),
-                  MARLIN_D4(7), MARLIN_D4(8), MARLIN_D4(9), MARLIN_D4(10), MARLIN_D4(11), MARLIN_D4(12),
-                  MARLIN_D4(13), MARLIN_D4(14), MARLIN_D4(15))
+                  "64", "65", "66", "67", "68", "69", MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3),
+                  MARLIN_D4(4), MARLIN_D4(5), MARLIN_D4(6), MARLIN_D4(7), MARLIN_D4(8), MARLIN_D4(9), MARLIN_D4(10),
+                  MARLIN_D4(11), MARLIN_D4(12), MARLIN_D4(13), MARLIN_D4(14), MARLIN_D4(15))
 #undef MARLIN_WGMMA_BOTH
 #undef MARLIN_WGMMA
 #undef MARLIN_D4
@@ -221,107 +230,93 @@ struct Constant {
   static constexpr int value = N;
 };
 
-template <typename T, typename S>
-__device__ __forceinline__ void hopper_gemm(const GemmArguments& p, const CUtensorMap* weights_map,
-                                            const CUtensorMap* activations_map) {
-  constexpr int MB = S::MB, J = S::J, WN = S::WN, WK = S::WK, KT = S::KT;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t ring = (shared_address(shared) + 1023) / 1024 * 1024;
-  unsigned char* const after = shared + (ring - shared_address(shared)) + p.stages * S::kStageBytes;
-  float* const sums = reinterpret_cast<float*>(after);
-  unsigned* const is_last = reinterpret_cast<unsigned*>(after + S::kSumBytes);
-  const uint32_t full = shared_address(after + S::kSumBytes + 16);
-  const uint32_t vacant = full + 8 * S::kMaxStages;
+// The block's shared memory: the stages, the sums of a tile, and the barriers.
+template <typename S>
+struct Ring {
+  unsigned char* memory;  // the first stage
+  float* sums;
+  unsigned* is_last;
+  uint32_t stages, full, vacant;  // shared-memory addresses
 
-  const int tid = threadIdx.x;
-  const int lane = tid % 32;
-  // shfl tells the compiler that the value is the same in all lanes
-  const int warp = __shfl_sync(0xffffffff, tid / 32, 0);
-  int unit_begin, unit_end;
-  if (p.cluster > 0) {  // the blocks of a cluster take equal parts of one tile's steps
-    const int tile = blockIdx.x / p.cluster, rank = blockIdx.x % p.cluster;
-    unit_begin = tile * p.steps + rank * p.steps / p.cluster;
-    unit_end = tile * p.steps + (rank + 1) * p.steps / p.cluster;
-  } else {
-    unit_begin = blockIdx.x * p.units_per_block;
-    unit_end = min(unit_begin + p.units_per_block, p.units);
+  __device__ __forceinline__ Ring(unsigned char* shared, int count) {
+    stages = (shared_address(shared) + 1023) / 1024 * 1024;
+    memory = shared + (stages - shared_address(shared));
+    unsigned char* const after = memory + count * S::kStageBytes;
+    sums = reinterpret_cast<float*>(after);
+    is_last = reinterpret_cast<unsigned*>(after + S::kSumBytes);
+    full = shared_address(after + S::kSumBytes + 16);
+    vacant = full + 8 * S::kMaxStages;
   }
+};
 
-  if (tid == S::kConsumers) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(weights_map) : "memory");
-    asm volatile("prefetch.tensormap [%0];" ::"l"(activations_map) : "memory");
-    for (int i = 0; i < p.stages; i++) {
-      mbarrier_init(full + 8 * i, 1);       // the copying thread, with the number of bytes it expects
-      mbarrier_init(vacant + 8 * i, 128 * WN);  // the threads that read a stage
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncthreads();
-
-  if (warp >= S::kConsumers / 32) {
-    // ---- The copying warpgroup: one thread of it. --------------------------------------------------------------------
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::kCopyRegisters));
-    if (tid == S::kConsumers) {
-      int slot = 0;
-      uint32_t parity = 1;  // the first pass over the ring waits for nothing
-      int tile = unit_begin / p.steps;
-      int step = unit_begin - tile * p.steps;
-      int slab_n = tile / p.slabs_m;
-      int row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
-      for (int unit = unit_begin; unit < unit_end; unit++) {
-        const uint32_t stage = ring + slot * S::kStageBytes;
-        const int column0 = slab_n * S::kBlockN;
-        const int scale_bytes = min(S::kBlockN, p.N - column0) * 2;
-        mbarrier_wait(vacant + 8 * slot, parity);
-        mbarrier_expect(full + 8 * slot, S::kActivationBytes + S::kWeightBytes + scale_bytes);
+// The copying thread: fills stage after stage with the block's units, as far ahead as the ring is long.
+template <typename S>
+__device__ __forceinline__ void fill_ring(const GemmArguments& p, const Work& work, const Ring<S>& ring,
+                                          const CUtensorMap* weights_map, const CUtensorMap* activations_map) {
+  constexpr int KT = S::KT;
+  int slot = 0;
+  uint32_t parity = 1;  // the first pass over the ring waits for nothing
+  int tile = Work::tile(p, work.begin);
+  int step = work.begin % p.steps;
+  int slab_n = tile / p.slabs_m;
+  int row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
+  for (int unit = work.begin; unit < work.end; unit++) {
+    const uint32_t stage = ring.stages + slot * S::kStageBytes;
+    const int column0 = slab_n * S::kBlockN;
+    const int scale_bytes = min(S::kBlockN, p.N - column0) * 2;
+    mbarrier_wait(ring.vacant + 8 * slot, parity);
+    mbarrier_expect(ring.full + 8 * slot, S::kActivationBytes + S::kWeightBytes + scale_bytes);
 #pragma unroll
-        for (int i = 0; i < S::kBlockN / S::kBoxColumns; i++)
-          copy_box(stage + S::kActivationBytes + i * (KT * S::kBoxColumns * 8), weights_map, column0 + i * S::kBoxColumns,
-                   step * KT, full + 8 * slot, kEvictFirst);
-        copy_box(stage, activations_map, step * S::kBlockK, row0, full + 8 * slot, kEvictLast);
-        copy_box(stage + S::kBoxBytes, activations_map, step * S::kBlockK + 64, row0, full + 8 * slot, kEvictLast);
-        const int group = p.groups > 1 ? step : 0;  // a step is a group
-        copy_bytes(stage + S::kActivationBytes + S::kWeightBytes, p.s + static_cast<int64_t>(group) * p.N + column0,
-                   scale_bytes, full + 8 * slot);
-        if (++slot == p.stages) {
-          slot = 0;
-          parity ^= 1;
-        }
-        if (++step == p.steps) {
-          step = 0;
-          tile++;
-          slab_n = tile / p.slabs_m;
-          row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
-        }
-      }
+    for (int i = 0; i < S::kBlockN / S::kBoxColumns; i++)
+      copy_box_once(stage + S::kActivationBytes + i * (KT * S::kBoxColumns * 8), weights_map,
+                    column0 + i * S::kBoxColumns, step * KT, ring.full + 8 * slot);
+    copy_box(stage, activations_map, step * S::kBlockK, row0, ring.full + 8 * slot);
+    copy_box(stage + S::kBoxBytes, activations_map, step * S::kBlockK + 64, row0, ring.full + 8 * slot);
+    const int group = p.groups > 1 ? step : 0;  // a step is a group
+    copy_bytes(stage + S::kActivationBytes + S::kWeightBytes, p.s + static_cast<int64_t>(group) * p.N + column0,
+               scale_bytes, ring.full + 8 * slot);
+    if (++slot == p.stages) {
+      slot = 0;
+      parity ^= 1;
     }
-  } else {
-  // ---- The warpgroups. ---------------------------------------------------------------------------------------------
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kConsumerRegisters));
+    if (++step == p.steps) {
+      step = 0;
+      tile = Work::tile(p, unit + 1);
+      slab_n = tile / p.slabs_m;
+      row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
+    }
+  }
+}
+
+// A warpgroup: multiplies the units that are its own, and with the others of the block ends the tiles.
+template <typename T, typename S>
+__device__ __forceinline__ void multiply(const GemmArguments& p, const Work& work, const Ring<S>& ring, int warp) {
+  constexpr int MB = S::MB, J = S::J, WN = S::WN, WK = S::WK, KT = S::KT;
+  const int tid = threadIdx.x, lane = tid % 32;
   const int wn = warp / 4 % WN, wk = warp / (4 * WN);
   const int g = lane / 4, t = lane % 4;
   const int first_subtile = (wn * 4 + warp % 4) * J;  // of the J neighbouring sub-tiles that this warp decodes
   const int tile_column = first_subtile / 4;
   constexpr int kBoxTiles = S::kBoxColumns / MARLIN_TILE_N;
-  const uint32_t weights_at = ring + S::kActivationBytes + tile_column / kBoxTiles * (KT * S::kBoxColumns * 8) +
+  const uint32_t weights_at = ring.stages + S::kActivationBytes + tile_column / kBoxTiles * (KT * S::kBoxColumns * 8) +
                               tile_column % kBoxTiles * 512 + lane * 16 + first_subtile % 4 * 4;
-  const uint32_t scales_at = ring + S::kActivationBytes + S::kWeightBytes + tile_column * 128;
+  const uint32_t scales_at = ring.stages + S::kActivationBytes + S::kWeightBytes + tile_column * 128;
 
   float sum[J][MB][4];   // outputs: [sub-tile][8-row block][register of the fragment]
   float part[J][MB][4];  // the same, of the current group, not yet scaled
 
-  // The warpgroups along K take turns. The number of stages is a multiple of WK, so a slot belongs to one warpgroup, which
-  // must be: a parity tells one pass over the ring from the next only, and copies may land out of order, so a warpgroup
-  // that met a slot one pass early, before its previous copy landed, would take it for full.
+  // The warpgroups along K take turns. The number of stages is a multiple of WK, so a slot belongs to one warpgroup,
+  // which must be: a parity tells one pass over the ring from the next only, and copies may land out of order, so a
+  // warpgroup that met a slot one pass early, before its previous copy landed, would take it for full.
   int slot = wk;
   uint32_t parity = 0;
-  int mine = unit_begin + wk;  // this warpgroup's next unit
+  int mine = work.begin + wk;  // this warpgroup's next unit
 
-  int unit = unit_begin;
-  while (unit < unit_end) {
-    const int tile = unit / p.steps;
-    const int step_begin = unit - tile * p.steps;
-    const int step_end = min(p.steps, step_begin + unit_end - unit);
+  int unit = work.begin;
+  while (unit < work.end) {
+    const int tile = Work::tile(p, unit);
+    const int step_begin = unit % p.steps;
+    const int step_end = min(p.steps, step_begin + work.end - unit);
     const int end = unit + step_end - step_begin;
 #pragma unroll
     for (int j = 0; j < J; j++)
@@ -333,7 +328,7 @@ __device__ __forceinline__ void hopper_gemm(const GemmArguments& p, const CUtens
     uint32_t words[KT][J];
     uint32_t a[2][J][4];
     const auto load_stage = [&](int from_slot, uint32_t with_parity) {
-      mbarrier_wait(full + 8 * from_slot, with_parity);
+      mbarrier_wait(ring.full + 8 * from_slot, with_parity);
 #pragma unroll
       for (int kt = 0; kt < KT; kt++)
         load_words<J>(words[kt], from_slot * S::kStageBytes + weights_at + kt * (S::kBoxColumns * 8));
@@ -349,7 +344,7 @@ __device__ __forceinline__ void hopper_gemm(const GemmArguments& p, const CUtens
         decode(0);
       }
       const uint32_t stage = slot * S::kStageBytes;
-      const uint64_t operand = operand_descriptor(ring + stage);
+      const uint64_t operand = operand_descriptor(ring.stages + stage);
 #pragma unroll
       for (int kt = 0; kt < KT; kt++) {
         if (kt >= 2) wgmma_wait<1>();  // the wgmmas that read a[kt % 2] are done
@@ -391,7 +386,7 @@ __device__ __forceinline__ void hopper_gemm(const GemmArguments& p, const CUtens
         for (int i = 0; i < MB; i++)
 #pragma unroll
           for (int c = 0; c < 4; c++) asm volatile("" : "+f"(part[j][i][c])::"memory");  // not to be read earlier
-      mbarrier_arrive(vacant + 8 * slot);
+      mbarrier_arrive(ring.vacant + 8 * slot);
 #pragma unroll
       for (int j = 0; j < J; j++)
 #pragma unroll
@@ -418,10 +413,10 @@ __device__ __forceinline__ void hopper_gemm(const GemmArguments& p, const CUtens
         }
     };
     if (p.cluster > 0) {
-      // The ring is free: this was the block's only tile. Every block puts its sums there; each adds up its share of the
-      // outputs, reading the others' shared memory in ascending K.
+      // The ring is free: this was the block's only tile. Every block puts its sums there; each adds up its share of
+      // the outputs, reading the others' shared memory in ascending K.
       synchronize();
-      float* const own = reinterpret_cast<float*>(shared + (ring - shared_address(shared)));
+      float* const own = reinterpret_cast<float*>(ring.memory);
       write_sums(0, Constant<MB>(), own);
       cluster_synchronize();
       const int row0 = tile % p.slabs_m * S::kBlockM, column0 = tile / p.slabs_m * S::kBlockN;
@@ -433,7 +428,7 @@ __device__ __forceinline__ void hopper_gemm(const GemmArguments& p, const CUtens
         if (column >= columns) continue;
         float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         for (int rank = 0; rank < p.cluster; rank++) {
-          const uint32_t theirs = shared_of_rank(ring + (row * S::kSumPitch + column) * 4, rank);
+          const uint32_t theirs = shared_of_rank(ring.stages + (row * S::kSumPitch + column) * 4, rank);
 #pragma unroll
           for (int w = 0; w < WK; w++) v = v + load_cluster(theirs + w * (S::kBlockM * S::kSumPitch * 4));
         }
@@ -442,11 +437,45 @@ __device__ __forceinline__ void hopper_gemm(const GemmArguments& p, const CUtens
       cluster_synchronize();  // nobody leaves while its shared memory is read
     } else {
       finish_tile<T, S>(
-          p, sums, is_last, tile, step_begin, step_end, tid,
+          p, ring.sums, ring.is_last, tile, step_begin, step_end, tid,
           [&](int round, float* to) { write_sums(round * S::kRoundMB, Constant<S::kRoundMB>(), to); }, synchronize);
     }
     unit = end;
   }
+}
+
+template <typename T, typename S>
+__device__ __forceinline__ void hopper_gemm(const GemmArguments& p, const CUtensorMap* weights_map,
+                                            const CUtensorMap* activations_map) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const Ring<S> ring(shared, p.stages);
+  Work work(p);
+  if (p.cluster > 0) {  // the blocks of a cluster take equal parts of one tile's steps
+    const int tile = blockIdx.x / p.cluster, rank = blockIdx.x % p.cluster;
+    work.begin = tile * p.steps + rank * p.steps / p.cluster;
+    work.end = tile * p.steps + (rank + 1) * p.steps / p.cluster;
+  }
+
+  const int tid = threadIdx.x;
+  if (tid == S::kConsumers) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(weights_map) : "memory");
+    asm volatile("prefetch.tensormap [%0];" ::"l"(activations_map) : "memory");
+    for (int i = 0; i < p.stages; i++) {
+      mbarrier_init(ring.full + 8 * i, 1);              // the copying thread, with the bytes to expect
+      mbarrier_init(ring.vacant + 8 * i, 128 * S::WN);  // the threads that read a stage
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  // The exchange (with lane 0, of the same value) tells the compiler that `warp` is the same in all lanes.
+  const int warp = __shfl_sync(0xffffffff, tid / 32, 0);
+  if (warp >= S::kConsumers / 32) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::kCopyRegisters));
+    if (tid == S::kConsumers) fill_ring<S>(p, work, ring, weights_map, activations_map);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kConsumerRegisters));
+    multiply<T, S>(p, work, ring, warp);
   }
 }
 

@@ -1,6 +1,6 @@
-// repack.cu: GPTQ <-> Marlin, and Marlin -> 16-bit weights. One warp does one tile at a time; every kernel here is bound
-// by memory, and shared memory is only the place where a tile is turned so that both its reads and its writes are whole
-// 128-byte lines.
+// repack.cu: GPTQ <-> Marlin, and Marlin -> 16-bit weights. One warp does one tile at a time; every kernel here is
+// bound by memory, and shared memory is only the place where a tile is turned so that both its reads and its writes are
+// whole 128-byte lines.
 #include "dequant.cuh"
 #include "device.h"
 
@@ -88,12 +88,11 @@ __device__ __forceinline__ uint32_t round_pair<__nv_bfloat16>(float low, float h
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-// W[k, n] = (code - 8) * scale. The product of a 4-bit and an 11-bit number is exact in fp32, so the one rounding is the
-// last. A lane's fragments hold pairs along K; movmatrix turns them into pairs along N.
+// W[k, n] = (code - 8) * scale. The product of a 4-bit and an 11-bit number is exact in fp32, so the one rounding is
+// the last. A lane's fragments hold pairs along K; movmatrix turns them into pairs along N.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const uint4* B, const __half* s, uint4* W, int64_t tiles, int tiles_n, int tiles_k_per_group,
-                      bool per_channel) {
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(const uint4* B, const __half* s, uint4* W, int64_t tiles,
+                                                              int tiles_n, int tiles_k_per_group, bool per_channel) {
   // [row][column / 2], padded by 16 bytes: the eight rows a warp writes at once lie 4 banks apart.
   constexpr int kPitch = MARLIN_TILE_N / 2 + 4;
   __shared__ __align__(16) uint32_t turned[kWarps][MARLIN_TILE_K][kPitch];
@@ -119,8 +118,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int p = 0; p < 4; p++) {  // nibbles p and p + 4: rows 2t, 2t+1 (+8 if p is odd)
         const float f = __half2float(scale[2 * j + (p >> 1)]);
         const float low = f * static_cast<float>(static_cast<int>(words[j] >> (4 * p) & 0xf) - MARLIN_ZERO_POINT);
-        const float high =
-            f * static_cast<float>(static_cast<int>(words[j] >> (4 * p + 16) & 0xf) - MARLIN_ZERO_POINT);
+        const float high = f * static_cast<float>(static_cast<int>(words[j] >> (4 * p + 16) & 0xf) - MARLIN_ZERO_POINT);
         // Lane (g, t) had column g, rows 2t, 2t+1; it gets row g, columns 2t, 2t+1.
         turned[warp][8 * (p & 1) + g][8 * j + 4 * (p >> 1) + t] = movmatrix(round_pair<T>(low, high));
       }
