@@ -84,7 +84,7 @@ def source_options(command: F) -> F:
     command = click.option("--revision", help="Branch, tag or commit of a Hub source.")(command)
     return click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", callback=_device,
-        help="Where to compute. auto repacks on the CPU, and verifies on a GPU of capability 8.0 or newer if there is one.",
+        help="Where to compute. auto repacks on the CPU and verifies on a GPU of capability 8.0+ if there is one.",
     )(command)  # fmt: skip
 
 
