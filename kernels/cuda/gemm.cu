@@ -52,7 +52,7 @@ Config hopper() {
 }
 
 // Ascending in block_m within each kind. A path for another architecture is another kind here: a kernel that takes
-// GemmArguments, its entries in this table, and its line in `runs_on`.
+// GemmArguments, its entries in this table (the last is a Hopper one), and its question beside `has_hopper`.
 const Config kConfigs[] = {
     // GemmShape<MB, WM, WN, WK, KT>: eight warps each. Few rows leave warps for more of N and K.
     generic<GemmShape<1, 1, 4, 2, 4>>(),  // 1:    8 x 256
@@ -61,7 +61,7 @@ const Config kConfigs[] = {
     generic<GemmShape<4, 2, 4, 1, 4>>(),  // 4:   64 x 256
     generic<GemmShape<4, 4, 2, 1, 4>>(),  // 5:  128 x 128
     // HopperShape<MB, J, WN, WK>: two warpgroups that multiply. Wide slabs read activations less often, narrow ones
-    // make more tiles and smaller sums; which is better depends on N (see `predict`).
+    // make more tiles and smaller sums; which is better depends on N (see lay_out).
     hopper<HopperShape<1, 2, 1, 2>>(),   // 6:    8 x 128
     hopper<HopperShape<1, 4, 1, 2>>(),   // 7:    8 x 256
     hopper<HopperShape<2, 2, 1, 2>>(),   // 8:   16 x 128
@@ -75,8 +75,22 @@ const Config kConfigs[] = {
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kMostRows = 128;  // the largest block_m
 
-bool runs_on(const Config& c, const Device& facts) { return !c.hopper || facts.capability == 90; }
-bool preferred_on(const Config& c, const Device& facts) { return c.hopper == (facts.capability == 90); }
+// Whether the Hopper kernel can run: on capability 9.0, if the library was built for sm_90a. Built for less, the kernel
+// is a stub, which shows by its registers: it needs hardly any, the kernel itself 168. `device` is current.
+bool has_hopper(const Device& facts, int device) {
+  if (facts.capability != 90) return false;
+  static std::atomic<int> known[kMaxDevices];  // 0: not asked yet, 1: no, 2: yes
+  if (known[device].load(std::memory_order_relaxed) == 0) {
+    constexpr int kMoreThanAStub = 64;
+    cudaFuncAttributes attributes = {};
+    const Config& c = kConfigs[kConfigCount - 1];
+    const bool built =
+        cudaFuncGetAttributes(&attributes, c.kernels[0]) == cudaSuccess && attributes.numRegs > kMoreThanAStub;
+    if (!built) cudaGetLastError();  // no kernel image: not the caller's concern, the generic kernel runs
+    known[device].store(built ? 2 : 1, std::memory_order_relaxed);
+  }
+  return known[device].load(std::memory_order_relaxed) == 2;
+}
 
 // How tiles are given to blocks.
 constexpr int kMostCluster = 8;  // 1 .. 8: a tile to each cluster of that many blocks (hopper), part of its K to each
@@ -238,14 +252,15 @@ int make_plan(int64_t M, int64_t N, int64_t K, const Device& facts, int device, 
   const Variant wanted(variant);
   if (variant < 0 || variant >> 16 != 0 || wanted.config > kConfigCount || wanted.split >= kSplits)
     return MARLIN_CUDA_ERROR_VARIANT;
+  const bool on_hopper = has_hopper(facts, device);
   int block_m = kMostRows;  // the smallest that takes all rows, or the largest
   for (const Config& c : kConfigs)
-    if (preferred_on(c, facts) && c.block_m >= M) block_m = std::min(block_m, c.block_m);
+    if (c.hopper == on_hopper && c.block_m >= M) block_m = std::min(block_m, c.block_m);
   bool found = false;
   for (int i = 0; i < kConfigCount; i++) {
     const Config& c = kConfigs[i];
-    if (!runs_on(c, facts) || stages_of(c, facts) < 2 * c.stage_multiple) continue;
-    if (wanted.config == 0 ? !preferred_on(c, facts) || c.block_m != block_m : wanted.config != i + 1) continue;
+    if ((c.hopper && !on_hopper) || stages_of(c, facts) < 2 * c.stage_multiple) continue;
+    if (wanted.config == 0 ? c.hopper != on_hopper || c.block_m != block_m : wanted.config != i + 1) continue;
     for (int split = 1; split < kSplits; split++) {
       Plan plan;
       if ((wanted.split != 0 && wanted.split != split) ||
@@ -309,7 +324,8 @@ int describe(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64
 size_t workspace_bytes(const Device& facts) {
   size_t tile = 0;
   for (const Config& c : kConfigs)
-    if (runs_on(c, facts)) tile = std::max(tile, static_cast<size_t>(c.block_m) * c.block_n * sizeof(float));
+    if (!c.hopper || facts.capability == 90)
+      tile = std::max(tile, static_cast<size_t>(c.block_m) * c.block_n * sizeof(float));
   return MARLIN_CUDA_COUNTER_BYTES + 2 * tile * facts.multiprocessors;
 }
 
