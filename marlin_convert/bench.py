@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from . import __version__
 from .checkpoint import Tensor
-from .convert import Options, opened
+from .convert import Options, looked_at
 from .device import Device, cuda_devices, pick_device
 from .errors import DeviceError, SourceError, UnsupportedError
 from .layout import PACK_FACTOR, TILE_K, TILE_N, b_shape
@@ -100,7 +100,7 @@ PRESETS = {
 
 def source_shapes(source: str | Path, options: Options) -> tuple[str, list[Shape], Notes]:
     """(label, distinct shapes, notes) of a checkpoint, GPTQ or Marlin, from its headers."""
-    with opened(source, options) as (origin, checkpoint):
+    with looked_at(source, options) as (origin, checkpoint):
         plan = make_plan(checkpoint)
         notes: Notes = {}
         if plan.already_marlin:

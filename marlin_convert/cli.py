@@ -360,7 +360,9 @@ def main(args: list[str] | None = None) -> None:
         finally:
             _leave_download(130)
     except BrokenPipeError:  # the reader of a pipe went away (… | head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # whichever it was: Python flushes both once more when it ends
+            os.dup2(nowhere, stream.fileno())
         sys.exit(1)
     except Exception as error:
         if "--verbose" in arguments or "-v" in arguments:

@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, Tensor
 from .config import marlin_model_config, marlin_settings
 from .device import CPU, Device, pick_device
 from .errors import DeviceError, MarlinConvertError, OutputError, SourceError, UnsupportedError
-from .hub import Source, fetch
+from .hub import Source, fetch, headers_only
 from .layout import PACK_FACTOR, TILE_K, permute_scales, unpermute_scales
 from .plan import Layer, Plan, make_plan, span
 from .progress import Progress
@@ -145,7 +145,7 @@ def convert(
 
 def plan_only(source: str | Path, options: Options | None = None) -> tuple[Source, Plan]:
     """What `convert` would do with `source`, without reading any weight."""
-    with opened(source, options or Options()) as (origin, checkpoint):
+    with looked_at(source, options or Options()) as (origin, checkpoint):
         return origin, make_plan(checkpoint)
 
 
@@ -176,6 +176,14 @@ def opened(source: str | Path, options: Options) -> Iterator[tuple[Source, Check
     """Fetch `source` if it is on the Hub, and open it."""
     origin = fetch(str(source), revision=options.revision, token=options.token, cache_dir=options.cache_dir)
     with Checkpoint(origin.folder) as checkpoint:
+        yield origin, checkpoint
+
+
+@contextlib.contextmanager
+def looked_at(source: str | Path, options: Options) -> Iterator[tuple[Source, Checkpoint]]:
+    """Open `source` for planning only: on the Hub, no weight is fetched."""
+    looking = headers_only(str(source), revision=options.revision, token=options.token, cache_dir=options.cache_dir)
+    with looking as origin, Checkpoint(origin.folder) as checkpoint:
         yield origin, checkpoint
 
 

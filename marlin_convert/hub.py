@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import tempfile
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from .checkpoint import OTHER_WEIGHT_SUFFIXES, PICKLE_SUFFIXES
-from .errors import HubError, SourceError
+from .checkpoint import (
+    INDEX_SUFFIX,
+    MAX_HEADER_BYTES,
+    OTHER_WEIGHT_SUFFIXES,
+    PICKLE_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    Checkpoint,
+    read_header,
+)
+from .errors import HubError, MarlinConvertError, SourceError
+
+T = TypeVar("T")
 
 _DOWNLOAD = "marlin-convert-download"
+_FIRST_BYTES = 1 << 18  # of a weight file: most headers are shorter, and one request then is enough
+_NEAR = 1 << 16  # bytes between two tensors that are cheaper to read than another request is
+_REQUESTS = 16  # at a time
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -35,36 +51,88 @@ def fetch(
     Weights in formats that are never read (pickles, GGUF, ONNX, …) are not downloaded. Raises SourceError when a
     folder is missing, HubError when the Hub does not give the repository.
     """
+    if is_folder(source):
+        return _folder(source, revision)
+    token = _checked(token)
+    unwanted = [f"*{suffix}" for suffix in (*PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES)]
+    with _explained(source, revision):
+        from huggingface_hub import snapshot_download
+
+        folder = _interruptible(
+            lambda: Path(
+                snapshot_download(source, revision=revision, token=token, cache_dir=cache_dir, ignore_patterns=unwanted)
+            )
+        )
+    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+    return Source(folder, source, commit)
+
+
+@contextlib.contextmanager
+def headers_only(
+    source: str, *, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None
+) -> Iterator[Source]:
+    """The source as far as a plan needs it. For a Hub id: its configs, and weight files that are empty (sparse) but
+    for their headers, `g_idx` and `qzeros`, read by Range requests; they are removed at the end.
+
+    Raises what `fetch` raises. Offline, the cache must hold the whole repository, as for `fetch`.
+    """
+    if is_folder(source):
+        yield _folder(source, revision)
+        return
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        yield fetch(source, revision=revision, token=token, cache_dir=cache_dir)
+        return
+    with tempfile.TemporaryDirectory(prefix="marlin-convert-") as folder:
+        with _explained(source, revision):
+            mirror = _Mirror(source, Path(folder), revision, _checked(token), cache_dir)
+            commit = _interruptible(mirror.fill)
+        if commit is None:  # no network: what the cache holds will do, if it holds all
+            yield fetch(source, revision=revision, token=token, cache_dir=cache_dir)
+            return
+        try:
+            yield Source(Path(folder), source, commit)
+        except MarlinConvertError as error:
+            # The folder means nothing to the user.
+            raise type(error)(error.message.replace(folder, source)) from None
+
+
+def is_folder(source: str) -> bool:
+    """Whether `source` is a folder (True) or may be a Hub id (False); raises SourceError when it is neither."""
     path = Path(source).expanduser()
     if source and path.is_dir():
-        if revision:
-            raise SourceError(f"{source} is a folder; --revision applies to a Hub id only.")
-        name = os.fsencode(path.resolve().name).decode(errors="replace")  # a name on disk may be any bytes
-        return Source(path, name)
+        return True
     if source and path.exists():
         raise SourceError(f"{source} is a file; give the folder that holds the checkpoint.")
-    looks_local = source.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(source) or source.count("/") > 1
-    if looks_local:
+    if source.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(source) or source.count("/") > 1:
         raise SourceError(f"{source or repr(source)}: no such folder.")
-    return _download(source, revision, token, cache_dir)
+    return False
 
 
-def _download(repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None) -> Source:
-    from huggingface_hub import constants, errors, snapshot_download
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the httpx that it is built on
+def _folder(source: str, revision: str | None) -> Source:
+    if revision:
+        raise SourceError(f"{source} is a folder; --revision applies to a Hub id only.")
+    path = Path(source).expanduser()
+    name = os.fsencode(path.resolve().name).decode(errors="replace")  # a name on disk may be any bytes
+    return Source(path, name)
 
+
+def _checked(token: str | None) -> str | None:
     token = (token or "").strip() or None
     if token and not (token.isascii() and token.isprintable()):
         raise HubError("the token is none: it holds characters that no token has.")
-    unwanted = [f"*{suffix}" for suffix in (*PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES)]
+    return token
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn whatever huggingface_hub raises into one sentence that says what to do."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the httpx that it is built on
+
     try:
-        folder = _interruptible(
-            lambda: Path(
-                snapshot_download(
-                    repo_id, revision=revision, token=token, cache_dir=cache_dir, ignore_patterns=unwanted
-                )
-            )
-        )
+        yield
     except errors.GatedRepoError:
         where = f"{constants.ENDPOINT}/{repo_id}"
         raise HubError(
@@ -87,16 +155,100 @@ def _download(repo_id: str, revision: str | None, token: str | None, cache_dir: 
         ) from None
     except (errors.LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise HubError(f"{repo_id}: {_why(error, constants.HF_HUB_OFFLINE)}") from None
-    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
-    return Source(folder, repo_id, commit)
 
 
-def _interruptible(work: Callable[[], Path]) -> Path:
+@dataclass(frozen=True)
+class _Mirror:
+    """Fills `folder` with as much of a Hub repository as a plan looks at; see `headers_only`."""
+
+    repo_id: str
+    folder: Path
+    revision: str | None
+    token: str | None
+    cache_dir: Path | None
+
+    def fill(self) -> str | None:
+        """Read what is needed; the commit that it is from, or None when the Hub cannot be reached."""
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+        from huggingface_hub.hf_api import RepoFile
+
+        api = HfApi(token=self.token)
+        try:
+            commit = api.model_info(self.repo_id, revision=self.revision).sha
+        except HTTPError as error:
+            if getattr(error, "response", None) is not None:
+                raise
+            return None
+        files = [e for e in api.list_repo_tree(self.repo_id, revision=commit) if isinstance(e, RepoFile)]
+        sizes = {file.path: file.size for file in files if "/" not in file.path}
+        small = [name for name in sizes if name in Checkpoint.CONFIG_FILES or name.endswith(INDEX_SUFFIX)]
+        if small:
+            at = {"revision": commit, "token": self.token, "cache_dir": self.cache_dir}
+            cached = Path(snapshot_download(self.repo_id, allow_patterns=small, **at))  # type: ignore[call-overload]
+            for name in small:
+                (self.folder / name).symlink_to((cached / name).resolve())
+        for name in sizes.keys() - small:
+            if name.endswith(WEIGHT_SUFFIXES):
+                (self.folder / name).touch()  # pickles and the like count by their names only
+                if name.endswith(".safetensors"):
+                    os.truncate(self.folder / name, sizes[name])
+                    self._look_into(self.folder / name, sizes[name], commit)
+        return commit
+
+    def _look_into(self, path: Path, size: int, commit: str | None) -> None:
+        """Read into the sparse file at `path` what a plan looks at: the header, every `g_idx`, every `qzeros`."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        url, headers = hf_hub_url(self.repo_id, path.name, revision=commit), build_hf_headers(token=self.token)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+        def read(start: int, end: int) -> None:
+            os.pwrite(fd, _read_range(url, headers, start, end), start)
+
+        try:
+            read(0, min(size, _FIRST_BYTES))
+            length = 8 + int.from_bytes(os.pread(fd, 8, 0), "little")
+            if _FIRST_BYTES < length <= min(size, MAX_HEADER_BYTES):
+                read(_FIRST_BYTES, length)
+            ranges: list[list[int]] = []
+            for tensor in read_header(fd, Path(self.repo_id, path.name), path.name):  # in the order of their bytes
+                end = tensor.offset + tensor.nbytes
+                if tensor.name.endswith((".g_idx", ".qzeros")) and end > _FIRST_BYTES:
+                    if ranges and tensor.offset - ranges[-1][1] <= _NEAR:
+                        ranges[-1][1] = end
+                    else:
+                        ranges.append([tensor.offset, end])
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                for done in [pool.submit(read, *r) for r in ranges]:
+                    done.result()
+        finally:
+            os.close(fd)
+
+
+def _read_range(url: str, headers: dict[str, str], start: int, end: int) -> bytes:
+    """Bytes `start` to `end` of a file on the Hub; huggingface_hub tries again when the network or the Hub fails."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
+
+    if start == end:
+        return b""
+    asked = {**headers, "range": f"bytes={start}-{end - 1}"}
+    response = http_backoff("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True)
+    hf_raise_for_status(response)
+    content: bytes = response.content
+    if len(content) != end - start:
+        raise OSError(0, "the Hub does not answer Range requests")
+    return content
+
+
+def _interruptible(work: Callable[[], T]) -> T:
     """Do `work` on a thread that Ctrl-C leaves behind: huggingface_hub itself ends only when every file has come.
 
     What has come by then stays in its cache, and the next run goes on from there.
     """
-    result: Future[Path] = Future()
+    result: Future[T] = Future()
 
     def run() -> None:
         try:

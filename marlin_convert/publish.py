@@ -70,6 +70,8 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
             sync_tree(folder)
             check_free(out, force=force)  # it may have appeared while the work went on
             _swap_in(folder, out)
+        except BrokenPipeError:  # of the screen that shows the progress, not of the disk
+            raise
         except OSError as error:
             raise OutputError(
                 f"{error.filename or out}: writing failed: {error.strerror or error}; nothing was left behind."

@@ -143,6 +143,12 @@ class PlainLines(Progress):
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `cli.main` what to do when the reader of a pipe went away; rich would exit at once."""
+        raise BrokenPipeError
+
+
 class Screen:
     """Where a command prints, as the output options ask for it."""
 
@@ -150,8 +156,8 @@ class Screen:
         self.as_json, self.verbose = as_json, verbose
         self.silent = quiet or as_json
         # A file or a pipe has no width of its own; tables should not be folded for it.
-        self.out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-        self.err = Console(stderr=True, highlight=False)
+        self.out = _Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+        self.err = _Console(stderr=True, highlight=False)
         if self.silent or not self.err.is_terminal:
             hub.quiet()
 

@@ -12,9 +12,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Run
-from gptq import Source, two_layers, write_source
+from gptq import GPTQLayer, Source, two_layers, write_source
 from hub_server import Hub, Request
 
 from marlin_convert.errors import SourceError
@@ -79,6 +80,69 @@ def test_a_conversion(hub: Hub, repository: Source, online: Callable[..., Run], 
     assert not list(tmp_path.rglob("*.bin"))
     # The progress bars of huggingface_hub do not mix with ours.
     assert [line.split(":")[0] for line in result.err.splitlines()] == ["converting"] * 2 + ["verifying"] * 2
+
+
+WEIGHTS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+
+
+def test_a_plan_without_fetching_the_weights(
+    hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path
+) -> None:
+    """--dry-run reads of the weight files their headers, g_idx and qzeros, by Range requests, and nothing whole."""
+    plan = online(REPO, "--dry-run", "--json").json()
+    assert {layer["name"] for layer in plan["layers"]} == set(repository.layers)
+    assert plan["convertible"]
+    asked = [r for r in hub.requests if r.method == "GET" and r.path.endswith(".safetensors")]
+    assert {r.path.rsplit("/")[-1] for r in asked} == WEIGHTS
+    assert all(r.range for r in asked)
+    assert hub.fetched() <= {"config.json", "model.safetensors.index.json", *WEIGHTS}
+    assert not list(tmp_path.rglob("*.safetensors"))  # nothing came into the cache either
+
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    for name, content in hub.repositories[REPO].commits[hub.repositories[REPO].refs["main"]].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    local = online(folder, "--dry-run", "--json").json()
+    assert {**local, "source": REPO} == plan
+
+
+def test_a_plan_reads_little_of_a_large_file(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
+    """A layer's 4 MB of weights between its g_idx and its qzeros stay on the Hub; shuffled rows are seen."""
+    shuffled = np.random.default_rng(0).permutation(np.repeat(np.arange(16), 128))
+    layers = {"plain": GPTQLayer(K=2048, N=4096), "shuffled": GPTQLayer(K=2048, N=4096, g_idx=shuffled)}
+    source = write_source(tmp_path / "upload", layers, {})
+    hub.add(REPO, source.folder)
+    plan = online(REPO, "--dry-run", "--json").json()
+    assert [layer["name"] for layer in plan["layers"]] == ["plain"]
+    assert [refused["layers"] for refused in plan["refused"]] == [["shuffled"]]
+    read = 0
+    for request in hub.requests:
+        if request.method == "GET" and request.path.endswith(".safetensors"):
+            start, end = map(int, request.range.removeprefix("bytes=").split("-"))
+            read += end + 1 - start
+    total = (source.folder / "model.safetensors").stat().st_size
+    assert 0 < read < 0.1 * total
+
+
+def test_a_plan_from_the_cache_when_offline(repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    assert "the cache does not hold it" in refusal(online(REPO, "--dry-run", env={"HF_HUB_OFFLINE": "1"}))
+    assert online(REPO, tmp_path / "out", "--quiet").code == 0
+    assert online(REPO, "--dry-run", env={"HF_HUB_OFFLINE": "1"}).code == 0
+
+
+def test_a_plan_of_a_repository_of_pickles(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "upload").mkdir()
+    (tmp_path / "upload" / "pytorch_model.bin").write_bytes(b"pickle")
+    hub.add(REPO, tmp_path / "upload")
+    result = online(REPO, "--dry-run")
+    assert result.code == 4
+    assert "pickle file (pytorch_model.bin)" in result.err
+    assert hub.fetched() == set()
+
+
+def test_a_plan_of_what_is_not_there(online: Callable[..., Run]) -> None:
+    assert refusal(online("someone/nothing", "--dry-run")).startswith("someone/nothing: no such repository")
 
 
 def test_the_cache_is_used(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
@@ -168,10 +232,11 @@ def test_offline(hub: Hub, repository: Source, online: Callable[..., Run], tmp_p
         "try again with a network connection."
     )
     assert hub.requests == []
-    plan = online("--dry-run", REPO, "--json")
+    assert online(REPO, tmp_path / "first", "--quiet").code == 0
+    hub.requests.clear()
+    plan = online("--dry-run", REPO, "--json", env=offline)
     assert (plan.code, plan.err) == (0, "")
     assert (plan.json()["source"], len(plan.json()["layers"])) == (REPO, 2)
-    hub.requests.clear()
     result = online(REPO, tmp_path / "out", "--json", env=offline)
     assert result.code == 0, result.err
     assert result.json()["source_commit"] == hub.repositories[REPO].refs["main"]
@@ -183,7 +248,8 @@ def test_no_network(repository: Source, online: Callable[..., Run], tmp_path: Pa
     assert refusal(online(REPO, tmp_path / "out", env=nowhere)) == (
         f"{REPO}: the Hub cannot be reached and the cache does not hold it; try again with a network connection."
     )
-    assert online("--dry-run", REPO, "--quiet").code == 0
+    assert online(REPO, tmp_path / "first", "--quiet").code == 0
+    assert online("--dry-run", REPO, "--quiet", env=nowhere).code == 0
     assert online(REPO, tmp_path / "out", "--quiet", env=nowhere).code == 0
 
 
