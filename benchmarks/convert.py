@@ -4,7 +4,8 @@
 
 Makes a checkpoint of the shape (kept in DIR for the next time), then alternates, in one run: `cp -r` and `sync`;
 the conversion; with --verify the conversion with --verify. Prints the median of the ratios, pair by pair, and the
-peak memory of the whole process. Each time ends when the data is on disk. Needs about 3 times the checkpoint's
+peak memory of the whole process; then what benchmarks/repack.py measures: the repacking alone, in memory, and its
+ratio to numpy's. Each time ends when the data is on disk. Needs about 3 times the checkpoint's
 size in DIR (4.2 GB for mistral-7b).
 """
 
@@ -90,6 +91,8 @@ def main() -> None:
             f"  {name:17} {statistics.median(values):6.2f} s  {rate:5.2f} GB/s  {ratio:5.2f} x cp"
             f"  peak {peaks[name]:4.0f} MB"
         )
+    print(flush=True)
+    subprocess.run([sys.executable, str(Path(__file__).with_name("repack.py"))], check=True)
 
 
 if __name__ == "__main__":
