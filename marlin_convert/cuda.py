@@ -261,6 +261,8 @@ def gemm(a: T, B: T, s: T, bias: T | None = None, *, variant: int = 0) -> T:
     """
     K, N, G = _check_gemm(a, B, s, bias)
     device = a.device
+    if device.type != "cuda":
+        raise ValueError(f"a is on {device}; it should be on a CUDA device")
     _check_memory(device, B=B, s=s, bias=bias)
     rows = a if a.dim() == 2 else a.reshape(-1, K)
     if rows.stride(-1) != 1 or rows.stride(0) % 8 or rows.stride(0) < K or rows.data_ptr() % 16:

@@ -25,11 +25,13 @@ BLOCK_BYTES = 2 << 20
 #: Threads that work at a time. One more than the cores, because one of them waits for the disk.
 WORKERS = min(8, 1 + (os.cpu_count() or 1))
 
+#: Rows of K that stay together: whole tile rows, and what the CUDA kernels take at the least.
+ROWS = 4 * TILE_K
+
 
 def row_blocks(K: int, N: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of each block of a K x N layer; both are multiples of 16."""
-    tile_row_bytes = TILE_K * N * 4 // PACK_FACTOR
-    rows = TILE_K * max(1, BLOCK_BYTES // tile_row_bytes)
+    """(first row, rows) of each block of a K x N layer; both are multiples of 64, if K is."""
+    rows = ROWS * max(1, BLOCK_BYTES // (ROWS * N * 4 // PACK_FACTOR))
     for first in range(0, K, rows):
         yield first, min(rows, K - first)
 

@@ -20,15 +20,17 @@ def test_row_blocks_cover_every_row_once(tile_rows: int, quarter_columns: int) -
     K, N = 16 * tile_rows, 64 * quarter_columns
     blocks = list(row_blocks(K, N))
     assert [row for first, rows in blocks for row in range(first, first + rows)] == list(range(K))
-    assert all(first % 16 == 0 and rows % 16 == 0 and rows > 0 for first, rows in blocks)
-    # A block is as large as allowed and no larger, unless a single row of tiles (8N bytes) is.
-    assert all(rows * N // 2 <= stream.BLOCK_BYTES or rows == 16 for _, rows in blocks)
+    # Whole tile rows; and 64 rows at a time, which the CUDA kernels take at the least, as far as K goes.
+    assert all(first % 64 == 0 and rows % 16 == 0 and rows > 0 for first, rows in blocks)
+    assert all(rows % 64 == 0 for _, rows in blocks[:-1])
+    # A block is as large as allowed and no larger, unless 64 rows are.
+    assert all(rows * N // 2 <= stream.BLOCK_BYTES or rows <= 64 for _, rows in blocks)
     assert len(blocks) <= K * N / 2 / stream.BLOCK_BYTES * 2 + 1
 
 
 def test_row_blocks_of_known_layers() -> None:
-    """2 MiB of packed weights: 146 rows of 28672 columns (14336 bytes each) hold 9 rows of tiles."""
-    assert list(row_blocks(8192, 28672))[:3] == [(0, 144), (144, 144), (288, 144)]
+    """2 MiB of packed weights: 146 rows of 28672 columns (14336 bytes each), of which 128 are twice 64."""
+    assert list(row_blocks(8192, 28672))[:3] == [(0, 128), (128, 128), (256, 128)]
     assert list(row_blocks(8192, 28672))[-1] == (8064, 128)
     assert list(row_blocks(4096, 4096)) == [(0, 1024), (1024, 1024), (2048, 1024), (3072, 1024)]
 

@@ -164,7 +164,7 @@ def test_arguments_that_do_not_fit() -> None:
         ((a, B, s, torch.ones(N, device="cuda")), TypeError, "bias is float32; it should be of a's dtype"),
         ((a, B, s, torch.ones(3, device="cuda").half()), ValueError, "bias has shape (3,); it should be [512]"),
         ((a, B.cpu(), s), ValueError, "B is on cpu; it should be on cuda:0, like the first argument"),
-        ((a.cpu(), B, s), ValueError, "a CUDA device"),
+        ((a.cpu(), B, s), ValueError, "a is on cpu; it should be on a CUDA device"),
         ((a, B.t().contiguous().t(), s), ValueError, "B has strides"),
     ]
     for arguments, kind, text in cases:
