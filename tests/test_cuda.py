@@ -9,12 +9,20 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gptq import GPTQLayer, write_source
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from marlin_convert import cuda
+from marlin_convert import cuda, repack
+from marlin_convert.checkpoint import Checkpoint
+from marlin_convert.convert import Options, convert, packer
+from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
+from marlin_convert.layout import permute_scales
+from marlin_convert.plan import make_plan
+from marlin_convert.verify import TOLERANCE, product_for, verify
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +127,59 @@ def test_tensors_on_the_cpu_are_refused() -> None:
         cuda.repack(torch.zeros(32, 512, dtype=torch.int32))
     with pytest.raises(ValueError, match=re.escape("both should be multiples of 64")):
         cuda.gemm(torch.zeros(1, 256, dtype=torch.float16), B[:, :100], s)
+
+
+# ---- What uses the kernels, with the torch twin in their place: everything but the kernels themselves ----
+
+
+@pytest.fixture
+def twin(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """A "GPU" whose memory is the CPU's and whose kernels are the twin's."""
+    monkeypatch.setattr(cuda, "torch_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(cuda, "gemm", lambda a, B, s: repack.matmul_marlin(a.float(), B, s).half())
+    monkeypatch.setattr(cuda, "repack", repack.gptq_to_marlin)
+    return Device("cuda", 0, "a twin", (8, 0))
+
+
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_verify_with_the_gpus_product(tmp_path: Path, twin: Device, group_size: int) -> None:
+    source = write_source(tmp_path / "source", {"a": GPTQLayer(K=384, N=256, group_size=group_size)}, {})
+    convert(source.folder, tmp_path / "out", Options(device="cpu"))
+    with Checkpoint(source.folder) as original, Checkpoint(tmp_path / "out") as result:
+        report = verify(original, make_plan(original), result, twin)
+    assert report.ok
+    assert report.device == "cuda:0 (a twin)"
+    error = report.layers[0].relative_error
+    assert error is not None
+    assert 1e-5 < error < 5e-4  # what rounding the outputs to fp16 costs
+
+
+def test_the_gpus_product_finds_wrong_scales(tmp_path: Path, twin: Device) -> None:
+    """Fed block by block, as `verify` does it; scales of the other permutation, and one scale of many doubled."""
+    layer = GPTQLayer(K=256, N=256)
+    source = write_source(tmp_path / "source", {"a": layer}, {})
+    with Checkpoint(source.folder) as checkpoint:
+        planned = make_plan(checkpoint).layers[0]
+        qweight, scales = checkpoint.read(planned.qweight), checkpoint.read(planned.scales)
+    doubled = permute_scales(scales)
+    doubled[1, 7] *= 2
+    errors = []
+    for s in (permute_scales(scales), permute_scales(scales, G=1), doubled):
+        product = product_for(twin, planned, scales, s)
+        for k0 in range(0, 256, 64):
+            block = np.ascontiguousarray(qweight[k0 // 8 : k0 // 8 + 8])
+            product.add(k0, block, repack.gptq_to_marlin(torch.from_numpy(block)).numpy())
+        errors.append(product.errors()[1])
+    assert errors[0] < 5e-4
+    assert errors[1] > 0.1
+    assert errors[2] > TOLERANCE  # one scale in 512 is enough to fail
+
+
+def test_repacking_on_the_gpu(twin: Device) -> None:
+    """Asked for by name, the GPU repacks; auto leaves it to the CPU. Both write into the array they are given."""
+    qweight = np.random.default_rng(0).integers(-(2**31), 2**31, (32, 256), dtype=np.int32)
+    expected = repack.gptq_to_marlin(torch.from_numpy(qweight)).numpy()
+    for options in (Options(device="cuda:0"), Options(device="auto")):
+        B = np.zeros((16, 512), np.int32)
+        packer(twin, options)(qweight, B)
+        np.testing.assert_array_equal(B, expected)
