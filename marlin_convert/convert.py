@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import __version__, ops
+from .card import CARD_FILE, Made, model_card, tell_verification, write_card
 from .checkpoint import Checkpoint, Tensor
 from .config import marlin_model_config, marlin_settings
 from .device import CPU, Device, pick_device
@@ -138,6 +139,7 @@ def convert(
                     report.verification = verify(checkpoint, plan, written, device, progress)
                 report.verification.require_ok()
                 write_json(folder / VERIFY_FILE, report.verification.as_dict())
+            write_card(folder, model_card(checkpoint, plan, _made(report, options)))
             write_json(folder / REPORT_FILE, report.as_file())
     report.seconds = time.monotonic() - started
     return report
@@ -166,6 +168,7 @@ def verify_pair(
         report = verify(checkpoint, plan, result, device, progress)
     try:
         write_json(out / VERIFY_FILE, report.as_dict())
+        tell_verification(out, report)
     except OSError as error:
         raise OutputError(f"{out / VERIFY_FILE}: cannot be written: {error.strerror}.") from None
     return report
@@ -315,13 +318,31 @@ def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method
 
 
 def copy_extra_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Tokenizer, generation config, chat template, licence, code: whatever lies beside the weights, as it is."""
+    """Tokenizer, generation config, chat template, licence, code: whatever lies beside the weights, as it is.
+
+    The source's card is a part of the result's: see `card`.
+    """
     for name in checkpoint.extra_files:
-        if name in (REPORT_FILE, VERIFY_FILE):
+        if name in (REPORT_FILE, VERIFY_FILE, CARD_FILE):
             continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.folder / name, target)
+
+
+def _made(report: Report, options: Options) -> Made:
+    """What the model card tells, beside the plan. Only options that shape the result are named in it."""
+    named = []
+    if options.max_shard_size != DEFAULT_SHARD_SIZE:
+        named += ["--max-shard-size", str(options.max_shard_size)]
+    if options.quant_method != Options.quant_method:
+        named += ["--quant-method", options.quant_method]
+    if options.verify:
+        named += ["--verify"]
+    return Made(
+        report.source, options.quant_method, len(report.files), report.scale_rounding, tuple(named),
+        verification=report.verification,
+    )  # fmt: skip
 
 
 def _bytes_needed(checkpoint: Checkpoint, plan: Plan) -> int:

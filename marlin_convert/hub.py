@@ -42,6 +42,11 @@ class Source:
     label: str
     commit: str | None = None  # of the Hub repository
 
+    @property
+    def on_hub(self) -> bool:
+        """Whether `label` is a Hub id."""
+        return self.commit is not None
+
 
 def fetch(
     source: str, *, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None

@@ -28,6 +28,7 @@ FLOORS = (
     ("cuda", "hub", "ops", "publish"),
     ("plan",),
     ("verify",),
+    ("card",),
     ("convert",),
     ("bench",),
     ("render",),
