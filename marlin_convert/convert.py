@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -21,8 +22,8 @@ from .card import CARD_FILE, Made, model_card, tell_verification, write_card
 from .checkpoint import Checkpoint, Tensor
 from .config import marlin_model_config, marlin_settings
 from .device import CPU, Device, pick_device
-from .errors import DeviceError, MarlinConvertError, OutputError, SourceError, UnsupportedError
-from .hub import Source, fetch, headers_only
+from .errors import DeviceError, HubError, MarlinConvertError, OutputError, SourceError, UnsupportedError
+from .hub import Source, Target, check_target, create_repository, default_name, fetch, headers_only, is_folder, push
 from .layout import PACK_FACTOR, TILE_K, permute_scales, unpermute_scales
 from .plan import Layer, Plan, make_plan, span
 from .progress import Progress
@@ -47,6 +48,7 @@ class Options:
     revision: str | None = None
     token: str | None = None
     cache_dir: Path | None = None
+    target: Target | None = None  # where to publish the result; an empty repo_id: named after the source
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Report:
     files: list[str] = field(default_factory=list)
     seconds: float = 0.0
     verification: Verification | None = None
+    pushed: str | None = None  # the address of the commit on the Hub
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -99,6 +102,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "gigabytes_per_second": round(self.gigabytes_per_second, 3),
             "verification": self.verification.as_dict() if self.verification else None,
+            "pushed": self.pushed,
         }
 
 
@@ -118,6 +122,7 @@ def convert(
     out = Path(out)
     check_free(out, force=options.force)
     device, remark = usable_device(options)
+    options = replace(options, target=_checked_target(str(source), options))
     with opened(source, options) as (origin, checkpoint):
         _keep_apart(origin.folder, out)
         plan = make_plan(checkpoint)
@@ -127,6 +132,8 @@ def convert(
         report = Report(origin, out, device, plan, ops.describe(), remark)
         report.scale_rounding = check_scales(checkpoint, plan)
         check_space(out.parent, _bytes_needed(checkpoint, plan))
+        if options.target:
+            create_repository(options.target, token=options.token)
         with new_folder(out, force=options.force) as folder:
             with Shards(folder, plan.out_tensors, options.max_shard_size) as shards:
                 write_tensors(checkpoint, plan, shards, progress, packer(device, options))
@@ -142,7 +149,37 @@ def convert(
             write_card(folder, model_card(checkpoint, plan, _made(report, options)))
             write_json(folder / REPORT_FILE, report.as_file())
     report.seconds = time.monotonic() - started
+    if options.target:
+        report.pushed = push_result(out, options.target, options)
     return report
+
+
+def push_result(out: Path, target: Target, options: Options) -> str:
+    """Publish the finished result `out`; the address of the commit. What stops it leaves `out` as it is."""
+    if not (out / REPORT_FILE).is_file():
+        raise SourceError(f"{out}: not a finished result of marlin-convert (it has no {REPORT_FILE}).")
+    try:
+        return push(out, target, token=options.token, force=options.force)
+    except HubError as error:
+        words = ["marlin-convert", "push", str(out), target.repo_id]
+        for name, value in (("branch", target.branch), ("commit-message", target.commit_message)):
+            words += [f"--{name}", value] if value else []
+        flags = {"private": target.private, "create-pr": target.create_pr, "force": options.force}
+        words += [f"--{name}" for name, given in flags.items() if given]
+        raise HubError(
+            f"{error.message.rstrip('.')}. The result in {out} is kept; go on with `{shlex.join(words)}`."
+        ) from None
+
+
+def _checked_target(source: str, options: Options) -> Target | None:
+    """Where the result will go, with its full name, once it is clear that it may."""
+    target = options.target
+    if target is None:
+        return None
+    if not target.repo_id:
+        name = source if not is_folder(source) else Path(source).expanduser().resolve().name
+        target = replace(target, repo_id=default_name(name))
+    return check_target(target, token=options.token, force=options.force)
 
 
 def plan_only(source: str | Path, options: Options | None = None) -> tuple[Source, Plan]:
@@ -341,7 +378,7 @@ def _made(report: Report, options: Options) -> Made:
         named += ["--verify"]
     return Made(
         report.source, options.quant_method, len(report.files), report.scale_rounding, tuple(named),
-        verification=report.verification,
+        repo_id=options.target.repo_id if options.target else None, verification=report.verification,
     )  # fmt: skip
 
 
