@@ -119,7 +119,8 @@ def loaded_after(code: str, *arguments: object, **environment: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [None, ["--help"], ["--version"], ["convert", "--help"], ["verify", "--help"], ["demo", "--help"], ["verify"], ["push", "--help"],
+    [None, ["--help"], ["--version"], ["convert", "--help"], ["verify", "--help"], ["demo", "--help"], ["verify"],
+     ["push", "--help"],
      ["source", "out", "--no-such-option"], ["source", "out", "--max-shard-size", "many"], ["bench", "--help"],
      ["bench", "--batch", "0"]],
     ids=lambda arguments: " ".join(arguments or ["import"]),
