@@ -22,6 +22,7 @@ from .errors import EXIT_CODES, MarlinConvertError, VerificationError
 
 if TYPE_CHECKING:
     from .convert import Options
+    from .hub import Target
     from .render import Screen
 
 # torch, numpy, rich and huggingface_hub are imported inside the commands: --help, --version and errors in the
@@ -98,7 +99,17 @@ def writing_options(command: F) -> F:
         "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", callback=_shard_size,
         help="Largest weight file; one model.safetensors when everything fits.",
     )(command)  # fmt: skip
-    return click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT.")(command)
+    return click.option(
+        "--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT, or on the Hub."
+    )(command)
+
+
+def publishing_options(command: F) -> F:
+    """The options of the commands that publish a result."""
+    command = click.option("--commit-message", metavar="TEXT", help="Title of the commit on the Hub.")(command)
+    command = click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")(command)
+    command = click.option("--branch", help="Branch to commit to, created when missing (default: main).")(command)
+    return click.option("--private", is_flag=True, help="Create the repository as a private one.")(command)
 
 
 def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -142,20 +153,35 @@ def cli() -> None:
     "--dry-run", is_flag=True, help="Print what would happen to every layer, from headers alone; OUT is not needed."
 )
 @writing_options
+@click.option(
+    "--push-to-hub",
+    metavar="[REPO_ID]",
+    is_flag=False,
+    flag_value="",
+    default=None,
+    help="Publish the result on the Hub (default: your name / the source's name + -marlin). Rights are checked first.",
+)
+@publishing_options
 @source_options
 @output_options
 def convert(
     source: str, out: Path | None, with_verify: bool, dry_run: bool, force: bool, max_shard_size: str,
-    quant_method: str, device: str, revision: str | None, token: str | None, cache_dir: Path | None,
+    quant_method: str, push_to_hub: str | None, private: bool, branch: str | None, create_pr: bool,
+    commit_message: str | None, device: str, revision: str | None, token: str | None, cache_dir: Path | None,
     as_json: bool, quiet: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a folder or a Hub id, into a Marlin checkpoint at OUT."""
     if out is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT': the folder to create (only --dry-run goes without).")
+    if push_to_hub is None and (private or branch or create_pr or commit_message):
+        raise click.UsageError("--private, --branch, --create-pr and --commit-message need --push-to-hub.")
+    if push_to_hub is not None and dry_run:
+        raise click.UsageError("Give --dry-run or --push-to-hub, not both.")
     screen = _screen(as_json, quiet, verbose)
     options = _options(
         device=device, verify=with_verify, force=force, max_shard_size=max_shard_size, quant_method=quant_method,
         revision=revision, token=token, cache_dir=cache_dir,
+        target=None if push_to_hub is None else _target(push_to_hub, private, branch, create_pr, commit_message),
     )  # fmt: skip
     if dry_run:
         from .convert import plan_only
@@ -226,6 +252,35 @@ def demo(
         device=device, verify=True, force=force, max_shard_size=max_shard_size, quant_method=quant_method
     )
     _convert(str(DEMO_FOLDER), out, options, screen)
+
+
+@cli.command()
+@click.argument("out", type=OUT)
+@click.argument("repo_id")
+@publishing_options
+@click.option("--force", is_flag=True, help="Overwrite other weights that the repository holds.")
+@click.option("--token", help="Hub token that may write (default: the one you logged in with).")
+@output_options
+def push(
+    out: Path, repo_id: str, private: bool, branch: str | None, create_pr: bool, commit_message: str | None,
+    force: bool, token: str | None, as_json: bool, quiet: bool, verbose: bool,
+) -> None:  # fmt: skip
+    """Publish OUT, a finished result of marlin-convert, as the Hub repository REPO_ID.
+
+    In one commit; the repository is created when missing. An upload that failed is taken up again: what has arrived
+    is not sent again.
+    """
+    from .convert import push_result
+
+    screen = _screen(as_json, quiet, verbose)
+    target = _target(repo_id, private, branch, create_pr, commit_message)
+    screen.pushed(push_result(out, target, _options(force=force, token=token)))
+
+
+def _target(repo_id: str, private: bool, branch: str | None, create_pr: bool, message: str | None) -> Target:
+    from .hub import Target
+
+    return Target(repo_id, private, branch, create_pr, message)
 
 
 def _batch(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:

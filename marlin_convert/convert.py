@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -17,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from . import __version__, ops
+from .card import CARD_FILE, Made, model_card, tell_verification, write_card
 from .checkpoint import Checkpoint, Tensor
 from .config import marlin_model_config, marlin_settings
 from .device import CPU, Device, pick_device
-from .errors import DeviceError, MarlinConvertError, OutputError, SourceError, UnsupportedError
-from .hub import Source, fetch, headers_only
+from .errors import DeviceError, HubError, MarlinConvertError, OutputError, SourceError, UnsupportedError
+from .hub import Source, Target, check_target, create_repository, default_name, fetch, headers_only, is_folder, push
 from .layout import PACK_FACTOR, TILE_K, permute_scales, unpermute_scales
 from .plan import Layer, Plan, make_plan, span
 from .progress import Progress
@@ -46,6 +48,7 @@ class Options:
     revision: str | None = None
     token: str | None = None
     cache_dir: Path | None = None
+    target: Target | None = None  # where to publish the result; an empty repo_id: named after the source
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Report:
     files: list[str] = field(default_factory=list)
     seconds: float = 0.0
     verification: Verification | None = None
+    pushed: str | None = None  # the address of the commit on the Hub
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -98,6 +102,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "gigabytes_per_second": round(self.gigabytes_per_second, 3),
             "verification": self.verification.as_dict() if self.verification else None,
+            "pushed": self.pushed,
         }
 
 
@@ -117,6 +122,7 @@ def convert(
     out = Path(out)
     check_free(out, force=options.force)
     device, remark = usable_device(options)
+    options = replace(options, target=_checked_target(str(source), options))
     with opened(source, options) as (origin, checkpoint):
         _keep_apart(origin.folder, out)
         plan = make_plan(checkpoint)
@@ -126,6 +132,8 @@ def convert(
         report = Report(origin, out, device, plan, ops.describe(), remark)
         report.scale_rounding = check_scales(checkpoint, plan)
         check_space(out.parent, _bytes_needed(checkpoint, plan))
+        if options.target:
+            create_repository(options.target, token=options.token)
         with new_folder(out, force=options.force) as folder:
             with Shards(folder, plan.out_tensors, options.max_shard_size) as shards:
                 write_tensors(checkpoint, plan, shards, progress, packer(device, options))
@@ -138,9 +146,40 @@ def convert(
                     report.verification = verify(checkpoint, plan, written, device, progress)
                 report.verification.require_ok()
                 write_json(folder / VERIFY_FILE, report.verification.as_dict())
+            write_card(folder, model_card(checkpoint, plan, _made(report, options)))
             write_json(folder / REPORT_FILE, report.as_file())
     report.seconds = time.monotonic() - started
+    if options.target:
+        report.pushed = push_result(out, options.target, options)
     return report
+
+
+def push_result(out: Path, target: Target, options: Options) -> str:
+    """Publish the finished result `out`; the address of the commit. What stops it leaves `out` as it is."""
+    if not (out / REPORT_FILE).is_file():
+        raise SourceError(f"{out}: not a finished result of marlin-convert (it has no {REPORT_FILE}).")
+    try:
+        return push(out, target, token=options.token, force=options.force)
+    except HubError as error:
+        words = ["marlin-convert", "push", str(out), target.repo_id]
+        for name, value in (("branch", target.branch), ("commit-message", target.commit_message)):
+            words += [f"--{name}", value] if value else []
+        flags = {"private": target.private, "create-pr": target.create_pr, "force": options.force}
+        words += [f"--{name}" for name, given in flags.items() if given]
+        raise HubError(
+            f"{error.message.rstrip('.')}. The result in {out} is kept; go on with `{shlex.join(words)}`."
+        ) from None
+
+
+def _checked_target(source: str, options: Options) -> Target | None:
+    """Where the result will go, with its full name, once it is clear that it may."""
+    target = options.target
+    if target is None:
+        return None
+    if not target.repo_id:
+        name = source if not is_folder(source) else Path(source).expanduser().resolve().name
+        target = replace(target, repo_id=default_name(name))
+    return check_target(target, token=options.token, force=options.force)
 
 
 def plan_only(source: str | Path, options: Options | None = None) -> tuple[Source, Plan]:
@@ -166,6 +205,7 @@ def verify_pair(
         report = verify(checkpoint, plan, result, device, progress)
     try:
         write_json(out / VERIFY_FILE, report.as_dict())
+        tell_verification(out, report)
     except OSError as error:
         raise OutputError(f"{out / VERIFY_FILE}: cannot be written: {error.strerror}.") from None
     return report
@@ -315,13 +355,31 @@ def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method
 
 
 def copy_extra_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Tokenizer, generation config, chat template, licence, code: whatever lies beside the weights, as it is."""
+    """Tokenizer, generation config, chat template, licence, code: whatever lies beside the weights, as it is.
+
+    The source's card is a part of the result's: see `card`.
+    """
     for name in checkpoint.extra_files:
-        if name in (REPORT_FILE, VERIFY_FILE):
+        if name in (REPORT_FILE, VERIFY_FILE, CARD_FILE):
             continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.folder / name, target)
+
+
+def _made(report: Report, options: Options) -> Made:
+    """What the model card tells, beside the plan. Only options that shape the result are named in it."""
+    named = []
+    if options.max_shard_size != DEFAULT_SHARD_SIZE:
+        named += ["--max-shard-size", str(options.max_shard_size)]
+    if options.quant_method != Options.quant_method:
+        named += ["--quant-method", options.quant_method]
+    if options.verify:
+        named += ["--verify"]
+    return Made(
+        report.source, options.quant_method, len(report.files), report.scale_rounding, tuple(named),
+        repo_id=options.target.repo_id if options.target else None, verification=report.verification,
+    )  # fmt: skip
 
 
 def _bytes_needed(checkpoint: Checkpoint, plan: Plan) -> int:

@@ -1,4 +1,4 @@
-"""The only door to the network: fetching a source from the Hugging Face Hub, through huggingface_hub."""
+"""The only door to the network: fetching a source from the Hugging Face Hub, and publishing a result there."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from . import __version__
 from .checkpoint import (
     INDEX_SUFFIX,
     MAX_HEADER_BYTES,
@@ -25,12 +26,16 @@ from .checkpoint import (
 )
 from .errors import HubError, MarlinConvertError, SourceError
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 T = TypeVar("T")
 
 _DOWNLOAD = "marlin-convert-download"
 _FIRST_BYTES = 1 << 18  # of a weight file: most headers are shorter, and one request then is enough
 _NEAR = 1 << 16  # bytes between two tensors that are cheaper to read than another request is
 _REQUESTS = 16  # at a time
+_READ = (".safetensors", INDEX_SUFFIX)  # what engines read of a repository
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -41,6 +46,11 @@ class Source:
     folder: Path
     label: str
     commit: str | None = None  # of the Hub repository
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether `label` is a Hub id."""
+        return self.commit is not None
 
 
 def fetch(
@@ -125,8 +135,147 @@ def _checked(token: str | None) -> str | None:
     return token
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Publishing
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a result goes on the Hub, and how. A `repo_id` without an owner is the user's own."""
+
+    repo_id: str
+    private: bool = False
+    branch: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+
+
+def default_name(label: str) -> str:
+    """The name of the repository for what was made from the source `label`."""
+    name = re.sub(r"[^A-Za-z0-9._-]+|-{2,}|\.{2,}", "-", label.split("/")[-1]).strip("-.") or "model"
+    return f"{name[:80].rstrip('-.')}-marlin"
+
+
+def check_target(target: Target, *, token: str | None, force: bool) -> Target:
+    """The target with its owner's name, if this user may write there; changes nothing on the Hub.
+
+    Raises HubError when the user may not, or, without `force`, when weights that are there would be overwritten.
+    """
+    token = _checked(token)
+    with _explained(target.repo_id, target.branch, doing="upload"):
+        from huggingface_hub import HfApi, constants, get_token
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+        validate_repo_id(target.repo_id)
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(f"{target.repo_id}: offline mode is on (HF_HUB_OFFLINE); nothing can be uploaded.")
+        if not (token or get_token()):
+            raise HubError(f"{target.repo_id}: publishing needs a token; log in with `hf auth login` or give --token.")
+        api = HfApi(token=token)
+        target = _own(api, target)
+        there = _weights_there(api, target) if _exists(api, target) and not target.create_pr else {}
+        if there and not force:
+            raise HubError(_other_weights(target))
+    return target
+
+
+def create_repository(target: Target, *, token: str | None) -> None:
+    """Create the repository, unless it is there."""
+    with _explained(target.repo_id, target.branch, doing="upload"):
+        from huggingface_hub import HfApi
+
+        HfApi(token=_checked(token)).create_repo(target.repo_id, private=target.private or None, exist_ok=True)
+
+
+def push(folder: Path, target: Target, *, token: str | None, force: bool) -> str:
+    """Upload every file of `folder` in one commit; the address of the commit or pull request.
+
+    What an earlier try has uploaded is not uploaded again. Raises HubError; the repository then is as it was.
+    """
+    token = _checked(token)
+    target = check_target(target, token=token, force=True)
+    create_repository(target, token=token)
+    with _explained(target.repo_id, target.branch, doing="upload"):
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+        from huggingface_hub.utils.logging import set_verbosity_error
+
+        set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns when nothing has changed
+        api = HfApi(token=token)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        names = [p.relative_to(folder).as_posix() for p in files]
+        visible = [(p, n) for p, n in zip(files, names, strict=True) if not n.startswith(".") and "/." not in n]
+        added = {name: CommitOperationAdd(name, str(path)) for path, name in visible}
+        if not force and not target.create_pr:
+            for name, sha in _weights_there(api, target).items():
+                if sha and (name not in added or added[name].upload_info.sha256.hex() != sha):
+                    raise HubError(_other_weights(target))
+        if target.branch and not target.create_pr:
+            api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
+        # Weights of another result beside these would be read with them.
+        stale = [n for n in _weights_there(api, target) if n not in added and n.endswith(_READ) and "/" not in n]
+        message = target.commit_message or f"Marlin checkpoint, by marlin-convert {__version__}"
+        done = _interruptible(
+            lambda: api.create_commit(
+                target.repo_id,
+                [*added.values(), *map(CommitOperationDelete, stale)],
+                commit_message=message, revision=target.branch, create_pr=target.create_pr,
+            )
+        )  # fmt: skip
+    return str(done.pr_url or done.commit_url)
+
+
+def _own(api: HfApi, target: Target) -> Target:
+    """The target with its owner's name; raises HubError when whose token it is may not write there."""
+    who = api.whoami()
+    role = who.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise HubError(f"{target.repo_id}: the token may only read; give one that may write.")
+    if "/" not in target.repo_id:
+        target = replace(target, repo_id=f"{who['name']}/{target.repo_id}")
+    owner = target.repo_id.split("/")[0]
+    roles = {org["name"]: org.get("roleInOrg") for org in who.get("orgs", [])}
+    if owner != who["name"] and not target.create_pr and roles.get(owner, "read") == "read":
+        raise HubError(
+            f"{target.repo_id}: {who['name']} may not write there; choose a repository of your own, or --create-pr."
+        )
+    return target
+
+
+def _exists(api: HfApi, target: Target) -> bool:
+    """Whether the repository is there; raises when it is and may not be written to."""
+    from huggingface_hub import CommitOperationAdd, errors
+
+    try:
+        private = api.model_info(target.repo_id).private
+    except errors.RepositoryNotFoundError:
+        return False
+    if target.private and not private:
+        raise HubError(f"{target.repo_id}: it exists and is public; make it private first, or leave --private out.")
+    # Asks how a file would be uploaded, which only who may write is told; a small one is not uploaded by it.
+    api.preupload_lfs_files(target.repo_id, [CommitOperationAdd("README.md", b"-")], create_pr=target.create_pr)
+    return True
+
+
+def _weights_there(api: HfApi, target: Target) -> dict[str, str]:
+    """Names and SHA-256 (of LFS files, as weights are) of the weights and indexes on the target's branch, if any."""
+    from huggingface_hub import errors
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        entries = list(api.list_repo_tree(target.repo_id, revision=target.branch, recursive=True))
+    except errors.RevisionNotFoundError:
+        return {}
+    files = [e for e in entries if isinstance(e, RepoFile) and e.path.endswith(WEIGHT_SUFFIXES)]
+    return {file.path: file.lfs.sha256 if file.lfs else "" for file in files}
+
+
+def _other_weights(target: Target) -> str:
+    where = f", branch {target.branch}," if target.branch else ""
+    return f"{target.repo_id}{where} holds other weights; choose another repository, or overwrite them with --force."
+
+
 @contextlib.contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+def _explained(repo_id: str, revision: str | None, *, doing: str = "download") -> Iterator[None]:
     """Turn whatever huggingface_hub raises into one sentence that says what to do."""
     from huggingface_hub import constants, errors
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the httpx that it is built on
@@ -148,13 +297,19 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
             f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit that it has."
         ) from None
     except errors.HFValidationError:
+        if doing == "upload":
+            raise HubError(f"{repo_id}: the Hub has no such names; write it like your-name/model-marlin.") from None
         raise SourceError(f"{repo_id}: neither a folder nor a Hub id.") from None
     except (json.JSONDecodeError, errors.FileMetadataError):
         raise HubError(
             f"{repo_id}: what answers at {constants.ENDPOINT} is no Hub; check the proxy settings, and HF_ENDPOINT."
         ) from None
     except (errors.LocalEntryNotFoundError, HTTPError, OSError) as error:
-        raise HubError(f"{repo_id}: {_why(error, constants.HF_HUB_OFFLINE)}") from None
+        raise HubError(f"{repo_id}: {_why(error, constants.HF_HUB_OFFLINE, doing)}") from None
+    except ValueError as error:  # what create_commit raises for a card that the Hub does not take
+        if doing != "upload":
+            raise
+        raise HubError(f"{repo_id}: the Hub does not take it: {' '.join(str(error).split())}") from None
 
 
 @dataclass(frozen=True)
@@ -265,8 +420,8 @@ def downloading() -> bool:
     return any(thread.name == _DOWNLOAD for thread in threading.enumerate())
 
 
-def _why(error: Exception, offline: bool) -> str:
-    """What stopped a download, from the error that huggingface_hub gave or the one that it came from."""
+def _why(error: Exception, offline: bool, doing: str) -> str:
+    """What stopped a download or an upload, from the error that huggingface_hub gave or the one that it came from."""
     for cause in (error, error.__cause__):
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status in (401, 403):
@@ -278,7 +433,7 @@ def _why(error: Exception, offline: bool) -> str:
         part = "holds only a part of it" if "Incomplete" in type(error).__name__ else "does not hold it"
         return f"{where} and the cache {part}; try again with a network connection."
     reason = getattr(error, "strerror", None) or type(error).__name__
-    return f"the download failed: {reason}; run it again to resume."
+    return f"the {doing} failed: {reason}; run it again to resume."
 
 
 def quiet() -> None:

@@ -254,12 +254,19 @@ class Screen:
         files = ", ".join(report.files) if len(report.files) < 3 else f"{len(report.files)} weight files"
         self._say(f"where: {escape(str(report.out))} ({files})")
         self._say(f"load:  vllm serve {escape(str(report.out))} --dtype float16   (vLLM 0.3.3 to 0.10.0)")
+        if report.pushed:
+            self._say(f"hub:   {escape(report.pushed)}")
         if report.remark:
             self._say(f"[yellow]note:[/]  {escape(report.remark)}")
         if report.device.kind == "cpu":
             self._say(
                 "note:  converted on the CPU; running the result needs an NVIDIA GPU of compute capability 8.0 or newer"
             )
+
+    def pushed(self, address: str) -> None:
+        """The result of `marlin-convert push`."""
+        self._json({"ok": True, "pushed": address})
+        self._say(f"[green]published[/] {escape(address)}")
 
     def verification(self, report: Verification, out: Path) -> None:
         """The result of `marlin-convert verify`."""

@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gptq import Source, write_source
+from hub_server import Hub
+
+#: A token; no output of the program may show it.
+SECRET = "hf_SECRETXYZ"
 
 
 @pytest.fixture
@@ -42,3 +46,31 @@ def run(tmp_path: Path) -> Callable[..., Run]:
         )
 
     return run
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture
+def online(hub: Hub, run: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
+    """Run the program with `hub` as the Hub, a cache of its own, and no token of the user's."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "",
+                "NO_PROXY": "*"}  # fmt: skip
+
+    def online(*args: object, env: dict[str, str] | None = None) -> Run:
+        result = run(*args, env={**settings, **(env or {})})
+        assert SECRET not in result.out + result.err
+        return result
+
+    return online
+
+
+def refusal(result: Run) -> str:
+    """The message of a refusal: exit code 8, one sentence on one line, no traceback."""
+    assert (result.code, result.out) == (8, ""), result.err
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.startswith("marlin-convert: ")
+    return result.err.removeprefix("marlin-convert: ").rstrip("\n")

@@ -6,12 +6,24 @@ It serves what fetching needs, as the Hub does it:
     GET /api/models/{id}/tree/{r}                   the files, with sizes and hashes
     HEAD, GET /{id}/resolve/{r}/{file}              ETag, X-Repo-Commit, ranges
 
+and what publishing needs:
+
+    GET /api/whoami-v2                              whose token it is
+    POST /api/repos/create                          409 when it is there
+    POST /api/validate-yaml                         the metadata of a card
+    POST /api/models/{id}/branch/{b}                409 when it is there
+    POST /api/models/{id}/preupload/{r}             how each file is to be uploaded
+    POST /{id}.git/info/lfs/objects/batch           where to PUT the weights that are not there yet
+    PUT /lfs/{sha256}                               a weight file
+    POST /api/models/{id}/commit/{r}[?create_pr=1]  a commit, as lines of JSON
+
 and refuses as the Hub does, with X-Error-Code. Repositories are plain objects that a test fills; `requests` keeps
-every request that came. A method that is to be added (upload) is one more row of `Handler.routes`.
+every request that came.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -35,6 +47,7 @@ class Repository:
     private: bool = False
     gated: bool = False
     members: set[str] = field(default_factory=set)
+    titles: dict[str, str] = field(default_factory=dict)  # commit → its message
 
     def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
         """Add a commit with `files`, and let `ref` name it."""
@@ -48,11 +61,22 @@ class Repository:
 
 
 @dataclass(frozen=True)
+class Account:
+    """Whose token it is, and what it may do: `role` is "read" or "write"; `orgs` maps organizations to such roles."""
+
+    name: str
+    role: str = "write"
+    orgs: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Request:
     method: str
     path: str
     token: str | None
     range: str | None
+    body: bytes = b""
+    query: str = ""
 
 
 class Hub:
@@ -60,6 +84,8 @@ class Hub:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        self.accounts: dict[str, Account] = {}  # by token
+        self.objects: dict[str, bytes] = {}  # weight files that were uploaded, by SHA-256
         self.requests: list[Request] = []
         #: Answers every request whose path it returns a status for.
         self.fault: Callable[[Request], int | None] = lambda _: None
@@ -95,8 +121,8 @@ class Hub:
 
 
 class Refusal(Exception):
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
-        self.status, self.code, self.message = status, code, message
+    def __init__(self, status: int, code: str = "", message: str = "", body: bytes = b"") -> None:
+        self.status, self.code, self.message, self.body = status, code, message, body
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -105,6 +131,14 @@ class Handler(BaseHTTPRequestHandler):
 
     # Group names are the arguments. A repository's id is `name` or `owner/name`.
     routes: ClassVar[list[tuple[str, str, str]]] = [
+        ("GET", r"/api/whoami-v2", "whoami"),
+        ("POST", r"/api/repos/create", "create"),
+        ("POST", r"/api/validate-yaml", "validate"),
+        ("POST", r"/api/models/(?P<repo_id>[^/]+/[^/]+)/branch/(?P<branch>[^/]+)", "branch"),
+        ("POST", r"/api/models/(?P<repo_id>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
+        ("POST", r"/(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
+        ("POST", r"/api/models/(?P<repo_id>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "push"),
         ("GET", r"/api/models/(?P<repo_id>[^/]+(/[^/]+)?)/tree/(?P<revision>[^/]+)(/(?P<folder>.*))?", "tree"),
         ("GET", r"/api/models/(?P<repo_id>[^/]+(/[^/]+)?)/revision/(?P<revision>[^/]+)", "info"),
         ("GET", r"/api/models/(?P<repo_id>[^/]+(/[^/]+)?)", "info"),
@@ -114,7 +148,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         header = self.headers.get("Authorization") or ""
         token = header.removeprefix("Bearer ") or None
-        request = Request(self.command, urlsplit(self.path).path, token, self.headers.get("Range"))
+        url, body = urlsplit(self.path), self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        request = Request(self.command, url.path, token, self.headers.get("Range"), body, url.query)
         self.hub.requests.append(request)
         try:
             if status := self.hub.fault(request):
@@ -127,9 +162,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404)
         except Refusal as refusal:
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
-            self.send(refusal.status, b"", {k: v for k, v in headers.items() if v})
+            self.send(refusal.status, refusal.body, {k: v for k, v in headers.items() if v})
 
-    do_GET = do_HEAD = answer
+    do_GET = do_HEAD = do_POST = do_PUT = answer
 
     def repository(self, request: Request, repo_id: str) -> Repository:
         """Who may not enter a private repository is told that there is none."""
@@ -184,6 +219,96 @@ class Handler(BaseHTTPRequestHandler):
             return
         begin, end = int(match[1]), min(int(match[2] or len(data)) + 1, len(data))
         self.send(206, data[begin:end], {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"})
+
+    def account(self, request: Request, owner: str | None = None) -> Account:
+        """Whose token it is; 403 when they may not write to what `owner` has."""
+        account = self.hub.accounts.get(request.token or "")
+        if account is None:
+            raise Refusal(401, message="Invalid username or password.")
+        if owner is not None:
+            role = account.role if owner == account.name else account.orgs.get(owner, "read")
+            if "read" in (role, account.role):
+                raise Refusal(403, message=f"You don't have the rights to write under the namespace {owner}.")
+        return account
+
+    def whoami(self, request: Request) -> None:
+        account = self.account(request)
+        orgs = [{"name": name, "roleInOrg": role} for name, role in account.orgs.items()]
+        token = {"displayName": "a token", "role": account.role}
+        self.send_json({"type": "user", "name": account.name, "orgs": orgs, "auth": {"accessToken": token}})
+
+    def create(self, request: Request) -> None:
+        asked = json.loads(request.body)
+        account = self.account(request)
+        repo_id = f"{asked.get('organization') or account.name}/{asked['name']}"
+        self.account(request, repo_id.split("/")[0])
+        answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
+        if repo_id in self.hub.repositories:
+            raise Refusal(409, message="You already created this model repo", body=json.dumps(answer).encode())
+        private = asked.get("visibility") == "private" or asked.get("private", False)
+        repository = self.hub.repositories[repo_id] = Repository(private=private, members={request.token or ""})
+        repository.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
+        self.send_json(answer)
+
+    def validate(self, request: Request) -> None:
+        content = json.loads(request.body)["content"]
+        errors = [] if "\nbase_model: /" not in content else [{"message": '"base_model" is no id'}]
+        self.send_json({"errors": errors, "warnings": []})
+
+    def branch(self, request: Request, repo_id: str, branch: str) -> None:
+        repository = self.repository(request, repo_id)
+        self.account(request, repo_id.split("/")[0])
+        if branch in repository.refs:
+            raise Refusal(409, message="Reference already exists")
+        repository.refs[branch] = repository.refs["main"]
+        self.send_json({})
+
+    def preupload(self, request: Request, repo_id: str, revision: str) -> None:
+        repository = self.repository(request, repo_id)
+        self.account(request, None if "create_pr=1" in request.query else repo_id.split("/")[0])
+        files = repository.commits[self.commit(repository, revision)]
+        answers = []
+        for file in json.loads(request.body)["files"]:
+            path, there = file["path"], files.get(file["path"])
+            lfs = path.endswith(".safetensors")
+            oid = None if there is None else hashlib.sha256(there).hexdigest() if lfs else blob_id(there)
+            mode = "lfs" if lfs else "regular"
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self.send_json({"files": answers})
+
+    def lfs_batch(self, request: Request, repo_id: str) -> None:
+        self.repository(request, repo_id)
+        objects = json.loads(request.body)["objects"]
+        for o in objects:
+            if o["oid"] not in self.hub.objects:
+                o["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}
+        self.send_json({"transfer": "basic", "objects": objects})
+
+    def lfs_put(self, request: Request, oid: str) -> None:
+        if hashlib.sha256(request.body).hexdigest() != oid:
+            raise Refusal(400, message="the content does not match its hash")
+        self.hub.objects[oid] = request.body
+        self.send_json({})
+
+    def push(self, request: Request, repo_id: str, revision: str) -> None:
+        repository = self.repository(request, repo_id)
+        pull_request = "create_pr=1" in request.query
+        self.account(request, None if pull_request else repo_id.split("/")[0])
+        files = dict(repository.commits[self.commit(repository, revision)])
+        lines = [json.loads(line) for line in request.body.splitlines()]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        oid = repository.commit(files, "refs/pr/1" if pull_request else revision)
+        repository.titles[oid] = lines[0]["value"]["summary"]
+        url = f"{self.hub.url}/{repo_id}"
+        answer = {"commitOid": oid, "commitUrl": f"{url}/commit/{oid}"}
+        self.send_json({**answer, "pullRequestUrl": f"{url}/discussions/1"} if pull_request else answer)
 
     def send_json(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -96,7 +96,7 @@ def test_0_success(run: Callable[..., Run], source: Source, tmp_path: Path) -> N
     assert f"vllm serve {tmp_path / 'out'}" in result.out
     assert "2 of 2 layers exactly equal, 3 other tensors byte for byte" in result.out
     assert {p.name for p in (tmp_path / "out").iterdir()} == REPORTS | {
-        "model.safetensors", "config.json", "quantize_config.json"
+        "model.safetensors", "config.json", "quantize_config.json", "README.md"
     }  # fmt: skip
 
 

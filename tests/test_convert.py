@@ -180,7 +180,8 @@ def test_small_files_travel_and_weights_of_other_kinds_do_not(tmp_path: Path) ->
     convert(source.folder, tmp_path / "out", Options(device="cpu"))
     out = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     carried = {name for name in extra if not name.endswith((".bin", ".gguf", ".pt")) and not name.startswith(".git")}
-    assert out == carried | {"model.safetensors", "config.json", "quantize_config.json", "marlin_convert.json"}
+    made = {"model.safetensors", "config.json", "quantize_config.json", "marlin_convert.json", "README.md"}
+    assert out == carried | made
     for name in carried:
         assert (tmp_path / "out" / name).read_text() == extra[name]
 

@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Run
+from conftest import SECRET, Run, refusal
 from gptq import GPTQLayer, Source, two_layers, write_source
 from hub_server import Hub, Request
 
@@ -22,30 +22,9 @@ from marlin_convert.errors import SourceError
 from marlin_convert.hub import fetch
 
 REPO = "someone/model-gptq"
-SECRET = "hf_SECRETXYZ"
 #: Beside the weights: what travels, and what is never fetched.
 EXTRA = {"tokenizer.json": "{}", "LICENSE": "free", "assets/logo.txt": "logo"}
 UNWANTED = {"pytorch_model.bin": "pickle", "old/consolidated.00.pth": "pickle", "model.Q4_K_M.gguf": "GGUF"}
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        yield server
-
-
-@pytest.fixture
-def online(hub: Hub, run: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
-    """Run the program with `hub` as the Hub, a cache of its own, and no token of the user's."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "",
-                "NO_PROXY": "*"}  # fmt: skip
-
-    def online(*args: object, env: dict[str, str] | None = None) -> Run:
-        result = run(*args, env={**settings, **(env or {})})
-        assert SECRET not in result.out + result.err
-        return result
-
-    return online
 
 
 @pytest.fixture
@@ -55,14 +34,6 @@ def repository(hub: Hub, tmp_path: Path) -> Source:
     hub.add(REPO, source.folder)
     shutil.rmtree(source.folder)
     return source
-
-
-def refusal(result: Run) -> str:
-    """The message of a refusal: exit code 8, one sentence on one line, no traceback."""
-    assert (result.code, result.out) == (8, ""), result.err
-    assert result.err.count("\n") == 1, result.err
-    assert result.err.startswith("marlin-convert: ")
-    return result.err.removeprefix("marlin-convert: ").rstrip("\n")
 
 
 def test_a_conversion(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:

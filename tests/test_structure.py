@@ -28,6 +28,7 @@ FLOORS = (
     ("cuda", "hub", "ops", "publish"),
     ("plan",),
     ("verify",),
+    ("card",),
     ("convert",),
     ("bench",),
     ("render",),
@@ -119,6 +120,7 @@ def loaded_after(code: str, *arguments: object, **environment: str) -> set[str]:
 @pytest.mark.parametrize(
     "arguments",
     [None, ["--help"], ["--version"], ["convert", "--help"], ["verify", "--help"], ["demo", "--help"], ["verify"],
+     ["push", "--help"],
      ["source", "out", "--no-such-option"], ["source", "out", "--max-shard-size", "many"], ["bench", "--help"],
      ["bench", "--batch", "0"]],
     ids=lambda arguments: " ".join(arguments or ["import"]),

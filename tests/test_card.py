@@ -1,0 +1,130 @@
+"""The model card of a result: its metadata, what it says, and cards of sources that are odd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gptq import two_layers, write_source
+from huggingface_hub import ModelCard
+
+from marlin_convert.convert import Options, convert, verify_pair
+
+SOURCE_CARD = """---
+license: llama3
+license_link: LICENSE
+language: [en, no]
+tags: [chat, gptq]
+base_model: someone/model
+base_model_relation: finetune
+new_version: someone/model-2
+datasets: [someone/texts]
+model-index: [{name: x, results: []}]
+---
+# The model
+
+A picture: ![logo](assets/logo.txt)
+"""
+
+
+def card(tmp_path: Path, text: str | bytes | None = None, name: str = "source", **options: Any) -> ModelCard:
+    """The card of a conversion of a source that has the card `text`."""
+    source = write_source(tmp_path / name)
+    if text is not None:
+        (source.folder / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
+    convert(source.folder, tmp_path / "out", Options(device="cpu", **options))
+    return ModelCard((tmp_path / "out" / "README.md").read_text())
+
+
+def test_metadata_is_carried_over(tmp_path: Path) -> None:
+    assert card(tmp_path, SOURCE_CARD).data.to_dict() == {
+        "license": "llama3", "license_link": "LICENSE", "language": ["en", "no"], "datasets": ["someone/texts"],
+        "tags": ["chat", "gptq", "marlin", "4-bit"], "base_model": "someone/model",
+        "base_model_relation": "quantized", "library_name": "transformers", "pipeline_tag": "text-generation",
+    }  # fmt: skip
+
+
+def test_the_sources_card_is_kept_below(tmp_path: Path) -> None:
+    text = card(tmp_path, SOURCE_CARD).text
+    assert text.endswith(SOURCE_CARD.split("---\n", 2)[2])
+    assert text.index("## How it was made") < text.index("# Card of the source") < text.index("# The model")
+
+
+def test_a_source_without_a_card_gets_one(tmp_path: Path) -> None:
+    made = card(tmp_path)
+    assert made.data.tags == ["marlin", "gptq", "4-bit"]
+    assert "base_model" not in made.data.to_dict()
+    assert "base_model_relation" not in made.data.to_dict()
+    assert "| quantized layers | 2 |" in made.text
+    assert "| group size | 128 |" in made.text
+    assert "marlin-convert ./source ./out\n" in made.text
+    assert "Card of the source" not in made.text
+    assert str(tmp_path) not in str(made)
+
+
+def test_engines_are_those_that_load_the_result(tmp_path: Path) -> None:
+    text = card(tmp_path).text
+    assert "`vllm serve REPO --dtype float16`" in text
+    assert all(engine in text for engine in ("vLLM 0.3.3 to 0.10.0", "AutoGPTQ 0.7.1", "--quantize marlin", "candle"))
+    sharded = card(tmp_path, name="b", force=True, max_shard_size="100KB").text
+    assert "vLLM" in sharded
+    assert "AutoGPTQ 0.7.1" not in sharded
+    assert "--max-shard-size 100KB" in sharded
+    for_tgi = card(tmp_path, name="c", force=True, quant_method="marlin").text
+    assert "--quantize marlin" in for_tgi
+    assert not any(engine in for_tgi for engine in ("vLLM", "AutoGPTQ", "candle"))
+    write_source(tmp_path / "d", two_layers(group_size=-1))
+    convert(tmp_path / "d", tmp_path / "out", Options(device="cpu", force=True))
+    assert "candle" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_verification(tmp_path: Path) -> None:
+    """The card says it at once, or when the result is verified later."""
+    verdict = "2 of 2 layers exactly equal, 3 other tensors byte for byte"
+    at_once = card(tmp_path, SOURCE_CARD, verify=True)
+    assert verdict in at_once.text
+    later = card(tmp_path, SOURCE_CARD, force=True)
+    assert verdict not in later.text
+    assert verify_pair(tmp_path / "source", tmp_path / "out", Options(device="cpu")).ok
+    after = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert after.text == at_once.text.replace("./out --verify\n", "./out\n")
+
+
+def test_verifying_leaves_other_cards_alone(tmp_path: Path) -> None:
+    card(tmp_path)
+    (tmp_path / "out" / "README.md").write_text("My own.")
+    verify_pair(tmp_path / "source", tmp_path / "out", Options(device="cpu"))
+    assert (tmp_path / "out" / "README.md").read_text() == "My own."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no metadata",
+        "---\n---\n",
+        "---\n[1, 2\n---\ntext",
+        "---\n- a\n- list\n---\ntext",
+        "---\ntags: [1, null]\n2: 3\nself: x\nto_dict: x\nto_yaml: x\n---\ntext",
+        "---\ntags: chat\neval_results: 3\nmodel-index: 3\n---\ntext",
+        "---\ndate: 2024-02-31\n---\ntext",
+        '---\nlicense: "\\ud800"\n---\ntext',
+        b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\ntext \xff",
+        "```\n---\nlicense: mit\n---\n",
+    ],
+    ids=repr,
+)
+def test_odd_cards(tmp_path: Path, text: str | bytes) -> None:
+    made = card(tmp_path, text)
+    assert {"marlin", "gptq", "4-bit"} <= set(made.data.tags or [])
+    raw = text if isinstance(text, bytes) else text.encode()
+    assert (b"text" in raw) == ("text" in made.text.split("# Card of the source")[-1].splitlines()[-1])
+    if raw.startswith(b"\xef"):
+        assert made.data.license == "mit"
+
+
+def test_a_folders_name_stays_on_its_line(tmp_path: Path) -> None:
+    text = card(tmp_path, name="a`b\n## c").text
+    assert "\n## c" not in text
+    assert "# a`b ## c in Marlin format" in text
