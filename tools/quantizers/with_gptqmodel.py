@@ -1,0 +1,77 @@
+"""Small GPTQ checkpoints made by GPTQModel, with its own dequantized weights as references.
+
+python tools/quantizers/with_gptqmodel.py OUT_DIR [NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the library compiles its dequantization otherwise
+
+import tiny
+import torch
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gptqmodel-g128": {"group_size": 128},
+    "gptqmodel-g128-v2": {"group_size": 128, "format": "gptq_v2"},
+    "gptqmodel-g128-act-order": {"group_size": 128, "desc_act": True},
+    "gptqmodel-g32": {"group_size": 32},
+    "gptqmodel-g64-asym": {"group_size": 64, "sym": False},
+    "gptqmodel-g64-asym-v2": {"group_size": 64, "sym": False, "format": "gptq_v2"},
+    "gptqmodel-8bit": {"bits": 8, "group_size": 128},
+    "gptqmodel-8bit-g32-asym-act-order": {"bits": 8, "group_size": 32, "sym": False, "desc_act": True},
+    "gptqmodel-dynamic": {
+        "group_size": 128,
+        "dynamic": {
+            r"+:.*\.down_proj": {"bits": 8, "group_size": 32},
+            r"+:.*\.[kv]_proj": {"group_size": 64, "sym": False},
+            r"-:.*\.o_proj": {},
+        },
+    },
+}
+
+
+def quantize(source: Path, folder: Path, settings: dict[str, Any]) -> None:
+    torch.manual_seed(tiny.SEED)
+    config = QuantizeConfig(**{"bits": 4, "sym": True, "desc_act": False, "offload_to_disk": False, **settings})
+    model = GPTQModel.load(str(source), config, device="cpu", dtype=torch.float16)
+    rows = [row[None] for row in tiny.calibration_tokens()]
+    model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows], batch_size=8)
+    model.save(str(folder))
+
+
+def dequantized(folder: Path) -> dict[str, torch.Tensor]:
+    """What GPTQModel itself makes of the checkpoint: `TorchLinear.dequantize_weight`, `[K, N]`, of every layer."""
+    model = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16).model.eval()
+    return {name: m.dequantize_weight() for name, m in model.named_modules() if isinstance(m, TorchLinear)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("names", nargs="*", help="which; default all")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary)
+        tiny.save_model(source)
+        for name in options.names or SETTINGS:
+            folder = options.out_dir / name
+            shutil.rmtree(folder, ignore_errors=True)
+            quantize(source, folder, SETTINGS[name])
+            about = {"tool": "GPTQModel", "version": version("gptqmodel"), "settings": SETTINGS[name]}
+            weights = dequantized(folder)
+            tiny.keep_only(folder)
+            tiny.save_reference(folder, weights, about)
+
+
+if __name__ == "__main__":
+    main()
