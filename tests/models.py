@@ -1,0 +1,102 @@
+"""Tiny Transformers models for the tests: quantized layers of known codes and scales, converted, beside the same model
+with those layers' weights in fp16. The weights come from the GPTQ definition (`gptq.GPTQLayer`), not from the code
+under test.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gptq import GPTQLayer, quantization_config, write_source
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
+
+from marlin_convert.convert import Options, convert
+
+#: The linears of a decoder's blocks; not the head, not the router.
+BLOCKS = r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|experts\.\d+\.(w[123]|(gate|up|down)_proj))$"
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    settings = {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 256, "tie_word_embeddings": False,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    return LlamaConfig(**{**settings, **changes})
+
+
+def mixtral(**changes: Any) -> MixtralConfig:
+    settings = {**llama().to_diff_dict(), "num_local_experts": 4, "num_experts_per_tok": 2}
+    settings.pop("model_type")
+    return MixtralConfig(**{**settings, **changes})
+
+
+def qwen3_moe(**changes: Any) -> Qwen3MoeConfig:
+    settings = {**llama().to_diff_dict(), "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+                "head_dim": 64, "norm_topk_prob": True}  # fmt: skip
+    settings.pop("model_type")
+    return Qwen3MoeConfig(**{**settings, **changes})
+
+
+@dataclass
+class Pair:
+    """The same model thrice: as GPTQ, converted, and with dequantized weights."""
+
+    source: Path
+    out: Path
+    dense: Path
+    layers: dict[str, GPTQLayer]
+
+    def reference(self, dtype: torch.dtype = torch.float16) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.dense, dtype=dtype)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.out / "model.safetensors")
+
+
+def make(folder: Path, config: PretrainedConfig, which: str = BLOCKS, **layer: Any) -> Pair:
+    """Write `config`'s model with random weights, its linears that `which` finds quantized as `layer` says."""
+    torch.manual_seed(0)
+    dense, source, out = folder / "dense", folder / "source", folder / "out"
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(dense)
+    plain = load_file(dense / "model.safetensors")
+    layers: dict[str, GPTQLayer] = {}
+    for name in [name.removesuffix(".weight") for name in plain if name.endswith(".weight")]:
+        if not re.search(which, name):
+            continue
+        N, K = plain.pop(f"{name}.weight").shape
+        bias = plain.pop(f"{name}.bias", None)
+        layers[name] = GPTQLayer(**{"K": K, "N": N, "seed": len(layers), "bias": bias is not None, **layer})
+    assert layers
+    weights = {f"{name}.weight": torch.from_numpy(x.weight).to(torch.float16).t() for name, x in layers.items()}
+    biases = {f"{name}.bias": x.bias_tensor for name, x in layers.items() if x.bias}
+    if layer.get("bits", 4) == 4:  # an untouched model would pass every comparison
+        assert any(w.std() > 0.01 for w in weights.values())
+    whole = {name: tensor.contiguous() for name, tensor in {**plain, **weights, **biases}.items()}
+    save_file(whole, dense / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((dense / "config.json").read_text())
+    first = next(iter(layers.values()))
+    symmetric = first.stored_zero is None or isinstance(first.stored_zero, int)
+    settings["quantization_config"] = quantization_config(
+        bits=first.bits, group_size=first.group_size, sym=symmetric, desc_act=not isinstance(first.g_idx, str),
+        lm_head="lm_head" in layers,
+    )  # fmt: skip
+    write_source(source, layers, plain, config=settings)
+    convert(source, out, Options(device="cpu"))
+    return Pair(source, out, dense, layers)
+
+
+def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖result - reference‖ / ‖reference‖ in float64."""
+    result, reference = result.detach().double(), reference.detach().double()
+    return float((result - reference).norm() / reference.norm())
+
+
+def tokens(vocab: int, shape: tuple[int, int] = (2, 9)) -> torch.Tensor:
+    return torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(1))

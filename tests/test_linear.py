@@ -1,0 +1,196 @@
+"""The module: what it computes on a CPU, what its state is, and what it survives."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gptq import GPTQLayer
+
+import marlin_convert
+from marlin_convert import cuda, linear, repack
+from marlin_convert.errors import DeviceError
+from marlin_convert.linear import MarlinLinear
+
+
+def original(**changes: Any) -> tuple[GPTQLayer, MarlinLinear]:
+    """A layer of known weights, and the module with its tensors."""
+    layer = GPTQLayer(**{"K": 384, "N": 512, "bias": True, **changes})
+    tensors = layer.tensors("x")
+    state = {
+        "B": repack.gptq_to_marlin(tensors["x.qweight"]), "s": repack.permute_scales(tensors["x.scales"]),
+        "bias": layer.bias_tensor,
+    }  # fmt: skip
+    module = MarlinLinear(layer.K, layer.N, True, group_size=layer.group_size)
+    module.load_state_dict(state)
+    return layer, module
+
+
+def expected(x: torch.Tensor, layer: GPTQLayer) -> torch.Tensor:
+    """x · W + bias in float64, from the GPTQ definition."""
+    return x.double() @ torch.from_numpy(layer.weight) + layer.bias_tensor.double()
+
+
+def test_the_package_offers_it_late() -> None:
+    assert marlin_convert.MarlinLinear is MarlinLinear
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = marlin_convert.no_such_name
+
+
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.float32, 3e-4)])
+@pytest.mark.parametrize("shape", [(384,), (3, 384), (2, 5, 384), (0, 384)])
+def test_product(group_size: int, dtype: torch.dtype, tolerance: float, shape: tuple[int, ...]) -> None:
+    layer, module = original(group_size=group_size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = module(x)
+    assert (y.shape, y.dtype) == ((*shape[:-1], 512), dtype)
+    if y.numel():
+        reference = expected(x, layer)
+        assert float((y.double() - reference).norm() / reference.norm()) <= tolerance
+
+
+def test_wide_layers_in_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, module = original()
+    x = torch.randn(3, 384).half()
+    whole = module(x)
+    monkeypatch.setattr(linear, "BLOCK_COLUMNS", 192)
+    assert torch.equal(module(x), whole)
+
+
+def test_state_is_the_checkpoints_tensors() -> None:
+    _, module = original()
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in module.state_dict().items()} == {
+        "B": (torch.int32, (24, 1024)),
+        "s": (torch.float16, (3, 512)),
+        "bias": (torch.float32, (512,)),
+    }
+    assert list(module.parameters()) == []  # nothing to train
+    assert MarlinLinear(384, 512).state_dict().keys() == {"B", "s"}
+
+
+def test_extended_state() -> None:
+    """Names, types and shapes as docs/format.md has them: K' = 1024, N' = 640 for K = 1000, N = 576."""
+    module = MarlinLinear(
+        1000, 576, True, bits=8, group_size=32, sym=False, desc_act=True, extended=True,
+        scale_dtype=torch.bfloat16, dtype=torch.bfloat16,
+    )  # fmt: skip
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in module.state_dict().items()} == {
+        "marlin_qweight": (torch.int32, (64, 576 * 4)),
+        "marlin_scales": (torch.bfloat16, (32, 576)),
+        "marlin_qzeros": (torch.int32, (32, 144)),
+        "marlin_perm": (torch.int32, (1000,)),
+        "bias": (torch.bfloat16, (576,)),
+    }
+    narrow = MarlinLinear(100, 70, group_size=-1, extended=True).state_dict()
+    assert [tuple(t.shape) for t in narrow.values()] == [(8, 256), (1, 128)]
+
+
+def test_casting_leaves_the_scales_alone() -> None:
+    layer, module = original()
+    s = module.s.clone()
+    for cast in (module.bfloat16, module.float, module.half, module.double):
+        cast()
+        assert module.s.dtype == torch.float16
+        assert torch.equal(module.s, s)
+    assert module.bias.dtype == torch.float64  # as any module's bias
+    nested = torch.nn.Sequential(module).to(torch.bfloat16)
+    assert (nested[0].s.dtype, nested[0].bias.dtype) == (torch.float16, torch.bfloat16)
+    x = torch.randn(2, 384).bfloat16()
+    reference = expected(x, layer)
+    assert float((nested(x).double() - reference).norm() / reference.norm()) <= 8e-3
+
+
+def test_scales_of_another_dtype_are_not_loaded() -> None:
+    module = MarlinLinear(128, 256, group_size=-1)
+    state = {**module.state_dict(), "s": torch.ones(1, 256, dtype=torch.bfloat16)}
+    with pytest.raises(RuntimeError, match=re.escape("s is torch.bfloat16; this layer was made for torch.float16")):
+        module.load_state_dict(state)
+
+
+def test_repr_and_copies() -> None:
+    assert repr(MarlinLinear(4096, 14336)) == "MarlinLinear(K=4096, N=14336, group=128, bits=4)"
+    odd = MarlinLinear(100, 70, True, bits=8, group_size=16, sym=False, desc_act=True, extended=True)
+    assert repr(odd) == "MarlinLinear(K=100, N=70, group=16, bits=8, asymmetric, act-order, bias)"
+    _, module = original()
+    x = torch.randn(2, 384).half()
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+    meta = MarlinLinear(256, 256, device="meta")
+    assert meta.to_empty(device="cpu").s.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 3}, "bits is 3; Marlin has 4 and 8"),
+        ({"group_size": 96, "extended": True}, "group_size is 96; it should be 16, 32, 64, 128 or -1"),
+        ({"scale_dtype": torch.float32}, "scale_dtype is torch.float32"),
+        ({"bits": 8}, "the original format holds 4-bit symmetric layers"),
+        ({"desc_act": True}, "give extended=True"),
+        ({"sym": False}, "give extended=True"),
+        ({"group_size": 64}, "give extended=True"),
+        ({"in_features": 192}, "K a multiple of 128"),
+    ],
+)
+def test_settings_that_do_not_exist(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MarlinLinear(**{"in_features": 256, "out_features": 256, **settings})
+
+
+def test_it_says_once_that_the_reference_is_slow(caplog: pytest.LogCaptureFixture) -> None:
+    _, module = original()
+    linear._say_slow.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            module(torch.zeros(1, 384, dtype=torch.float16))
+    assert len(caplog.records) == 1
+    assert "exact, and slow" in caplog.text
+
+
+def test_compiled_and_as_an_operator() -> None:
+    """One operator, no graph break; the same bits as the eager call."""
+    _, module = original()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for rows in (1, 4):
+        x = torch.randn(rows, 384).half()
+        assert torch.equal(compiled(x), module(x))
+    arguments = (x, module.B, module.s, module.bias.half(), None, None, 4, 384, 512)
+    torch.library.opcheck(torch.ops.marlin_convert.linear.default, arguments)
+
+
+def test_no_gradient_rather_than_a_wrong_one() -> None:
+    _, module = original()
+    x = torch.randn(2, 384, requires_grad=True)
+    y = module(x)
+    assert torch.equal(y, module(x.detach()))
+    with pytest.raises(NotImplementedError, match="MarlinLinear is for inference"):
+        y.sum().backward()
+
+
+def test_a_gpu_that_does_not_suit_is_refused_when_the_layer_moves_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the first token. The "GPU" is a fake tensor's."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    asked: list[int] = []
+
+    def device_info(index: int) -> None:
+        asked.append(index)
+        raise DeviceError(f"cuda:{index} (an old GPU) has compute capability 7.5; Marlin needs 8.0 or newer.")
+
+    monkeypatch.setattr(cuda, "device_info", device_info)
+    with FakeTensorMode(), pytest.raises(DeviceError, match="an old GPU"):
+        MarlinLinear(256, 256).to("cuda:1")
+    assert asked == [1]
+
+
+def test_the_reference_agrees_with_the_twin() -> None:
+    """The native dequantization and the twin's, through the module: the same weights, bit for bit."""
+    layer, module = original(bias=False)
+    W = module(torch.eye(384).half()) - module.bias.half()
+    np.testing.assert_allclose(W.double().numpy(), layer.weight, atol=2e-3)
+    assert torch.equal(linear._weight(module.B, module.s, torch.float16), repack.dequantize_marlin(module.B, module.s))
