@@ -7,7 +7,8 @@
 //   * Sizes are int64_t and count elements, not bytes. All matrices are row-major and contiguous.
 //   * No pointer needs more alignment than a byte. Buffers that are written must not overlap any other argument.
 //   * W is K x N. K is a multiple of MARLIN_TILE_K, N of MARLIN_TILE_N. A block of a layer's rows is a K x N like any.
-//   * fp16 values travel as their 16 bits, uint16_t.
+//   * fp16 and bf16 values travel as their 16 bits, uint16_t.
+//   * `bits` is 4 or 8.
 //   * Every function is thread-safe. `threads` is the most it may use; small work is done on fewer.
 //   * Functions that can fail return MARLIN_OK or another code below, and then have written nothing.
 #ifndef MARLIN_H_
@@ -16,7 +17,7 @@
 #include <stdint.h>
 
 // Raise it with every change of a prototype or of a meaning, here and in marlin_convert/ops.py.
-#define MARLIN_CPU_ABI_VERSION 1
+#define MARLIN_CPU_ABI_VERSION 2
 
 // The layout; the same names as in layout.py.
 #define MARLIN_BITS 4
@@ -29,12 +30,15 @@
 #define MARLIN_WARP_LANES 32
 #define MARLIN_MIN_K 128
 #define MARLIN_MIN_N 256
+#define MARLIN_EXT_K 128
+#define MARLIN_EXT_N 64
 
 // Error codes.
 #define MARLIN_OK 0
 #define MARLIN_ERROR_NULL 1   // a pointer is null
 #define MARLIN_ERROR_SHAPE 2  // a size is not positive, not a multiple of the tile, or the groups do not fit the rows
 #define MARLIN_ERROR_ISA 3    // this CPU lacks the instruction set asked for
+#define MARLIN_ERROR_BITS 4   // neither 4 nor 8 bits
 
 // Instruction sets. AUTO takes the highest that the CPU has.
 #define MARLIN_ISA_AUTO 0
@@ -54,30 +58,44 @@ MARLIN_EXPORT int marlin_cpu_abi_version(void);
 // The highest instruction set (MARLIN_ISA_*) of this CPU.
 MARLIN_EXPORT int marlin_cpu_best_isa(void);
 
-// qweight [k/8, n] -> B [k/16, 2n], and back.
-MARLIN_EXPORT int marlin_cpu_pack(const int32_t* qweight, int32_t* B, int64_t k, int64_t n, int threads, int isa);
-MARLIN_EXPORT int marlin_cpu_unpack(const int32_t* B, int32_t* qweight, int64_t k, int64_t n, int threads, int isa);
+// qweight [k bits/32, n] -> B [k/16, n bits/2], and back.
+MARLIN_EXPORT int marlin_cpu_pack(const int32_t* qweight, int32_t* B, int64_t k, int64_t n, int bits, int threads,
+                                  int isa);
+MARLIN_EXPORT int marlin_cpu_unpack(const int32_t* B, int32_t* qweight, int64_t k, int64_t n, int bits, int threads,
+                                    int isa);
+
+// Rows k0 .. k0 + rows of a layer as the extended format stores them, as GPTQ words `out` [rows bits/32, padded_n]: row
+// k0 + i is the source's row perm[k0 + i], or k0 + i without perm; what lies beyond the source's k rows and n columns is
+// `fill` [padded_n], a code for each column. `qweight` is the whole layer's, [k bits/32, n]; perm [k] holds 0 .. k - 1.
+// k, rows and k0 are multiples of 32/bits; n and padded_n >= n may be any number.
+MARLIN_EXPORT int marlin_cpu_arrange(const int32_t* qweight, const int32_t* perm, const uint8_t* fill, int32_t* out,
+                                     int64_t k, int64_t n, int64_t k0, int64_t rows, int64_t padded_n, int bits,
+                                     int threads, int isa);
 
 // Index of the first element in which a[count] and b[count] differ, or -1.
 MARLIN_EXPORT int64_t marlin_cpu_first_difference(const int32_t* a, const int32_t* b, int64_t count);
 
-// W [k, n] fp16 = (code - 8) * scale, rounded once (to nearest, ties to even). `groups` rows of scales; k is a
-// multiple of groups, and k / groups of MARLIN_TILE_K. `s` is in Marlin's order, chosen by `groups`.
-MARLIN_EXPORT int marlin_cpu_dequantize_gptq(const int32_t* qweight, const uint16_t* scales, uint16_t* w, int64_t k,
-                                             int64_t n, int64_t groups, int threads, int isa);
-MARLIN_EXPORT int marlin_cpu_dequantize_marlin(const int32_t* B, const uint16_t* s, uint16_t* w, int64_t k, int64_t n,
-                                               int64_t groups, int threads, int isa);
+// A block of rows of a layer. The scales and zero points are the whole layer's, each row of them for rows_per_group rows.
+// rows_per_group and k0 are multiples of MARLIN_TILE_K.
+typedef struct {
+  const int32_t* weights;   // rows k0 .. k0 + k: qweight [k bits/32, n], or B [k/16, n bits/2]
+  const uint16_t* scales;   // [groups, n]; with B in Marlin's order of columns, chosen by `groups`
+  const uint8_t* zeros;     // [groups, n], the columns in their own order; null: the middle, 8 or 128
+  int64_t k0, k, n, groups, rows_per_group;
+  int32_t bits;
+  int32_t bf16;  // the scales, and the weights as they are rounded: 0 fp16, 1 bf16
+} marlin_cpu_layer_t;
 
-// y [m, n] += x[:, k0 : k0 + k] @ W, where W [k, n] is the block of rows k0 .. k0 + k of a layer, given as `qweight`
-// or `B` of those rows alone, with the weights rounded to fp16 as above and fp32 accumulation. x is [m, x_columns],
-// the scales are the whole layer's, [groups, n], each row of them for rows_per_group rows. k0 and rows_per_group are
-// multiples of MARLIN_TILE_K. The result does not depend on `threads`.
-MARLIN_EXPORT int marlin_cpu_matmul_gptq(const float* x, int64_t m, int64_t x_columns, const int32_t* qweight,
-                                         const uint16_t* scales, float* y, int64_t k0, int64_t k, int64_t n,
-                                         int64_t groups, int64_t rows_per_group, int threads, int isa);
-MARLIN_EXPORT int marlin_cpu_matmul_marlin(const float* x, int64_t m, int64_t x_columns, const int32_t* B,
-                                           const uint16_t* s, float* y, int64_t k0, int64_t k, int64_t n,
-                                           int64_t groups, int64_t rows_per_group, int threads, int isa);
+// W [k, n] = (code - zero) * scale, rounded once (to nearest, ties to even) to the type of the scales.
+MARLIN_EXPORT int marlin_cpu_dequantize_gptq(const marlin_cpu_layer_t* layer, uint16_t* w, int threads, int isa);
+MARLIN_EXPORT int marlin_cpu_dequantize_marlin(const marlin_cpu_layer_t* layer, uint16_t* w, int threads, int isa);
+
+// y [m, n] += x[:, k0 : k0 + k] @ W with the weights rounded as above and fp32 accumulation. x is [m, x_columns]. The
+// result does not depend on `threads`.
+MARLIN_EXPORT int marlin_cpu_matmul_gptq(const float* x, int64_t m, int64_t x_columns, const marlin_cpu_layer_t* layer,
+                                         float* y, int threads, int isa);
+MARLIN_EXPORT int marlin_cpu_matmul_marlin(const float* x, int64_t m, int64_t x_columns,
+                                           const marlin_cpu_layer_t* layer, float* y, int threads, int isa);
 
 #ifdef __cplusplus
 }  // extern "C"

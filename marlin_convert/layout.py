@@ -61,6 +61,17 @@ A lane of the kernel needs the scales of the columns it handles next to each oth
 columns, one for grouped scales (applied while W is in registers) and one for a single scale per column (applied to
 the result). Which of the two applies depends on G, the number of groups there are, and not on the configured
 group_size: a layer with group_size == K has G == 1.
+
+The extended format
+-------------------
+docs/format.md specifies it. Beside the above:
+
+  * 8 bits: a tile is 256 words; word w belongs to lane w // 8, sub-tile j = w % 8 // 2 and half h = w % 2, and byte p
+    of it holds row = 2t + 8*(p & 1) + (p >> 1) of column = 16j + g + 8h: one column's four rows, in the order in which
+    the 4-bit word has them.
+  * Zero points [G, N] are permuted as grouped scales are, always; then interleaved within runs of 8 (4 bits) or 4
+    (8 bits) columns, as the codes in a word are, and packed along N.
+  * K is padded to a multiple of 128, N to one of 64. Groups are stored as 16, 32, 64, 128 or all of K.
 """
 
 from __future__ import annotations
@@ -70,7 +81,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BITS = 4
+BITS = 4  # of the original format
 PACK_FACTOR = 32 // BITS  # codes in an int32
 ZERO_POINT = 8  # the code of weight 0: the quantization is symmetric
 
@@ -85,6 +96,12 @@ MIN_K = 128
 MIN_N = 256
 GROUP_SIZES = (128, -1)
 
+# What the extended format stores: K padded to a multiple of EXT_K, N to one of EXT_N, and these groups.
+EXT_BITS = (4, 8)
+EXT_K = 128
+EXT_N = 64
+EXT_GROUP_SIZES = (128, 64, 32, 16)  # and -1
+
 # new[r*len + i] = old[r*len + permutation[i]] for each run r of len(permutation) columns.
 # G > 1, runs of 64: new[8i + j] = old[i + 8j].
 SCALE_PERMUTATION = (
@@ -97,6 +114,8 @@ SCALE_PERMUTATION = (
     *(6, 14, 22, 30, 38, 46, 54, 62),
     *(7, 15, 23, 31, 39, 47, 55, 63),
 )
+# Then, for zero points, by bits: packed[i] = permuted[interleave[i]] in each run of len(interleave) columns.
+ZERO_INTERLEAVE = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 # G == 1, runs of 32: new[8i + j] = old[2i + (0, 1, 8, 9, 16, 17, 24, 25)[j]].
 SCALE_PERMUTATION_SINGLE = (
     *(0, 1, 8, 9, 16, 17, 24, 25),
@@ -106,16 +125,37 @@ SCALE_PERMUTATION_SINGLE = (
 )
 
 
-def tile_position(word: int, nibble: int) -> tuple[int, int]:
-    """(row, column) within the 16 x 64 tile of a nibble (0 = lowest) of one of the tile's 128 words."""
-    if not 0 <= word < TILE_WORDS:
-        raise ValueError(f"word is {word}; a tile has words 0..{TILE_WORDS - 1}")
-    if not 0 <= nibble < PACK_FACTOR:
-        raise ValueError(f"nibble is {nibble}; a word has nibbles 0..{PACK_FACTOR - 1}")
+def pack_factor(bits: int) -> int:
+    """Codes in an int32. Raises ValueError unless `bits` is 4 or 8."""
+    if bits not in EXT_BITS:
+        raise ValueError(f"bits is {bits!r}; it should be 4 or 8")
+    return 32 // bits
+
+
+def zero_point(bits: int) -> int:
+    """The code of weight 0 in symmetric quantization: 8 or 128."""
+    return int(1 << (bits - 1))
+
+
+def tile_words(bits: int = BITS) -> int:
+    """int32 words in a tile: 128 or 256."""
+    return TILE_K * TILE_N // pack_factor(bits)
+
+
+def tile_position(word: int, code: int, bits: int = BITS) -> tuple[int, int]:
+    """(row, column) within the 16 x 64 tile of a code (0 = lowest nibble or byte) of one of the tile's words."""
+    if not 0 <= word < tile_words(bits):
+        raise ValueError(f"word is {word}; a tile has words 0..{tile_words(bits) - 1}")
+    if not 0 <= code < pack_factor(bits):
+        raise ValueError(f"code is {code}; a word has codes 0..{pack_factor(bits) - 1}")
+    if bits == 8:
+        lane, rest = divmod(word, 8)
+        (g, t), (j, h) = divmod(lane, 4), divmod(rest, 2)
+        return 2 * t + 8 * (code & 1) + (code >> 1), SUBTILE_N * j + g + 8 * h
     lane, j = divmod(word, 4)
     g, t = divmod(lane, 4)
-    row = 2 * t + 8 * (nibble & 1) + (nibble >> 2)
-    column = SUBTILE_N * j + g + 8 * ((nibble >> 1) & 1)
+    row = 2 * t + 8 * (code & 1) + (code >> 2)
+    column = SUBTILE_N * j + g + 8 * ((code >> 1) & 1)
     return row, column
 
 
@@ -136,16 +176,16 @@ def group_count(K: int, group_size: int) -> int:
     return K // group_size
 
 
-def qweight_shape(K: int, N: int) -> tuple[int, int]:
+def qweight_shape(K: int, N: int, bits: int = BITS) -> tuple[int, int]:
     """Shape of GPTQ's `qweight` (int32)."""
     check_tiles(K, N)
-    return K // PACK_FACTOR, N
+    return K // pack_factor(bits), N
 
 
-def b_shape(K: int, N: int) -> tuple[int, int]:
-    """Shape of Marlin's `B` (int32)."""
+def b_shape(K: int, N: int, bits: int = BITS) -> tuple[int, int]:
+    """Shape of Marlin's `B` (int32), and of `marlin_qweight` for padded K and N."""
     check_tiles(K, N)
-    return K // TILE_K, N * TILE_K // PACK_FACTOR
+    return K // TILE_K, N * TILE_K // pack_factor(bits)
 
 
 def s_shape(K: int, N: int, group_size: int) -> tuple[int, int]:
@@ -171,9 +211,74 @@ def permute_scales(scales: NDArray[Any], G: int | None = None) -> NDArray[Any]:
 
 def unpermute_scales(s: NDArray[Any], G: int | None = None) -> NDArray[Any]:
     """Marlin's `s` [G, N] -> GPTQ's `scales` [G, N]: the inverse of `permute_scales`."""
-    permutation = scale_permutation(_groups(s, "s", G))
-    inverse = tuple(permutation.index(i) for i in range(len(permutation)))
-    return _permute_columns(s, inverse, "s")
+    return _permute_columns(s, _inverse(scale_permutation(_groups(s, "s", G))), "s")
+
+
+# ---- The extended format ----
+
+
+def padded_size(K: int, N: int) -> tuple[int, int]:
+    """(K', N'): what a layer of K x N takes in the extended format."""
+    return -(-K // EXT_K) * EXT_K, -(-N // EXT_N) * EXT_N
+
+
+def stored_group_size(group_size: int) -> int | None:
+    """The group size that the extended format stores for a source's (-1 is all of K): the largest of
+    EXT_GROUP_SIZES that divides it; None if none does."""
+    if group_size == -1:
+        return -1
+    return next((size for size in EXT_GROUP_SIZES if group_size > 0 and group_size % size == 0), None)
+
+
+def stored_groups(K: int, group_size: int) -> int:
+    """G of a layer of K rows with stored groups of `group_size`."""
+    return 1 if group_size == -1 else -(-K // EXT_K) * EXT_K // group_size
+
+
+def pack_zeros(zeros: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    """Zero points uint8 [G, N'] in their own order of columns -> `marlin_qzeros` int32 [G, N' bits/32]."""
+    permuted = _permute_columns(zeros, SCALE_PERMUTATION, "zeros")
+    return pack_gptq_zeros(_permute_columns(permuted, _interleave(bits), "zeros"), bits)
+
+
+def unpack_zeros(qzeros: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
+    """`marlin_qzeros` int32 [G, N' bits/32] -> zero points uint8 [G, N']: the inverse of `pack_zeros`."""
+    packed = gptq_zeros(qzeros, bits, qzeros.shape[1] * pack_factor(bits))
+    permuted = _permute_columns(packed, _inverse(_interleave(bits)), "qzeros")
+    return _permute_columns(permuted, _inverse(SCALE_PERMUTATION), "qzeros")
+
+
+def gptq_zeros(qzeros: NDArray[np.int32], bits: int, N: int) -> NDArray[np.uint8]:
+    """GPTQ's `qzeros` int32 [G, ceil(N bits/32)] -> the stored numbers uint8 [G, N], the first in the lowest bits."""
+    G, words = qzeros.shape
+    factor = pack_factor(bits)
+    if words != -(-N // factor):
+        raise ValueError(f"qzeros has shape {qzeros.shape}; it should have {-(-N // factor)} words for N = {N}")
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    stored = (np.ascontiguousarray(qzeros).view(np.uint32)[:, :, None] >> shifts) & np.uint32(2**bits - 1)
+    return stored.astype(np.uint8).reshape(G, words * factor)[:, :N]
+
+
+def pack_gptq_zeros(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    """Numbers uint8 [G, N] -> GPTQ's `qzeros` int32 [G, ceil(N bits/32)]; zeros behind the last column."""
+    G, N = stored.shape
+    factor = pack_factor(bits)
+    if stored.size and int(stored.max()) >> bits:
+        raise ValueError(f"zeros has {stored.max()}; a zero point has {bits} bits")
+    whole = np.zeros((G, -(-N // factor) * factor), np.uint32)
+    whole[:, :N] = stored
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    words: NDArray[np.uint32] = np.bitwise_or.reduce(whole.reshape(G, -1, factor) << shifts, axis=2)
+    return words.view(np.int32)
+
+
+def _interleave(bits: int) -> tuple[int, ...]:
+    pack_factor(bits)
+    return ZERO_INTERLEAVE[bits]
+
+
+def _inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(permutation.index(i) for i in range(len(permutation)))
 
 
 def _groups(scales: NDArray[Any], name: str, G: int | None) -> int:

@@ -4,6 +4,11 @@ The work is done by the native CPU library `_cpu.so` (`kernels/cpu`), loaded on 
 functions run through the torch twin in `repack.py`: slow, but correct. `describe()` says which of the two it is. Set
 MARLIN_CONVERT_NO_NATIVE=1 in the environment to force the twin.
 
+Codes have 4 bits unless `bits` says 8. Scales are float16, or bf16 as uint16, numpy having no bf16; the weights are
+rounded to the type of their scales, and come as the same. Zero points are uint8 [G, N], the columns in their own order;
+without them the quantization is symmetric. Rows are as stored: with act-order, `arrange` sorts them, and x's columns
+must be in the same order.
+
 Arrays are numpy arrays, C-contiguous; they need not be aligned, so that views into a mapped file will do, and inputs
 may be read-only. K and N are read off the shapes; the names are those of `layout.py`. A block of a layer's rows that
 starts and ends at a multiple of 16 rows is as good as a layer. Everything here is thread-safe and releases the GIL.
@@ -32,9 +37,11 @@ if TYPE_CHECKING:
 Int32Array = NDArray[np.int32]
 Float16Array = NDArray[np.float16]
 Float32Array = NDArray[np.float32]
+#: fp16, or bf16 as uint16
+ScaleArray = NDArray[Any]
 _Prototype = tuple[Any, list[Any]]
 
-ABI_VERSION = 1  # MARLIN_CPU_ABI_VERSION of kernels/marlin.h
+ABI_VERSION = 2  # MARLIN_CPU_ABI_VERSION of kernels/marlin.h
 NO_NATIVE = "MARLIN_CONVERT_NO_NATIVE"
 MAX_THREADS = 1024
 LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -45,20 +52,42 @@ _ISA_TITLES = {"plain": "plain C++", "avx2": "AVX2", "avx512": "AVX-512"}
 _ISA_AUTO = 0
 
 # MARLIN_ERROR_* of kernels/marlin.h.
-_ERRORS = {1: "a null pointer", 2: "sizes that do not fit", 3: "an instruction set that this CPU lacks"}
+_ERRORS = {
+    1: "a null pointer",
+    2: "sizes that do not fit",
+    3: "an instruction set that this CPU lacks",
+    4: "neither 4 nor 8 bits",
+}
+
+
+class _Layer(ctypes.Structure):
+    """marlin_cpu_layer_t."""
+
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("k0", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("rows_per_group", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("bf16", ctypes.c_int32),
+    )
+
 
 # The prototypes of kernels/marlin.h: (result, arguments).
 _pointer_t, _size_t, _int_t = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_REPACKING: _Prototype = (_int_t, [*[_pointer_t] * 2, *[_size_t] * 2, *[_int_t] * 2])
-_DEQUANTIZING: _Prototype = (_int_t, [*[_pointer_t] * 3, *[_size_t] * 3, *[_int_t] * 2])
-_PRODUCT: _Prototype = (
-    _int_t,
-    [_pointer_t, *[_size_t] * 2, *[_pointer_t] * 3, *[_size_t] * 5, *[_int_t] * 2],
-)
+_REPACKING: _Prototype = (_int_t, [*[_pointer_t] * 2, *[_size_t] * 2, *[_int_t] * 3])
+_ARRANGING: _Prototype = (_int_t, [*[_pointer_t] * 4, *[_size_t] * 5, *[_int_t] * 3])
+_DEQUANTIZING: _Prototype = (_int_t, [*[_pointer_t] * 2, *[_int_t] * 2])
+_PRODUCT: _Prototype = (_int_t, [_pointer_t, *[_size_t] * 2, *[_pointer_t] * 2, *[_int_t] * 2])
 _PROTOTYPES: dict[str, _Prototype] = {
     "marlin_cpu_best_isa": (_int_t, []),
     "marlin_cpu_pack": _REPACKING,
     "marlin_cpu_unpack": _REPACKING,
+    "marlin_cpu_arrange": _ARRANGING,
     "marlin_cpu_first_difference": (_size_t, [*[_pointer_t] * 2, _size_t]),
     "marlin_cpu_dequantize_gptq": _DEQUANTIZING,
     "marlin_cpu_dequantize_marlin": _DEQUANTIZING,
@@ -92,35 +121,102 @@ def available_isas() -> tuple[str, ...]:
 # ---- Packing ----
 
 
-def pack(qweight: Int32Array, out: Int32Array | None = None, *, threads: int = 1, isa: str | None = None) -> Int32Array:
-    """GPTQ `qweight` int32 [K/8, N] -> Marlin `B` int32 [K/16, 2N].
+def pack(
+    qweight: Int32Array,
+    out: Int32Array | None = None,
+    *,
+    bits: int = layout.BITS,
+    threads: int = 1,
+    isa: str | None = None,
+) -> Int32Array:
+    """GPTQ `qweight` int32 [K bits/32, N] -> Marlin `B` int32 [K/16, N bits/2].
 
     `out`, if given, receives the result and is returned. `threads` is the most to use; `isa` is "plain", "avx2" or
     "avx512" (see `available_isas`), by default the fastest that this CPU has.
     """
-    K, N = _gptq_size(qweight)
-    out = _output(out, layout.b_shape(K, N), qweight)
+    K, N = _gptq_size(qweight, bits)
+    out = _output(out, layout.b_shape(K, N, bits), qweight)
     backend, isa_code = _choose(threads, isa)
     if isinstance(backend, _Native):
-        backend.call("marlin_cpu_pack", _pointer(qweight), _pointer(out), K, N, threads, isa_code)
+        backend.call("marlin_cpu_pack", _pointer(qweight), _pointer(out), K, N, bits, threads, isa_code)
     else:
         from . import repack
 
-        out[...] = _array(repack.gptq_to_marlin(_tensor(qweight)))
+        out[...] = _array(repack.gptq_to_marlin(_tensor(qweight), bits))
     return out
 
 
-def unpack(B: Int32Array, out: Int32Array | None = None, *, threads: int = 1, isa: str | None = None) -> Int32Array:
-    """Marlin `B` int32 [K/16, 2N] -> GPTQ `qweight` int32 [K/8, N]: the inverse of `pack`."""
-    K, N = _marlin_size(B)
-    out = _output(out, layout.qweight_shape(K, N), B)
+def unpack(
+    B: Int32Array,
+    out: Int32Array | None = None,
+    *,
+    bits: int = layout.BITS,
+    threads: int = 1,
+    isa: str | None = None,
+) -> Int32Array:
+    """Marlin `B` int32 [K/16, N bits/2] -> GPTQ `qweight` int32 [K bits/32, N]: the inverse of `pack`."""
+    K, N = _marlin_size(B, bits)
+    out = _output(out, layout.qweight_shape(K, N, bits), B)
     backend, isa_code = _choose(threads, isa)
     if isinstance(backend, _Native):
-        backend.call("marlin_cpu_unpack", _pointer(B), _pointer(out), K, N, threads, isa_code)
+        backend.call("marlin_cpu_unpack", _pointer(B), _pointer(out), K, N, bits, threads, isa_code)
     else:
         from . import repack
 
-        out[...] = _array(repack.marlin_to_gptq(_tensor(B)))
+        out[...] = _array(repack.marlin_to_gptq(_tensor(B), bits))
+    return out
+
+
+def arrange(
+    qweight: Int32Array,
+    out: Int32Array | None = None,
+    *,
+    bits: int,
+    fill: NDArray[np.uint8],
+    rows: int,
+    k0: int = 0,
+    perm: Int32Array | None = None,
+    threads: int = 1,
+    isa: str | None = None,
+) -> Int32Array:
+    """Rows k0 .. k0 + rows of a layer in the order in which they are stored, as GPTQ words [rows bits/32, N'].
+
+    `qweight` int32 [K bits/32, N] is the whole layer's, K and N of any size. Row k0 + i is its row perm[k0 + i] (`perm`
+    int32 [K]), or k0 + i. Rows from K and columns from N on are padding: the code `fill` uint8 [N'] of their column.
+    `rows` and k0 are multiples of the codes in a word, 32 / bits. With perm, one call for many rows is quicker than
+    many calls for few.
+    """
+    factor = layout.pack_factor(bits)
+    _check_array(qweight, "qweight", np.int32, 2)
+    _check_array(fill, "fill", np.uint8, 1)
+    K, N = qweight.shape[0] * factor, qweight.shape[1]
+    rows, k0 = operator.index(rows), operator.index(k0)
+    if not K or not N or fill.size < N:
+        raise ValueError(f"fill has shape {fill.shape}; it should be [N'] with N' at least N = {N}")
+    if int(fill.max()) >> bits:
+        raise ValueError(f"fill has {fill.max()}; a code has {bits} bits")
+    if rows <= 0 or rows % factor or k0 < 0 or k0 % factor:
+        raise ValueError(f"rows is {rows} and k0 {k0}; both should be multiples of {factor}, rows positive")
+    if perm is not None:
+        _check_array(perm, "perm", np.int32, 1)
+        if perm.size != K or int(perm.min()) < 0 or int(perm.max()) >= K:
+            raise ValueError(f"perm has shape {perm.shape}; it should be the numbers 0 .. {K - 1} in some order")
+    out = _output(out, (rows // factor, fill.size), qweight)
+    backend, isa_code = _choose(threads, isa)
+    if isinstance(backend, _Native):
+        where = None if perm is None else _pointer(perm)
+        backend.call(
+            "marlin_cpu_arrange", _pointer(qweight), where, _pointer(fill), _pointer(out),
+            K, N, k0, rows, fill.size, bits, threads, isa_code,
+        )  # fmt: skip
+        return out
+    from . import repack
+
+    padded = (max(K, k0 + rows), fill.size)
+    codes = repack.arrange(
+        repack.unpack_gptq(_tensor(qweight), bits), padded, _tensor(fill), None if perm is None else _tensor(perm)
+    )
+    out[...] = _array(repack.pack_gptq(codes[k0 : k0 + rows], bits))
     return out
 
 
@@ -142,45 +238,67 @@ def first_difference(a: Int32Array, b: Int32Array) -> int | None:
 
 
 def dequantize_gptq(
-    qweight: Int32Array, scales: Float16Array, *, threads: int = 1, isa: str | None = None
-) -> Float16Array:
-    """W float16 [K, N] = (code - 8) * scale, rounded once; `scales` float16 [G, N]."""
-    K, N = _gptq_size(qweight)
-    G = _check_groups(scales, "scales", K, N)
-    out = np.empty((K, N), np.float16)
+    qweight: Int32Array,
+    scales: ScaleArray,
+    *,
+    bits: int = layout.BITS,
+    zeros: NDArray[np.uint8] | None = None,
+    threads: int = 1,
+    isa: str | None = None,
+) -> ScaleArray:
+    """W [K, N] = (code - zero) * scale, rounded once to the type of `scales` [G, N]; G divides K."""
+    K, N = _gptq_size(qweight, bits)
+    G = _check_groups(scales, "scales", zeros, K, N)
+    return _dequantize("marlin_cpu_dequantize_gptq", qweight, scales, zeros, bits, (K, N, G), threads, isa)
+
+
+def dequantize_marlin(
+    B: Int32Array,
+    s: ScaleArray,
+    *,
+    bits: int = layout.BITS,
+    zeros: NDArray[np.uint8] | None = None,
+    threads: int = 1,
+    isa: str | None = None,
+) -> ScaleArray:
+    """W [K, N] of a Marlin layer; `s` [G, N] in Marlin's order of columns, `zeros` in their own."""
+    K, N = _marlin_size(B, bits)
+    G = _check_groups(s, "s", zeros, K, N)
+    return _dequantize("marlin_cpu_dequantize_marlin", B, s, zeros, bits, (K, N, G), threads, isa)
+
+
+def _dequantize(
+    function: str,
+    weights: Int32Array,
+    scales: ScaleArray,
+    zeros: NDArray[np.uint8] | None,
+    bits: int,
+    size: tuple[int, int, int],
+    threads: int,
+    isa: str | None,
+) -> ScaleArray:
+    K, N, G = size
     backend, isa_code = _choose(threads, isa)
     if isinstance(backend, _Native):
-        backend.call(
-            "marlin_cpu_dequantize_gptq", _pointer(qweight), _pointer(scales), _pointer(out), K, N, G, threads, isa_code
-        )
+        out = np.empty((K, N), scales.dtype)
+        layer = _layer(weights, scales, zeros, bits, 0, K, K // G)
+        backend.call(function, ctypes.byref(layer), _pointer(out), threads, isa_code)
         return out
     from . import repack
 
-    return _array(repack.dequantize_gptq(_tensor(qweight), _tensor(scales)))
-
-
-def dequantize_marlin(B: Int32Array, s: Float16Array, *, threads: int = 1, isa: str | None = None) -> Float16Array:
-    """W float16 [K, N] of a Marlin layer; `s` float16 [G, N] in Marlin's order of columns."""
-    K, N = _marlin_size(B)
-    G = _check_groups(s, "s", K, N)
-    out = np.empty((K, N), np.float16)
-    backend, isa_code = _choose(threads, isa)
-    if isinstance(backend, _Native):
-        backend.call(
-            "marlin_cpu_dequantize_marlin", _pointer(B), _pointer(s), _pointer(out), K, N, G, threads, isa_code
-        )
-        return out
-    from . import repack
-
-    return _array(repack.dequantize_marlin(_tensor(B), _tensor(s)))
+    codes, natural = _decoded(function.endswith("gptq"), weights, scales, bits)
+    W = repack.dequantize(codes, natural, None if zeros is None else _tensor(zeros), bits=bits)
+    return _plain(W, scales)
 
 
 def matmul_gptq(
     x: Float32Array,
     qweight: Int32Array,
-    scales: Float16Array,
+    scales: ScaleArray,
     y: Float32Array,
     *,
+    bits: int = layout.BITS,
+    zeros: NDArray[np.uint8] | None = None,
     k0: int = 0,
     rows_per_group: int,
     threads: int = 1,
@@ -188,64 +306,104 @@ def matmul_gptq(
 ) -> None:
     """y += x[:, k0 : k0 + kb] @ W_block: the share of a block of rows in a layer's product, in place.
 
-    `qweight` int32 [kb/8, N] holds rows k0 .. k0 + kb of the layer; x float32 [M, K] and `scales` float16
-    [G, N] are the whole layer's, with G * rows_per_group == K; y is float32 [M, N]. The weights are rounded to fp16 as
-    by `dequantize_gptq`, products and sums are fp32. The result does not depend on `threads`.
+    `qweight` int32 [kb bits/32, N] holds rows k0 .. k0 + kb of the layer; x float32 [M, K], `scales` and `zeros`
+    [G, N] are the whole layer's, with G * rows_per_group == K; y is float32 [M, N]. The weights are rounded as by
+    `dequantize_gptq`, products and sums are fp32. The result does not depend on `threads`.
     """
-    kb, N = _gptq_size(qweight)
+    kb, N = _gptq_size(qweight, bits)
     k0, rows_per_group = operator.index(k0), operator.index(rows_per_group)
-    _check_product(x, scales, "scales", y, k0, kb, N, rows_per_group)
-    _matmul("marlin_cpu_matmul_gptq", x, qweight, scales, y, k0, kb, rows_per_group, threads, isa)
+    _check_product(x, scales, "scales", zeros, y, k0, kb, N, rows_per_group)
+    _matmul("marlin_cpu_matmul_gptq", x, qweight, scales, zeros, y, bits, k0, kb, rows_per_group, threads, isa)
 
 
 def matmul_marlin(
     x: Float32Array,
     B: Int32Array,
-    s: Float16Array,
+    s: ScaleArray,
     y: Float32Array,
     *,
+    bits: int = layout.BITS,
+    zeros: NDArray[np.uint8] | None = None,
     k0: int = 0,
     rows_per_group: int,
     threads: int = 1,
     isa: str | None = None,
 ) -> None:
-    """As `matmul_gptq`, of a block `B` int32 [kb/16, 2N] with the layer's `s` float16 [G, N] in Marlin's order.
+    """As `matmul_gptq`, of a block `B` int32 [kb/16, N bits/2] with the layer's `s` [G, N] in Marlin's order.
 
     The native code decodes `B` on its own, and not by way of `unpack`.
     """
-    kb, N = _marlin_size(B)
+    kb, N = _marlin_size(B, bits)
     k0, rows_per_group = operator.index(k0), operator.index(rows_per_group)
-    _check_product(x, s, "s", y, k0, kb, N, rows_per_group)
-    _matmul("marlin_cpu_matmul_marlin", x, B, s, y, k0, kb, rows_per_group, threads, isa)
+    _check_product(x, s, "s", zeros, y, k0, kb, N, rows_per_group)
+    _matmul("marlin_cpu_matmul_marlin", x, B, s, zeros, y, bits, k0, kb, rows_per_group, threads, isa)
 
 
 def _matmul(
     function: str,
     x: Float32Array,
     weights: Int32Array,
-    scales: Float16Array,
+    scales: ScaleArray,
+    zeros: NDArray[np.uint8] | None,
     y: Float32Array,
+    bits: int,
     k0: int,
     kb: int,
     rows_per_group: int,
     threads: int,
     isa: str | None,
 ) -> None:
-    (M, K), N, G = x.shape, y.shape[1], scales.shape[0]
+    M, K = x.shape
     backend, isa_code = _choose(threads, isa)
     if isinstance(backend, _Native):
-        operands = (_pointer(x), M, K, _pointer(weights), _pointer(scales), _pointer(y))
-        backend.call(function, *operands, k0, kb, N, G, rows_per_group, threads, isa_code)
+        layer = _layer(weights, scales, zeros, bits, k0, kb, rows_per_group)
+        backend.call(function, _pointer(x), M, K, ctypes.byref(layer), _pointer(y), threads, isa_code)
         return
     from . import repack
 
-    if function == "marlin_cpu_matmul_gptq":
-        codes, natural = repack.unpack_gptq(_tensor(weights)), _tensor(scales)
-    else:
-        codes, natural = repack.unpack_marlin(_tensor(weights)), repack.unpermute_scales(_tensor(scales))
+    codes, natural = _decoded(function.endswith("gptq"), weights, scales, bits)
     # A block may begin or end within a group: give each of its rows the scales that are its own.
-    own = natural.repeat_interleave(rows_per_group, dim=0)[k0 : k0 + kb]
-    y += _array(repack.matmul(_tensor(x)[:, k0 : k0 + kb], repack.dequantize(codes, own)))
+    own, own_zeros = (
+        None if t is None else t.repeat_interleave(rows_per_group, dim=0)[k0 : k0 + kb]
+        for t in (natural, None if zeros is None else _tensor(zeros))
+    )
+    assert own is not None
+    y += _array(repack.matmul(_tensor(x)[:, k0 : k0 + kb], repack.dequantize(codes, own, own_zeros, bits=bits)))
+
+
+def _layer(
+    weights: Int32Array,
+    scales: ScaleArray,
+    zeros: NDArray[np.uint8] | None,
+    bits: int,
+    k0: int,
+    k: int,
+    rows_per_group: int,
+) -> _Layer:
+    G, N = scales.shape
+    return _Layer(
+        _pointer(weights), _pointer(scales), None if zeros is None else _pointer(zeros), k0, k, N, G, rows_per_group,
+        bits, scales.dtype == np.uint16,
+    )  # fmt: skip
+
+
+def _decoded(gptq: bool, weights: Int32Array, scales: ScaleArray, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales as the twin has them: in the order of rows and columns."""
+    import torch
+
+    from . import repack
+
+    natural = _tensor(scales.view(np.int16)).view(torch.bfloat16 if scales.dtype == np.uint16 else torch.float16)
+    if gptq:
+        return repack.unpack_gptq(_tensor(weights), bits), natural
+    return repack.unpack_marlin(_tensor(weights), bits), repack.unpermute_scales(natural)
+
+
+def _plain(W: Tensor, scales: ScaleArray) -> ScaleArray:
+    import torch
+
+    plain: ScaleArray = _array(W.view(torch.int16)).view(scales.dtype)
+    return plain
 
 
 # ---- The library ----
@@ -359,18 +517,20 @@ def _check_array(array: Any, name: str, dtype: Any, ndim: int | None = None) -> 
         raise ValueError(f"{name} has strides {array.strides}; it should be C-contiguous")
 
 
-def _gptq_size(qweight: Int32Array) -> tuple[int, int]:
-    """(K, N) of `qweight` int32 [K/8, N]."""
+def _gptq_size(qweight: Int32Array, bits: int) -> tuple[int, int]:
+    """(K, N) of `qweight` int32 [K bits/32, N]."""
+    factor = layout.pack_factor(bits)
     _check_array(qweight, "qweight", np.int32, 2)
-    return _whole_tiles(qweight, "qweight", qweight.shape[0] * layout.PACK_FACTOR, qweight.shape[1])
+    return _whole_tiles(qweight, "qweight", qweight.shape[0] * factor, qweight.shape[1])
 
 
-def _marlin_size(B: Int32Array) -> tuple[int, int]:
-    """(K, N) of `B` int32 [K/16, 2N]."""
+def _marlin_size(B: Int32Array, bits: int) -> tuple[int, int]:
+    """(K, N) of `B` int32 [K/16, N bits/2]."""
+    words = layout.TILE_K // layout.pack_factor(bits)  # for a column
     _check_array(B, "B", np.int32, 2)
-    if B.shape[1] % 2:
-        raise ValueError(f"B has shape {B.shape}; it should be [K/16, 2N]")
-    return _whole_tiles(B, "B", B.shape[0] * layout.TILE_K, B.shape[1] // 2)
+    if B.shape[1] % words:
+        raise ValueError(f"B has shape {B.shape}; it should be [K/16, {words}N]")
+    return _whole_tiles(B, "B", B.shape[0] * layout.TILE_K, B.shape[1] // words)
 
 
 def _whole_tiles(array: NDArray[Any], name: str, K: int, N: int) -> tuple[int, int]:
@@ -394,15 +554,22 @@ def _output(out: Int32Array | None, shape: tuple[int, int], source: Int32Array) 
     return out
 
 
-def _check_scales(scales: Float16Array, name: str, N: int) -> int:
-    _check_array(scales, name, np.float16, 2)
+def _check_scales(scales: ScaleArray, name: str, zeros: NDArray[np.uint8] | None, N: int) -> int:
+    if isinstance(scales, np.ndarray) and scales.dtype == np.uint16:
+        _check_array(scales, name, np.uint16, 2)
+    else:
+        _check_array(scales, name, np.float16, 2)
     if scales.shape[1] != N or scales.shape[0] == 0:
         raise ValueError(f"{name} has shape {scales.shape}; it should be [G, N] with N = {N}")
+    if zeros is not None:
+        _check_array(zeros, "zeros", np.uint8)
+        if zeros.shape != scales.shape:
+            raise ValueError(f"zeros has shape {zeros.shape}; it should be {scales.shape}, as {name}")
     return int(scales.shape[0])
 
 
-def _check_groups(scales: Float16Array, name: str, K: int, N: int) -> int:
-    G = _check_scales(scales, name, N)
+def _check_groups(scales: ScaleArray, name: str, zeros: NDArray[np.uint8] | None, K: int, N: int) -> int:
+    G = _check_scales(scales, name, zeros, N)
     if K % G or (K // G) % layout.TILE_K:
         raise ValueError(
             f"{name} has shape {scales.shape}: G = {G}; K / G should be a multiple of {layout.TILE_K}, with K = {K}"
@@ -412,8 +579,9 @@ def _check_groups(scales: Float16Array, name: str, K: int, N: int) -> int:
 
 def _check_product(
     x: Float32Array,
-    scales: Float16Array,
+    scales: ScaleArray,
     scales_name: str,
+    zeros: NDArray[np.uint8] | None,
     y: Float32Array,
     k0: int,
     kb: int,
@@ -422,7 +590,7 @@ def _check_product(
 ) -> None:
     _check_array(x, "x", np.float32, 2)
     _check_array(y, "y", np.float32, 2)
-    (M, K), G = x.shape, _check_scales(scales, scales_name, N)
+    (M, K), G = x.shape, _check_scales(scales, scales_name, zeros, N)
     if rows_per_group <= 0 or rows_per_group % layout.TILE_K:
         raise ValueError(f"rows_per_group is {rows_per_group}; it should be a positive multiple of {layout.TILE_K}")
     if M == 0 or G * rows_per_group != K:

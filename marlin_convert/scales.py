@@ -1,4 +1,5 @@
-"""Bringing a GPTQ layer's scales to fp16, the only type that the original Marlin format has, without losing any.
+"""Bringing a GPTQ layer's scales to fp16, the only type that the original Marlin format has, without losing any; and to
+fp16 or bf16, which the extended format has.
 
 A scale may round (bf16 has a wider range and fp32 more digits than fp16); it may not overflow, and a scale that
 is not zero may not become zero, because then every weight of its group would be lost.
@@ -17,11 +18,17 @@ F16 = npt.NDArray[np.float16]
 
 @dataclass(frozen=True)
 class ScaleFit:
-    """`scales` in fp16 [G, N]; `problem`: why they cannot be used, if so; `rounding`: the largest relative error."""
+    """`scales` in fp16 [G, N], or bf16 as uint16; `problem`: why they cannot be used, if so; `rounding`: the largest
+    relative error."""
 
-    scales: F16
+    scales: npt.NDArray[Any]
     problem: str | None = None
     rounding: float = 0.0
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors names it."""
+        return "BF16" if self.scales.dtype == np.uint16 else "F16"
 
 
 def to_fp16(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
@@ -46,3 +53,29 @@ def to_fp16(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
         np.max(np.divide(difference, np.abs(wide), out=np.zeros_like(difference), where=nonzero), initial=0.0)
     )
     return ScaleFit(scales, None, rounding)
+
+
+def to_extended(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
+    """`raw` [G, N] as in `to_fp16` → what the extended format stores: fp16 where it can hold them, else bf16.
+
+    bf16 scales are kept as they are where fp16 would round them, which it does only below 2^-14. fp32 scales beyond
+    fp16's range are rounded to bf16.
+    """
+    half = to_fp16(raw, dtype)
+    if dtype == "F16" or (half.problem is None and (dtype == "F32" or half.rounding == 0)):
+        return half
+    if dtype == "BF16":
+        finite = ((raw & 0x7F80) != 0x7F80).all()
+        return ScaleFit(raw) if finite else ScaleFit(raw, "scales contain inf or NaN")
+    if not np.isfinite(raw).all():
+        return half
+    bits = raw.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
+    if ((rounded & 0x7F80) == 0x7F80).any():
+        return ScaleFit(rounded, "F32 scales beyond what bf16 can hold")
+    if ((raw != 0) & ((rounded & 0x7FFF) == 0)).any():
+        return ScaleFit(rounded, "F32 scales so small that they would be 0 in bf16")
+    wide = (rounded.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    nonzero = raw != 0
+    error = np.divide(np.abs(wide - raw), np.abs(raw, dtype=np.float64), out=np.zeros(raw.shape), where=nonzero)
+    return ScaleFit(rounded, None, float(error.max(initial=0.0)))

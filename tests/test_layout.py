@@ -67,7 +67,7 @@ def test_masks_of_the_kernel_take_two_rows_of_one_column() -> None:
 
 @pytest.mark.parametrize(("word", "nibble"), [(-1, 0), (128, 0), (0, -1), (0, 8)])
 def test_tile_position_refuses_what_is_outside(word: int, nibble: int) -> None:
-    with pytest.raises(ValueError, match=r"a tile has words 0..127|a word has nibbles 0..7"):
+    with pytest.raises(ValueError, match=r"a tile has words 0..127|a word has codes 0..7"):
         layout.tile_position(word, nibble)
 
 
@@ -147,7 +147,72 @@ def test_groups_must_divide_k(group_size: int) -> None:
 def test_header_has_the_same_constants() -> None:
     defined = dict(re.findall(r"^#define MARLIN_(\w+) (\d+)\b", HEADER.read_text(), re.MULTILINE))
     names = ["BITS", "PACK_FACTOR", "ZERO_POINT", "TILE_K", "TILE_N", "SUBTILE_N", "TILE_WORDS", "WARP_LANES"]
-    for name in [*names, "MIN_K", "MIN_N"]:
+    for name in [*names, "MIN_K", "MIN_N", "EXT_K", "EXT_N"]:
         assert int(defined.pop(name)) == getattr(layout, name), name
     # What is left are versions and codes, which test_ops.py compares.
     assert all(name.startswith(("ISA_", "ERROR_", "OK", "CPU_ABI_VERSION")) for name in defined), defined
+
+
+# ---- The extended format ----
+
+
+def test_eight_bit_tile() -> None:
+    """docs/format.md: word 0 holds rows 0, 8, 1, 9 of column 0; word 1 the same rows of column 8."""
+    assert [layout.tile_position(0, p, 8) for p in range(4)] == [(0, 0), (8, 0), (1, 0), (9, 0)]
+    assert [layout.tile_position(1, p, 8) for p in range(4)] == [(0, 8), (8, 8), (1, 8), (9, 8)]
+    assert layout.tile_position(255, 3, 8) == (2 * 3 + 9, 48 + 7 + 8)  # lane 31: g = 7, t = 3; j = 3, h = 1
+    places = {layout.tile_position(w, p, 8) for w in range(256) for p in range(4)}
+    assert places == {(row, column) for row in range(16) for column in range(64)}
+    with pytest.raises(ValueError, match=r"a tile has words 0..255"):
+        layout.tile_position(256, 0, 8)
+    with pytest.raises(ValueError, match="bits is 3; it should be 4 or 8"):
+        layout.tile_position(0, 0, 3)
+
+
+def test_zero_points_by_the_examples_of_the_specification() -> None:
+    columns = np.arange(64, dtype=np.uint8)[None]
+    four, eight = layout.pack_zeros(columns // 8, 4), layout.pack_zeros(columns, 8)
+    assert (four.dtype, four.shape, eight.shape) == (np.int32, (1, 8), (1, 16))
+    assert int(four[0, 0]) == 0x75316420
+    assert int(eight[0, 0]) == 0x18081000
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("G", [1, 5])
+def test_zero_points_round_trip(bits: int, G: int) -> None:
+    zeros = np.random.default_rng(bits).integers(0, 2**bits, (G, 192), dtype=np.uint8)
+    words = layout.pack_zeros(zeros, bits)
+    assert words.shape == (G, 192 * bits // 32)
+    np.testing.assert_array_equal(layout.unpack_zeros(words, bits), zeros)
+    # Column by column from the definition: permuted as grouped scales are, interleaved, packed.
+    interleave = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}[bits]
+    factor = 32 // bits
+    for run in range(0, 192, 64):
+        new = [run + (n // 8) + 8 * (n % 8) for n in range(64)]  # new[8i + j] = old[i + 8j]
+        for i in range(64):
+            column = new[i // factor * factor + interleave[i % factor]]
+            word = int(words[-1, (run + i) // factor]) & 0xFFFFFFFF
+            assert word >> bits * (i % factor) & (2**bits - 1) == zeros[-1, column]
+
+
+@pytest.mark.parametrize(
+    ("bits", "N", "words"), [(4, 8, [0x76543210]), (4, 10, [0x76543210, 0x98]), (8, 3, [0x020100])]
+)
+def test_gptq_zeros(bits: int, N: int, words: list[int]) -> None:
+    stored = np.arange(N, dtype=np.uint8)[None]
+    packed = layout.pack_gptq_zeros(stored, bits)
+    assert packed.tolist() == [words]
+    np.testing.assert_array_equal(layout.gptq_zeros(packed, bits, N), stored)
+    with pytest.raises(ValueError, match="words for N = 99"):
+        layout.gptq_zeros(packed, bits, 99)
+    with pytest.raises(ValueError, match="zeros has 16; a zero point has 4 bits"):
+        layout.pack_gptq_zeros(np.full((1, 8), 16, np.uint8), 4)
+
+
+def test_stored_sizes() -> None:
+    assert layout.padded_size(576, 576) == (640, 576)
+    assert layout.padded_size(1, 65) == (128, 128)
+    assert layout.padded_size(4096, 4096) == (4096, 4096)
+    expected = {-1: -1, 16: 16, 32: 32, 64: 64, 128: 128, 256: 128, 1024: 128, 96: 32, 48: 16, 8: None, 100: None}
+    assert {size: layout.stored_group_size(size) for size in expected} == expected
+    assert [layout.stored_groups(576, size) for size in (-1, 16, 32, 64, 128)] == [1, 40, 20, 10, 5]

@@ -488,14 +488,191 @@ def test_native_code_checks_again() -> None:
     words = (ctypes.c_int32 * 1024)()
     call = library.marlin_cpu_pack
     call.argtypes = ops._PROTOTYPES["marlin_cpu_pack"][1]
-    assert call(None, words, 16, 64, 1, 0) == 1
+    assert call(None, words, 16, 64, 4, 1, 0) == 1
     for k, n in [(8, 64), (16, 32), (0, 64), (16, 0), (-16, 64), (16, -64)]:
-        assert call(words, words, k, n, 1, 0) == 2
+        assert call(words, words, k, n, 4, 1, 0) == 2
     for isa in (-1, 4):
-        assert call(words, words, 16, 64, 1, isa) == 3
+        assert call(words, words, 16, 64, 4, 1, isa) == 3
+    for bits in (0, 2, 3, 16):
+        assert call(words, words, 16, 64, bits, 1, 0) == 4
+    call = library.marlin_cpu_arrange
+    call.argtypes = ops._PROTOTYPES["marlin_cpu_arrange"][1]
+    sizes = [16, 64, 0, 16, 64, 4, 1, 0]  # k, n, k0, rows, padded_n, bits, threads, isa
+    assert call(words, None, words, words, *sizes) == 0
+    assert call(words, None, None, words, *sizes) == 1
+    for place, value in [(0, 0), (0, 12), (1, 0), (1, 65), (2, 4), (2, -8), (3, 0), (3, 4)]:
+        assert call(words, None, words, words, *sizes[:place], value, *sizes[place + 1 :]) == 2, place
+    wrong = (ctypes.c_int32 * 16)(*range(1, 17))
+    assert call(words, wrong, words, words, *sizes) == 2
     call = library.marlin_cpu_matmul_gptq
     call.argtypes = ops._PROTOTYPES["marlin_cpu_matmul_gptq"][1]
-    fits = [words, 1, 16, words, words, words, 0, 16, 64, 1, 16, 1, 0]
-    assert call(*fits) == 0
-    for place, value in [(1, 0), (2, 8), (6, 8), (6, 16), (7, 24), (8, 32), (9, 0), (10, 8), (10, 0)]:
-        assert call(*fits[:place], value, *fits[place + 1 :]) == 2, place
+    address = ctypes.addressof(words)
+    layer = {
+        "weights": address,
+        "scales": address,
+        "k0": 0,
+        "k": 16,
+        "n": 64,
+        "groups": 1,
+        "rows_per_group": 16,
+        "bits": 4,
+    }
+    assert call(words, 1, 16, ctypes.byref(ops._Layer(**layer)), words, 1, 0) == 0
+    assert call(words, 1, 16, None, words, 1, 0) == 1
+    assert call(words, 1, 16, ctypes.byref(ops._Layer(**(layer | {"bits": 2}))), words, 1, 0) == 4
+    for key, value in [
+        ("k0", 8),
+        ("k0", 16),
+        ("k", 24),
+        ("n", 32),
+        ("groups", 0),
+        ("rows_per_group", 8),
+        ("rows_per_group", 0),
+    ]:
+        assert call(words, 1, 16, ctypes.byref(ops._Layer(**(layer | {key: value}))), words, 1, 0) == 2, key
+    for m, columns in [(0, 16), (1, 8)]:
+        assert call(words, m, columns, ctypes.byref(ops._Layer(**layer)), words, 1, 0) == 2
+
+
+# ---- The extended format ----
+
+
+@every_isa
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("K", "N"), SHAPES)
+def test_eight_bits_equal_the_twin(isa: str, threads: int, K: int, N: int) -> None:
+    qweight = random_words(K // 4, N, seed=K + N)
+    B = np.asarray(repack.gptq_to_marlin(torch.from_numpy(qweight), 8).numpy())
+    np.testing.assert_array_equal(ops.pack(qweight, bits=8, threads=threads, isa=isa), B)
+    np.testing.assert_array_equal(ops.unpack(B, bits=8, threads=threads, isa=isa), qweight)
+
+
+@both_backends
+@pytest.mark.usefixtures("backend_set")
+def test_eight_bit_words_by_the_formula() -> None:
+    """Each byte of B is the code where docs/format.md says; the example's words are literal."""
+    K, N = 32, 128
+    codes = np.random.default_rng(8).integers(0, 256, (K, N))
+    codes[:16, :64] = (16 * np.arange(16)[:, None] + np.arange(64)) % 256
+    qweight = np.zeros((K // 4, N), np.uint32)
+    for k in range(K):
+        qweight[k // 4] |= codes[k].astype(np.uint32) << np.uint32(8 * (k % 4))
+    B = ops.pack(qweight.view(np.int32), bits=8).view(np.uint32)
+    assert B.shape == (2, 512)
+    assert int(B[0, 0]) == 0x90108000
+    for word in range(256):
+        lane, j, h = word // 8, word % 8 // 2, word % 2
+        g, t = lane // 4, lane % 4
+        for p in range(4):
+            row, column = 2 * t + 8 * (p & 1) + (p >> 1), 16 * j + g + 8 * h
+            assert int(B[1, 256 + word]) >> 8 * p & 255 == codes[16 + row, 64 + column]
+
+
+@every_isa
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("K", "N", "padded_K", "padded_N"), [(64, 64, 80, 64), (40, 30, 128, 64), (200, 700, 256, 704)]
+)
+@pytest.mark.parametrize("order", [False, True])
+def test_arrange(isa: str, threads: int, bits: int, K: int, N: int, padded_K: int, padded_N: int, order: bool) -> None:
+    rng = np.random.default_rng(K)
+    codes, fill = rng.integers(0, 2**bits, (K, N)), rng.integers(0, 2**bits, padded_N, dtype=np.uint8)
+    perm = rng.permutation(K).astype(np.int32) if order else None
+    stored = np.tile(fill.astype(np.int64), (padded_K, 1))
+    stored[:K, :N] = codes if perm is None else codes[perm]
+    qweight, expected = (np.asarray(repack.pack_gptq(torch.from_numpy(c), bits).numpy()) for c in (codes, stored))
+    options: dict[str, Any] = {"bits": bits, "fill": fill, "perm": perm, "threads": threads, "isa": isa}
+    np.testing.assert_array_equal(ops.arrange(qweight, rows=padded_K, **options), expected)
+    factor = 32 // bits
+    for k0, rows in [(0, 16), (K // factor * factor - factor, 2 * factor), (padded_K - 16, 16)]:
+        block = ops.arrange(qweight, k0=k0, rows=rows, **options)
+        np.testing.assert_array_equal(block, expected[k0 // factor : (k0 + rows) // factor])
+
+
+def test_arrange_by_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ops.NO_NATIVE, "1")
+    qweight, fill = random_words(8, 30), np.full(64, 9, np.uint8)
+    perm = np.random.default_rng(0).permutation(64).astype(np.int32)
+    out = ops.arrange(qweight, bits=4, fill=fill, perm=perm, rows=128)
+    codes = np.asarray(repack.unpack_gptq(torch.from_numpy(out)).numpy())
+    source = np.asarray(repack.unpack_gptq(torch.from_numpy(qweight)).numpy())
+    np.testing.assert_array_equal(codes[:64, :30], source[perm])
+    assert (codes[64:] == 9).all()
+    assert (codes[:, 30:] == 9).all()
+
+
+def as_bf16(values: NDArray[Any]) -> NDArray[np.uint16]:
+    return np.asarray(torch.from_numpy(values.astype(np.float32)).bfloat16().view(torch.int16).numpy()).view(np.uint16)
+
+
+def bf16_value(bits: NDArray[np.uint16]) -> NDArray[np.float64]:
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+EXTENDED = [(128, 64, 1), (128, 192, 8), (256, 320, 4), (384, 128, 12)]
+
+
+@pytest.mark.parametrize("isa", [*[needs(isa) for isa in ISAS], "twin"])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("K", "N", "G"), EXTENDED)
+def test_weights_and_products(
+    isa: str, bf16: bool, asymmetric: bool, bits: int, K: int, N: int, G: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"isa": isa}
+    if isa == "twin":
+        monkeypatch.setenv(ops.NO_NATIVE, "1")
+        options = {}
+    rng = np.random.default_rng(K + bits)
+    codes = rng.integers(0, 2**bits, (K, N))
+    zeros = rng.integers(0, 2**bits, (G, N), dtype=np.uint8) if asymmetric else None
+    exact_scales = rng.standard_normal((G, N)) * (1e30 if bf16 else 0.01)
+    scales = as_bf16(exact_scales) if bf16 else exact_scales.astype(np.float16)
+    wide = bf16_value(scales) if bf16 else scales.astype(np.float64)
+    zero = 2.0 ** (bits - 1) if zeros is None else np.repeat(zeros.astype(np.float64), K // G, axis=0)
+    W = (codes - zero) * np.repeat(wide, K // G, axis=0)
+    expected = as_bf16(W) if bf16 else W.astype(np.float16)  # float32 holds the products exactly
+    rounded = bf16_value(expected) if bf16 else expected.astype(np.float64)
+    qweight = np.asarray(repack.pack_gptq(torch.from_numpy(codes), bits).numpy())
+    B = np.asarray(repack.pack_marlin(torch.from_numpy(codes), bits).numpy())
+    s = layout.permute_scales(scales)
+    kinds = {"bits": bits, "zeros": zeros, **options}
+    for W_found in (ops.dequantize_gptq(qweight, scales, **kinds), ops.dequantize_marlin(B, s, **kinds)):
+        assert W_found.dtype == scales.dtype
+        np.testing.assert_array_equal(W_found.view(np.uint16) & 0x7FFF, expected.view(np.uint16) & 0x7FFF)
+        np.testing.assert_array_equal(np.sign(bf16_value(W_found) if bf16 else W_found), np.sign(rounded))
+    x = rng.standard_normal((5, K)).astype(np.float32)
+    tolerance = K * 2.0**-23 * (np.abs(x.astype(np.float64)) @ np.abs(rounded))
+    for multiply, weights, own in ((ops.matmul_gptq, qweight, scales), (ops.matmul_marlin, B, s)):
+        y = np.zeros((5, N), np.float32)
+        half = len(weights) * 64 // K  # a block that ends within a group
+        for part, k0 in ((weights[:half], 0), (weights[half:], 64)):
+            multiply(x, np.ascontiguousarray(part), own, y, k0=k0, rows_per_group=K // G, **kinds)
+        assert (np.abs(y - x.astype(np.float64) @ rounded) <= tolerance).all()
+
+
+@both_backends
+@pytest.mark.usefixtures("backend_set")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.pack(WORDS, bits=2), "bits is 2; it should be 4 or 8"),
+        (lambda: ops.unpack(np.zeros((1, 130), np.int32), bits=8), r"B has shape \(1, 130\); .* \[K/16, 4N\]"),
+        (lambda: arranged(fill=np.zeros(63, np.uint8)), "fill has shape .*at least N = 64"),
+        (lambda: arranged(fill=np.full(64, 16, np.uint8)), "fill has 16; a code has 4 bits"),
+        (lambda: arranged(rows=12), "rows is 12 and k0 0; both should be multiples of 8"),
+        (lambda: arranged(k0=-8), "k0 -8"),
+        (lambda: arranged(perm=np.arange(1, 129, dtype=np.int32)), r"perm has shape \(128,\); .* 0 .. 127"),
+        (lambda: arranged(perm=np.arange(64, dtype=np.int32)), r"perm has shape \(64,\)"),
+        (lambda: ops.dequantize_gptq(WORDS, HALVES, zeros=np.zeros((2, 64), np.uint8)), r"zeros has shape \(2, 64\)"),
+    ],
+)
+def test_arguments_of_the_extended_format(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def arranged(**changed: Any) -> Any:
+    return ops.arrange(WORDS, **{"bits": 4, "rows": 16, "fill": np.zeros(64, np.uint8), **changed})

@@ -192,3 +192,54 @@ def test_the_twin_works_on_a_gpu() -> None:
     assert torch.equal(repack.marlin_to_gptq(B).cpu(), qweight)
     W = repack.dequantize_marlin(B, repack.permute_scales(scales.cuda()))
     assert torch.equal(W.cpu(), repack.dequantize_gptq(qweight, scales))
+
+
+# ---- The extended format ----
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize(("K", "N", "group"), [(256, 64, 64), (200, 90, 32), (128, 128, -1), (72, 65, 16)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_of_the_extended_format(
+    bits: int, asymmetric: bool, order: bool, K: int, N: int, group: int, dtype: torch.dtype
+) -> None:
+    """From the definition, in float64: W[perm[k], n] = (code[k, n] - zero[g, n]) * scale[g, n], g = k // group."""
+    generator = torch.Generator().manual_seed(K + bits)
+    padded_K, padded_N = -(-K // 128) * 128, -(-N // 64) * 64
+    G = 1 if group == -1 else padded_K // group
+    codes = torch.randint(0, 2**bits, (padded_K, padded_N), generator=generator)
+    scales = torch.randn(G, padded_N, generator=generator).to(dtype)
+    zeros = torch.randint(0, 2**bits, (G, padded_N), generator=generator) if asymmetric else None
+    perm = torch.randperm(K, generator=generator).int() if order else None
+    expected = torch.zeros(K, N, dtype=torch.float64)
+    for k in range(K):
+        g = 0 if group == -1 else k // group
+        zero = 2 ** (bits - 1) if zeros is None else zeros[g, :N]
+        expected[k if perm is None else perm[k]] = (codes[k, :N] - zero) * scales[g, :N].double()
+    stored = (
+        repack.pack_marlin(codes, bits),
+        repack.permute_scales(scales),
+        None if zeros is None else repack.pack_zeros(zeros, bits),
+        perm,
+    )
+    sizes = {"bits": bits, "in_features": K, "out_features": N}
+    assert torch.equal(repack.dequantize_layer(*stored, **sizes, dtype=torch.float32).double(), expected)
+    for target in (torch.float16, torch.bfloat16):
+        assert torch.equal(repack.dequantize_layer(*stored, **sizes, dtype=target), expected.to(target))
+    assert repack.dequantize_layer(*stored, **sizes).dtype == dtype
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_twins_of_zero_points_agree(bits: int) -> None:
+    zeros = np.random.default_rng(bits).integers(0, 2**bits, (3, 128), dtype=np.uint8)
+    words = repack.pack_zeros(torch.from_numpy(zeros), bits)
+    np.testing.assert_array_equal(words.numpy(), layout.pack_zeros(zeros, bits))
+    np.testing.assert_array_equal(repack.unpack_zeros(words, bits).numpy(), zeros)
+
+
+def test_a_permutation_of_the_wrong_length() -> None:
+    B, s = torch.zeros((8, 128), dtype=torch.int32), torch.ones((1, 64), dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"perm has shape \(3,\); it should be \[128\]"):
+        repack.dequantize_layer(B, s, perm=torch.zeros(3, dtype=torch.int32))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlin_convert.scales import to_fp16
+from marlin_convert.scales import to_extended, to_fp16
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 EVERY = pytest.mark.parametrize("dtype", TORCH)
@@ -152,3 +152,53 @@ def test_shape_is_kept(dtype: str) -> None:
     before = raw.copy()
     to_fp16(raw, dtype)
     np.testing.assert_array_equal(raw, before)
+
+
+# ---- The extended format: fp16 where it holds the scales, else bf16 ----
+
+
+def bf16(values: list[float]) -> np.ndarray:
+    return (np.array([values], np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("raw", "dtype", "stored", "kind"),
+    [
+        (np.array([[1.5, -65504, 2**-24]], np.float16), "F16", [1.5, -65504, 2**-24], "F16"),
+        (bf16([0.5, -3, 0]), "BF16", [0.5, -3, 0], "F16"),
+        (bf16([0.5, 131072]), "BF16", [0.5, 131072], "BF16"),  # beyond 65504
+        (bf16([0.5, 2**-30]), "BF16", [0.5, 2**-30], "BF16"),  # 0 in fp16
+        (bf16([1.0078125 * 2**-20]), "BF16", [1.0078125 * 2**-20], "BF16"),  # a subnormal fp16 would round it
+        (np.array([[0.1, 2]], np.float32), "F32", [float(np.float16(0.1)), 2], "F16"),
+        (np.array([[1 + 2**-9, 1e9]], np.float32), "F32", [1, 998244352], "BF16"),
+        (np.array([[1 + 3 * 2**-8, 1e9]], np.float32), "F32", [1 + 2 * 2**-7, 998244352], "BF16"),  # a tie, to even
+    ],
+)
+def test_extended_scales(raw: np.ndarray, dtype: str, stored: list[float], kind: str) -> None:
+    fit = to_extended(raw, dtype)
+    assert fit.problem is None
+    assert fit.dtype == kind
+    wide = (fit.scales.astype(np.uint32) << 16).view(np.float32) if kind == "BF16" else fit.scales
+    assert wide.astype(np.float64).tolist() == [stored]
+
+
+def test_extended_rounding_is_told() -> None:
+    fit = to_extended(np.array([[1e9]], np.float32), "F32")
+    assert fit.rounding == pytest.approx((1e9 - 998244352) / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("raw", "dtype", "problem"),
+    [
+        (np.array([[np.inf]], np.float16), "F16", "inf or NaN"),
+        (bf16([np.inf]), "BF16", "inf or NaN"),
+        (bf16([np.nan, 1e30]), "BF16", "inf or NaN"),
+        (np.array([[np.nan, 1e30]], np.float32), "F32", "inf or NaN"),
+        (np.array([[3.4e38]], np.float32), "F32", "beyond what bf16 can hold"),
+        (np.array([[1e-45, 1]], np.float32), "F32", "0 in bf16"),
+    ],
+)
+def test_extended_scales_that_do_not_fit(raw: np.ndarray, dtype: str, problem: str) -> None:
+    found = to_extended(raw, dtype).problem
+    assert found is not None
+    assert problem in found

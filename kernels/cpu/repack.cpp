@@ -1,6 +1,6 @@
-// repack.cpp: GPTQ qweight [k/8, n] <-> Marlin B [k/16, 2n], a tile (16 x 64 weights, 512 bytes) at a time.
+// repack.cpp: GPTQ qweight <-> Marlin B, a tile (16 x 64 weights) at a time; and the rows of a layer in another order.
 //
-// The format in bytes. layout.py defines a tile nibble by nibble; read as bytes it is simpler. Of a tile row, r0 and r1
+// 4 bits, a tile of 512 bytes. The format in bytes. layout.py defines a tile nibble by nibble; read as bytes it is simpler. Of a tile row, r0 and r1
 // are the two rows of qweight (k = 0..7 and 8..15), of which the tile takes 64 words each. Byte t of a qweight word holds
 // rows 2t (low nibble) and 2t+1 (high). So with
 //
@@ -17,6 +17,11 @@
 //   2. Bytes: byte t of L[16j + g], L[16j + g + 8], H[16j + g], H[16j + g + 8] make word (g, t, j); words stand in the
 //      order g, t, j. Within a sub-tile j that is a permutation of 128 bytes; then, for each g, a 4 x 4 transposition
 //      of 32-bit words, from (j, t) to (t, j).
+//
+// 8 bits, a tile of 1024 bytes. Of the tile's four rows of qweight words, r0 .. r3 (k = 0..3, 4..7, 8..11, 12..15), word
+// (g, t, j, h) takes column 16j + g + 8h and of it rows 2t, 2t+8, 2t+1, 2t+9. So the bytes of r0 and r2, interleaved, are
+// the words t = 0 and t = 1 of their column, those of r1 and r3 the words t = 2 and t = 3. What is left is to bring words
+// from the order (j, h), g, t into the order g, t, (j, h).
 #include <cstring>
 
 #include "common.h"
@@ -29,7 +34,6 @@ namespace marlin {
 namespace {
 
 constexpr int64_t kTileN = MARLIN_TILE_N;
-constexpr int64_t kTileWords = MARLIN_TILE_WORDS;
 constexpr uint32_t kLow = 0x0f0f0f0fu;
 
 // Least number of tiles for a thread: 64 KiB, about 10 us.
@@ -77,6 +81,29 @@ void unpack_tile_plain(const int32_t* tile, int32_t* r0, int32_t* r1) {
       store(r0 + 16 * j + g + 8, (low1 & kLow) | (high1 & kLow) << 4);
       store(r1 + 16 * j + g + 8, (low1 >> 4 & kLow) | (high1 & ~kLow));
     }
+  }
+}
+
+void pack_tile8_plain(const int32_t* r, int64_t n, int32_t* tile) {
+  for (int c = 0; c < kTileN; ++c) {
+    const int j = c / 16, h = c / 8 % 2, g = c % 8;
+    for (int t = 0; t < 4; ++t) {
+      const uint32_t x = load(r + t / 2 * n + c) >> 16 * (t % 2), y = load(r + (2 + t / 2) * n + c) >> 16 * (t % 2);
+      store(tile + 32 * g + 8 * t + 2 * j + h, (x & 255) | (y & 255) << 8 | (x >> 8 & 255) << 16 | (y >> 8 & 255) << 24);
+    }
+  }
+}
+
+void unpack_tile8_plain(const int32_t* tile, int32_t* r, int64_t n) {
+  for (int c = 0; c < kTileN; ++c) {
+    const int j = c / 16, h = c / 8 % 2, g = c % 8;
+    uint32_t rows[4] = {0, 0, 0, 0};
+    for (int t = 0; t < 4; ++t) {
+      const uint32_t word = load(tile + 32 * g + 8 * t + 2 * j + h);
+      rows[t / 2] |= ((word & 255) | (word >> 16 & 255) << 8) << 16 * (t % 2);
+      rows[2 + t / 2] |= ((word >> 8 & 255) | (word >> 24) << 8) << 16 * (t % 2);
+    }
+    for (int i = 0; i < 4; ++i) store(r + i * n + c, rows[i]);
   }
 }
 
@@ -158,6 +185,65 @@ MARLIN_AVX2 void unpack_tile_avx2(const int32_t* tile, int32_t* r0, int32_t* r1)
     mix_nibbles(v[1], v[3], &x, &y);
     store256(r0 + 16 * j + 8, x);
     store256(r1 + 16 * j + 8, y);
+  }
+}
+
+// The 8 x 8 transposition of the 32-bit words of v[0..7].
+MARLIN_AVX2 inline void transpose8(__m256i v[8]) {
+  transpose(v);      // within lanes: v[i] holds word i of v[0..3], of both lanes
+  transpose(v + 4);  // and of v[4..7]
+  for (int i = 0; i < 4; ++i) {
+    const __m256i a = v[i], b = v[i + 4];
+    v[i] = _mm256_permute2x128_si256(a, b, 0x20);
+    v[i + 4] = _mm256_permute2x128_si256(a, b, 0x31);
+  }
+}
+
+// 8 bits. Registers are numbered by what their words are: [t / 2][g / 2 % 2], with words (g % 2, t % 2) of g = 0..3 in the
+// first lane and of g = 4..7 in the second.
+MARLIN_AVX2 void pack_tile8_avx2(const int32_t* r, int64_t n, int32_t* tile) {
+  __m256i words[2][2][8];  // [t / 2][g / 2 % 2][2j + h]
+  for (int jh = 0; jh < 8; ++jh) {
+    for (int half = 0; half < 2; ++half) {
+      const __m256i x = load256(r + half * n + 8 * jh), y = load256(r + (2 + half) * n + 8 * jh);
+      words[half][0][jh] = _mm256_unpacklo_epi8(x, y);
+      words[half][1][jh] = _mm256_unpackhi_epi8(x, y);
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    for (int pair = 0; pair < 2; ++pair) {
+      __m256i* v = words[half][pair];
+      transpose8(v);  // v[i] is word i of all eight
+      for (int i = 0; i < 8; ++i) {
+        const int g = 4 * (i / 4) + 2 * pair + i % 4 / 2, t = 2 * half + i % 2;
+        store256(tile + 32 * g + 8 * t, v[i]);
+      }
+    }
+  }
+}
+
+MARLIN_AVX2 void unpack_tile8_avx2(const int32_t* tile, int32_t* r, int64_t n) {
+  __m256i words[2][2][8];
+  for (int half = 0; half < 2; ++half) {
+    for (int pair = 0; pair < 2; ++pair) {
+      __m256i* v = words[half][pair];
+      for (int i = 0; i < 8; ++i) {
+        const int g = 4 * (i / 4) + 2 * pair + i % 4 / 2, t = 2 * half + i % 2;
+        v[i] = load256(tile + 32 * g + 8 * t);
+      }
+      transpose8(v);
+    }
+  }
+  // Of two words x0 y0 x1 y1, x2 y2 x3 y3: x0..x3 of both columns, then y0..y3.
+  const __m256i split = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
+                                         0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  for (int jh = 0; jh < 8; ++jh) {
+    for (int half = 0; half < 2; ++half) {
+      const __m256i a = _mm256_shuffle_epi8(words[half][0][jh], split);
+      const __m256i b = _mm256_shuffle_epi8(words[half][1][jh], split);
+      store256(r + half * n + 8 * jh, _mm256_unpacklo_epi64(a, b));
+      store256(r + (2 + half) * n + 8 * jh, _mm256_unpackhi_epi64(a, b));
+    }
   }
 }
 
@@ -244,56 +330,148 @@ MARLIN_AVX512 void unpack_tile_avx512(const int32_t* tile, int32_t* r0, int32_t*
 
 // ---- Drivers: the loop over tiles, compiled once for each instruction set so that the tile function is inlined ----
 
-// Call at_tile(first word of r0, of r1, of the tile) for the tiles [begin, end), which count along tile rows.
-#define MARLIN_FOR_TILES(begin, end, n, STATEMENT)                                 \
-  for (int64_t tile = (begin); tile < (end); ++tile) {                             \
-    const int64_t row = tile / ((n) / kTileN), column = tile % ((n) / kTileN);     \
-    const int64_t at0 = 2 * row * (n) + kTileN * column, at1 = at0 + (n);          \
-    const int64_t at_tile = kTileWords * tile;                                     \
-    STATEMENT;                                                                     \
+// STATEMENT for the tiles [begin, end), which count along tile rows: `at` is the first word of the tile's first row in
+// qweight, `at_tile` that of the tile in B.
+#define MARLIN_FOR_TILES(bits, begin, end, n, STATEMENT)                                  \
+  for (int64_t tile = (begin); tile < (end); ++tile) {                                    \
+    const int64_t row = tile / ((n) / kTileN), column = tile % ((n) / kTileN);            \
+    const int64_t at = row * (MARLIN_TILE_K * (bits) / 32) * (n) + kTileN * column;       \
+    const int64_t at_tile = tile * (MARLIN_TILE_K * kTileN * (bits) / 32);                \
+    STATEMENT;                                                                            \
   }
 
 void pack_plain(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(begin, end, n, pack_tile_plain(q + at0, q + at1, B + at_tile))
+  MARLIN_FOR_TILES(4, begin, end, n, pack_tile_plain(q + at, q + at + n, B + at_tile))
 }
 void unpack_plain(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(begin, end, n, unpack_tile_plain(B + at_tile, q + at0, q + at1))
+  MARLIN_FOR_TILES(4, begin, end, n, unpack_tile_plain(B + at_tile, q + at, q + at + n))
+}
+void pack8_plain(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end) {
+  MARLIN_FOR_TILES(8, begin, end, n, pack_tile8_plain(q + at, n, B + at_tile))
+}
+void unpack8_plain(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end) {
+  MARLIN_FOR_TILES(8, begin, end, n, unpack_tile8_plain(B + at_tile, q + at, n))
 }
 #if MARLIN_X86
 MARLIN_AVX2 void pack_avx2(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(begin, end, n, pack_tile_avx2(q + at0, q + at1, B + at_tile))
+  MARLIN_FOR_TILES(4, begin, end, n, pack_tile_avx2(q + at, q + at + n, B + at_tile))
 }
 MARLIN_AVX2 void unpack_avx2(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(begin, end, n, unpack_tile_avx2(B + at_tile, q + at0, q + at1))
+  MARLIN_FOR_TILES(4, begin, end, n, unpack_tile_avx2(B + at_tile, q + at, q + at + n))
+}
+MARLIN_AVX2 void pack8_avx2(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end) {
+  MARLIN_FOR_TILES(8, begin, end, n, pack_tile8_avx2(q + at, n, B + at_tile))
+}
+MARLIN_AVX2 void unpack8_avx2(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end) {
+  MARLIN_FOR_TILES(8, begin, end, n, unpack_tile8_avx2(B + at_tile, q + at, n))
 }
 MARLIN_AVX512 void pack_avx512(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(begin, end, n, pack_tile_avx512(q + at0, q + at1, B + at_tile))
+  MARLIN_FOR_TILES(4, begin, end, n, pack_tile_avx512(q + at, q + at + n, B + at_tile))
 }
 MARLIN_AVX512 void unpack_avx512(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(begin, end, n, unpack_tile_avx512(B + at_tile, q + at0, q + at1))
+  MARLIN_FOR_TILES(4, begin, end, n, unpack_tile_avx512(B + at_tile, q + at, q + at + n))
 }
 #endif
 
 using RangeFunction = void (*)(const int32_t* in, int32_t* out, int64_t n, int64_t begin, int64_t end);
 
+// [bits / 8][isa]. 8-bit tiles are moved as fast as memory goes with AVX2.
 #if MARLIN_X86
-constexpr RangeFunction kPack[] = {nullptr, pack_plain, pack_avx2, pack_avx512};
-constexpr RangeFunction kUnpack[] = {nullptr, unpack_plain, unpack_avx2, unpack_avx512};
+constexpr RangeFunction kPack[2][4] = {{nullptr, pack_plain, pack_avx2, pack_avx512},
+                                       {nullptr, pack8_plain, pack8_avx2, pack8_avx2}};
+constexpr RangeFunction kUnpack[2][4] = {{nullptr, unpack_plain, unpack_avx2, unpack_avx512},
+                                         {nullptr, unpack8_plain, unpack8_avx2, unpack8_avx2}};
 #else
-constexpr RangeFunction kPack[] = {nullptr, pack_plain};
-constexpr RangeFunction kUnpack[] = {nullptr, unpack_plain};
+constexpr RangeFunction kPack[2][4] = {{nullptr, pack_plain}, {nullptr, pack8_plain}};
+constexpr RangeFunction kUnpack[2][4] = {{nullptr, unpack_plain}, {nullptr, unpack8_plain}};
 #endif
 
-int run(const RangeFunction* functions, const int32_t* in, int32_t* out, int64_t k, int64_t n, int threads, int isa) {
+int run(const RangeFunction (&functions)[2][4], const int32_t* in, int32_t* out, int64_t k, int64_t n, int bits,
+        int threads, int isa) {
   if (in == nullptr || out == nullptr) return MARLIN_ERROR_NULL;
+  if (bits != 4 && bits != 8) return MARLIN_ERROR_BITS;
   if (!whole_tiles(k, n)) return MARLIN_ERROR_SHAPE;
   const int chosen = choose_isa(isa);
   if (chosen < 0) return MARLIN_ERROR_ISA;
-  const RangeFunction function = functions[chosen];
+  const RangeFunction function = functions[bits / 8][chosen];
   parallel((k / MARLIN_TILE_K) * (n / kTileN), kLeastTiles, threads,
            [=](int64_t begin, int64_t end) { function(in, out, n, begin, end); });
   return MARLIN_OK;
 }
+
+// ---- Rows in another order, and padding ----
+
+struct Arrangement {
+  const int32_t *qweight, *perm;
+  const uint8_t* fill;
+  int32_t* out;
+  int64_t k, n, k0, rows, padded_n;
+};
+
+// Columns that are done for all rows before the next ones. With act-order a word of `out` takes rows from all over
+// qweight, each of whose words serves 32 / bits rows: so many columns of a layer stay in the cache until all are served.
+constexpr int64_t kStrip = 256;
+
+// The word rows of `out` in columns [begin, end). `codes` and `shift` are constants where this is inlined.
+template <int bits>
+inline __attribute__((always_inline)) void arrange_strip(const Arrangement& a, int64_t begin, int64_t end) {
+  constexpr int kCodes = 32 / bits;
+  constexpr uint32_t kMask = (1u << bits) - 1;
+  const int64_t inside = std::min(end, a.n);
+  for (int64_t row = 0; row < a.rows / kCodes; ++row) {
+    int32_t* out = a.out + row * a.padded_n;
+    const int32_t* from[kCodes];
+    int shift[kCodes];
+    int known = 0;  // the source's rows come before the padding
+    for (; known < kCodes && a.k0 + row * kCodes + known < a.k; ++known) {
+      const int64_t k = a.k0 + row * kCodes + known;
+      const int64_t source = a.perm ? a.perm[k] : k;
+      from[known] = a.qweight + source / kCodes * a.n;
+      shift[known] = static_cast<int>(source % kCodes) * bits;
+    }
+    if (known == kCodes && a.perm == nullptr) {
+      if (inside > begin) std::memcpy(out + begin, from[0] + begin, sizeof(int32_t) * (inside - begin));
+    } else if (known == kCodes) {
+      for (int64_t c = begin; c < inside; ++c) {
+        uint32_t word = 0;
+        for (int i = 0; i < kCodes; ++i) word |= (load(from[i] + c) >> shift[i] & kMask) << bits * i;
+        store(out + c, word);
+      }
+    } else {
+      for (int64_t c = begin; c < inside; ++c) {
+        uint32_t word = 0;
+        for (int i = 0; i < kCodes; ++i)
+          word |= (i < known ? load(from[i] + c) >> shift[i] & kMask : a.fill[c] & kMask) << bits * i;
+        store(out + c, word);
+      }
+    }
+    for (int64_t c = std::max(begin, a.n); c < end; ++c) store(out + c, (a.fill[c] & kMask) * (~0u / kMask));
+  }
+}
+
+#define MARLIN_ARRANGE(NAME, TARGET)                                            \
+  TARGET void NAME(const Arrangement& a, int bits, int64_t begin, int64_t end) { \
+    for (int64_t at = begin * kStrip; at < std::min(a.padded_n, end * kStrip); at += kStrip) { \
+      const int64_t to = std::min(a.padded_n, at + kStrip);                      \
+      if (bits == 4) {                                                           \
+        arrange_strip<4>(a, at, to);                                             \
+      } else {                                                                   \
+        arrange_strip<8>(a, at, to);                                             \
+      }                                                                          \
+    }                                                                            \
+  }
+MARLIN_ARRANGE(arrange_plain, )
+#if MARLIN_X86
+MARLIN_ARRANGE(arrange_avx2, MARLIN_AVX2)
+MARLIN_ARRANGE(arrange_avx512, MARLIN_AVX512)
+#endif
+
+using ArrangeFunction = void (*)(const Arrangement& a, int bits, int64_t begin, int64_t end);
+#if MARLIN_X86
+constexpr ArrangeFunction kArrange[] = {nullptr, arrange_plain, arrange_avx2, arrange_avx512};
+#else
+constexpr ArrangeFunction kArrange[] = {nullptr, arrange_plain};
+#endif
 
 }  // namespace
 }  // namespace marlin
@@ -304,12 +482,33 @@ int marlin_cpu_abi_version(void) { return MARLIN_CPU_ABI_VERSION; }
 
 int marlin_cpu_best_isa(void) { return marlin::best_isa(); }
 
-int marlin_cpu_pack(const int32_t* qweight, int32_t* B, int64_t k, int64_t n, int threads, int isa) {
-  return marlin::run(marlin::kPack, qweight, B, k, n, threads, isa);
+int marlin_cpu_pack(const int32_t* qweight, int32_t* B, int64_t k, int64_t n, int bits, int threads, int isa) {
+  return marlin::run(marlin::kPack, qweight, B, k, n, bits, threads, isa);
 }
 
-int marlin_cpu_unpack(const int32_t* B, int32_t* qweight, int64_t k, int64_t n, int threads, int isa) {
-  return marlin::run(marlin::kUnpack, B, qweight, k, n, threads, isa);
+int marlin_cpu_unpack(const int32_t* B, int32_t* qweight, int64_t k, int64_t n, int bits, int threads, int isa) {
+  return marlin::run(marlin::kUnpack, B, qweight, k, n, bits, threads, isa);
+}
+
+int marlin_cpu_arrange(const int32_t* qweight, const int32_t* perm, const uint8_t* fill, int32_t* out, int64_t k,
+                       int64_t n, int64_t k0, int64_t rows, int64_t padded_n, int bits, int threads, int isa) {
+  using namespace marlin;
+  if (qweight == nullptr || fill == nullptr || out == nullptr) return MARLIN_ERROR_NULL;
+  if (bits != 4 && bits != 8) return MARLIN_ERROR_BITS;
+  const int64_t codes = 32 / bits;
+  if (k <= 0 || n <= 0 || rows <= 0 || k0 < 0 || padded_n < n || k % codes || k0 % codes || rows % codes)
+    return MARLIN_ERROR_SHAPE;
+  for (int64_t i = 0; perm != nullptr && i < k; ++i)
+    if (perm[i] < 0 || perm[i] >= k) return MARLIN_ERROR_SHAPE;
+  const int chosen = choose_isa(isa);
+  if (chosen < 0) return MARLIN_ERROR_ISA;
+  const ArrangeFunction function = kArrange[chosen];
+  const Arrangement a = {qweight, perm, fill, out, k, n, k0, rows, padded_n};
+  constexpr int64_t kLeastWords = 1 << 14;
+  const int64_t strips = (padded_n + kStrip - 1) / kStrip;
+  parallel(strips, kLeastWords / (rows / codes * kStrip) + 1, threads,
+           [=](int64_t begin, int64_t end) { function(a, bits, begin, end); });
+  return MARLIN_OK;
 }
 
 int64_t marlin_cpu_first_difference(const int32_t* a, const int32_t* b, int64_t count) {

@@ -22,11 +22,7 @@ constexpr int64_t kLeastTiles = 256;
 
 enum class Format { kGptq, kMarlin };
 
-struct Layer {
-  const int32_t* weights;  // qweight [k/8, n] or B [k/16, 2n]: rows k0 .. k0 + k of the layer
-  const uint16_t* scales;  // fp16 [groups, n], the whole layer's, in the format's order of columns
-  int64_t k0, k, n, groups, rows_per_group;
-};
+using Layer = marlin_cpu_layer_t;
 
 struct Product {
   const float* x;  // [m, x_columns]
@@ -50,6 +46,19 @@ inline float half_value(uint16_t half) {
   return value;
 }
 
+inline float bfloat_value(uint16_t bits16) {
+  const uint32_t bits = static_cast<uint32_t>(bits16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint16_t bfloat_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
 // The 16 bits of a float that is an fp16 value.
 inline uint16_t half_bits(float value) {
   uint32_t bits;
@@ -71,25 +80,30 @@ inline int position_single(int c) {
   return 8 * (c % 8 / 2) + 2 * (c / 8) + c % 2;
 }
 
-// A group's scales as fp32, in the order of the columns, for the tile columns [begin, end).
+// A group's scales and zero points as fp32, in the order of the columns, for the tile columns [begin, end).
 template <Format format>
-class ScaleRow {
+class GroupRow {
  public:
-  ScaleRow(const Layer& layer, int64_t begin, int64_t end)
-      : layer_(layer), begin_(begin), values_(static_cast<size_t>(kTileN * (end - begin))) {}
+  GroupRow(const Layer& layer, int64_t begin, int64_t end)
+      : layer_(layer),
+        begin_(begin),
+        scales_(static_cast<size_t>(kTileN * (end - begin))),
+        zeros_(scales_.size(), static_cast<float>(1 << (layer.bits - 1))) {}
 
   void load(int64_t group) {
     if (group == group_) return;
     group_ = group;
-    const uint16_t* from = layer_.scales + group * layer_.n + kTileN * begin_;
-    for (size_t i = 0; i < values_.size(); ++i) {
-      uint16_t half;
-      std::memcpy(&half, from + place(static_cast<int64_t>(i)), sizeof half);
-      values_[i] = half_value(half);
+    const int64_t first = group * layer_.n + kTileN * begin_;
+    for (size_t i = 0; i < scales_.size(); ++i) {
+      uint16_t bits;
+      std::memcpy(&bits, layer_.scales + first + place(static_cast<int64_t>(i)), sizeof bits);
+      scales_[i] = layer_.bf16 ? bfloat_value(bits) : half_value(bits);
+      if (layer_.zeros) zeros_[i] = layer_.zeros[first + static_cast<int64_t>(i)];
     }
   }
 
-  const float* tile(int64_t column) const { return values_.data() + kTileN * (column - begin_); }
+  const float* scales(int64_t column) const { return scales_.data() + kTileN * (column - begin_); }
+  const float* zeros(int64_t column) const { return zeros_.data() + kTileN * (column - begin_); }
 
  private:
   int64_t place(int64_t i) const {
@@ -101,7 +115,7 @@ class ScaleRow {
   const Layer& layer_;
   const int64_t begin_;
   int64_t group_ = -1;
-  std::vector<float> values_;
+  std::vector<float> scales_, zeros_;
 };
 
 namespace plain {
@@ -129,49 +143,65 @@ namespace avx512 {
 using MatmulFunction = void (*)(const Layer&, const Product&, int64_t, int64_t);
 using DequantizeFunction = void (*)(const Layer&, uint16_t*, int64_t, int64_t);
 
+// The functions of each instruction set, for one width of the codes and one type of the weights.
+template <Format format, int bits, bool bf16>
+struct Functions {
 #if MARLIN_X86
-template <Format format>
-constexpr MatmulFunction kMatmul[] = {nullptr, plain::matmul<format>, avx2::matmul<format>, avx512::matmul<format>};
-template <Format format>
-constexpr DequantizeFunction kDequantize[] = {nullptr, plain::dequantize<format>, avx2::dequantize<format>,
-                                              avx512::dequantize<format>};
+  static constexpr MatmulFunction kMatmul[] = {nullptr, plain::matmul<format, bits, bf16>,
+                                               avx2::matmul<format, bits, bf16>, avx512::matmul<format, bits, bf16>};
+  static constexpr DequantizeFunction kDequantize[] = {nullptr, plain::dequantize<format, bits, bf16>,
+                                                       avx2::dequantize<format, bits, bf16>,
+                                                       avx512::dequantize<format, bits, bf16>};
 #else
-template <Format format>
-constexpr MatmulFunction kMatmul[] = {nullptr, plain::matmul<format>};
-template <Format format>
-constexpr DequantizeFunction kDequantize[] = {nullptr, plain::dequantize<format>};
+  static constexpr MatmulFunction kMatmul[] = {nullptr, plain::matmul<format, bits, bf16>};
+  static constexpr DequantizeFunction kDequantize[] = {nullptr, plain::dequantize<format, bits, bf16>};
 #endif
+};
 
-bool groups_fit(const Layer& layer) {
-  const int64_t rows = layer.rows_per_group;
-  return layer.groups > 0 && rows > 0 && rows % MARLIN_TILE_K == 0 && layer.k0 >= 0 && layer.k0 % MARLIN_TILE_K == 0 &&
-         layer.k0 + layer.k <= layer.groups * rows;
+template <Format format>
+MatmulFunction matmul_of(const Layer& layer, int isa) {
+  if (layer.bits == 4) return (layer.bf16 ? Functions<format, 4, true>::kMatmul : Functions<format, 4, false>::kMatmul)[isa];
+  return (layer.bf16 ? Functions<format, 8, true>::kMatmul : Functions<format, 8, false>::kMatmul)[isa];
 }
 
 template <Format format>
-int run_matmul(const Layer& layer, const Product& product, int threads, int isa) {
-  if (!layer.weights || !layer.scales || !product.x || !product.y) return MARLIN_ERROR_NULL;
-  if (!whole_tiles(layer.k, layer.n) || !groups_fit(layer)) return MARLIN_ERROR_SHAPE;
-  if (product.m <= 0 || product.x_columns < layer.k0 + layer.k) return MARLIN_ERROR_SHAPE;
+DequantizeFunction dequantize_of(const Layer& layer, int isa) {
+  if (layer.bits == 4)
+    return (layer.bf16 ? Functions<format, 4, true>::kDequantize : Functions<format, 4, false>::kDequantize)[isa];
+  return (layer.bf16 ? Functions<format, 8, true>::kDequantize : Functions<format, 8, false>::kDequantize)[isa];
+}
+
+int check(const Layer* layer) {
+  if (!layer || !layer->weights || !layer->scales) return MARLIN_ERROR_NULL;
+  if (layer->bits != 4 && layer->bits != 8) return MARLIN_ERROR_BITS;
+  const int64_t rows = layer->rows_per_group;
+  const bool groups_fit = layer->groups > 0 && rows > 0 && rows % MARLIN_TILE_K == 0 && layer->k0 >= 0 &&
+                          layer->k0 % MARLIN_TILE_K == 0 && layer->k0 + layer->k <= layer->groups * rows;
+  return whole_tiles(layer->k, layer->n) && groups_fit ? MARLIN_OK : MARLIN_ERROR_SHAPE;
+}
+
+template <Format format>
+int run_matmul(const Layer* layer, const Product& product, int threads, int isa) {
+  if (!product.x || !product.y) return MARLIN_ERROR_NULL;
+  if (const int error = check(layer)) return error;
+  if (product.m <= 0 || product.x_columns < layer->k0 + layer->k) return MARLIN_ERROR_SHAPE;
   const int chosen = choose_isa(isa);
   if (chosen < 0) return MARLIN_ERROR_ISA;
-  const MatmulFunction function = kMatmul<format>[chosen];
-  const int64_t rows = layer.k / MARLIN_TILE_K;
-  parallel(layer.n / kTileN, kLeastTiles / rows, threads,
-           [&, function](int64_t begin, int64_t end) { function(layer, product, begin, end); });
+  const MatmulFunction function = matmul_of<format>(*layer, chosen);
+  parallel(layer->n / kTileN, kLeastTiles / (layer->k / MARLIN_TILE_K), threads,
+           [&, function](int64_t begin, int64_t end) { function(*layer, product, begin, end); });
   return MARLIN_OK;
 }
 
 template <Format format>
-int run_dequantize(const Layer& layer, uint16_t* w, int threads, int isa) {
-  if (!layer.weights || !layer.scales || !w) return MARLIN_ERROR_NULL;
-  if (!whole_tiles(layer.k, layer.n) || !groups_fit(layer)) return MARLIN_ERROR_SHAPE;
+int run_dequantize(const Layer* layer, uint16_t* w, int threads, int isa) {
+  if (!w) return MARLIN_ERROR_NULL;
+  if (const int error = check(layer)) return error;
   const int chosen = choose_isa(isa);
   if (chosen < 0) return MARLIN_ERROR_ISA;
-  const DequantizeFunction function = kDequantize<format>[chosen];
-  const int64_t rows = layer.k / MARLIN_TILE_K;
-  parallel(layer.n / kTileN, kLeastTiles / rows, threads,
-           [&, function](int64_t begin, int64_t end) { function(layer, w, begin, end); });
+  const DequantizeFunction function = dequantize_of<format>(*layer, chosen);
+  parallel(layer->n / kTileN, kLeastTiles / (layer->k / MARLIN_TILE_K), threads,
+           [&, function](int64_t begin, int64_t end) { function(*layer, w, begin, end); });
   return MARLIN_OK;
 }
 
@@ -180,30 +210,22 @@ int run_dequantize(const Layer& layer, uint16_t* w, int threads, int isa) {
 
 extern "C" {
 
-int marlin_cpu_dequantize_gptq(const int32_t* qweight, const uint16_t* scales, uint16_t* w, int64_t k, int64_t n,
-                               int64_t groups, int threads, int isa) {
-  if (groups <= 0 || k % groups != 0) return MARLIN_ERROR_SHAPE;
-  return marlin::run_dequantize<marlin::Format::kGptq>({qweight, scales, 0, k, n, groups, k / groups}, w, threads, isa);
+int marlin_cpu_dequantize_gptq(const marlin_cpu_layer_t* layer, uint16_t* w, int threads, int isa) {
+  return marlin::run_dequantize<marlin::Format::kGptq>(layer, w, threads, isa);
 }
 
-int marlin_cpu_dequantize_marlin(const int32_t* B, const uint16_t* s, uint16_t* w, int64_t k, int64_t n, int64_t groups,
-                                 int threads, int isa) {
-  if (groups <= 0 || k % groups != 0) return MARLIN_ERROR_SHAPE;
-  return marlin::run_dequantize<marlin::Format::kMarlin>({B, s, 0, k, n, groups, k / groups}, w, threads, isa);
+int marlin_cpu_dequantize_marlin(const marlin_cpu_layer_t* layer, uint16_t* w, int threads, int isa) {
+  return marlin::run_dequantize<marlin::Format::kMarlin>(layer, w, threads, isa);
 }
 
-int marlin_cpu_matmul_gptq(const float* x, int64_t m, int64_t x_columns, const int32_t* qweight, const uint16_t* scales,
-                           float* y, int64_t k0, int64_t k, int64_t n, int64_t groups, int64_t rows_per_group,
+int marlin_cpu_matmul_gptq(const float* x, int64_t m, int64_t x_columns, const marlin_cpu_layer_t* layer, float* y,
                            int threads, int isa) {
-  return marlin::run_matmul<marlin::Format::kGptq>({qweight, scales, k0, k, n, groups, rows_per_group},
-                                                   {x, y, m, x_columns}, threads, isa);
+  return marlin::run_matmul<marlin::Format::kGptq>(layer, {x, y, m, x_columns}, threads, isa);
 }
 
-int marlin_cpu_matmul_marlin(const float* x, int64_t m, int64_t x_columns, const int32_t* B, const uint16_t* s,
-                             float* y, int64_t k0, int64_t k, int64_t n, int64_t groups, int64_t rows_per_group,
+int marlin_cpu_matmul_marlin(const float* x, int64_t m, int64_t x_columns, const marlin_cpu_layer_t* layer, float* y,
                              int threads, int isa) {
-  return marlin::run_matmul<marlin::Format::kMarlin>({B, s, k0, k, n, groups, rows_per_group}, {x, y, m, x_columns},
-                                                     threads, isa);
+  return marlin::run_matmul<marlin::Format::kMarlin>(layer, {x, y, m, x_columns}, threads, isa);
 }
 
 }  // extern "C"

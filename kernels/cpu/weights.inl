@@ -45,48 +45,71 @@ MARLIN_TARGET static inline Floats round_to_half(Floats v) {
 #define MARLIN_ROUND_IS_OURS
 #endif
 
-// The weights of kWidth columns: codes in the lowest nibbles of `words >> shift`. The product of an integer below 16 and
-// an fp16 value is exact in fp32, so that the weight is rounded once.
-MARLIN_TARGET static inline void put_weights(Words words, int shift, Floats scale, float* w) {
-  const Ints codes = (Ints)((words >> shift) & 15u);
-  const Floats product = __builtin_convertvector(codes - MARLIN_ZERO_POINT, Floats) * scale;
-  store_floats(w, MARLIN_ROUND(product));
+// Round to the nearest bf16 value, ties to even.
+MARLIN_TARGET static inline Floats round_to_bfloat(Floats v) {
+  const Words bits = (Words)v, magnitude = bits & 0x7fffffffu;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return (Floats)(magnitude > 0x7f800000u ? Words{} + 0x7fc00000u : rounded);
 }
 
-// One tile -> weights w [16][64]. `in` is the tile's first word of r0 in qweight, `n` the words in a row of qweight;
-// scale[64] in the order of the columns.
-MARLIN_TARGET static void tile_gptq(const int32_t* in, int64_t n, const float* scale, float* w) {
-  for (int half = 0; half < 2; ++half) {
+// What a weight is made of besides its code, for the 64 columns of a tile, in their own order.
+struct Columns {
+  const float *scales, *zeros;
+};
+
+// The weights of kWidth columns: codes in the lowest bits of `words >> shift`. The product of an integer below 256 and an
+// fp16 or bf16 value is exact in fp32, so that the weight is rounded once.
+template <int bits, bool bf16>
+MARLIN_TARGET static inline void put_weights(Words words, int shift, Floats scale, Floats zero, float* w) {
+  const Ints codes = (Ints)((words >> shift) & (Words{} + ((1u << bits) - 1)));
+  const Floats product = (__builtin_convertvector(codes, Floats) - zero) * scale;
+  store_floats(w, bf16 ? round_to_bfloat(product) : MARLIN_ROUND(product));
+}
+
+// One tile -> weights w [16][64]. `in` is the tile's first word of its first row in qweight, `n` the words in a row.
+template <int bits, bool bf16>
+MARLIN_TARGET static void tile_gptq(const int32_t* in, int64_t n, const Columns& columns, float* w) {
+  constexpr int kCodes = 32 / bits;  // in a word, neighbours along K
+  for (int row = 0; row < MARLIN_TILE_K / kCodes; ++row) {
     for (int c = 0; c < kTileN; c += kWidth) {
-      const Words words = load_words(in + half * n + c);
-      const Floats s = load_floats(scale + c);
-      for (int i = 0; i < 8; ++i) put_weights(words, 4 * i, s, w + (8 * half + i) * kTileN + c);
-    }
-  }
-}
-
-// The same from the tile's 128 words in `B`. Written from the nibbles of layout.py, and deliberately not by way of
-// unpack(), so that comparing the two products checks the format and not only that unpack() undoes pack().
-MARLIN_TARGET static void tile_marlin(const int32_t* in, const float* scale, float* w) {
-  uint32_t words[4][4][16];  // [t][j][column in the sub-tile], with this column's nibbles lowest
-  for (int g = 0; g < 8; ++g) {
-    for (int t = 0; t < 4; ++t) {
-      for (int j = 0; j < 4; ++j) {
-        uint32_t word;
-        std::memcpy(&word, in + 4 * (4 * g + t) + j, sizeof word);
-        words[t][j][g] = word;           // nibbles 0, 1, 4, 5
-        words[t][j][g + 8] = word >> 8;  // nibbles 2, 3, 6, 7
+      const Words words = load_words(in + row * n + c);
+      const Floats s = load_floats(columns.scales + c), z = load_floats(columns.zeros + c);
+      for (int i = 0; i < kCodes; ++i) {
+        put_weights<bits, bf16>(words, bits * i, s, z, w + (kCodes * row + i) * kTileN + c);
       }
     }
   }
+}
+
+// The same from the tile's words in `B`. Written from the table of layout.py, and deliberately not by way of unpack(), so
+// that comparing the two products checks the format and not only that unpack() undoes pack().
+template <int bits, bool bf16>
+MARLIN_TARGET static void tile_marlin(const int32_t* in, const Columns& columns, float* w) {
+  uint32_t words[4][4][16];  // [t][j][column in the sub-tile], with this column's codes lowest
+  for (int g = 0; g < 8; ++g) {
+    for (int t = 0; t < 4; ++t) {
+      for (int j = 0; j < 4; ++j) {
+        const int lane = 4 * g + t;
+        if (bits == 4) {
+          uint32_t word;
+          std::memcpy(&word, in + 4 * lane + j, sizeof word);
+          words[t][j][g] = word;           // nibbles 0, 1, 4, 5
+          words[t][j][g + 8] = word >> 8;  // nibbles 2, 3, 6, 7
+        } else {
+          std::memcpy(&words[t][j][g], in + 8 * lane + 2 * j, sizeof(uint32_t));
+          std::memcpy(&words[t][j][g + 8], in + 8 * lane + 2 * j + 1, sizeof(uint32_t));
+        }
+      }
+    }
+  }
+  constexpr int kShift[2][4] = {{0, 4, 16, 20}, {0, 8, 16, 24}};  // of rows 2t, 2t + 8, 2t + 1, 2t + 9
   for (int t = 0; t < 4; ++t) {
     for (int c = 0; c < kTileN; c += kWidth) {
       const Words v = load_words(&words[t][c / 16][c % 16]);
-      const Floats s = load_floats(scale + c);
-      put_weights(v, 0, s, w + (2 * t) * kTileN + c);
-      put_weights(v, 4, s, w + (2 * t + 8) * kTileN + c);
-      put_weights(v, 16, s, w + (2 * t + 1) * kTileN + c);
-      put_weights(v, 20, s, w + (2 * t + 9) * kTileN + c);
+      const Floats s = load_floats(columns.scales + c), z = load_floats(columns.zeros + c);
+      for (int p = 0; p < 4; ++p) {
+        put_weights<bits, bf16>(v, kShift[bits / 8][p], s, z, w + (2 * t + 8 * (p % 2) + p / 2) * kTileN + c);
+      }
     }
   }
 }
@@ -116,25 +139,26 @@ MARLIN_TARGET static void multiply_tile(const float* x, int64_t x_stride, const 
   }
 }
 
-template <Format format>
+template <Format format, int bits, bool bf16>
 MARLIN_TARGET static inline void tile_weights(const Layer& layer, int64_t tile_row, int64_t tile_column,
-                                              const float* scale, float* w) {
+                                              const Columns& columns, float* w) {
+  const int32_t* row = layer.weights + tile_row * layer.n * (MARLIN_TILE_K * bits / 32);
   if (format == Format::kGptq) {
-    tile_gptq(layer.weights + 2 * tile_row * layer.n + kTileN * tile_column, layer.n, scale, w);
+    tile_gptq<bits, bf16>(row + kTileN * tile_column, layer.n, columns, w);
   } else {
-    tile_marlin(layer.weights + 2 * tile_row * layer.n + MARLIN_TILE_WORDS * tile_column, scale, w);
+    tile_marlin<bits, bf16>(row + kTileN * tile_column * (MARLIN_TILE_K * bits / 32), columns, w);
   }
 }
 
-template <Format format>
+template <Format format, int bits, bool bf16>
 MARLIN_TARGET static void matmul(const Layer& layer, const Product& p, int64_t begin, int64_t end) {
   float w[MARLIN_TILE_K * kTileN];
-  ScaleRow<format> scales(layer, begin, end);
+  GroupRow<format> groups(layer, begin, end);
   for (int64_t row = 0; row < layer.k / MARLIN_TILE_K; ++row) {
     const int64_t k = layer.k0 + MARLIN_TILE_K * row;
-    scales.load(k / layer.rows_per_group);
+    groups.load(k / layer.rows_per_group);
     for (int64_t column = begin; column < end; ++column) {
-      tile_weights<format>(layer, row, column, scales.tile(column), w);
+      tile_weights<format, bits, bf16>(layer, row, column, {groups.scales(column), groups.zeros(column)}, w);
       const float* x = p.x + k;
       float* y = p.y + kTileN * column;
       int64_t m = 0;
@@ -144,18 +168,19 @@ MARLIN_TARGET static void matmul(const Layer& layer, const Product& p, int64_t b
   }
 }
 
-template <Format format>
+template <Format format, int bits, bool bf16>
 MARLIN_TARGET static void dequantize(const Layer& layer, uint16_t* out, int64_t begin, int64_t end) {
   float w[MARLIN_TILE_K * kTileN];
-  ScaleRow<format> scales(layer, begin, end);
+  GroupRow<format> groups(layer, begin, end);
   for (int64_t row = 0; row < layer.k / MARLIN_TILE_K; ++row) {
-    scales.load(MARLIN_TILE_K * row / layer.rows_per_group);
+    groups.load((layer.k0 + MARLIN_TILE_K * row) / layer.rows_per_group);
     for (int64_t column = begin; column < end; ++column) {
-      tile_weights<format>(layer, row, column, scales.tile(column), w);
+      tile_weights<format, bits, bf16>(layer, row, column, {groups.scales(column), groups.zeros(column)}, w);
       for (int k = 0; k < MARLIN_TILE_K; ++k) {
-        uint16_t halves[kTileN];
-        for (int c = 0; c < kTileN; ++c) halves[c] = half_bits(w[k * kTileN + c]);
-        std::memcpy(out + (MARLIN_TILE_K * row + k) * layer.n + kTileN * column, halves, sizeof halves);
+        uint16_t values[kTileN];
+        for (int c = 0; c < kTileN; ++c)
+          values[c] = bf16 ? bfloat_bits(w[k * kTileN + c]) : half_bits(w[k * kTileN + c]);
+        std::memcpy(out + (MARLIN_TILE_K * row + k) * layer.n + kTileN * column, values, sizeof values);
       }
     }
   }
