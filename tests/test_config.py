@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from marlin_convert.config import GPTQSettings, find_configs, marlin_model_config, marlin_settings, parse_settings
+from marlin_convert.config import (
+    GPTQSettings,
+    LayerSettings,
+    find_configs,
+    marlin_ext_settings,
+    marlin_model_config,
+    marlin_settings,
+    parse_settings,
+    read_marlin_settings,
+)
 from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
 
 
@@ -420,3 +429,72 @@ def test_marlin_model_config_without_settings_in_it() -> None:
     assert result == {
         "model_type": "llama", "quantization_config": MARLIN, "torch_dtype": "float16", "dtype": "float16",
     }  # fmt: skip
+
+
+# ---- Marlin settings ----
+
+EXT = {
+    "quant_method": "gptq", "checkpoint_format": "marlin_ext", "marlin_ext_version": 1,
+    "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "lm_head": False,
+    "layers": {
+        "a.q_proj": {"bits": 8, "group_size": 32, "sym": False, "desc_act": True},
+        "a.down_proj": {"in_features": 1000, "out_features": 576, "source_group_size": 256},
+    },
+}  # fmt: skip
+
+
+def test_read_the_example_of_the_specification() -> None:
+    settings = read_marlin_settings(EXT)
+    assert settings.format == "marlin_ext"
+    assert settings.layer("a.k_proj") == LayerSettings(4, 128, True, False)
+    assert settings.layer("a.q_proj") == LayerSettings(8, 32, False, True)
+    assert settings.layer("a.down_proj") == LayerSettings(4, 128, True, False, 1000, 576, 256)
+
+
+def test_write_what_is_most_common_once() -> None:
+    plain, other = LayerSettings(4, 64, True, True), LayerSettings(8, -1, False, False, out_features=576)
+    layers = {"a": other, "b": plain, "c": plain}
+    assert marlin_ext_settings(layers, lm_head=True) == {
+        "quant_method": "gptq", "checkpoint_format": "marlin_ext", "marlin_ext_version": 1,
+        "bits": 4, "group_size": 64, "sym": True, "desc_act": True, "lm_head": True,
+        "layers": {"a": {"bits": 8, "group_size": -1, "sym": False, "desc_act": False, "out_features": 576}},
+    }  # fmt: skip
+    read = read_marlin_settings(marlin_ext_settings(layers, lm_head=True))
+    assert {name: read.layer(name) for name in layers} == layers
+    assert "layers" not in marlin_ext_settings({"b": plain}, lm_head=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "is_marlin_format": True},
+        {"bits": 4, "group_size": 128, "sym": True, "quant_method": "gptq", "checkpoint_format": "marlin"},
+        {"group_size": 128, "quant_method": "marlin"},
+    ],
+    ids=["AutoGPTQ 0.7.1", "AutoGPTQ main", "quant_method alone"],
+)
+def test_read_original_settings_of_others(config: dict[str, Any]) -> None:
+    settings = read_marlin_settings(config)
+    assert settings.format == "marlin"
+    assert settings.layer("any") == LayerSettings(4, 128, True, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({**EXT, "marlin_ext_version": 2}, UnsupportedError, "marlin_ext_version is 2"),
+        ({**EXT, "marlin_ext_version": True}, UnsupportedError, "marlin_ext_version is True"),
+        ({**EXT, "bits": 3}, SourceError, "bits is 3; one of 4, 8"),
+        ({**EXT, "group_size": 96}, SourceError, "group_size is 96"),
+        ({**EXT, "sym": None}, SourceError, "sym is None"),
+        ({**EXT, "layers": {"a": {"in_features": 0}}}, SourceError, "quantization_config, a: in_features is 0"),
+        ({**EXT, "layers": {"a": {"colour": 1}}}, SourceError, "not as the format has it"),
+        ({**EXT, "layers": []}, SourceError, r"layers is \[\]"),
+        ({"quant_method": "gptq", "bits": 4}, UnsupportedError, "does not describe a Marlin checkpoint"),
+        ({"is_marlin_format": True, "bits": 8, "group_size": 128}, SourceError, "here it is 8 bits"),
+    ],
+    ids=str,
+)
+def test_refuse_other_marlin_settings(config: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        read_marlin_settings(config)
