@@ -74,6 +74,14 @@ def output_options(command: F) -> F:
 
 def source_options(command: F) -> F:
     """The options of every command that reads a source."""
+    return click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", callback=_device,
+        help="Where to compute. auto repacks on the CPU and verifies on a GPU of capability 8.0+ if there is one.",
+    )(hub_options(command))  # fmt: skip
+
+
+def hub_options(command: F) -> F:
+    """The options of every command that may read from the Hub."""
     command = click.option(
         "--cache-dir",
         type=click.Path(path_type=Path, file_okay=False),
@@ -82,11 +90,7 @@ def source_options(command: F) -> F:
     command = click.option(
         "--token", help="Hub token, for gated and private repositories (default: the one you logged in with)."
     )(command)
-    command = click.option("--revision", help="Branch, tag or commit of a Hub source.")(command)
-    return click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", callback=_device,
-        help="Where to compute. auto repacks on the CPU and verifies on a GPU of capability 8.0+ if there is one.",
-    )(command)  # fmt: skip
+    return click.option("--revision", help="Branch, tag or commit of a Hub source.")(command)
 
 
 def writing_options(command: F) -> F:
@@ -275,6 +279,41 @@ def push(
     screen = _screen(as_json, quiet, verbose)
     target = _target(repo_id, private, branch, create_pr, commit_message)
     screen.pushed(push_result(out, target, _options(force=force, token=token)))
+
+
+@cli.command("to-gptq")
+@click.argument("marlin")
+@click.argument("out", type=OUT)
+@click.option(
+    "--v2", is_flag=True, help="Store zero points as they are (checkpoint_format gptq_v2), not less one (gptq)."
+)
+@click.option(
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    callback=_shard_size,
+    help="Largest weight file; one model.safetensors when everything fits.",
+)
+@click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT.")
+@hub_options
+@output_options
+def to_gptq(
+    marlin: str, out: Path, v2: bool, max_shard_size: str, force: bool, revision: str | None, token: str | None,
+    cache_dir: Path | None, as_json: bool, quiet: bool, verbose: bool,
+) -> None:  # fmt: skip
+    """Restore the GPTQ checkpoint that MARLIN, a folder or a Hub id, was made from.
+
+    Reads both Marlin formats, also of checkpoints that AutoGPTQ or others made. Codes, scales, zero points and g_idx
+    are the original's, bit for bit.
+    """
+    from .restore import restore
+
+    screen = _screen(as_json, quiet, verbose)
+    options = _options(force=force, max_shard_size=max_shard_size, revision=revision, token=token, cache_dir=cache_dir)
+    with screen.progress() as progress:
+        report = restore(marlin, out, options, progress, v2=v2)
+    screen.restored(report)
 
 
 def _target(repo_id: str, private: bool, branch: str | None, create_pr: bool, message: str | None) -> Target:

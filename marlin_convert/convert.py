@@ -124,7 +124,7 @@ def convert(
     device, remark = usable_device(options)
     options = replace(options, target=_checked_target(str(source), options))
     with opened(source, options) as (origin, checkpoint):
-        _keep_apart(origin.folder, out)
+        keep_apart(origin.folder, out)
         plan = make_plan(checkpoint)
         if plan.already_marlin:
             raise AlreadyMarlin(f"{source} already is a Marlin checkpoint; there is nothing to convert.")
@@ -393,7 +393,7 @@ def _bytes_needed(checkpoint: Checkpoint, plan: Plan) -> int:
     return plan.bytes_out + small + (16 << 20)  # headers, index, reports, and the file system's own needs
 
 
-def _keep_apart(source: Path, out: Path) -> None:
+def keep_apart(source: Path, out: Path) -> None:
     """The source is never touched: the output is neither the source, nor inside it, nor around it."""
     a, b = source.resolve(), out.resolve()
     if a == b or a in b.parents or b in a.parents:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .bench import Report as BenchReport
     from .convert import Options, Report
     from .hub import Source
+    from .restore import Restored
     from .verify import Verification
 
 #: Seconds between plain progress lines when the output is no terminal.
@@ -262,6 +263,17 @@ class Screen:
             self._say(
                 "note:  converted on the CPU; running the result needs an NVIDIA GPU of compute capability 8.0 or newer"
             )
+
+    def restored(self, report: Restored) -> None:
+        """The result of `marlin-convert to-gptq`."""
+        self._json(report.as_dict())
+        self._say(
+            f"[green]restored[/] {len(report.layers)} layers from {report.format} to {report.zero_points}, "
+            f"{len(report.copies)} tensors copied; {size(report.bytes_out)} out, {report.seconds:.1f} s"
+        )
+        if not report.settings_known:
+            self._say("[yellow]note[/] the source's own settings are not known here: they are what the tensors imply")
+        self._say(f"where: {escape(str(report.out))}")
 
     def pushed(self, address: str) -> None:
         """The result of `marlin-convert push`."""

@@ -30,7 +30,7 @@ FLOORS = (
     ("hf", "verify"),
     ("card",),
     ("convert",),
-    ("bench",),
+    ("bench", "restore"),
     ("render",),
     ("cli",),
 )

@@ -1,0 +1,307 @@
+"""Back to GPTQ: every tensor of the source again, bit for bit, from Marlin checkpoints of both formats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gptq import GPTQLayer, Source, pack_columns, plain_tensors, quantization_config, two_layers, write_source
+from safetensors.torch import load_file, save_file
+
+from marlin_convert import repack
+from marlin_convert.convert import Options, convert
+from marlin_convert.errors import OutputError, SourceError, UnsupportedError
+from marlin_convert.restore import restore
+
+NAME = "model.layers.0.mlp.down_proj"
+
+
+def assert_same_tensors(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def all_tensors(source: Source) -> dict[str, torch.Tensor]:
+    return {k: v for name, layer in source.layers.items() for k, v in layer.tensors(name).items()} | source.plain
+
+
+def shuffled(K: int, group_size: int, seed: int = 0) -> np.ndarray:
+    """A g_idx of act-order: each group has its rows, in any places."""
+    groups = np.arange(K) // group_size
+    return np.random.default_rng(seed).permutation(groups)
+
+
+def asymmetric(K: int, N: int, group_size: int, bits: int) -> np.ndarray:
+    """Zero points, stored as v1 does it: z - 1, no z of 0."""
+    G = 1 if group_size == -1 else -(-K // group_size)
+    return np.random.default_rng(5).integers(0, 2**bits - 1, (G, N))
+
+
+def marlin_ext(folder: Path, layers: dict[str, GPTQLayer], **changes: Any) -> None:
+    """Write `layers` in the extended format, as docs/format.md has it, by the slow twin."""
+    tensors, entries = dict(plain_tensors()), {}
+    for name, layer in layers.items():
+        group = -1 if layer.G == 1 else layer.group_size
+        stored_group = -1 if group == -1 else next(size for size in (128, 64, 32, 16) if group % size == 0)
+        K, N = -(-layer.K // 128) * 128, -(-layer.N // 64) * 64
+        repeat = 1 if group == -1 else group // stored_group
+        G = 1 if group == -1 else K // stored_group
+        middle = 2 ** (layer.bits - 1)
+        sym = np.ndim(layer.stored_zero) == 0
+
+        def rows(values: Any, dtype: torch.dtype, G: int = G, N: int = N, repeat: int = repeat) -> torch.Tensor:
+            padded = torch.zeros(G, N, dtype=dtype)
+            repeated = torch.as_tensor(values).to(dtype).repeat_interleave(repeat, 0)[:G]
+            padded[: repeated.shape[0], : repeated.shape[1]] = repeated
+            return padded
+
+        zeros = rows(np.asarray(layer.stored_zero) + 1, torch.int64) if not sym else torch.full((G, N), middle)
+        order = np.argsort(layer.groups, kind="stable")
+        of_row = torch.zeros(K, dtype=torch.long) if group == -1 else torch.arange(K) // stored_group
+        codes = zeros[of_row]
+        codes[: layer.K, : layer.N] = torch.from_numpy(layer.codes[order])
+        tensors[f"{name}.marlin_qweight"] = repack.pack_marlin(codes, layer.bits)
+        tensors[f"{name}.marlin_scales"] = repack.permute_scales(rows(layer.scale_tensor, layer.scale_tensor.dtype))
+        act_order = not np.array_equal(order, np.arange(layer.K))
+        if not sym:
+            tensors[f"{name}.marlin_qzeros"] = repack.pack_zeros(zeros, layer.bits)
+        if act_order:
+            tensors[f"{name}.marlin_perm"] = torch.from_numpy(order.astype(np.int32))
+        if layer.bias:
+            tensors[f"{name}.bias"] = layer.bias_tensor
+        entries[name] = {"bits": layer.bits, "group_size": stored_group, "sym": sym, "desc_act": act_order}
+        if layer.K != K:
+            entries[name]["in_features"] = layer.K
+        if layer.N != N:
+            entries[name]["out_features"] = layer.N
+        if stored_group != group:
+            entries[name]["source_group_size"] = group
+    folder.mkdir()
+    save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    settings = {
+        "quant_method": "gptq", "checkpoint_format": "marlin_ext", "marlin_ext_version": 1, "bits": 4,
+        "group_size": 128, "sym": True, "desc_act": False, "lm_head": False, "layers": entries, **changes,
+    }  # fmt: skip
+    config = {"model_type": "llama", "torch_dtype": "bfloat16", "quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+LAYERS = [
+    {"K": 256, "N": 256},
+    {"K": 256, "N": 128, "bits": 8, "group_size": 32},
+    {"K": 576, "N": 72, "group_size": 64},
+    {"K": 1000, "N": 64, "group_size": 128},  # the last group is short
+    {"K": 512, "N": 64, "group_size": 256},
+    {"K": 600, "N": 96, "group_size": 256, "bits": 8},
+    {"K": 192, "N": 64, "group_size": 96},
+    {"K": 144, "N": 40, "group_size": 16},
+    {"K": 384, "N": 64, "group_size": -1, "scale_dtype": torch.bfloat16},
+]
+
+
+@pytest.mark.parametrize("asym", [False, True])
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("settings", LAYERS)
+def test_from_the_extended_format(tmp_path: Path, settings: dict[str, Any], asym: bool, order: bool) -> None:
+    K, N, bits, group_size = (settings.get(k, d) for k, d in (("K", 0), ("N", 0), ("bits", 4), ("group_size", 128)))
+    layer = GPTQLayer(
+        **settings,
+        stored_zero=asymmetric(K, N, group_size, bits) if asym else 2 ** (bits - 1) - 1,
+        g_idx=shuffled(K, group_size) if order and group_size != -1 else "sequential",
+        bias=order,
+    )
+    marlin_ext(tmp_path / "marlin", {NAME: layer})
+    report = restore(tmp_path / "marlin", tmp_path / "gptq")
+    assert (report.format, report.settings_known) == ("marlin_ext", False)
+    assert_same_tensors(tmp_path / "gptq", layer.tensors(NAME) | plain_tensors())
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+    expected = {"bits": bits, "group_size": group_size, "sym": not asym, "desc_act": order and group_size != -1,
+                "quant_method": "gptq", "checkpoint_format": "gptq"}  # fmt: skip
+    assert expected.items() <= config["quantization_config"].items()
+    assert json.loads((tmp_path / "gptq" / "quantize_config.json").read_text()) == config["quantization_config"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_as_v2_stores_them(tmp_path: Path, bits: int) -> None:
+    stored = asymmetric(256, 64, 128, bits)
+    layers = {
+        "a": GPTQLayer(N=64, bits=bits, stored_zero=stored),
+        "b": GPTQLayer(N=64, bits=bits, stored_zero=2 ** (bits - 1) - 1),
+    }
+    marlin_ext(tmp_path / "marlin", layers)
+    restore(tmp_path / "marlin", tmp_path / "gptq", v2=True)
+    found = load_file(tmp_path / "gptq" / "model.safetensors")
+    np.testing.assert_array_equal(found["a.qzeros"].numpy(), pack_columns(stored + 1, bits))
+    middle = 0x88888888 if bits == 4 else 0x80808080
+    assert (found["b.qzeros"].numpy().view(np.uint32) == middle).all()
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    assert config["quantization_config"]["checkpoint_format"] == "gptq_v2"
+
+
+@pytest.mark.parametrize(("reading", "word"), [("nibble", 0x1F), ("word", 0x0F)])
+def test_a_zero_point_of_zero(tmp_path: Path, reading: str, word: int) -> None:
+    """Zero points 0, 2, 1, 1, …: each number less one, or the word less 0x11111111, whose borrow goes on."""
+    stored = np.zeros((2, 64), np.int64)
+    stored[:, 0], stored[:, 1] = -1, 1
+    layer = GPTQLayer(N=64, stored_zero=stored)
+    marlin_ext(tmp_path / "marlin", {NAME: layer})
+    noted = {"source_quantization": {"zero_point_reading": reading}}
+    (tmp_path / "marlin" / "marlin_convert.json").write_text(json.dumps(noted))
+    restore(tmp_path / "marlin", tmp_path / "gptq")
+    qzeros = load_file(tmp_path / "gptq" / "model.safetensors")[f"{NAME}.qzeros"]
+    assert qzeros[:, 0].tolist() == [word, word]
+    assert (qzeros[:, 1:] == 0).all()
+
+
+def test_layers_that_differ_are_named_in_dynamic(tmp_path: Path) -> None:
+    layers = {"a.x": GPTQLayer(), "a.y": GPTQLayer(), "a.z": GPTQLayer(bits=8, group_size=64, stored_zero=127)}
+    marlin_ext(tmp_path / "marlin", layers)
+    restore(tmp_path / "marlin", tmp_path / "gptq")
+    config = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
+    assert (config["bits"], config["group_size"]) == (4, 128)
+    assert config["dynamic"] == {"+:^a\\.z$": {"bits": 8, "group_size": 64}}
+    again = convert(tmp_path / "gptq", tmp_path / "again", Options(device="cpu")) if _has_extended() else None
+    if again is not None:
+        assert_same_tensors(tmp_path / "again", load_file(tmp_path / "marlin" / "model.safetensors"))
+
+
+def _has_extended() -> bool:
+    return "format" in Options.__dataclass_fields__
+
+
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_round_trip_through_the_original_format(tmp_path: Path, group_size: int, shards: int) -> None:
+    source = write_source(
+        tmp_path / "source",
+        two_layers(group_size=group_size, bias=True),
+        quantization=quantization_config(group_size=group_size, damp_percent=0.07),
+        shards=shards,
+        extra={"tokenizer.json": "{}"},
+    )
+    convert(source.folder, tmp_path / "marlin", Options(device="cpu"))
+    report = restore(tmp_path / "marlin", tmp_path / "gptq")
+    assert report.format == "marlin"
+    assert_same_tensors(tmp_path / "gptq", all_tensors(source))
+    quantization = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    expected = {"bits": 4, "group_size": group_size, "sym": True, "desc_act": False, "damp_percent": 0.07}
+    assert expected.items() <= quantization.items()
+    assert "is_marlin_format" not in quantization
+    assert (tmp_path / "gptq" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "quant_method": "gptq",
+            "is_marlin_format": True,
+            "bits": 4,
+            "group_size": 128,
+            "desc_act": False,
+            "sym": True,
+        },
+        {"quant_method": "gptq", "checkpoint_format": "marlin", "bits": 4, "group_size": 128},
+        {"quant_method": "marlin", "group_size": 128},
+        {"is_marlin_format": True, "bits": 4, "group_size": 128, "damp_percent": 0.01, "true_sequential": False},
+    ],
+)
+@pytest.mark.parametrize("file", ["config.json", "quantize_config.json"])
+def test_checkpoints_that_others_made(tmp_path: Path, settings: dict[str, Any], file: str) -> None:
+    """`B` and `s`, with the settings that AutoGPTQ and the models of vLLM's time have."""
+    layer, folder = GPTQLayer(bias=True), tmp_path / "marlin"
+    folder.mkdir()
+    tensors = {
+        f"{NAME}.B": repack.pack_marlin(torch.from_numpy(layer.codes)),
+        f"{NAME}.s": repack.permute_scales(layer.scale_tensor),
+        f"{NAME}.bias": layer.bias_tensor,
+    }
+    save_file(tensors | plain_tensors(), folder / "gptq_model-4bit-128g.safetensors", {"format": "pt"})
+    config: dict[str, Any] = {"model_type": "llama", "torch_dtype": "float16"}
+    if file == "config.json":
+        config["quantization_config"] = settings
+    else:
+        (folder / file).write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text("theirs")
+    restore(folder, tmp_path / "gptq")
+    assert_same_tensors(tmp_path / "gptq", layer.tensors(NAME) | plain_tensors())
+    restored = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    expected = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+    assert expected.items() <= restored.items()
+    assert restored["true_sequential"] == settings.get("true_sequential", True)
+    assert (tmp_path / "gptq" / "README.md").read_text() == "theirs"
+
+
+def test_nothing_to_restore(tmp_path: Path, source: Source) -> None:
+    with pytest.raises(UnsupportedError, match="not a Marlin checkpoint"):
+        restore(source.folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, s: t.pop(f"{NAME}.marlin_perm"), "marlin_perm is missing"),
+        (lambda t, s: t[f"{NAME}.marlin_perm"].fill_(3), "marlin_perm is not an order of the 256 rows"),
+        (lambda t, s: t[f"{NAME}.marlin_scales"].view(torch.int16)[1].add_(1), "scales differ within a group of 256"),
+        (lambda t, s: s["layers"][NAME].update(sym=False), "marlin_qzeros is missing"),
+        (lambda t, s: s["layers"][NAME].update(in_features=100), "do not fit its settings"),
+        (lambda t, s: s.update(checkpoint_format="marlin"), "the settings say marlin, the tensors are of the extended"),
+        (lambda t, s: t.update({"x.B": torch.zeros(1), "x.s": torch.zeros(1)}), "both Marlin"),
+        (lambda t, s: t.update({f"{NAME}.qweight": torch.zeros(1)}), "qweight beside that layer's Marlin tensors"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], object], message: str
+) -> None:
+    layer = GPTQLayer(K=256, N=64, group_size=256 // 2, g_idx=shuffled(256, 128))
+    if "group of 256" in message:
+        layer = GPTQLayer(K=512, N=64, group_size=256, g_idx=shuffled(512, 256))
+    folder = tmp_path / "marlin"
+    marlin_ext(folder, {NAME: layer})
+    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+    config = json.loads((folder / "config.json").read_text())
+    change(tensors, config["quantization_config"])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=message):
+        restore(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_version_is_refused(tmp_path: Path) -> None:
+    marlin_ext(tmp_path / "marlin", {NAME: GPTQLayer()}, marlin_ext_version=2)
+    with pytest.raises(UnsupportedError, match="marlin_ext_version is 2"):
+        restore(tmp_path / "marlin", tmp_path / "out")
+
+
+def test_the_source_is_never_the_output(tmp_path: Path) -> None:
+    marlin_ext(tmp_path / "marlin", {NAME: GPTQLayer()})
+    with pytest.raises(OutputError, match="overlaps the source"):
+        restore(tmp_path / "marlin", tmp_path / "marlin" / "gptq")
+
+
+def test_the_command(run: Callable[..., Any], source: Source, tmp_path: Path) -> None:
+    assert run(source.folder, "marlin", "--quiet").code == 0
+    result = run("to-gptq", "marlin", "back", "--json")
+    assert result.code == 0, result.err
+    report = result.json()
+    assert report["ok"] is True
+    assert (report["layers_restored"], report["tensors_copied"], report["format"]) == (2, 3, "gptq")
+    assert_same_tensors(tmp_path / "back", all_tensors(source))
+    shown = run("to-gptq", "marlin", "back", "--force", "--v2")
+    assert shown.code == 0, shown.err
+    assert "restored 2 layers from marlin to gptq_v2, 3 tensors copied" in shown.out
+    assert run("to-gptq", "marlin", "back", "--quiet").code == 6
+    assert run("to-gptq", source.folder, "other").code == 4
+    assert run("to-gptq", "nowhere/at/all", "other").code != 0
