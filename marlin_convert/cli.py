@@ -37,6 +37,7 @@ OUT = click.Path(path_type=Path, readable=False)
 MAX_BATCH = 1 << 20
 
 DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
+DEMO_PROMPT, DEMO_TOKENS = "And the king said unto the woman,", 32
 
 
 class MainGroup(click.Group):
@@ -247,15 +248,15 @@ def demo(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Convert and verify a small real GPTQ checkpoint that ships with marlin-convert.
+    """Convert and verify a small real GPTQ checkpoint that ships with marlin-convert, and let both continue a prompt.
 
-    Needs no network and no GPU. OUT defaults to ./demo-out.
+    Needs no network and no GPU. OUT defaults to ./demo-out. Without torch and transformers, there is no prompt.
     """
     screen = _screen(as_json, quiet, verbose)
     options = _options(
         device=device, verify=True, force=force, max_shard_size=max_shard_size, quant_method=quant_method
     )
-    _convert(str(DEMO_FOLDER), out, options, screen)
+    _convert(str(DEMO_FOLDER), out, options, screen, prompt=DEMO_PROMPT)
 
 
 @cli.command()
@@ -314,6 +315,51 @@ def to_gptq(
     with screen.progress() as progress:
         report = restore(marlin, out, options, progress, v2=v2)
     screen.restored(report)
+
+
+@cli.command()
+@click.argument("out")
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Stop after so many tokens, if the model does not stop before.",
+)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), metavar="T", help="Sample, at this temperature; 0 is greedy."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    metavar="P",
+    help="Sample from the most likely tokens that together have this probability.",
+)
+@click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Sample from the K most likely tokens.")
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Make sampling repeatable.")
+@source_options
+@output_options
+def generate(
+    out: str, prompt: str, max_new_tokens: int, temperature: float | None, top_p: float | None, top_k: int | None,
+    seed: int | None, device: str, revision: str | None, token: str | None, cache_dir: Path | None,
+    as_json: bool, quiet: bool, verbose: bool,
+) -> None:  # fmt: skip
+    """Continue a prompt with the Marlin checkpoint OUT, a folder or a Hub id; the text appears while it is made.
+
+    Greedy (the same text every time) unless --temperature, --top-p or --top-k is given. With --quiet, only the text.
+    Without a GPU it is exact, and slow.
+    """
+    from .generate import Sampling
+    from .generate import generate as continue_prompt
+
+    screen = _screen(as_json, quiet, verbose)
+    options = _options(device=device, revision=revision, token=token, cache_dir=cache_dir)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    with screen.text(prompt) as on_text:
+        done = continue_prompt(out, prompt, sampling, options, on_text)
+    screen.generated(done)
 
 
 def _target(repo_id: str, private: bool, branch: str | None, create_pr: bool, message: str | None) -> Target:
@@ -399,7 +445,8 @@ def bench(
             raise problem
 
 
-def _convert(source: str, out: Path, options: Options, screen: Screen) -> None:
+def _convert(source: str, out: Path, options: Options, screen: Screen, prompt: str | None = None) -> None:
+    """Convert; with a `prompt`, continue it with source and result."""
     from .convert import AlreadyMarlin, convert
 
     screen.start(source, options)
@@ -409,7 +456,17 @@ def _convert(source: str, out: Path, options: Options, screen: Screen) -> None:
     except AlreadyMarlin as nothing:
         screen.already_marlin(str(nothing))
         return
-    screen.report(report)
+    if prompt is None:
+        screen.report(report)
+        return
+    from .generate import compare
+
+    try:
+        texts = compare(Path(source), out, prompt, DEMO_TOKENS, str(report.device))
+    except MarlinConvertError as error:  # the conversion is done, whatever runs here
+        screen.report(report, missing=error.message)
+    else:
+        screen.report(report, texts)
 
 
 @contextlib.contextmanager

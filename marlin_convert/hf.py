@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
 from transformers.integrations.moe import _default_apply_gate
@@ -30,13 +31,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.import_utils import is_accelerate_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import cuda
-from .checkpoint import Tensor, read_header
+from . import cuda, ops
+from .checkpoint import Checkpoint, Tensor, read_header
 from .device import pick_device
 from .errors import SourceError, UnsupportedError
 from .hub import fetch
 from .layout import PACK_FACTOR, TILE_K
 from .linear import ORIGINAL_NAMES, MarlinLinear
+from .plan import make_plan
+from .scales import to_fp16
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -192,16 +195,9 @@ class MarlinQuantizer(HfQuantizer):
 
         def checked(loading_info: Any) -> None:
             adjust(loading_info)
-            problems = {
-                "missing from the checkpoint": sorted(loading_info.missing_keys),
-                "in the checkpoint and not in the model": sorted(loading_info.unexpected_keys),
-                "of another shape": sorted(str(key[0]) for key in loading_info.mismatched_keys),
-            }
-            said = [f"{_some(names)} ({what})" for what, names in problems.items() if names]
-            if said:
-                raise SourceError(
-                    f"{model.name_or_path}: the checkpoint does not fit {type(model).__name__}: {'; '.join(said)}."
-                )
+            _require_all_keys(
+                model, loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys
+            )
             self._complete = True
 
         model.__dict__["_adjust_missing_and_unexpected_keys"] = checked  # before the class's own
@@ -225,6 +221,20 @@ class MarlinQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _require_all_keys(model: PreTrainedModel, missing: Any, unexpected: Any, mismatched: Any) -> None:
+    """Raise SourceError unless the checkpoint's keys were the model's keys."""
+    problems = {
+        "missing from the checkpoint": sorted(missing),
+        "in the checkpoint and not in the model": sorted(unexpected),
+        "of another shape": sorted(str(key[0]) for key in mismatched),
+    }
+    said = [f"{_some(names)} ({what})" for what, names in problems.items() if names]
+    if said:
+        raise SourceError(
+            f"{model.name_or_path}: the checkpoint does not fit {type(model).__name__}: {'; '.join(said)}."
+        )
 
 
 def _some(names: list[str]) -> str:
@@ -406,16 +416,66 @@ def load(
     origin = fetch(str(source), revision=revision, token=token, cache_dir=cache_dir)
     config = AutoConfig.from_pretrained(origin.folder, trust_remote_code=kwargs.get("trust_remote_code"))
     _complete_config(config, origin.folder, origin.label)
+    _name_weights(config, origin.folder, origin.label)
     if chosen is not None and where.type == "cuda" and is_accelerate_available():
         kwargs["device_map"] = {"": where}  # straight to the GPU, without a copy in memory
     model = auto_class.from_pretrained(origin.folder, config=config, dtype=dtype, **kwargs)
     if hasattr(model.config, "transformers_weights"):
-        del model.config.transformers_weights
+        del model.config.transformers_weights  # it is saved under the usual name
     return model if chosen is None or model.device == where else model.to(where)
 
 
+def load_tokenizer(
+    source: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None
+) -> Any:
+    """The tokenizer of a checkpoint, a folder or a Hub id. Raises SourceError when it has none."""
+    origin = fetch(str(source), revision=revision, token=token, cache_dir=cache_dir)
+    try:
+        return AutoTokenizer.from_pretrained(origin.folder)
+    except (OSError, ValueError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise SourceError(f"{origin.label}: it has no tokenizer that Transformers can read ({why}).") from None
+
+
+def load_dequantized(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    auto_class: Any = AutoModelForCausalLM,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+) -> Any:
+    """The model of a GPTQ checkpoint with its weights dequantized to fp16: what the converted one is compared with.
+
+    Takes the memory of an fp16 model. Raises what `plan` and `fetch` raise for a source that cannot be converted.
+    """
+    chosen = pick_device(device)
+    where = torch.device("cpu") if chosen.kind == "cpu" else cuda.torch_device(chosen)
+    origin = fetch(str(source), revision=revision, token=token, cache_dir=cache_dir)
+    tensors: dict[str, torch.Tensor] = {}
+    with Checkpoint(origin.folder) as checkpoint:
+        plan = make_plan(checkpoint)
+        plan.require_convertible()
+        for tensor in plan.copies:
+            with safe_open(origin.folder / tensor.file, framework="pt") as file:
+                tensors[tensor.name] = file.get_tensor(tensor.name)
+        for layer in plan.layers:
+            scales = to_fp16(checkpoint.read(layer.scales), layer.scales.dtype).scales
+            W = ops.dequantize_gptq(checkpoint.read(layer.qweight), scales, threads=torch.get_num_threads())
+            tensors[f"{layer.name}.weight"] = torch.from_numpy(W).t().contiguous()
+    config = AutoConfig.from_pretrained(origin.folder)
+    del config.quantization_config
+    _name_weights(config, origin.folder, origin.label)
+    model, info = auto_class.from_pretrained(
+        origin.folder, config=config, state_dict=tensors, dtype=torch.float16, output_loading_info=True
+    )
+    _require_all_keys(model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    return model.to(where)
+
+
 def _complete_config(config: PretrainedConfig, folder: Path, label: str) -> None:
-    """Add what other writers of Marlin checkpoints leave outside config.json: settings, and the weights' file name."""
+    """Add the settings that other writers of Marlin checkpoints leave outside config.json."""
     settings = getattr(config, "quantization_config", None)
     if settings is None or not is_marlin(settings):
         try:
@@ -427,6 +487,10 @@ def _complete_config(config: PretrainedConfig, folder: Path, label: str) -> None
                 f"{label} is not a Marlin checkpoint; convert it first: marlin-convert {label} ./out, and load ./out."
             )
         config.quantization_config = {"quant_method": "gptq", **settings}
+
+
+def _name_weights(config: PretrainedConfig, folder: Path, label: str) -> None:
+    """Tell Transformers the name of the weights' file, where it is not the usual one."""
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     if not {"model.safetensors"} & set(files) and not (folder / "model.safetensors.index.json").exists():
         if len(files) != 1:

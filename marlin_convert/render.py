@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import threading
 import time
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .bench import Cell, LayerResult
     from .bench import Report as BenchReport
     from .convert import Options, Report
+    from .generate import Comparison, Generated
     from .hub import Source
     from .restore import Restored
     from .verify import Verification
@@ -161,6 +163,8 @@ class Screen:
         self.err = _Console(stderr=True, highlight=False)
         if self.silent or not self.err.is_terminal:
             hub.quiet()
+        if self.silent:
+            logging.getLogger("marlin_convert").setLevel(logging.ERROR)
 
     @contextlib.contextmanager
     def progress(self, *, timings: bool = False) -> Iterator[Progress]:
@@ -236,9 +240,41 @@ class Screen:
             where = "" if not names else f": {', '.join(names) if self.verbose else span(names)}"
             self._say(f"[yellow]note[/] {escape(note)}{escape(where)}")
 
-    def report(self, report: Report) -> None:
-        """The summary at the end of a conversion."""
-        self._json(report.as_dict())
+    @contextlib.contextmanager
+    def text(self, prompt: str) -> Iterator[Callable[[str], None]]:
+        """Where generated text goes, piece by piece; the prompt before it, unless --quiet wants the text alone."""
+        started = False
+
+        def piece(text: str) -> None:
+            nonlocal started
+            if not started and not self.silent:
+                self.out.print(prompt, style="dim", end="", markup=False, soft_wrap=True)
+            started = True
+            if not self.as_json:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+
+        yield piece
+        if not self.as_json:
+            print(flush=True)
+
+    def generated(self, done: Generated) -> None:
+        """What `generate` says after the text: on standard error, so that the text can go into a file."""
+        self._json(done.as_dict())
+        if self.silent:
+            return
+        self.err.print(
+            f"{done.new_tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_second:.1f} tokens/s on {done.device} "
+            f"in {done.dtype}; loaded in {done.load_seconds:.1f} s",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+        if done.note:
+            self.err.print(f"[yellow]note[/] {escape(done.note)}", soft_wrap=True)
+
+    def report(self, report: Report, texts: Comparison | None = None, missing: str | None = None) -> None:
+        """The summary at the end of a conversion. `texts`: what source and result made of a prompt, or why nothing."""
+        said = {} if texts is None and missing is None else {"continuation": texts and texts.as_dict()}
+        self._json({**report.as_dict(), **said})
         if report.verification:
             self._verification_table(report.verification)
         plan = report.plan
@@ -252,6 +288,10 @@ class Screen:
         )
         if report.verification:
             self._say(f"[green]verified[/] {_verdict(report.verification)}")
+        if texts:
+            self._continuation(texts)
+        if missing:
+            self._say(f"[yellow]note[/] no prompt was continued: {escape(missing)}")
         files = ", ".join(report.files) if len(report.files) < 3 else f"{len(report.files)} weight files"
         self._say(f"where: {escape(str(report.out))} ({files})")
         self._say(f"load:  vllm serve {escape(str(report.out))} --dtype float16   (vLLM 0.3.3 to 0.10.0)")
@@ -274,6 +314,12 @@ class Screen:
         if not report.settings_known:
             self._say("[yellow]note[/] the source's own settings are not known here: they are what the tensors imply")
         self._say(f"where: {escape(str(report.out))}")
+
+    def _continuation(self, texts: Comparison) -> None:
+        self._say(f"prompt: {escape(texts.prompt)}")
+        for name, text in (("source, dequantized", texts.source), ("result", texts.result)):
+            self._say(f"  {name + ':':<20} {escape(' '.join(text.split()))}")
+        self._say(f"  {'the same text' if texts.equal else 'not the same text: two tokens were almost equally likely'}")
 
     def pushed(self, address: str) -> None:
         """The result of `marlin-convert push`."""

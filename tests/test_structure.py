@@ -30,7 +30,7 @@ FLOORS = (
     ("hf", "verify"),
     ("card",),
     ("convert",),
-    ("bench", "restore"),
+    ("bench", "generate", "restore"),
     ("render",),
     ("cli",),
 )
@@ -122,7 +122,8 @@ def loaded_after(code: str, *arguments: object, **environment: str) -> set[str]:
     [None, ["--help"], ["--version"], ["convert", "--help"], ["verify", "--help"], ["demo", "--help"], ["verify"],
      ["push", "--help"],
      ["source", "out", "--no-such-option"], ["source", "out", "--max-shard-size", "many"], ["bench", "--help"],
-     ["bench", "--batch", "0"]],
+     ["bench", "--batch", "0"], ["generate", "--help"], ["generate", "out"],
+     ["generate", "x", "--prompt", "x", "--top-k", "0"]],
     ids=lambda arguments: " ".join(arguments or ["import"]),
 )  # fmt: skip
 def test_the_command_line_answers_without_heavy_imports(arguments: list[str] | None) -> None:
