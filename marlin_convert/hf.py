@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
 from transformers.integrations.moe import _default_apply_gate
@@ -33,11 +33,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import cuda, ops
 from .checkpoint import Checkpoint, Tensor, read_header
+from .config import MARLIN_EXT, MarlinSettings, is_marlin, read_marlin_settings
 from .device import pick_device
 from .errors import SourceError, UnsupportedError
 from .hub import fetch
-from .layout import PACK_FACTOR, TILE_K
-from .linear import ORIGINAL_NAMES, MarlinLinear
+from .layout import BITS, TILE_K
+from .linear import EXTENDED_NAMES, ORIGINAL_NAMES, MarlinLinear
 from .plan import make_plan
 from .scales import to_fp16
 
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
-_FORMATS = ("marlin", "marlin_ext")
 
 #: Names that a message lists before it only counts.
 _SHOWN = 6
@@ -54,22 +54,13 @@ _SHOWN = 6
 # ---- Which checkpoints are ours ----
 
 
-def is_marlin(quantization: dict[str, Any]) -> bool:
-    """Whether a model's `quantization_config` describes a Marlin checkpoint, of either format and any maker."""
-    layout = quantization.get("checkpoint_format") or quantization.get("format")
-    method = quantization.get("quant_method")
-    return (
-        method == "marlin" or (method in ("gptq", None) and layout in _FORMATS)
-        or quantization.get("is_marlin_format") is True
-    )  # fmt: skip
-
-
 class MarlinConfig(QuantizationConfigMixin):
     """The `quantization_config` of a Marlin checkpoint; it is saved as it was read."""
 
     def __init__(self, **settings: Any) -> None:
         self.quant_method: Any = "marlin"  # the quantizer below, whatever the checkpoint calls itself
         self.settings = settings
+        self.marlin = read_marlin_settings(settings)
 
     def to_dict(self) -> dict[str, Any]:
         return copy.deepcopy(self.settings)
@@ -122,7 +113,7 @@ class StoredLayer:
             raise SourceError(f"{self.name}: {error}.") from None
 
 
-def stored_layers(files: Sequence[str | Path], quantization: dict[str, Any]) -> dict[str, StoredLayer]:
+def stored_layers(files: Sequence[str | Path], settings: MarlinSettings) -> dict[str, StoredLayer]:
     """The Marlin layers of the safetensors `files`, by name. Raises SourceError where tensors and settings disagree."""
     tensors: dict[str, Tensor] = {}
     for file in map(Path, files):
@@ -134,7 +125,9 @@ def stored_layers(files: Sequence[str | Path], quantization: dict[str, Any]) -> 
     layers = {}
     for full_name, tensor in tensors.items():
         name, _, last = full_name.rpartition(".")
-        if last == ORIGINAL_NAMES["weight"] and tensor.dtype == "I32":
+        if last == EXTENDED_NAMES["weight"]:
+            layers[name] = _extended_layer(name, tensors, settings)
+        elif last == ORIGINAL_NAMES["weight"] and tensor.dtype == "I32":
             layers[name] = _original_layer(name, tensors)
     return layers
 
@@ -143,12 +136,27 @@ def _original_layer(name: str, tensors: dict[str, Tensor]) -> StoredLayer:
     B, s = tensors[f"{name}.B"], tensors.get(f"{name}.s")
     if s is None or len(B.shape) != 2 or len(s.shape) != 2 or s.dtype not in _SCALE_DTYPES:
         raise SourceError(f"{name}: B has no matching s; the checkpoint is damaged, or of another format.")
-    K, N, G = B.shape[0] * TILE_K, B.shape[1] * PACK_FACTOR // TILE_K, s.shape[0]
+    K, N, G = B.shape[0] * TILE_K, B.shape[1] * 2 // BITS, s.shape[0]
     if G == 0 or K % G or s.shape[1] != N:
         raise SourceError(f"{name}: B {list(B.shape)} and s {list(s.shape)} do not belong together.")
     return StoredLayer(
-        name, K, N, bits=4, group_size=-1 if G == 1 else K // G, sym=True, desc_act=False, extended=False,
+        name, K, N, bits=BITS, group_size=-1 if G == 1 else K // G, sym=True, desc_act=False, extended=False,
         scale_dtype=_SCALE_DTYPES[s.dtype], bias=f"{name}.bias" in tensors,
+    )  # fmt: skip
+
+
+def _extended_layer(name: str, tensors: dict[str, Tensor], settings: MarlinSettings) -> StoredLayer:
+    own, qweight, scales = settings.layer(name), tensors[f"{name}.marlin_qweight"], tensors.get(f"{name}.marlin_scales")
+    if settings.format != MARLIN_EXT or scales is None or scales.dtype not in _SCALE_DTYPES or len(qweight.shape) != 2:
+        raise SourceError(
+            f"{name}: it has marlin_qweight, and not the settings or the marlin_scales that belong to it; the "
+            "checkpoint is damaged."
+        )
+    K = own.in_features or qweight.shape[0] * TILE_K
+    N = own.out_features or qweight.shape[1] * 2 // own.bits
+    return StoredLayer(
+        name, K, N, bits=own.bits, group_size=own.group_size, sym=own.sym, desc_act=own.desc_act, extended=True,
+        scale_dtype=_SCALE_DTYPES[scales.dtype], bias=f"{name}.bias" in tensors,
     )  # fmt: skip
 
 
@@ -183,7 +191,7 @@ class MarlinQuantizer(HfQuantizer):
             )
         self._scales: dict[str, torch.dtype] = {}
         self._complete = False
-        layers = stored_layers(files, self.quantization_config.settings)
+        layers = stored_layers(files, self.quantization_config.marlin)
         if not layers:
             raise SourceError(f"{model.name_or_path}: its config says Marlin, but it has no Marlin layer.")
         _put_layers(model, layers)
@@ -466,10 +474,13 @@ def load_dequantized(
             tensors[f"{layer.name}.weight"] = torch.from_numpy(W).t().contiguous()
     config = AutoConfig.from_pretrained(origin.folder)
     del config.quantization_config
-    _name_weights(config, origin.folder, origin.label)
-    model, info = auto_class.from_pretrained(
-        origin.folder, config=config, state_dict=tensors, dtype=torch.float16, output_loading_info=True
+    with torch.device("meta"):
+        model_class = type(auto_class.from_config(config))
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=torch.float16, output_loading_info=True
     )
+    if (origin.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(origin.folder)
     _require_all_keys(model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model.to(where)
 

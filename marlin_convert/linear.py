@@ -15,11 +15,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import cuda, ops, repack
-from .layout import TILE_K, TILE_N
+from .layout import TILE_K, TILE_N, unpack_zeros
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,13 @@ def _linear(
     bits: int, in_features: int, out_features: int,
 ) -> Tensor:  # fmt: skip
     if x.device.type == "cuda":
-        return cuda.matmul(x, B, s, bias)
+        if zeros is None and perm is None and bits == 4 and (in_features, out_features) == (x.shape[-1], s.shape[1]):
+            return cuda.matmul(x, B, s, bias)
+        product: Any = cuda.matmul
+        result: Tensor = product(
+            x, B, s, bias, zeros, perm, bits=bits, in_features=in_features, out_features=out_features
+        )
+        return result
     return _reference(x, B, s, bias, zeros, perm, bits, in_features, out_features)
 
 
@@ -179,21 +186,27 @@ def _reference(
 ) -> Tensor:  # fmt: skip
     """x · W + bias with W dequantized in x's dtype, rounded once, BLOCK_COLUMNS of it at a time."""
     _say_slow(str(x.device.type))
+    rows = x if perm is None else x[..., perm.long()]  # in the order of the stored rows
     blocks = []
     for n0 in range(0, out_features, BLOCK_COLUMNS):
-        n1 = min(n0 + BLOCK_COLUMNS, s.shape[1])
-        W = _weight(B[:, n0 * bits // 2 : n1 * bits // 2], s[:, n0:n1], x.dtype)
-        block_bias = None if bias is None else bias[n0 : min(n1, out_features)]
-        blocks.append(nn.functional.linear(x, W.t(), block_bias))
+        n1, end = min(n0 + BLOCK_COLUMNS, s.shape[1]), min(n0 + BLOCK_COLUMNS, out_features)
+        block_zeros = None if zeros is None else zeros[:, n0 * bits // 32 : n1 * bits // 32]
+        W = _weight(B[:, n0 * bits // 2 : n1 * bits // 2], s[:, n0:n1], block_zeros, bits, x.dtype)
+        W = W[:in_features, : end - n0].t().contiguous()  # as nn.Linear has it, so that the sums are the same
+        blocks.append(nn.functional.linear(rows, W, None if bias is None else bias[n0:end]))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
-def _weight(B: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-    """W [K, N'] of a block of columns in `dtype`: from the native library where it has that, else from the twin."""
-    if dtype == torch.float16 and B.device.type == "cpu":
-        W = ops.dequantize_marlin(B.contiguous().numpy(), s.contiguous().numpy(), threads=torch.get_num_threads())
-        return torch.from_numpy(W)
-    return repack.dequantize_marlin(B, s).to(dtype)
+def _weight(B: Tensor, s: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
+    """W [K', columns] of a block of columns, rows as stored: from the native library where it has that, else from the
+    twin, which is the same bits."""
+    if B.device.type != "cpu" or dtype != s.dtype or not ops.native_available():
+        return repack.dequantize_layer(B, s, zeros, bits=bits, dtype=dtype)
+    words, numbers = B.contiguous().numpy(), s.contiguous().view(torch.uint16).numpy()  # numpy has no bfloat16
+    points = None if zeros is None else unpack_zeros(zeros.contiguous().numpy(), bits)
+    scales = numbers if dtype == torch.bfloat16 else numbers.view(np.float16)
+    W = ops.dequantize_marlin(words, scales, bits=bits, zeros=points, threads=torch.get_num_threads())
+    return torch.from_numpy(W.view(np.uint16)).view(dtype)
 
 
 @cache

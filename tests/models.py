@@ -6,7 +6,9 @@ under test.
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,12 @@ from gptq import GPTQLayer, quantization_config, write_source
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
+from marlin_convert.cli import DEMO_FOLDER
 from marlin_convert.convert import Options, convert
+
+#: Public-domain text that the demo's model has not seen.
+SAMPLE = Path(__file__).parent / "data" / "kjv_sample.txt"
+PROMPT = "And the king said unto the woman,"
 
 #: The linears of a decoder's blocks; not the head, not the router.
 BLOCKS = r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|experts\.\d+\.(w[123]|(gate|up|down)_proj))$"
@@ -100,3 +107,34 @@ def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
 
 def tokens(vocab: int, shape: tuple[int, int] = (2, 9)) -> torch.Tensor:
     return torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(1))
+
+
+def dequantized_demo(folder: Path) -> Path:
+    """The demo's GPTQ checkpoint (4 bits, symmetric) with plain fp16 weights, by the formula, written to `folder`."""
+    shutil.copytree(DEMO_FOLDER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").unlink()
+    packed = load_file(folder / "model.safetensors")
+    tensors = {k: v for k, v in packed.items() if k.split(".")[-1] not in ("qweight", "qzeros", "scales", "g_idx")}
+    for name in [name.removesuffix(".qweight") for name in packed if name.endswith(".qweight")]:
+        words, scales = packed[f"{name}.qweight"].to(torch.int64), packed[f"{name}.scales"].double()
+        codes = torch.stack([words >> 4 * i & 15 for i in range(8)], dim=1).flatten(0, 1)  # [K, N]
+        W = (codes - 8) * scales.repeat_interleave(codes.shape[0] // scales.shape[0], dim=0)
+        tensors[f"{name}.weight"] = W.to(torch.float16).t().contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def perplexity(model: Any, tokenizer: Any, text: str, window: int = 256) -> float:
+    """exp of the mean loss over all tokens of `text`, in windows that do not overlap."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0].to(model.device)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, window):
+            part = ids[start : start + window + 1]
+            logits = model(part[None, :-1]).logits[0].float()
+            total += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
+            count += len(part) - 1
+    return math.exp(total / count)

@@ -80,7 +80,7 @@ def test_the_same_checkpoint_under_other_names(pair: Pair, tmp_path: Path, confi
 
 def test_other_gptq_checkpoints_go_to_the_stock_reader() -> None:
     """The very class and the very object that Transformers makes without this package."""
-    settings = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "checkpoint_format": "gptq_v2"}
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "checkpoint_format": "gptq_v2"}
     config = AutoQuantizationConfig.from_dict(dict(settings))
     assert type(config) is GPTQConfig
     assert config.to_dict() == GPTQConfig.from_dict(dict(settings)).to_dict()

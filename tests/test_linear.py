@@ -193,4 +193,6 @@ def test_the_reference_agrees_with_the_twin() -> None:
     layer, module = original(bias=False)
     W = module(torch.eye(384).half()) - module.bias.half()
     np.testing.assert_allclose(W.double().numpy(), layer.weight, atol=2e-3)
-    assert torch.equal(linear._weight(module.B, module.s, torch.float16), repack.dequantize_marlin(module.B, module.s))
+    assert torch.equal(
+        linear._weight(module.B, module.s, None, 4, torch.float16), repack.dequantize_marlin(module.B, module.s)
+    )
