@@ -163,8 +163,6 @@ class Screen:
         self.err = _Console(stderr=True, highlight=False)
         if self.silent or not self.err.is_terminal:
             hub.quiet()
-        if self.silent:
-            logging.getLogger("marlin_convert").setLevel(logging.ERROR)
 
     @contextlib.contextmanager
     def progress(self, *, timings: bool = False) -> Iterator[Progress]:
@@ -254,7 +252,14 @@ class Screen:
                 sys.stdout.write(text)
                 sys.stdout.flush()
 
-        yield piece
+        log = logging.getLogger("marlin_convert")
+        level = log.level
+        if self.silent:
+            log.setLevel(logging.ERROR)  # that a CPU is slow
+        try:
+            yield piece
+        finally:
+            log.setLevel(level)
         if not self.as_json:
             print(flush=True)
 
