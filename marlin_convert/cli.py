@@ -403,6 +403,11 @@ def _preset(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     callback=_batch,
     help="Batch sizes: rows of activations in a product (default: 1,2,4,...,4096).",
 )
+@click.option(
+    "--tokens",
+    is_flag=True,
+    help="Measure the whole model SOURCE, a Marlin checkpoint: tokens per second against batch size, fp16 and Marlin.",
+)
 @click.option("--compare", is_flag=True, help="Measure vLLM's Marlin and humming-kernels too, if they are installed.")
 @click.option(
     "--plot",
@@ -414,8 +419,8 @@ def _preset(ctx: click.Context, parameter: click.Parameter, value: str | None) -
 @source_options
 @output_options
 def bench(
-    source: str | None, preset: str | None, batch: tuple[int, ...] | None, compare: bool, plot_file: Path | None,
-    device: str, revision: str | None, token: str | None, cache_dir: Path | None,
+    source: str | None, preset: str | None, batch: tuple[int, ...] | None, tokens: bool, compare: bool,
+    plot_file: Path | None, device: str, revision: str | None, token: str | None, cache_dir: Path | None,
     as_json: bool, quiet: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """Measure this GPU: fp16 (cuBLAS) against Marlin, for the layers of SOURCE or of a preset.
@@ -425,7 +430,8 @@ def bench(
     """
     if source is not None and preset is not None:
         raise click.UsageError("Give a SOURCE or --preset, not both.")
-    from .bench import BATCH, run
+    if tokens and (source is None or compare):
+        raise click.UsageError("--tokens needs a SOURCE, a Marlin checkpoint, and does not go with --compare.")
 
     screen = _screen(as_json, quiet, verbose)
     plot = None
@@ -434,12 +440,23 @@ def bench(
 
         plot = Plot(plot_file)
     options = _options(device=device, revision=revision, token=token, cache_dir=cache_dir)
+    report: Any
     with screen.progress(timings=True) as progress:
-        report = run(source, preset, batch=batch or BATCH, compare=compare, options=options, progress=progress)
-    problem = plot.draw(report) if plot else None
+        if tokens and source is not None:
+            from . import tokens as whole_model
+
+            report = whole_model.run(source, batch=batch or whole_model.BATCH, options=options, progress=progress)
+        else:
+            from . import bench as layers
+
+            report = layers.run(
+                source, preset, batch=batch or layers.BATCH, compare=compare, options=options, progress=progress
+            )
+    problem = (plot.draw_tokens(report) if tokens else plot.draw(report)) if plot else None
     if problem:  # the numbers took minutes; they are shown all the same
         report.notes[problem.message] = ["--plot"]
-    screen.bench(report, None if problem else plot_file)
+    show: Callable[[Any, Path | None], None] = screen.tokens if tokens else screen.bench
+    show(report, None if problem else plot_file)
     if problem:
         with _said_in_json(as_json):
             raise problem

@@ -92,7 +92,7 @@ def generate(
     """
     sampling, options = sampling or Sampling(), options or Options()
     started = time.monotonic()
-    with _transformers() as hf, _explained(str(source)):
+    with transformers_quietly() as hf, _explained(str(source)):
         hub = {"revision": options.revision, "token": options.token, "cache_dir": options.cache_dir}
         model = hf.load(source, device=options.device, **hub)
         tokenizer = hf.load_tokenizer(source, **hub)
@@ -103,7 +103,7 @@ def generate(
 def compare(source: Path, result: Path, prompt: str, max_new_tokens: int, device: str) -> Comparison:
     """Continue `prompt` greedily with the GPTQ checkpoint `source`, dequantized, and with `result`, made from it."""
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    with _transformers() as hf, _explained(str(result)):
+    with transformers_quietly() as hf, _explained(str(result)):
         tokenizer = hf.load_tokenizer(result)
         texts = [
             _continue(model, tokenizer, prompt, sampling).text
@@ -160,7 +160,7 @@ def _continue(
 
 
 @contextlib.contextmanager
-def _transformers() -> Iterator[ModuleType]:
+def transformers_quietly() -> Iterator[ModuleType]:
     """`hf`, with Transformers quiet: what it would print of its own is not for the user of a command."""
     try:
         from transformers.utils import logging

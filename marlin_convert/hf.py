@@ -219,6 +219,20 @@ class MarlinQuantizer(HfQuantizer):
             )
         return model
 
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """What `model.dequantize()` does: plain linear layers in place of Marlin's, one after the other."""
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, MarlinLinear):
+                continue
+            kind = dtype or module.scale_dtype
+            bias = module._buffers["bias"]
+            plain = nn.Linear(module.in_features, module.out_features, bias=bias is not None, device="meta")
+            plain.weight = nn.Parameter(module.dequantize(kind).t().contiguous(), requires_grad=False)
+            if bias is not None:
+                plain.bias = nn.Parameter(bias.to(kind), requires_grad=False)
+            model.set_submodule(name, plain)
+        return model
+
     def is_serializable(self) -> bool:
         return True
 

