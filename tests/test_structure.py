@@ -25,9 +25,9 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem not in 
 FLOORS = (
     ("errors", "layout", "progress", "scales"),
     ("checkpoint", "config", "device", "repack", "stream"),
-    ("cuda", "hub", "ops", "publish"),
+    ("cuda", "hub", "ops", "publish", "shards"),
     ("linear", "plan"),
-    ("hf", "verify"),
+    ("hf", "verify", "vllm"),
     ("card",),
     ("convert",),
     ("bench", "generate", "restore"),
@@ -94,7 +94,7 @@ def test_own_imports_sees_all_of_them() -> None:
 
 
 #: Modules of torch tensors through and through, themselves imported late.
-TORCH_MODULES = {"bench", "cuda", "hf", "linear", "tokens"}
+TORCH_MODULES = {"bench", "cuda", "hf", "linear", "shards", "tokens", "vllm"}
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - TORCH_MODULES))

@@ -1,0 +1,159 @@
+"""Pieces of layers for tensor parallelism: each against the same piece of the dequantized weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from marlin_convert import repack, shards
+from marlin_convert.config import LayerSettings
+from marlin_convert.shards import Piece
+
+
+def layer(
+    K: int, N: int, group: int = 128, bits: int = 4, asym: bool = False, order: bool = False, seed: int = 0
+) -> tuple[Piece, torch.Tensor]:
+    """A random layer, and its weight [K, N] in float64, computed from the definition."""
+    generator = torch.Generator().manual_seed(seed)
+    stored_K, stored_N = -(-K // 128) * 128, -(-N // 64) * 64
+    G = 1 if group == -1 else stored_K // group
+    codes = torch.randint(0, 2**bits, (stored_K, stored_N), generator=generator)
+    scales = torch.randn(G, stored_N, generator=generator).half()
+    zeros = torch.randint(0, 2**bits, (G, stored_N), generator=generator) if asym else None
+    perm = torch.randperm(K, generator=generator).int() if order else None
+    spread = stored_K // G
+    zero = 2 ** (bits - 1) if zeros is None else zeros.repeat_interleave(spread, 0)
+    stored = ((codes - zero) * scales.double().repeat_interleave(spread, 0))[:K, :N]
+    weight = torch.empty_like(stored)
+    weight[torch.arange(K) if perm is None else perm.long()] = stored
+    tensors = {"weight": repack.pack_marlin(codes, bits), "scales": repack.permute_scales(scales)}
+    if zeros is not None:
+        tensors["zeros"] = repack.pack_zeros(zeros, bits)
+    if perm is not None:
+        tensors["perm"] = perm
+    sizes = {"in_features": K if stored_K != K else None, "out_features": N if stored_N != N else None}
+    settings = LayerSettings(bits, group, not asym, order, **sizes)
+    return shards.whole("x", settings, tensors), weight
+
+
+def weight_of(piece: Piece) -> torch.Tensor:
+    sizes: dict[str, Any] = {"bits": piece.bits, "in_features": piece.K, "out_features": piece.N}
+    return repack.dequantize_layer(
+        piece.weight, piece.scales, piece.zeros, piece.perm, **sizes, dtype=torch.float32
+    ).double()
+
+
+KINDS = [
+    {"group": 128},
+    {"group": -1},
+    {"group": 32, "bits": 8},
+    {"group": 64, "asym": True},
+    {"group": -1, "asym": True},
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kind", [*KINDS, {"group": 64, "order": True}, {"group": 128, "order": True, "asym": True}])
+def test_columns(ranks: int, kind: dict[str, Any]) -> None:
+    whole, weight = layer(256, 512, **kind)
+    for rank in range(ranks):
+        first, count = rank * 512 // ranks, 512 // ranks
+        piece = shards.columns("x", whole, first, count)
+        assert (piece.K, piece.N, piece.stored_N) == (256, count, count)
+        assert torch.equal(weight_of(piece), weight[:, first : first + count])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows(ranks: int, kind: dict[str, Any]) -> None:
+    whole, weight = layer(512, 128, **kind)
+    for rank in range(ranks):
+        first, count = rank * 512 // ranks, 512 // ranks
+        piece = shards.rows("x", whole, first, count)
+        assert (count, 128) == (piece.K, piece.N)
+        assert torch.equal(weight_of(piece), weight[first : first + count])
+
+
+def test_one_group_left_on_a_rank_changes_the_order_of_its_scales() -> None:
+    """With G = 1 every reader takes the other permutation: new[8i + j] = old[2i + (0, 1, 8, 9, 16, 17, 24, 25)[j]]."""
+    whole, _ = layer(256, 64)
+    piece = shards.rows("x", whole, 128, 128)
+    natural = repack.unpermute_scales(whole.scales)[1]
+    assert piece.G == 1
+    expected = [
+        natural[32 * run + 2 * i + (0, 1, 8, 9, 16, 17, 24, 25)[j]]
+        for run in range(2)
+        for i in range(4)
+        for j in range(8)
+    ]
+    assert piece.scales[0].tolist() == [float(x) for x in expected]
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "count", "message"),
+    [
+        ({"group": 128}, 64, 64, "cut through a block of 128"),
+        ({"group": 128}, 192, 192, "cut through a block of 128"),
+        ({"group": 64, "order": True}, 0, 256, "act-order, whose rows cannot be split over tensor-parallel ranks"),
+    ],
+)
+def test_rows_that_cannot_be_cut(kind: dict[str, Any], first: int, count: int, message: str) -> None:
+    whole, _ = layer(512, 64, **kind)
+    with pytest.raises(ValueError, match=f"^x: .*{message}"):
+        shards.rows("x", whole, first, count)
+
+
+@pytest.mark.parametrize(("first", "count"), [(32, 64), (0, 96), (128, 32)])
+def test_columns_that_cannot_be_cut(first: int, count: int) -> None:
+    whole, _ = layer(128, 192)
+    with pytest.raises(ValueError, match="cut through a tile of 64; use fewer tensor-parallel ranks"):
+        shards.columns("x", whole, first, count)
+
+
+def test_padding_of_a_vocabulary_is_zero() -> None:
+    whole, weight = layer(128, 200, asym=True)
+    piece = shards.columns("x", whole, 128, 192)
+    assert piece.stored_N == 192
+    found = weight_of(piece)
+    assert torch.equal(found[:, :72], weight[:, 128:])
+    assert (found[:, 128:] == 0).all()
+
+
+def test_neighbours_are_joined_where_one_product_can_do_them() -> None:
+    a, wa = layer(256, 128, seed=1)
+    b, wb = layer(256, 64, seed=2)
+    c, wc = layer(256, 64, bits=8, seed=3)
+    d, wd = layer(256, 72, bits=8, seed=4)
+    e, we = layer(256, 64, bits=8, seed=5)
+    joined = shards.join([a, b, c, d, e])
+    assert [(p.bits, p.N) for p in joined] == [(4, 192), (8, 136), (8, 64)]  # d ends in padding: e stands alone
+    expected = [torch.cat([wa, wb], 1), torch.cat([wc, wd], 1), we]
+    for piece, weight in zip(joined, expected, strict=True):
+        assert torch.equal(weight_of(piece), weight)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_act_order_is_joined_only_in_one_order(same: bool) -> None:
+    a, _ = layer(256, 64, order=True, seed=1)
+    b, _ = layer(256, 64, order=True, seed=1 if same else 2)
+    c, _ = layer(256, 64, seed=1)
+    assert len(shards.join([a, b])) == (1 if same else 2)
+    assert len(shards.join([a, c])) == 2
+    assert len(shards.join([c, a])) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"perm": torch.zeros(256, dtype=torch.int32)}, "x: it has perm, scales, weight; scales, weight needed"),
+        ({"scales": torch.ones(3, 64, dtype=torch.float16)}, "do not fit its settings"),
+        ({"scales": torch.ones(2, 128, dtype=torch.float16)}, "do not fit its settings"),
+    ],
+)
+def test_tensors_that_do_not_fit(change: dict[str, torch.Tensor], message: str) -> None:
+    piece, _ = layer(256, 64)
+    tensors = {"weight": piece.weight, "scales": piece.scales, **change}
+    with pytest.raises(ValueError, match=message):
+        shards.whole("x", LayerSettings(4, 128, True, False), tensors)

@@ -1,0 +1,246 @@
+"""The vLLM plugin with vLLM's own classes, on a CPU: loading, tensor parallelism with patched ranks, refusals.
+
+The product itself needs a GPU; here a reference stands in its place, which decodes what the kernel would be given.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_shards import layer as random_layer
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from marlin_convert import repack  # noqa: E402
+from marlin_convert import vllm as plugin  # noqa: E402
+from marlin_convert.config import marlin_ext_settings  # noqa: E402
+from marlin_convert.shards import EXTENDED_NAMES, ORIGINAL_NAMES, Piece  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+ORIGINAL = {"quant_method": "gptq", "checkpoint_format": "marlin", "is_marlin_format": True, "bits": 4,
+            "group_size": 128, "sym": True, "desc_act": False}  # fmt: skip
+
+
+def reference(**a: Any) -> torch.Tensor:
+    """What vLLM's Marlin kernel computes, from its own arguments."""
+    bits = 4 if a["wtype"] in (plugin.scalar_types.uint4b8, plugin.scalar_types.uint4) else 8
+    zeros = a["weight_zp"] if a["weight_zp"].numel() else None
+    assert (zeros is not None) == (a["wtype"] == plugin.scalar_types.uint4)
+    W = repack.dequantize_layer(a["weight"], a["weight_scale"], zeros, bits=bits, dtype=torch.float32)
+    assert (
+        W.shape == (a["input_size_per_partition"], a["output_size_per_partition"]) == (a["input"].shape[-1], W.shape[1])
+    )
+    y = a["input"].float() @ W
+    if a["bias"] is not None:  # in the kernel's order of columns
+        inverse = torch.argsort(plugin.marlin_permute_bias(torch.arange(a["bias"].numel())))
+        y = y + a["bias"][inverse].float()
+    return y.to(a["input"].dtype)
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "_multiply", reference)
+    monkeypatch.setattr(plugin, "marlin_make_workspace_new", lambda device: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(plugin, "_rank", lambda layer: layer.rank)
+
+
+def config_of(pieces: dict[str, tuple[Piece, torch.Tensor, dict[str, Any]]], extended: bool) -> Any:
+    from marlin_convert.config import LayerSettings
+
+    if not extended:
+        result = plugin.MarlinCheckpointConfig.from_config(ORIGINAL)
+    else:
+        layers = {}
+        for name, (piece, _, kind) in pieces.items():
+            sizes = {
+                "in_features": piece.K if piece.stored_K != piece.K else None,
+                "out_features": piece.N if piece.stored_N != piece.N else None,
+            }
+            layers[name] = LayerSettings(
+                piece.bits, kind.get("group", 128), piece.zeros is None, piece.perm is not None, **sizes
+            )
+        result = plugin.MarlinCheckpointConfig.from_config(marlin_ext_settings(layers, lm_head=False))
+    result.quantized = set(pieces)
+    result.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    return result
+
+
+class Linear(torch.nn.Module):
+    """What the plugin sees of one of vLLM's linear layers."""
+
+    def __init__(self, rank: int, bias: torch.Tensor | None = None, replicas: int = 1) -> None:
+        super().__init__()
+        self.rank, self.num_kv_head_replicas = rank, replicas
+        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+
+
+def load(
+    config: Any, names: list[str], pieces: dict[str, Any], linear: Linear, sizes: tuple[int, list[int], int, int],
+    shards: list[Any], extended: bool,
+) -> Any:  # fmt: skip
+    """Through the three calls that vLLM makes: create, load each of the checkpoint's tensors, process."""
+    method = plugin.MarlinCheckpointMethod(config, names)
+    own_K, widths, all_K, all_N = sizes
+    method.create_weights(linear, own_K, widths, all_K, all_N, torch.float16, weight_loader=None)
+    for name, shard in zip(names, shards, strict=True):
+        piece = pieces[name][0]
+        for what, ending in (EXTENDED_NAMES if extended else ORIGINAL_NAMES).items():
+            tensor = getattr(piece, what)
+            if tensor is not None:
+                parameter = dict(linear.named_parameters())[ending]
+                arguments = (tensor,) if shard is None else (tensor, shard)
+                parameter.weight_loader(parameter, *arguments)
+    method.process_weights_after_loading(linear)
+    assert not set(dict(linear.named_parameters())) & {*ORIGINAL_NAMES.values(), *EXTENDED_NAMES.values()}
+    return method
+
+
+def check(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    expected = x.double() @ W + (0 if bias is None else bias.double())
+    error = (y.double() - expected).norm() / expected.norm()
+    assert y.shape == expected.shape
+    assert error < 1e-3, error
+
+
+QKV = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"]
+KINDS = [
+    (False, {}),
+    (False, {"group": -1}),
+    (True, {"group": 32, "bits": 8}),
+    (True, {"group": 64, "order": True}),
+    (True, {"group": 64, "asym": True, "order": True}),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(("extended", "kind"), KINDS)
+def test_fused_qkv(ranks: int, extended: bool, kind: dict[str, Any]) -> None:
+    """4 ranks, 2 heads of keys and values: two ranks share each."""
+    widths = [512, 128, 128]
+    pieces = {
+        n: (*random_layer(256, w, seed=i, **kind), kind) for i, (n, w) in enumerate(zip(QKV, widths, strict=True))
+    }
+    config = config_of(pieces, extended)
+    replicas = max(1, ranks // 2)
+    own = [512 // ranks, 128 * replicas // ranks, 128 * replicas // ranks]
+    x, bias = torch.randn(3, 256).half(), torch.randn(sum(own)).half()
+    for rank in range(ranks):
+        linear = Linear(rank, bias, replicas)
+        method = load(config, QKV, pieces, linear, (256, own, 256, sum(own) * ranks), ["q", "k", "v"], extended)
+        assert len(method.products) == (3 if kind.get("order") else 1)
+        parts = []
+        for i, name in enumerate(QKV):
+            first = (rank if i == 0 else rank // replicas) * own[i]
+            parts.append(pieces[name][1][:, first : first + own[i]])
+        check(method.apply(linear, x, linear.bias), x, torch.cat(parts, 1), bias)
+        check(method.apply(linear, x), x, torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(("extended", "kind"), [k for k in KINDS if not k[1].get("order")])
+def test_row_parallel(ranks: int, extended: bool, kind: dict[str, Any]) -> None:
+    """At 4 ranks of 512 rows in groups of 128, each rank has a single group."""
+    name = "model.layers.0.mlp.down_proj"
+    pieces = {name: (*random_layer(512, 256, **kind), kind)}
+    config = config_of(pieces, extended)
+    own = 512 // ranks
+    for rank in range(ranks):
+        linear = Linear(rank)
+        method = load(config, [name], pieces, linear, (own, [256], 512, 256), [None], extended)
+        x = torch.randn(2, 5, own).half()
+        check(method.apply(linear, x), x, pieces[name][1][rank * own : (rank + 1) * own])
+
+
+def test_row_parallel_act_order_is_refused() -> None:
+    name, kind = "model.layers.0.mlp.down_proj", {"group": 64, "order": True}
+    pieces = {name: (*random_layer(512, 256, **kind), kind)}
+    with pytest.raises(ValueError, match=r"down_proj: it has act-order, whose rows cannot be split"):
+        load(config_of(pieces, True), [name], pieces, Linear(0), (256, [256], 512, 256), [None], True)
+
+
+def test_parts_of_different_kinds_and_padding() -> None:
+    names = ["mlp.gate_proj", "mlp.up_proj"]
+    kinds = [{"group": 32}, {"group": 64, "bits": 8}]
+    pieces = {n: (*random_layer(200, 72, seed=i, **k), k) for i, (n, k) in enumerate(zip(names, kinds, strict=True))}
+    linear = Linear(0, torch.randn(144).half())
+    method = load(config_of(pieces, True), names, pieces, linear, (200, [72, 72], 200, 144), [0, 1], True)
+    x = torch.randn(7, 200).half()
+    check(method.apply(linear, x, linear.bias), x, torch.cat([pieces[n][1] for n in names], 1), linear.bias.data)
+
+
+def test_what_the_kernel_lacks_is_refused() -> None:
+    for kind, message in [({"group": 16}, "no groups of 16"), ({"bits": 8, "asym": True}, "no 8-bit codes with zero")]:
+        pieces = {"a": (*random_layer(256, 64, **kind), kind)}
+        with pytest.raises(ValueError, match=f"a: vLLM's Marlin kernel has {message}"):
+            plugin.MarlinCheckpointMethod(config_of(pieces, True), ["a"])
+
+
+def test_a_missing_tensor_is_an_error() -> None:
+    pieces = {"a": (*random_layer(256, 64), {})}
+    method = plugin.MarlinCheckpointMethod(config_of(pieces, False), ["a"])
+    linear = Linear(0)
+    method.create_weights(linear, 256, [64], 256, 64, torch.float16)
+    linear.B.weight_loader(linear.B, pieces["a"][0].weight)
+    with pytest.raises(ValueError, match="a: it has weight; scales, weight needed"):
+        method.process_weights_after_loading(linear)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ours"),
+    [
+        (ORIGINAL, True),
+        ({"quant_method": "marlin", "group_size": 128}, True),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin_ext"}, True),
+        ({"quant_method": "gptq", "checkpoint_format": "gptq", "is_marlin_format": False}, False),
+        ({"quant_method": "gptq", "bits": 4}, False),
+        ({"quant_method": "awq"}, False),
+    ],
+)
+def test_claims_marlin_checkpoints_only(settings: dict[str, Any], ours: bool) -> None:
+    claimed = plugin.MarlinCheckpointConfig.override_quantization_method(settings, None)
+    assert claimed == ("marlin_convert" if ours else None)
+    assert plugin.MarlinCheckpointConfig.override_quantization_method(settings, "awq") is None
+
+
+def test_vllm_knows_the_configuration() -> None:
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+    assert "marlin_convert" in QUANTIZATION_METHODS
+    assert get_quantization_config("marlin_convert") is plugin.MarlinCheckpointConfig
+
+
+def test_quantized_layers_are_those_with_tensors(tmp_path: Path) -> None:
+    piece, _ = random_layer(128, 256)
+    tensors = {"model.layers.0.mlp.up_proj.B": piece.weight, "model.layers.0.mlp.up_proj.s": piece.scales,
+               "model.norm.weight": torch.ones(4)}  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": ORIGINAL}))
+    config = plugin.MarlinCheckpointConfig.from_config(ORIGINAL)
+    config.maybe_update_config(str(tmp_path))
+    assert config.quantized == {"model.layers.0.mlp.up_proj"}
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    linear = plugin.LinearBase.__new__(plugin.LinearBase)
+    with pytest.raises(ValueError, match=r"gate_up_proj: .*gate_proj of it is not quantized"):
+        config.get_quant_method(linear, "model.layers.0.mlp.gate_up_proj")
+    assert isinstance(config.get_quant_method(linear, "model.layers.0.mlp.down_proj"), plugin.UnquantizedLinearMethod)
+    assert isinstance(config.get_quant_method(linear, "model.layers.0.mlp.up_proj"), plugin.MarlinCheckpointMethod)
+
+
+def test_experts_are_refused() -> None:
+    class RoutedExperts(torch.nn.Module):
+        pass
+
+    config = plugin.MarlinCheckpointConfig.from_config(ORIGINAL)
+    config.quantized = {"model.layers.0.mlp.experts.0.up_proj"}
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts: .*mixtures of experts"):
+        config.get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts")
+    assert config.get_quant_method(RoutedExperts(), "model.layers.1.mlp.experts") is None
