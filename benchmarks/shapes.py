@@ -73,7 +73,7 @@ def make(folder: Path, shape: Shape, seed: int = 0) -> None:
         file = f"model{suffix}.safetensors"
         part = sorted(everything[number * per_file : (number + 1) * per_file], key=lambda t: t[1] != "I32")
         weight_map.update({name: file for name, _, _ in part})
-        _write(folder / file, part, rng)
+        write(folder / file, part, rng)
     if shape.files > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     quantization = {
@@ -94,7 +94,7 @@ def make(folder: Path, shape: Shape, seed: int = 0) -> None:
     (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2))
 
 
-def _write(path: Path, part: list[tuple[str, str, tuple[int, ...]]], rng: np.random.Generator) -> None:
+def write(path: Path, part: list[tuple[str, str, tuple[int, ...]]], rng: np.random.Generator) -> None:
     header, begin = {}, 0
     for name, dtype, dims in part:
         nbytes = int(np.prod(dims, dtype=np.int64)) * (4 if dtype == "I32" else 2)

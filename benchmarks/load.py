@@ -1,0 +1,115 @@
+"""How long does Transformers take to load a Marlin checkpoint, beside plain safetensors of the same size?
+
+    python benchmarks/load.py [--shape mistral-7b] [--runs 5] [--folder DIR] [--device cpu|cuda]
+
+Makes a GPTQ checkpoint of the shape with random contents, converts it, and writes an fp16 checkpoint of the same
+architecture with as many layers as make the same number of bytes (both kept in DIR for the next time). Then loads each
+in turn, every time in a new process: `marlin_convert.load` and `AutoModelForCausalLM.from_pretrained`. Imports do not
+count, files are in the page cache. On a CPU every page of every tensor is touched before the clock stops: tensors that
+are only mapped would cost nothing. Prints medians, and the ratio of the seconds per byte, pair by pair. As a third,
+`safetensors.torch.load_file` of the Marlin weights, without a model, for what the disk format itself costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from shapes import SHAPES, Shape, linears, make, tensors, write
+
+BOUND = 1.2
+
+LOAD = """
+import sys, time, torch
+kind, folder, device = sys.argv[1:]
+import marlin_convert.hf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+logging.set_verbosity_error(); logging.disable_progress_bar()
+if device == "cuda":
+    torch.zeros(1, device=device)
+    from marlin_convert import cuda
+    cuda.device_info(0)
+started = time.perf_counter()
+if kind == "marlin":
+    state = marlin_convert.hf.load(folder, device=device).state_dict()
+elif kind == "plain":
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=None if device == "cpu" else {"": device})
+    state = model.state_dict()
+else:
+    state = load_file(folder + "/model.safetensors", device=device)
+if device == "cuda":
+    torch.cuda.synchronize()
+total = sum(int(t.contiguous().view(torch.uint8).flatten()[::4096].sum()) for t in state.values() if t.dim())
+print(time.perf_counter() - started)
+"""
+
+
+def plain_checkpoint(folder: Path, shape: Shape, nbytes: int) -> None:
+    """The architecture in fp16, with so many layers that it has about `nbytes`."""
+    import numpy as np
+
+    layer = sum(2 * k * n for _, k, n in linears(dataclasses.replace(shape, layers=1)))
+    rest = 4 * shape.vocabulary * shape.hidden
+    shape = dataclasses.replace(shape, layers=max(1, round((nbytes - rest) / layer)))
+    folder.mkdir(parents=True)
+    weights = [(f"{name}.weight", "F16", (n, k)) for name, k, n in linears(shape)]
+    others = [t for t in tensors(shape) if t[0].endswith(".weight")]
+    write(folder / "model.safetensors", [*weights, *others], np.random.default_rng(0))
+    config = json.loads((folder.parent / "gptq" / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": shape.layers}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[name for name in SHAPES if SHAPES[name].files == 1], default="mistral-7b")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "marlin-convert-bench-load")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args()
+
+    base, shape = options.folder / options.shape, SHAPES[options.shape]
+    if not (base / "marlin").exists():
+        shutil.rmtree(base, ignore_errors=True)
+        print(f"making {base} …", flush=True)
+        make(base / "gptq", shape)
+        command = [sys.executable, "-m", "marlin_convert.cli", str(base / "gptq"), str(base / "marlin"), "--quiet"]
+        subprocess.run([*command, "--device", "cpu"], check=True)
+        (base / "gptq" / "model.safetensors").unlink()
+        plain_checkpoint(base / "plain", shape, (base / "marlin" / "model.safetensors").stat().st_size)
+    folders = {"marlin": base / "marlin", "plain": base / "plain", "load_file": base / "marlin"}
+    nbytes = {kind: (folder / "model.safetensors").stat().st_size for kind, folder in folders.items()}
+
+    times: dict[str, list[float]] = {kind: [] for kind in folders}
+    for run in range(options.runs + 1):  # the first one warms the page cache and does not count
+        for kind, folder in folders.items():
+            command = [sys.executable, "-c", LOAD, kind, str(folder), options.device]
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            if process.returncode:
+                raise SystemExit(process.stderr)
+            if run:
+                times[kind].append(float(process.stdout.split()[-1]))
+        if run:
+            print(f"run {run}: " + ", ".join(f"{kind} {t[-1]:.2f} s" for kind, t in times.items()), flush=True)
+
+    print(f"{options.shape} on {options.device}, median of {options.runs}, {os.cpu_count()} cores")
+    for kind, values in times.items():
+        seconds = statistics.median(values)
+        print(f"  {kind:10} {nbytes[kind] / 1e9:5.2f} GB  {seconds:6.2f} s  {nbytes[kind] / 1e9 / seconds:5.2f} GB/s")
+    pairs = zip(times["marlin"], times["plain"], strict=True)
+    ratio = statistics.median(m / nbytes["marlin"] / (p / nbytes["plain"]) for m, p in pairs)
+    print(f"  Marlin takes {ratio:.2f} x the time of plain safetensors for each byte (bound {BOUND})")
+
+
+if __name__ == "__main__":
+    main()
