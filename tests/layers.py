@@ -14,14 +14,25 @@ from marlin_convert import repack
 from marlin_convert.linear import MarlinLinear
 
 
+def zero_points(layer: GPTQLayer) -> Any:
+    """Zero points [G, N]: one more than `stored_zero` (of v1) where that is [G, N], else the middle of the codes."""
+    if isinstance(layer.stored_zero, np.ndarray):
+        return layer.stored_zero + 1
+    return np.full((layer.G, layer.N), 2 ** (layer.bits - 1))
+
+
+def weight(layer: GPTQLayer) -> torch.Tensor:
+    """W [K, N] in float64, zero points of all kinds."""
+    steps = layer.codes - zero_points(layer)[layer.groups]
+    return torch.from_numpy(steps * layer.scale_tensor.double().numpy()[layer.groups])
+
+
 def extended(layer: GPTQLayer) -> tuple[MarlinLinear, torch.Tensor]:
     """The module with `layer`'s tensors in the extended format, and its weight W [K, N] in float64."""
     K, N, size = layer.K, layer.N, layer.group_size
     rows, columns = -(-K // 128) * 128, -(-N // 64) * 64
     G = 1 if size == -1 else rows // size
-    zeros = np.full((layer.G, N), 2 ** (layer.bits - 1))
-    if isinstance(layer.stored_zero, np.ndarray):
-        zeros = layer.stored_zero + 1  # v1 stores one less
+    zeros = zero_points(layer)
     points, scales = np.zeros((G, columns), np.int64), torch.zeros(G, columns, dtype=layer.scale_dtype)
     points[: layer.G, :N], scales[: layer.G, :N] = zeros, layer.scale_tensor
     group = np.minimum(np.arange(rows) // (rows if size == -1 else size), G - 1)
@@ -42,8 +53,7 @@ def extended(layer: GPTQLayer) -> tuple[MarlinLinear, torch.Tensor]:
         scale_dtype=layer.scale_dtype,
     )  # fmt: skip
     module.load_state_dict(state)
-    W = (layer.codes - zeros[layer.groups]) * layer.scale_tensor.double().numpy()[layer.groups]
-    return module, torch.from_numpy(W)
+    return module, weight(layer)
 
 
 def shuffled(K: int, size: int) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from gptq import GPTQLayer, quantization_config, write_source
+from layers import extended, weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
@@ -68,8 +69,11 @@ class Pair:
         return load_file(self.out / "model.safetensors")
 
 
-def make(folder: Path, config: PretrainedConfig, which: str = BLOCKS, **layer: Any) -> Pair:
-    """Write `config`'s model with random weights, its linears that `which` finds quantized as `layer` says."""
+def make(folder: Path, config: PretrainedConfig, which: str = BLOCKS, *, by_hand: bool = False, **layer: Any) -> Pair:
+    """Write `config`'s model with random weights, its linears that `which` finds quantized as `layer` says.
+
+    `by_hand` writes the result here, in the extended format as docs/format.md has it, and not by the converter.
+    """
     torch.manual_seed(0)
     dense, source, out = folder / "dense", folder / "source", folder / "out"
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(dense)
@@ -87,7 +91,7 @@ def make(folder: Path, config: PretrainedConfig, which: str = BLOCKS, **layer: A
             settings |= {"stored_zero": 127, "scales": np.random.default_rng(G).uniform(6e-5, 1.2e-3, (G, N))}
         layers[name] = GPTQLayer(**settings)
     assert layers
-    weights = {f"{name}.weight": torch.from_numpy(x.weight).to(torch.float16).t() for name, x in layers.items()}
+    weights = {f"{name}.weight": weight(x).to(torch.float16).t() for name, x in layers.items()}
     biases = {f"{name}.bias": x.bias_tensor for name, x in layers.items() if x.bias}
     whole = {name: tensor.contiguous() for name, tensor in {**plain, **weights, **biases}.items()}
     save_file(whole, dense / "model.safetensors", metadata={"format": "pt"})
@@ -99,8 +103,34 @@ def make(folder: Path, config: PretrainedConfig, which: str = BLOCKS, **layer: A
         lm_head="lm_head" in layers,
     )  # fmt: skip
     write_source(source, layers, plain, config=written)
-    convert(source, out, Options(device="cpu"))
+    if by_hand:
+        write_extended(out, layers, plain, written)
+    else:
+        convert(source, out, Options(device="cpu"))
     return Pair(source, out, dense, layers)
+
+
+def write_extended(
+    folder: Path, layers: dict[str, GPTQLayer], plain: dict[str, torch.Tensor], config: dict[str, Any]
+) -> None:
+    """A checkpoint in the extended format; each layer's settings stand under `layers`, the first's are the default."""
+    tensors, entries = dict(plain), {}
+    for name, layer in layers.items():
+        module, _ = extended(layer)
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        if layer.bias:
+            tensors[f"{name}.bias"] = layer.bias_tensor
+        entry = {"bits": layer.bits, "group_size": layer.group_size, "sym": module.sym, "desc_act": module.desc_act}
+        sizes = {"in_features": (layer.K, 128), "out_features": (layer.N, 64)}
+        entries[name] = entry | {key: size for key, (size, multiple) in sizes.items() if size % multiple}
+    shared = {key: value for key, value in next(iter(entries.values())).items() if not key.endswith("features")}
+    quantization = {
+        "quant_method": "gptq", "checkpoint_format": "marlin_ext", "marlin_ext_version": 1, **shared,
+        "lm_head": "lm_head" in layers, "layers": entries,
+    }  # fmt: skip
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
 
 
 def relative(result: torch.Tensor, reference: torch.Tensor) -> float:

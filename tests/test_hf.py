@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hub_server import Hub
@@ -176,6 +177,66 @@ def test_prompt_and_continuation(pair: Pair) -> None:
     settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
     result = AutoModelForCausalLM.from_pretrained(pair.out).generate(ids, **settings)
     assert torch.equal(result, pair.reference().generate(ids, **settings))
+
+
+# ---- The extended format ----
+
+#: Settings of the layers of a small Llama; K is 256 or 512, N the same.
+EXTENDED = {
+    "groups of 32": {"group_size": 32},
+    "8 bits": {"bits": 8},
+    "asymmetric": {"group_size": -1, "stored_zero": np.arange(512)[None] % 15},
+    "bf16 scales": {"scale_dtype": torch.bfloat16},
+    "act-order": {"g_idx": np.random.default_rng(5).permutation(np.arange(256) // 128)},
+}
+
+
+@pytest.mark.parametrize("kind", EXTENDED)
+def test_extended(kind: str, tmp_path: Path) -> None:
+    """Each kind of layer: which modules, which logits, and saved as it was."""
+    which = {"act-order": r"(q|k|v|o|gate|up)_proj$", "asymmetric": r"(gate|up)_proj$"}.get(kind, BLOCKS)
+    pair = make(tmp_path / "model", llama(attention_bias=True), which, by_hand=True, **EXTENDED[kind])
+    model, info = AutoModelForCausalLM.from_pretrained(pair.out, output_loading_info=True, dtype=torch.float16)
+    assert marlin_layers(model) == pair.layers.keys()
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    same_logits(model, pair.reference())
+    model.save_pretrained(tmp_path / "saved")
+    saved, stored = load_file(tmp_path / "saved" / "model.safetensors"), pair.tensors()
+    assert saved.keys() == stored.keys()
+    assert all(saved[name].dtype == stored[name].dtype and torch.equal(saved[name], stored[name]) for name in stored)
+    same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float16), pair.reference())
+
+
+def test_extended_padded_and_experts(tmp_path: Path) -> None:
+    """Sizes that are no multiples of anything, and experts; layers with settings of their own beside the default."""
+    config = llama(hidden_size=200, intermediate_size=328, head_dim=40)
+    pair = make(tmp_path / "padded", config, by_hand=True, group_size=-1)
+    assert pair.tensors()["model.layers.0.mlp.down_proj.marlin_qweight"].shape == (384 // 16, 256 * 2)
+    model = marlin_convert.load(pair.out, device="cpu")
+    assert repr(model.model.layers[0].mlp.down_proj) == "MarlinLinear(K=328, N=200, group=-1, bits=4)"
+    same_logits(model, pair.reference())
+    pair = make(tmp_path / "experts", qwen3_moe(), by_hand=True, group_size=64, bits=8)
+    model = marlin_convert.load(pair.out, device="cpu")
+    assert marlin_layers(model) == pair.layers.keys()
+    same_logits(model, pair.reference())
+
+
+def test_extended_that_is_damaged_or_newer(tmp_path: Path) -> None:
+    pair = make(tmp_path / "model", llama(num_hidden_layers=1), by_hand=True, group_size=32)
+    with pytest.raises(UnsupportedError, match="marlin_ext_version is 2"):
+        AutoModelForCausalLM.from_pretrained(edited(pair, tmp_path / "a", marlin_ext_version=2))
+    folder = without(pair, tmp_path / "b", "model.layers.0.mlp.up_proj.marlin_scales")
+    with pytest.raises(SourceError, match=r"up_proj: it has marlin_qweight, and not .* the marlin_scales"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    folder = edited(pair, tmp_path / "c", checkpoint_format="marlin", is_marlin_format=True, group_size=128)
+    with pytest.raises(SourceError, match="it has marlin_qweight, and not the settings"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    for key in ("bits", "group_size", "desc_act", "sym"):  # settings that the tensors contradict
+        changed = {"bits": 8, "group_size": 64, "desc_act": True, "sym": False}[key]
+        layers = json.loads((pair.out / "config.json").read_text())["quantization_config"]["layers"]
+        layers["model.layers.0.mlp.up_proj"][key] = changed
+        with pytest.raises((SourceError, RuntimeError)):
+            AutoModelForCausalLM.from_pretrained(edited(pair, tmp_path / key, layers=layers))
 
 
 # ---- What does not fit ----

@@ -12,7 +12,19 @@ import pytest
 import torch
 from gptq import GPTQLayer
 from layers import EXTENDED, extended
-from models import PROMPT, SAMPLE, dequantized_demo, llama, make, mixtral, perplexity, qwen3_moe, relative, tokens
+from models import (
+    BLOCKS,
+    PROMPT,
+    SAMPLE,
+    dequantized_demo,
+    llama,
+    make,
+    mixtral,
+    perplexity,
+    qwen3_moe,
+    relative,
+    tokens,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import marlin_convert
@@ -128,9 +140,6 @@ KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "biases": (lambda: llama(attention_bias=True), {}),
     "mixtral": (mixtral, {}),
     "qwen3-moe": (qwen3_moe, {}),
-    "groups of 32": (llama, {"group_size": 32}),
-    "8 bits": (llama, {"bits": 8}),
-    "padded": (lambda: llama(intermediate_size=352, hidden_size=192, head_dim=48), {"group_size": 32}),
 }
 
 
@@ -150,13 +159,29 @@ def test_logits_of_small_models(kind: str, tmp_path: Path) -> None:
         same_logits(model, pair.reference(dtype).cuda(), tolerance)
 
 
-def test_act_order_and_zero_points(tmp_path: Path) -> None:
-    """Every linear of the model has K = 256 or 512; act-order and zero points fit those with K = 256."""
-    g_idx = np.random.default_rng(5).permutation(np.arange(256) // 128)
-    zeros = np.random.default_rng(6).integers(0, 15, (2, 256))
-    for name, layer in (("act-order", {"g_idx": g_idx}), ("asymmetric", {"stored_zero": zeros})):
-        pair = make(tmp_path / name, llama(), r"self_attn\.[qkvo]_proj$", **layer)
-        same_logits(marlin_convert.load(pair.out, device="cuda:0"), pair.reference().cuda(), 2e-3)
+#: The same in the extended format, written by the tests themselves.
+EXTENDED_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "groups of 32": (BLOCKS, {"group_size": 32}),
+    "8 bits": (BLOCKS, {"bits": 8}),
+    "one group, 8 bits": (BLOCKS, {"bits": 8, "group_size": -1}),
+    "bf16 scales": (BLOCKS, {"scale_dtype": torch.bfloat16}),
+    "asymmetric": (r"(gate|up)_proj$", {"group_size": -1, "stored_zero": np.arange(512)[None] % 15}),
+    "act-order": (r"(q|k|v|o|gate|up)_proj$", {"g_idx": np.random.default_rng(5).permutation(np.arange(256) // 128)}),
+}
+
+
+@pytest.mark.parametrize("kind", EXTENDED_KINDS)
+def test_logits_of_the_extended_format(kind: str, tmp_path: Path) -> None:
+    which, layer = EXTENDED_KINDS[kind]
+    pair = make(tmp_path, llama(attention_bias=True), which, by_hand=True, **layer)
+    model = marlin_convert.load(pair.out, device="cuda:0", dtype=torch.float16)
+    same_logits(model, pair.reference().cuda(), 2e-3)
+
+
+def test_logits_of_a_padded_model(tmp_path: Path) -> None:
+    config = llama(hidden_size=200, intermediate_size=328, head_dim=40)
+    pair = make(tmp_path, config, by_hand=True, group_size=-1)
+    same_logits(marlin_convert.load(pair.out, device="cuda:0"), pair.reference().cuda(), 2e-3)
 
 
 def test_from_pretrained_then_moved(tmp_path: Path) -> None:
