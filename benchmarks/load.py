@@ -3,11 +3,11 @@
     python benchmarks/load.py [--shape mistral-7b] [--runs 5] [--folder DIR] [--device cpu|cuda]
 
 Makes a GPTQ checkpoint of the shape with random contents, converts it, and writes an fp16 checkpoint of the same
-architecture with as many layers as make the same number of bytes (both kept in DIR for the next time). Then loads each
-in turn, every time in a new process: `marlin_convert.load` and `AutoModelForCausalLM.from_pretrained`. Imports do not
-count, files are in the page cache. On a CPU every page of every tensor is touched before the clock stops: tensors that
-are only mapped would cost nothing. Prints medians, and the ratio of the seconds per byte, pair by pair. As a third,
-`safetensors.torch.load_file` of the Marlin weights, without a model, for what the disk format itself costs.
+architecture with as many layers and bytes: each half as wide and as high (both kept in DIR for the next time). Then
+loads each in turn, every time in a new process: `marlin_convert.load` and `AutoModelForCausalLM.from_pretrained`.
+Imports do not count, files are in the page cache. On a CPU every page of every tensor is touched before the clock
+stops: tensors that are only mapped would cost nothing. Prints medians, and the ratio of the seconds per byte, pair by
+pair. As a third, `safetensors.torch.load_file` of the Marlin weights, without a model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from shapes import SHAPES, Shape, linears, make, tensors, write
 
@@ -54,20 +55,26 @@ print(time.perf_counter() - started)
 """
 
 
-def plain_checkpoint(folder: Path, shape: Shape, nbytes: int) -> None:
-    """The architecture in fp16, with so many layers that it has about `nbytes`."""
+def halved(shape: Shape) -> Shape:
+    """The shape whose fp16 weights take the bytes of `shape`'s 4-bit ones: half as wide and half as high."""
+    return dataclasses.replace(
+        shape, hidden=shape.hidden // 2, intermediate=shape.intermediate // 2, kv=shape.kv // 2,
+        vocabulary=2 * shape.vocabulary,
+    )  # fmt: skip
+
+
+def plain_checkpoint(folder: Path, config: dict[str, Any], shape: Shape) -> None:
+    """A checkpoint of `shape` in fp16, random contents; `config` is the GPTQ one's."""
     import numpy as np
 
-    layer = sum(2 * k * n for _, k, n in linears(dataclasses.replace(shape, layers=1)))
-    rest = 4 * shape.vocabulary * shape.hidden
-    shape = dataclasses.replace(shape, layers=max(1, round((nbytes - rest) / layer)))
     folder.mkdir(parents=True)
     weights = [(f"{name}.weight", "F16", (n, k)) for name, k, n in linears(shape)]
     others = [t for t in tensors(shape) if t[0].endswith(".weight")]
     write(folder / "model.safetensors", [*weights, *others], np.random.default_rng(0))
-    config = json.loads((folder.parent / "gptq" / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": shape.layers}))
+    sizes = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "vocab_size": shape.vocabulary,
+             "num_attention_heads": shape.hidden // 128, "num_key_value_heads": shape.kv // 128}  # fmt: skip
+    rest = {key: value for key, value in config.items() if key != "quantization_config"}
+    (folder / "config.json").write_text(json.dumps({**rest, **sizes}))
 
 
 def main() -> None:
@@ -86,7 +93,9 @@ def main() -> None:
         command = [sys.executable, "-m", "marlin_convert.cli", str(base / "gptq"), str(base / "marlin"), "--quiet"]
         subprocess.run([*command, "--device", "cpu"], check=True)
         (base / "gptq" / "model.safetensors").unlink()
-        plain_checkpoint(base / "plain", shape, (base / "marlin" / "model.safetensors").stat().st_size)
+    if not (base / "plain").exists():
+        config = json.loads((base / "gptq" / "config.json").read_text())
+        plain_checkpoint(base / "plain", config, halved(shape))
     folders = {"marlin": base / "marlin", "plain": base / "plain", "load_file": base / "marlin"}
     nbytes = {kind: (folder / "model.safetensors").stat().st_size for kind, folder in folders.items()}
 

@@ -176,8 +176,8 @@ class MarlinQuantizer(HfQuantizer):
         else:  # "auto" and its kind: any GPU that torch sees
             devices = [] if device_map is None else list(range(torch.cuda.device_count()))
         for device in devices:
-            where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-            if where.type == "cuda":
+            if isinstance(device, int) or str(device).startswith("cuda"):  # others: cpu, disk
+                where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
                 cuda.device_info(where.index or 0)
 
     def _process_model_before_weight_loading(

@@ -307,6 +307,21 @@ def test_a_gpu_that_does_not_suit_is_refused_before_loading(pair: Pair, monkeypa
     quantizer.validate_environment(device_map={"": "cpu"})
 
 
+PLACES = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head")
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    ["cpu", "auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"},
+     {"model.layers.1": "disk", **dict.fromkeys(PLACES, "cpu")}],
+    ids=["cpu", "auto", "whole", "parts", "disk"],
+)  # fmt: skip
+def test_device_map(pair: Pair, tmp_path: Path, device_map: Any) -> None:
+    pytest.importorskip("accelerate", reason="Transformers needs it for a device_map")
+    model = AutoModelForCausalLM.from_pretrained(pair.out, device_map=device_map, offload_folder=tmp_path / "disk")
+    same_logits(model, pair.reference())
+
+
 # ---- load ----
 
 
