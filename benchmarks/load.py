@@ -34,7 +34,7 @@ kind, folder, device = sys.argv[1:]
 import marlin_convert.hf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
+from transformers.utils import is_accelerate_available, logging
 logging.set_verbosity_error(); logging.disable_progress_bar()
 if device == "cuda":
     torch.zeros(1, device=device)
@@ -44,8 +44,9 @@ started = time.perf_counter()
 if kind == "marlin":
     state = marlin_convert.hf.load(folder, device=device).state_dict()
 elif kind == "plain":
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map=None if device == "cpu" else {"": device})
-    state = model.state_dict()
+    straight = device != "cpu" and is_accelerate_available()  # as marlin_convert.load does it
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device} if straight else None)
+    state = model.to(device).state_dict()
 else:
     state = load_file(folder + "/model.safetensors", device=device)
 if device == "cuda":

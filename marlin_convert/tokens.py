@@ -153,8 +153,13 @@ def time_on_gpu(decoder: Decoder, steps: int) -> tuple[float, str, str | None]:
     """Seconds of a step of a captured graph, or launched where that fails."""
     import torch
 
+    from .hf import MarlinExperts
+
     device = decoder.tokens.device
     synchronize = partial(torch.cuda.synchronize, device)
+    if any(isinstance(module, MarlinExperts) for module in decoder.model.modules()):
+        why = "experts are chosen with numbers from the GPU"
+        return time_launched(decoder, steps, synchronize), LAUNCHES, why
     try:
         graph = capture(decoder)
     except torch.OutOfMemoryError:
