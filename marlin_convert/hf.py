@@ -39,7 +39,7 @@ from .errors import SourceError, UnsupportedError
 from .hub import fetch
 from .layout import BITS, TILE_K
 from .linear import EXTENDED_NAMES, ORIGINAL_NAMES, MarlinLinear
-from .plan import make_plan
+from .plan import Layer, make_plan
 from .scales import to_fp16
 
 if TYPE_CHECKING:
@@ -470,7 +470,8 @@ def load_dequantized(
 ) -> Any:
     """The model of a GPTQ checkpoint with its weights dequantized to fp16: what the converted one is compared with.
 
-    Takes the memory of an fp16 model. Raises what `plan` and `fetch` raise for a source that cannot be converted.
+    For sources of 4 bits, symmetric, without act-order. Takes the memory of an fp16 model. Raises what `plan` and
+    `fetch` raise for a source that cannot be converted.
     """
     chosen = pick_device(device)
     where = torch.device("cpu") if chosen.kind == "cpu" else cuda.torch_device(chosen)
@@ -479,6 +480,11 @@ def load_dequantized(
     with Checkpoint(origin.folder) as checkpoint:
         plan = make_plan(checkpoint)
         plan.require_convertible()
+        if any(map(_beyond_the_original, plan.layers)):
+            raise UnsupportedError(
+                f"{origin.label}: only 4-bit symmetric layers without act-order are dequantized from a source; "
+                "convert it, and use `load(out).dequantize()`."
+            )
         for tensor in plan.copies:
             with safe_open(origin.folder / tensor.file, framework="pt") as file:
                 tensors[tensor.name] = file.get_tensor(tensor.name)
@@ -497,6 +503,12 @@ def load_dequantized(
         model.generation_config = GenerationConfig.from_pretrained(origin.folder)
     _require_all_keys(model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model.to(where)
+
+
+def _beyond_the_original(layer: Layer) -> bool:
+    """Whether a layer has more than codes and scales: 8 bits, zero points, rows in another order, a short group."""
+    said = (getattr(layer, name, None) for name in ("zeros", "act_order"))
+    return layer.bits != BITS or any(said) or layer.K % layer.G != 0
 
 
 def _complete_config(config: PretrainedConfig, folder: Path, label: str) -> None:
