@@ -26,6 +26,8 @@ from pathlib import Path
 
 import torch
 
+from marlin_convert.cuda import PRODUCT, Weights
+
 GROUP_SIZE = 128
 LAYERS = {  # K, N
     "mistral-gate-up": (4096, 28672),
@@ -47,15 +49,16 @@ class Library:
     def __init__(self) -> None:
         path = os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "marlin_convert" / "_cuda.so"
         i64, i32, p, size = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+        weights = ctypes.POINTER(Weights)
         self.lib = lib = ctypes.CDLL(str(path))
-        lib.marlin_cuda_gemm.argtypes = [p] * 6 + [size] + [i64] * 5 + [i32, i32, p, i32]
-        lib.marlin_cuda_gemm_workspace_bytes.argtypes = [i64, i64, i64, i32]
-        lib.marlin_cuda_gemm_workspace_bytes.restype = size
-        lib.marlin_cuda_choose.argtypes = [i64, i64, i64, i32]
-        lib.marlin_cuda_dequantize.argtypes = [p, p, p, i64, i64, i64, i32, i32, p]
+        lib.marlin_cuda_gemm.argtypes = [weights, ctypes.c_char_p]
+        lib.marlin_cuda_workspace_bytes.argtypes = [i32]
+        lib.marlin_cuda_workspace_bytes.restype = size
+        lib.marlin_cuda_choose.argtypes = [weights, i64, i32]
+        lib.marlin_cuda_dequantize.argtypes = [weights, p, i32, i32, p]
         lib.marlin_cuda_stream_read.argtypes = [p, i64, p, i32, p]
         lib.marlin_cuda_error_string.restype = ctypes.c_char_p
-        size = lib.marlin_cuda_gemm_workspace_bytes(1, 64, 64, 0)
+        size = lib.marlin_cuda_workspace_bytes(0)
         self.workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
 
     def check(self, code: int) -> None:
@@ -63,26 +66,24 @@ class Library:
             raise RuntimeError(f"{code}: {self.lib.marlin_cuda_error_string(code).decode()}")
 
     def gemm(self, x: torch.Tensor, b: torch.Tensor, s: torch.Tensor, y: torch.Tensor, variant: int) -> None:
-        self.check(
-            self.lib.marlin_cuda_gemm(
-                x.data_ptr(), b.data_ptr(), s.data_ptr(), None, y.data_ptr(), self.workspace.data_ptr(),
-                self.workspace.numel(), x.shape[0], y.shape[1], x.shape[1], s.shape[0], x.stride(0), 0, 0, stream(),
-                variant,
-            )
-        )  # fmt: skip
+        pointers = x.data_ptr(), 0, y.data_ptr(), self.workspace.data_ptr()
+        product = PRODUCT.pack(*pointers, self.workspace.numel(), stream(), *x.shape[:1], x.stride(0), 0, 0, variant, 0)
+        self.check(self.lib.marlin_cuda_gemm(layer(b, s), product))
 
     def dequantize(self, b: torch.Tensor, s: torch.Tensor, w: torch.Tensor) -> None:
-        self.check(
-            self.lib.marlin_cuda_dequantize(
-                b.data_ptr(), s.data_ptr(), w.data_ptr(), w.shape[0], w.shape[1], s.shape[0], 0, 0, stream()
-            )
-        )
+        self.check(self.lib.marlin_cuda_dequantize(layer(b, s), w.data_ptr(), 0, 0, stream()))
 
     def read(self, b: torch.Tensor, sink: torch.Tensor) -> None:
         self.check(self.lib.marlin_cuda_stream_read(b.data_ptr(), b.numel() * 4, sink.data_ptr(), 0, stream()))
 
     def choose(self, m: int, n: int, k: int) -> int:
-        return int(self.lib.marlin_cuda_choose(m, n, k, 0))
+        weights = Weights(None, None, None, None, k, n, k // 128, k, n, 4, 0)
+        return int(self.lib.marlin_cuda_choose(weights, m, 0))
+
+
+def layer(b: torch.Tensor, s: torch.Tensor) -> Weights:
+    (k, n), (groups, _) = (b.shape[0] * 16, b.shape[1] // 2), s.shape
+    return Weights(b.data_ptr(), s.data_ptr(), None, None, k, n, groups, k, n, 4, 0)
 
 
 def stream() -> int:

@@ -3,8 +3,9 @@
 // Conventions
 //   * Pointers are device pointers unless said otherwise, aligned to 16 bytes. Matrices are row-major; only A may have
 //     a row stride of its own. Buffers that are written must not overlap any other argument.
-//   * W is K x N. K and N are multiples of MARLIN_CUDA_K_MULTIPLE and MARLIN_CUDA_N_MULTIPLE. G is the number of groups
-//     of rows that share a scale: K / 128, or 1 for per-channel scales.
+//   * W is K x N as stored, padding included. K and N are multiples of MARLIN_CUDA_K_MULTIPLE and
+//     MARLIN_CUDA_N_MULTIPLE. G is the number of groups of rows that share a scale: 1, or K / 16, K / 32, K / 64 or
+//     K / 128 (MARLIN_CUDA_GROUP_SIZE). docs/format.md has the formats.
 //   * `stream` is a cudaStream_t. Calls are queued there, never wait, and never print. `device` is a CUDA ordinal; the
 //     calling thread's current device is the same after a call as before it.
 //   * The result is MARLIN_OK (0), a cudaError_t (positive), or one of the negative codes below; after a negative code
@@ -18,13 +19,13 @@
 #include "marlin.h"
 
 // Raise it with every change of a prototype or of a meaning, here and in marlin_convert/ops.py.
-#define MARLIN_CUDA_ABI_VERSION 1
+#define MARLIN_CUDA_ABI_VERSION 2
 
 #define MARLIN_CUDA_K_MULTIPLE 64
 #define MARLIN_CUDA_N_MULTIPLE 64
 #define MARLIN_CUDA_GROUP_SIZE 128
 
-// Types of activations and outputs.
+// Types of activations, outputs and scales.
 #define MARLIN_CUDA_FP16 0
 #define MARLIN_CUDA_BF16 1
 
@@ -34,14 +35,16 @@
 
 // Error codes.
 #define MARLIN_CUDA_ERROR_NULL (-1)        // a required pointer is null
-#define MARLIN_CUDA_ERROR_SHAPE (-2)       // M, N or K is not positive, too large, or not a multiple of what it must be
-#define MARLIN_CUDA_ERROR_GROUPS (-3)      // G is neither 1 nor K / 128
-#define MARLIN_CUDA_ERROR_STRIDE (-4)      // lda is less than K or not a multiple of 8
+#define MARLIN_CUDA_ERROR_SHAPE (-2)       // M, N or K is not positive, too large, or not a multiple of what it must be,
+                                           // or in_features or out_features does not fit K or N
+#define MARLIN_CUDA_ERROR_GROUPS (-3)      // G is none of 1, K / 16, K / 32, K / 64, K / 128
+#define MARLIN_CUDA_ERROR_STRIDE (-4)      // lda is less than in_features, or it or in_features is no multiple of 8
 #define MARLIN_CUDA_ERROR_ALIGNMENT (-5)   // a pointer is not aligned to 16 bytes
 #define MARLIN_CUDA_ERROR_DTYPE (-6)       // neither MARLIN_CUDA_FP16 nor MARLIN_CUDA_BF16
 #define MARLIN_CUDA_ERROR_WORKSPACE (-7)   // workspace_bytes is less than marlin_cuda_gemm_workspace_bytes
 #define MARLIN_CUDA_ERROR_DEVICE (-8)      // no such device, or its compute capability is below 8.0
-#define MARLIN_CUDA_ERROR_VARIANT (-9)     // no such variant, or this device has too little shared memory for it
+#define MARLIN_CUDA_ERROR_VARIANT (-9)     // no such variant, or not for these weights, or too little shared memory
+#define MARLIN_CUDA_ERROR_BITS (-10)       // neither 4 nor 8 bits
 
 #ifdef __cplusplus
 extern "C" {
@@ -57,6 +60,35 @@ typedef struct {
   char name[256];
 } marlin_cuda_device_info_t;
 
+// A layer's weights as stored: a struct in the host's memory that points to tensors in the device's. Functions that
+// only plan (workspace_bytes, choose) do not look at the pointers, except whether `zeros` is null.
+typedef struct {
+  const void* B;      // int32 [K / 16, N bits / 2] codes in tile order
+  const void* s;      // [G, N] scales, columns permuted
+  const void* zeros;  // int32 [G, N bits / 32] zero points, or null: 8 or 128 everywhere
+  const void* perm;   // int32 [in_features], or null: stored row k is row perm[k] of the source
+  int64_t K, N, G;
+  int64_t in_features, out_features;  // the layer's own, without padding: 1 .. K and 1 .. N
+  int32_t bits;                       // 4 or 8
+  int32_t scale_dtype;                // MARLIN_CUDA_FP16 or MARLIN_CUDA_BF16
+} marlin_cuda_weights_t;
+
+// One product with them, likewise in the host's memory.
+typedef struct {
+  const void* A;     // [M, in_features] activations; columns in the order of stored rows (marlin_cuda_gather)
+  const void* bias;  // [out_features], or null
+  void* C;           // [M, out_features]
+  void* workspace;
+  size_t workspace_bytes;
+  void* stream;
+  int64_t M;
+  int64_t lda;    // elements between rows of A
+  int32_t dtype;  // of A, bias and C
+  int32_t device;
+  int32_t variant;  // 0: the library's choice; others (struct Variant in cuda/gemm.cu) are for tests and tuning
+  int32_t unused;
+} marlin_cuda_product_t;
+
 MARLIN_EXPORT int marlin_cuda_abi_version(void);
 
 // A sentence for a code returned by any function here. Never null; need not be freed.
@@ -67,31 +99,37 @@ MARLIN_EXPORT const char* marlin_cuda_error_string(int code);
 MARLIN_EXPORT int marlin_cuda_device_count(int* count /* host */);
 MARLIN_EXPORT int marlin_cuda_device_info(int device, marlin_cuda_device_info_t* info /* host */);
 
-// C [M, N] = A [M, K] * W + bias, accumulated in fp32. W is B [K / 16, 2 N] with the scales s [G, N] fp16, both as
-// stored. A, bias [N] (or null) and C are of `dtype`; lda is the number of elements between rows of A.
+// C [M, out_features] = A [M, in_features] * W + bias, accumulated in fp32. `perm` plays no part: with act-order or
+// in_features that are no multiple of 8, marlin_cuda_gather makes the A [M, K] that this takes, and in_features is K.
 // The workspace holds partial sums. Its first MARLIN_CUDA_COUNTER_BYTES must be zero before the first call that uses it
 // and are zero after each; calls that may run at the same time need workspaces of their own.
-// `variant` is 0 for the library's choice; other values (see struct Variant in cuda/gemm.cu) are for tests and tuning.
 // Equal arguments on equal devices give equal bits.
 #define MARLIN_CUDA_COUNTER_BYTES 8192
-MARLIN_EXPORT int marlin_cuda_gemm(const void* A, const void* B, const void* s, const void* bias, void* C,
-                                   void* workspace, size_t workspace_bytes, int64_t M, int64_t N, int64_t K, int64_t G,
-                                   int64_t lda, int dtype, int device, void* stream, int variant);
+MARLIN_EXPORT int marlin_cuda_gemm(const marlin_cuda_weights_t* weights /* host */,
+                                   const marlin_cuda_product_t* product /* host */);
 
-// Bytes of workspace that marlin_cuda_gemm needs for this shape and any variant; 0 if the shape or device is invalid.
-MARLIN_EXPORT size_t marlin_cuda_gemm_workspace_bytes(int64_t M, int64_t N, int64_t K, int device);
+// Bytes of workspace that marlin_cuda_gemm needs on this device, for any weights and variant; 0 if there is no such
+// device.
+MARLIN_EXPORT size_t marlin_cuda_workspace_bytes(int device);
 
-// Which is expected to be faster for this shape: MARLIN_CUDA_USE_GEMM or MARLIN_CUDA_USE_DEQUANTIZE (or a negative
-// code).
-MARLIN_EXPORT int marlin_cuda_choose(int64_t M, int64_t N, int64_t K, int device);
+// Which is expected to be faster for M rows: MARLIN_CUDA_USE_GEMM or MARLIN_CUDA_USE_DEQUANTIZE (or a negative code).
+MARLIN_EXPORT int marlin_cuda_choose(const marlin_cuda_weights_t* weights /* host */, int64_t M, int device);
 
-// GPTQ qweight [K / 8, N] -> B [K / 16, 2 N], and back. Bits are moved, nothing is computed.
-MARLIN_EXPORT int marlin_cuda_repack(const void* qweight, void* B, int64_t K, int64_t N, int device, void* stream);
-MARLIN_EXPORT int marlin_cuda_unpack(const void* B, void* qweight, int64_t K, int64_t N, int device, void* stream);
+// out [M, K]: column k is column perm[k] of A (k without perm), and 0 from in_features on. lda is any number of
+// elements; A is aligned to 2 bytes, perm and out to 16.
+MARLIN_EXPORT int marlin_cuda_gather(const void* A, const void* perm, void* out, int64_t M, int64_t lda,
+                                     int64_t in_features, int64_t K, int device, void* stream);
 
-// W [K, N] = (code - 8) * scale in `dtype`, rounded once to nearest even.
-MARLIN_EXPORT int marlin_cuda_dequantize(const void* B, const void* s, void* W, int64_t K, int64_t N, int64_t G,
-                                         int dtype, int device, void* stream);
+// GPTQ qweight [K bits / 32, N] -> B [K / 16, N bits / 2], and back. Bits are moved, nothing is computed.
+MARLIN_EXPORT int marlin_cuda_repack(const void* qweight, void* B, int64_t K, int64_t N, int bits, int device,
+                                     void* stream);
+MARLIN_EXPORT int marlin_cuda_unpack(const void* B, void* qweight, int64_t K, int64_t N, int bits, int device,
+                                     void* stream);
+
+// W [in_features, out_features] = (code - zero) * scale in `dtype`, rounded once to nearest even; rows in the source's
+// order.
+MARLIN_EXPORT int marlin_cuda_dequantize(const marlin_cuda_weights_t* weights /* host */, void* W, int dtype,
+                                         int device, void* stream);
 
 // Reads `bytes` (a multiple of 16) once and writes one word to `sink` at most: the least time in which weights can be
 // read, for benchmarks.

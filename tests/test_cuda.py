@@ -84,9 +84,10 @@ def test_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: 
 def test_what_the_driver_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, text: str) -> None:
     functions = [
         "gemm",
-        "gemm_workspace_bytes",
+        "workspace_bytes",
         "choose",
         "device_info",
+        "gather",
         "repack",
         "unpack",
         "dequantize",
@@ -121,7 +122,7 @@ def test_shapes_without_a_gpu() -> None:
 
 def test_tensors_on_the_cpu_are_refused() -> None:
     B, s = torch.zeros(16, 1024, dtype=torch.int32), torch.zeros(2, 512, dtype=torch.float16)
-    with pytest.raises(ValueError, match="a is on cpu; it should be on a CUDA device"):
+    with pytest.raises(ValueError, match="B is on cpu; it should be on a CUDA device"):
         cuda.gemm(torch.zeros(1, 256, dtype=torch.float16), B, s)
     with pytest.raises(ValueError, match="qweight is on cpu"):
         cuda.repack(torch.zeros(32, 512, dtype=torch.int32))

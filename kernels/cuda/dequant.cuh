@@ -71,6 +71,88 @@ struct Dequant<__nv_bfloat16> {
   }
 };
 
+// The same with a zero point for each column, and for 8 bits. The zero point is subtracted before the product, where
+// |code - zero| <= 255 is exact in both types; the register that takes the offset away takes it away as well:
+//
+//   fp16          1024 + c - (1024 + zero): both below 2048, spacing 1
+//   bf16, 4 bits   128 + c - (128 + zero)
+//   bf16, 8 bits  7 bits of mantissa do not hold a code, so it goes through fp32: 2^23 + c - (2^23 + zero), whose upper
+//                 half is the bf16, exact since it has eight bits at most
+//
+// `zero(z)` makes that register. `word` decodes the fragment of a sub-tile: its columns g and g + 8 have the zero
+// points z0 and z1. With 8 bits a sub-tile has two words of a lane, one for each column: bytes 0, 2 are rows 2t, 2t+1,
+// bytes 1, 3 rows 2t+8, 2t+9.
+template <typename T, int BITS>
+struct Codes;
+
+template <>
+struct Codes<__half, 4> {
+  static __device__ __forceinline__ uint32_t zero(uint32_t z) { return (0xe400u | z) * 0x10001u; }
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
+    a[0] = add_half2(and_or<0x000f000f, 0x64006400>(q[0]), z0);
+    a[1] = add_half2(and_or<0x000f000f, 0x64006400>(q[0] >> 8), z1);
+    a[2] = add_half2(and_or<0x000f000f, 0x64006400>(q[0] >> 4), z0);
+    a[3] = add_half2(and_or<0x000f000f, 0x64006400>(q[0] >> 12), z1);
+  }
+};
+
+template <>
+struct Codes<__nv_bfloat16, 4> {
+  static __device__ __forceinline__ uint32_t zero(uint32_t z) { return (0xc300u | z) * 0x10001u; }
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
+    constexpr uint32_t kOne = 0x3f803f80;
+    a[0] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0]), kOne, z0);
+    a[1] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0] >> 8), kOne, z1);
+    a[2] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0] >> 4), kOne, z0);
+    a[3] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0] >> 12), kOne, z1);
+  }
+};
+
+template <>
+struct Codes<__half, 8> {
+  static __device__ __forceinline__ uint32_t zero(uint32_t z) { return (0xe400u | z) * 0x10001u; }
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
+    a[0] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[0]), z0);
+    a[1] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[1]), z1);
+    a[2] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[0] >> 8), z0);
+    a[3] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[1] >> 8), z1);
+  }
+};
+
+template <>
+struct Codes<__nv_bfloat16, 8> {
+  static __device__ __forceinline__ uint32_t zero(uint32_t z) { return 0xcb000000u | z; }
+  // Bytes LOW and LOW + 2 of q.
+  template <int LOW>
+  static __device__ __forceinline__ uint32_t pair(uint32_t q, uint32_t z) {
+    const float minus = __uint_as_float(z);
+    const float low = __uint_as_float(__byte_perm(q, 0x4b000000, 0x7540 + LOW)) + minus;
+    const float high = __uint_as_float(__byte_perm(q, 0x4b000000, 0x7542 + LOW)) + minus;
+    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+  }
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
+    a[0] = pair<0>(q[0], z0);
+    a[1] = pair<0>(q[1], z1);
+    a[2] = pair<1>(q[0], z0);
+    a[3] = pair<1>(q[1], z1);
+  }
+};
+
+// A row of zero points is permuted like one of grouped scales, so that the eight of a lane's columns g + 8 i stand
+// together, in 4 (4 bits) or 8 bytes at 4 g or 8 g, and then interleaved within a word. The zero point of column
+// g + 8 i, from the lane's words:
+template <int BITS>
+__device__ __forceinline__ uint32_t zero_of(const uint32_t* words, int i) {
+  if (BITS == 4) return words[0] >> ((i >> 1) + 4 * (i & 1)) * 4 & 0xf;  // packed[i] = new[(0, 2, 4, 6, 1, 3, 5, 7)[i]]
+  constexpr uint32_t kPlace = 0x3120;                                    // packed[i] = new[(0, 2, 1, 3)[i]]
+  return words[i >> 2] >> (kPlace >> (i & 3) * 4 & 3) * 8 & 0xff;
+}
+
+// A scale from its 16 bits.
+__device__ __forceinline__ float scale_to_float(uint16_t bits, bool bf16) {
+  return bf16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
+}
+
 // Where the scale of column n (0 .. 63 of a tile) stands in the permuted row of scales. A lane needs the columns
 // g + 8 i, i = 0 .. 7. With groups (G > 1) these eight stand together, 16 bytes at 8 g. Per-channel scales (G == 1)
 // are ordered for another fragment, in runs of 32 columns: new[8 i + j] = old[2 i + {0,1,8,9,16,17,24,25}[j]].

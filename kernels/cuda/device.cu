@@ -29,6 +29,24 @@ int find_device(int device, Device* facts) {
   return facts->capability >= 80 ? MARLIN_OK : MARLIN_CUDA_ERROR_DEVICE;
 }
 
+int check_weights(const marlin_cuda_weights_t* w) {
+  // Rows, columns and offsets of blocks are 32-bit; products of them are not formed.
+  constexpr int64_t kLimit = int64_t{1} << 30;
+  if (w == nullptr) return MARLIN_CUDA_ERROR_NULL;
+  if (w->bits != 4 && w->bits != 8) return MARLIN_CUDA_ERROR_BITS;
+  if (w->K <= 0 || w->N <= 0 || w->K > kLimit || w->N > kLimit || w->K % MARLIN_CUDA_K_MULTIPLE != 0 ||
+      w->N % MARLIN_CUDA_N_MULTIPLE != 0 || w->in_features <= 0 || w->in_features > w->K || w->out_features <= 0 ||
+      w->out_features > w->N)
+    return MARLIN_CUDA_ERROR_SHAPE;
+  if (w->G != 1) {
+    if (w->G <= 0 || w->K % w->G != 0) return MARLIN_CUDA_ERROR_GROUPS;
+    const int64_t size = w->K / w->G;
+    if (size != 16 && size != 32 && size != 64 && size != MARLIN_CUDA_GROUP_SIZE) return MARLIN_CUDA_ERROR_GROUPS;
+  }
+  if (w->scale_dtype != MARLIN_CUDA_FP16 && w->scale_dtype != MARLIN_CUDA_BF16) return MARLIN_CUDA_ERROR_DTYPE;
+  return MARLIN_OK;
+}
+
 // Eight independent 16-byte loads per thread in flight; the result depends on every bit, so none can be left out.
 __global__ void __launch_bounds__(256) stream_read_kernel(const uint4* data, int64_t count, unsigned* sink) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -66,11 +84,11 @@ const char* marlin_cuda_error_string(int code) {
     case MARLIN_CUDA_ERROR_NULL:
       return "a required pointer is null";
     case MARLIN_CUDA_ERROR_SHAPE:
-      return "M, N or K is not positive, too large, or not a multiple of 64 (N and K)";
+      return "M, N or K is not positive, too large, or not a multiple of 64 (N and K), or a size without padding exceeds it";
     case MARLIN_CUDA_ERROR_GROUPS:
-      return "the number of groups is neither 1 nor K / 128";
+      return "the number of groups is none of 1, K / 16, K / 32, K / 64 and K / 128";
     case MARLIN_CUDA_ERROR_STRIDE:
-      return "the row stride of A is less than K or not a multiple of 8";
+      return "the row stride of A is less than in_features, or one of them is not a multiple of 8";
     case MARLIN_CUDA_ERROR_ALIGNMENT:
       return "a pointer is not aligned to 16 bytes";
     case MARLIN_CUDA_ERROR_DTYPE:
@@ -80,7 +98,9 @@ const char* marlin_cuda_error_string(int code) {
     case MARLIN_CUDA_ERROR_DEVICE:
       return "no such CUDA device, or its compute capability is below 8.0";
     case MARLIN_CUDA_ERROR_VARIANT:
-      return "no such variant of the kernel on this device";
+      return "no such variant of the kernel on this device, or not for these weights";
+    case MARLIN_CUDA_ERROR_BITS:
+      return "weights have neither 4 nor 8 bits";
     default:
       return cudaGetErrorString(static_cast<cudaError_t>(code));
   }

@@ -18,6 +18,12 @@ int find_device(int device, Device* facts);
 
 constexpr int kMaxDevices = 64;
 
+// Whether sizes, groups and types of `weights` are what they may be: MARLIN_OK or a negative code. Pointers are not
+// looked at.
+int check_weights(const marlin_cuda_weights_t* weights);
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 // Makes `device` current for as long as it lives.
 class DeviceGuard {
  public:

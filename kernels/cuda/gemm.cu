@@ -17,6 +17,8 @@ struct Config {
   int stage_bytes, extra_bytes;  // of shared memory: each pipeline stage, and beside the stages
   int most_stages, stage_multiple;
   int box_columns;  // hopper: columns of weights that one copy takes
+  int bits;
+  bool extended;  // takes zero points and groups below 128
 };
 
 template <typename S>
@@ -32,7 +34,9 @@ Config generic() {
           S::kExtraBytes,
           S::kMaxStages,
           1,
-          0};
+          0,
+          S::BITS,
+          S::kExtended};
 }
 
 template <typename S>
@@ -48,11 +52,13 @@ Config hopper() {
           S::kExtraBytes,
           S::kMaxStages,
           S::WK,
-          S::kBoxColumns};
+          S::kBoxColumns,
+          4,
+          false};
 }
 
 // Ascending in block_m within each kind. A path for another architecture is another kind here: a kernel that takes
-// GemmArguments, its entries in this table (the last is a Hopper one), and its question beside `has_hopper`.
+// GemmArguments, its entries in this table, and its question beside `has_hopper`.
 const Config kConfigs[] = {
     // GemmShape<MB, WM, WN, WK, KT>: eight warps each. Few rows leave warps for more of N and K.
     generic<GemmShape<1, 1, 4, 2, 4>>(),  // 1:    8 x 256
@@ -71,8 +77,18 @@ const Config kConfigs[] = {
     hopper<HopperShape<8, 2, 1, 2>>(),   // 12:  64 x 128
     hopper<HopperShape<8, 2, 2, 1>>(),   // 13:  64 x 256
     hopper<HopperShape<16, 1, 2, 1>>(),  // 14: 128 x 128
+    // The extended ones: the generic kernel again, on every GPU.
+    generic<GemmShape<1, 1, 4, 2, 4, 4, true>>(),  // 15:    8 x 256
+    generic<GemmShape<2, 1, 4, 2, 4, 4, true>>(),  // 16:   16 x 256
+    generic<GemmShape<4, 2, 4, 1, 4, 4, true>>(),  // 17:   64 x 256
+    generic<GemmShape<4, 4, 2, 1, 4, 4, true>>(),  // 18:  128 x 128
+    generic<GemmShape<1, 1, 4, 2, 4, 8, true>>(),  // 19:    8 x 256, and so on with 8 bits
+    generic<GemmShape<2, 1, 4, 2, 4, 8, true>>(),  // 20:   16 x 256
+    generic<GemmShape<4, 2, 4, 1, 4, 8, true>>(),  // 21:   64 x 256
+    generic<GemmShape<4, 4, 2, 1, 4, 8, true>>(),  // 22:  128 x 128
 };
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
+constexpr int kSomeHopper = 13;  // the index of a Hopper one
 constexpr int kMostRows = 128;  // the largest block_m
 
 // Whether the Hopper kernel can run: on capability 9.0, if the library was built for sm_90a. Built for less, the kernel
@@ -83,7 +99,7 @@ bool has_hopper(const Device& facts, int device) {
   if (known[device].load(std::memory_order_relaxed) == 0) {
     constexpr int kMoreThanAStub = 64;
     cudaFuncAttributes attributes = {};
-    const Config& c = kConfigs[kConfigCount - 1];
+    const Config& c = kConfigs[kSomeHopper];
     const bool built =
         cudaFuncGetAttributes(&attributes, c.kernels[0]) == cudaSuccess && attributes.numRegs > kMoreThanAStub;
     if (!built) cudaGetLastError();  // no kernel image: not the caller's concern, the generic kernel runs
@@ -198,8 +214,9 @@ bool lay_out(const Config& c, int split, bool forced, int64_t M, int64_t N, int6
   if (units > 0x3fffffff) return false;
   const int64_t rows = std::min<int64_t>(M, c.block_m);
   const double tile_kb = c.block_m * c.block_n * 4 / 1024.0;
-  const double step_bytes = c.block_k * (c.block_n / 2.0 + rows * 2) + c.block_n * 2;
-  const double read = (K * N / 2.0 + K * N / 64.0 + M * K * 2.0 + M * N * 2.0) / kMemory;
+  const double weight_bytes = c.bits / 8.0;
+  const double step_bytes = c.block_k * (c.block_n * weight_bytes + rows * 2) + c.block_n * 2;
+  const double read = (K * N * weight_bytes + K * N / 64.0 + M * K * 2.0 + M * N * 2.0) / kMemory;
 
   int64_t blocks, per_block = steps, busiest;  // a cluster's range is its tile's
   double ends;
@@ -247,20 +264,33 @@ bool lay_out(const Config& c, int split, bool forced, int64_t M, int64_t N, int6
   return blocks <= 0x7fffffff;
 }
 
+// Whether only the extended instances take these weights.
+bool needs_extended(const marlin_cuda_weights_t& w) {
+  return w.bits != 4 || w.zeros != nullptr || (w.G > 1 && w.K / w.G != MARLIN_CUDA_GROUP_SIZE);
+}
+
 // Takes the fastest of what `variant` leaves open. `device` is current.
-int make_plan(int64_t M, int64_t N, int64_t K, const Device& facts, int device, int variant, Plan* best) {
+int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& facts, int device, int variant,
+              Plan* best) {
+  const int64_t N = weights.N, K = weights.K;
   const Variant wanted(variant);
   if (variant < 0 || variant >> 16 != 0 || wanted.config > kConfigCount || wanted.split >= kSplits)
     return MARLIN_CUDA_ERROR_VARIANT;
-  const bool on_hopper = has_hopper(facts, device);
+  const bool hopper_built = has_hopper(facts, device), extended = needs_extended(weights);
+  const bool on_hopper = hopper_built && !extended;
+  // Of those that fit the weights, the candidates; a variant may also ask for the others.
+  const auto fits = [&](const Config& c) { return c.bits == weights.bits && (c.extended || !extended); };
+  const auto candidate = [&](const Config& c) {
+    return fits(c) && c.hopper == on_hopper && c.extended == extended && stages_of(c, facts) >= 2 * c.stage_multiple;
+  };
   int block_m = kMostRows;  // the smallest that takes all rows, or the largest
   for (const Config& c : kConfigs)
-    if (c.hopper == on_hopper && c.block_m >= M) block_m = std::min(block_m, c.block_m);
+    if (candidate(c) && c.block_m >= M) block_m = std::min(block_m, c.block_m);
   bool found = false;
   for (int i = 0; i < kConfigCount; i++) {
     const Config& c = kConfigs[i];
-    if ((c.hopper && !on_hopper) || stages_of(c, facts) < 2 * c.stage_multiple) continue;
-    if (wanted.config == 0 ? c.hopper != on_hopper || c.block_m != block_m : wanted.config != i + 1) continue;
+    if (!fits(c) || (c.hopper && !hopper_built) || stages_of(c, facts) < 2 * c.stage_multiple) continue;
+    if (wanted.config == 0 ? !candidate(c) || c.block_m != block_m : wanted.config != i + 1) continue;
     for (int split = 1; split < kSplits; split++) {
       Plan plan;
       if ((wanted.split != 0 && wanted.split != split) ||
@@ -280,16 +310,10 @@ int make_plan(int64_t M, int64_t N, int64_t K, const Device& facts, int device, 
   return MARLIN_OK;
 }
 
-int check_shape(int64_t M, int64_t N, int64_t K) {
-  // Rows, columns and offsets of blocks are 32-bit; products of them are not formed.
+int check_rows(int64_t M) {
   constexpr int64_t kLimit = int64_t{1} << 30;
-  if (M <= 0 || N <= 0 || K <= 0 || M > kLimit || N > kLimit || K > kLimit || K % MARLIN_CUDA_K_MULTIPLE != 0 ||
-      N % MARLIN_CUDA_N_MULTIPLE != 0)
-    return MARLIN_CUDA_ERROR_SHAPE;
-  return MARLIN_OK;
+  return M <= 0 || M > kLimit ? MARLIN_CUDA_ERROR_SHAPE : MARLIN_OK;
 }
-
-bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Describes a matrix to the copy engine: `inner` x `outer` elements, `pitch` bytes between rows, copied in boxes.
 int describe(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64_t inner, int64_t outer, int64_t pitch,
@@ -332,68 +356,79 @@ size_t workspace_bytes(const Device& facts) {
 }  // namespace
 }  // namespace marlin
 
-size_t marlin_cuda_gemm_workspace_bytes(int64_t M, int64_t N, int64_t K, int device) {
+size_t marlin_cuda_workspace_bytes(int device) {
   using namespace marlin;
   Device facts;
-  if (check_shape(M, N, K) != MARLIN_OK || find_device(device, &facts) != MARLIN_OK) return 0;
-  return workspace_bytes(facts);
+  return find_device(device, &facts) == MARLIN_OK ? workspace_bytes(facts) : 0;
 }
 
-int marlin_cuda_choose(int64_t M, int64_t N, int64_t K, int device) {
+int marlin_cuda_choose(const marlin_cuda_weights_t* weights, int64_t M, int device) {
   using namespace marlin;
-  MARLIN_RETURN_IF_ERROR(check_shape(M, N, K));
-  // Fitted like the constants of lay_out. Dequantizing reads half a byte and writes two for each weight. cuBLAS reaches
-  // 690 TFLOP/s on large products, the Hopper kernel 540 (2 M N K flops, in flops per us). The generic kernel uses
-  // mma.sync, which has about half of the rate on Hopper and most of it elsewhere.
+  MARLIN_RETURN_IF_ERROR(check_weights(weights));
+  MARLIN_RETURN_IF_ERROR(check_rows(M));
+  // Fitted like the constants of lay_out. Dequantizing reads half a byte (or one) and writes two for each weight.
+  // cuBLAS reaches 690 TFLOP/s on large products, the Hopper kernel 540 (2 M N K flops, in flops per us). The generic
+  // kernel uses mma.sync, which has about half of the rate on Hopper and most of it elsewhere.
   constexpr double kLaunches = 4.0, kDequantize = 2.45e6, kCublas = 690e6, kHopper = 540e6, kGeneric = 250e6;
   Device facts;
   MARLIN_RETURN_IF_ERROR(find_device(device, &facts));
   DeviceGuard guard(device);
   MARLIN_RETURN_IF_ERROR(guard.error());
   Plan plan;
-  MARLIN_RETURN_IF_ERROR(make_plan(M, N, K, facts, device, 0, &plan));
-  const double flops = 2.0 * M * N * K;
+  MARLIN_RETURN_IF_ERROR(make_plan(M, *weights, facts, device, 0, &plan));
+  const double size = static_cast<double>(weights->N) * weights->K, flops = 2.0 * M * size;
   const double own = std::max(plan.microseconds, flops / (plan.config->hopper ? kHopper : kGeneric));
-  const double other = kLaunches + 2.5 * K * N / kDequantize + flops / kCublas;
+  const double other = kLaunches + (2 + weights->bits / 8.0) * size / kDequantize + flops / kCublas;
   return own <= other ? MARLIN_CUDA_USE_GEMM : MARLIN_CUDA_USE_DEQUANTIZE;
 }
 
-int marlin_cuda_gemm(const void* A, const void* B, const void* s, const void* bias, void* C, void* workspace,
-                     size_t workspace_size, int64_t M, int64_t N, int64_t K, int64_t G, int64_t lda, int dtype,
-                     int device, void* stream, int variant) {
+int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_product_t* product) {
   using namespace marlin;
-  if (A == nullptr || B == nullptr || s == nullptr || C == nullptr || workspace == nullptr)
+  if (weights == nullptr || product == nullptr) return MARLIN_CUDA_ERROR_NULL;
+  const marlin_cuda_weights_t& w = *weights;
+  const marlin_cuda_product_t& x = *product;
+  const int device = x.device, dtype = x.dtype;
+  if (x.A == nullptr || w.B == nullptr || w.s == nullptr || x.C == nullptr || x.workspace == nullptr)
     return MARLIN_CUDA_ERROR_NULL;
-  MARLIN_RETURN_IF_ERROR(check_shape(M, N, K));
-  if (G != 1 && (K % MARLIN_CUDA_GROUP_SIZE != 0 || G != K / MARLIN_CUDA_GROUP_SIZE)) return MARLIN_CUDA_ERROR_GROUPS;
-  if (lda < K || lda % 8 != 0) return MARLIN_CUDA_ERROR_STRIDE;
+  MARLIN_RETURN_IF_ERROR(check_rows(x.M));
+  MARLIN_RETURN_IF_ERROR(check_weights(&w));
+  if (x.lda < w.in_features || x.lda % 8 != 0 || w.in_features % 8 != 0) return MARLIN_CUDA_ERROR_STRIDE;
   if (dtype != MARLIN_CUDA_FP16 && dtype != MARLIN_CUDA_BF16) return MARLIN_CUDA_ERROR_DTYPE;
-  if (!aligned16(A) || !aligned16(B) || !aligned16(s) || !aligned16(bias) || !aligned16(C) || !aligned16(workspace))
+  if (!aligned16(x.A) || !aligned16(w.B) || !aligned16(w.s) || !aligned16(w.zeros) || !aligned16(x.bias) ||
+      !aligned16(x.C) || !aligned16(x.workspace))
     return MARLIN_CUDA_ERROR_ALIGNMENT;
   Device facts;
   MARLIN_RETURN_IF_ERROR(find_device(device, &facts));
-  if (workspace_size < workspace_bytes(facts)) return MARLIN_CUDA_ERROR_WORKSPACE;
+  if (x.workspace_bytes < workspace_bytes(facts)) return MARLIN_CUDA_ERROR_WORKSPACE;
   DeviceGuard guard(device);
   MARLIN_RETURN_IF_ERROR(guard.error());
   Plan plan;
-  MARLIN_RETURN_IF_ERROR(make_plan(M, N, K, facts, device, variant, &plan));
+  MARLIN_RETURN_IF_ERROR(make_plan(x.M, w, facts, device, x.variant, &plan));
   const Config& c = *plan.config;
   MARLIN_RETURN_IF_ERROR(allow_shared_memory(c, dtype, facts, device));
 
+  const int group_size = static_cast<int>(w.K / w.G);
   GemmArguments arguments;
-  arguments.A = A;
-  arguments.B = static_cast<const uint4*>(B);
-  arguments.s = static_cast<const __half*>(s);
-  arguments.bias = bias;
-  arguments.C = C;
-  arguments.arrived = static_cast<unsigned*>(workspace);
-  arguments.partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + MARLIN_CUDA_COUNTER_BYTES);
-  arguments.M = static_cast<int>(M);
-  arguments.N = static_cast<int>(N);
-  arguments.K = static_cast<int>(K);
-  arguments.lda = lda;
-  arguments.groups = static_cast<int>(G);
-  arguments.group_shift = G == 1 ? 31 : 7;  // 128 = 1 << 7
+  arguments.A = x.A;
+  arguments.B = static_cast<const uint4*>(w.B);
+  arguments.s = static_cast<const uint16_t*>(w.s);
+  arguments.zeros = w.zeros;
+  arguments.bias = x.bias;
+  arguments.C = x.C;
+  arguments.arrived = static_cast<unsigned*>(x.workspace);
+  arguments.partials = reinterpret_cast<float*>(static_cast<char*>(x.workspace) + MARLIN_CUDA_COUNTER_BYTES);
+  arguments.M = static_cast<int>(x.M);
+  arguments.N = static_cast<int>(w.N);
+  arguments.K = static_cast<int>(w.K);
+  arguments.in_features = static_cast<int>(w.in_features);
+  arguments.out_features = static_cast<int>(w.out_features);
+  arguments.bf16_scales = w.scale_dtype == MARLIN_CUDA_BF16;
+  arguments.lda = x.lda;
+  arguments.groups = static_cast<int>(w.G);
+  arguments.group_shift = 31;
+  if (w.G > 1)
+    for (arguments.group_shift = 4; 1 << arguments.group_shift < group_size;) arguments.group_shift++;
+  arguments.subgroups = w.G == 1 || group_size >= 64 ? 1 : 64 / group_size;
   arguments.steps = plan.steps;
   arguments.slabs_m = plan.slabs_m;
   arguments.units = plan.units;
@@ -404,17 +439,17 @@ int marlin_cuda_gemm(const void* A, const void* B, const void* s, const void* bi
   CUtensorMap weights_map, activations_map;
   if (c.hopper) {
     // A row of tiles as N elements of 8 bytes: a tile is 64 of them, and the order of bytes stays.
-    MARLIN_RETURN_IF_ERROR(describe(&weights_map, CU_TENSOR_MAP_DATA_TYPE_INT64, B, N, K / MARLIN_TILE_K, N * 8,
-                                    c.box_columns, c.block_k / MARLIN_TILE_K, CU_TENSOR_MAP_SWIZZLE_NONE));
-    MARLIN_RETURN_IF_ERROR(describe(&activations_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, A, K, M, lda * 2, 64, c.block_m,
-                                    CU_TENSOR_MAP_SWIZZLE_128B));
+    MARLIN_RETURN_IF_ERROR(describe(&weights_map, CU_TENSOR_MAP_DATA_TYPE_INT64, w.B, w.N, w.K / MARLIN_TILE_K,
+                                    w.N * 8, c.box_columns, c.block_k / MARLIN_TILE_K, CU_TENSOR_MAP_SWIZZLE_NONE));
+    MARLIN_RETURN_IF_ERROR(describe(&activations_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, x.A, w.in_features, x.M,
+                                    x.lda * 2, 64, c.block_m, CU_TENSOR_MAP_SWIZZLE_128B));
   }
   void* parameters[] = {&arguments, &weights_map, &activations_map};
   cudaLaunchConfig_t launch = {};
   launch.gridDim = dim3(plan.blocks);
   launch.blockDim = dim3(c.threads);
   launch.dynamicSmemBytes = shared_bytes_of(c, plan.stages);
-  launch.stream = static_cast<cudaStream_t>(stream);
+  launch.stream = static_cast<cudaStream_t>(x.stream);
   cudaLaunchAttribute attribute = {};
   if (arguments.cluster > 1) set_cluster(&launch, &attribute, arguments.cluster);
   return cudaLaunchKernelExC(&launch, c.kernels[dtype], parameters);

@@ -17,6 +17,15 @@
 //   scaling the weights themselves would take 128 packed multiplications, nothing is rounded to 16 bits, and bf16
 //   activations need no bf16 scales.
 //
+// Eight bits, zero points, groups of 16, 32 and 64
+//   The extended instances of the kernel (GemmShape::kExtended) do all of these, with two differences: Codes takes the
+//   place of Dequant, so that a register for each of a lane's eight columns takes the zero point away; and a warp's
+//   piece of a step, 64 rows, has one, two or four rows of scales (`subgroups`), after each of which sums are scaled.
+//
+// Padding, act-order
+//   Rows from in_features on meet activations of zero, which the copies put there; columns from out_features on are not
+//   stored. With act-order, A's columns are brought into the order of the stored rows beforehand (repack.cu).
+//
 // How work is split
 //   W is cut into slabs of BLOCK_N columns, M into slabs of BLOCK_M rows; a pair of slabs is an output tile. Along K a
 //   tile is cut into steps of BLOCK_K. All steps of all tiles, in the order (slab of N, slab of M, step), form one line
@@ -44,7 +53,9 @@
 //   weights      [WK * KT][WN] tiles of 512 bytes, as stored
 //   activations  [BLOCK_M][BLOCK_K], 16-byte pieces of a row swizzled: piece p of row r stands at p ^ (r % 8), so the
 //                eight rows that ldmatrix gathers lie in different banks
-//   scales       [WK][BLOCK_N] fp16, the group of each warp's piece, as stored
+//   scales       [WK][BLOCK_N] fp16 or bf16, the group of each warp's piece, as stored; extended: [WK][4][BLOCK_N]
+//   zero points  extended: [WK][4][BLOCK_N bits / 32] words
+//   Tiles of 8 bits, 1024 bytes, stand there as two halves of 512: first the first 16 bytes of all lanes, then the others
 #pragma once
 
 #include "dequant.cuh"
@@ -53,13 +64,17 @@ namespace marlin {
 
 struct GemmArguments {
   const void* A;      // [M, lda] activations
-  const uint4* B;     // [K / 16, N / 64, 32 lanes] packed weights
-  const __half* s;    // [G, N] permuted scales
-  const void* bias;   // [N] or null
-  void* C;            // [M, N]
+  const uint4* B;     // [K / 16, N / 64, 32 lanes] packed weights, for 8 bits [.., 64]
+  const uint16_t* s;  // [G, N] permuted scales
+  const void* zeros;  // [G, N bits / 32] words, permuted, or null
+  const void* bias;   // [out_features] or null
+  void* C;            // [M, out_features]
   float* partials;    // [blocks, 2, BLOCK_M, BLOCK_N] sums of tiles that several blocks share
   unsigned* arrived;  // [blocks] how many blocks of a shared tile are done, at its first block; zero between calls
   int M, N, K;
+  int in_features, out_features;  // columns of A and of C
+  bool bf16_scales;
+  int subgroups;        // extended: groups that a warp's 64 rows of a step meet: 1, 2 or 4
   int64_t lda;          // elements between rows of A
   int groups;           // G
   int group_shift;      // log2 of the rows in a group; 31 when G == 1
@@ -71,8 +86,10 @@ struct GemmArguments {
   int cluster;          // hopper.cuh: blocks that share a tile as a cluster; 0: ranges of units as above
 };
 
-template <int MB_, int WM_, int WN_, int WK_, int KT_>
+template <int MB_, int WM_, int WN_, int WK_, int KT_, int BITS_ = 4, bool EXTENDED = false>
 struct GemmShape {
+  static constexpr int BITS = BITS_;
+  static constexpr bool kExtended = EXTENDED;  // 8 bits, zero points, groups below 128; else 4 bits without
   static constexpr int MB = MB_;  // 8-row blocks of M in a warp's piece
   static constexpr int WM = WM_, WN = WN_, WK = WK_;
   static constexpr int KT = KT_;  // 16-row tiles of K in a warp's piece
@@ -83,10 +100,13 @@ struct GemmShape {
   static constexpr int kBlockK = MARLIN_TILE_K * KT * WK;
 
   // Shared memory, in bytes.
-  static constexpr int kWeightBytes = WK * KT * WN * 512;
+  static constexpr int kTileBytes = BITS * 128;
+  static constexpr int kWeightBytes = WK * KT * WN * kTileBytes;
   static constexpr int kActivationBytes = kBlockM * kBlockK * 2;
-  static constexpr int kScaleBytes = WK * kBlockN * 2;
-  static constexpr int kStageBytes = kWeightBytes + kActivationBytes + kScaleBytes;
+  static constexpr int kSubgroups = EXTENDED ? 4 : 1;  // at most
+  static constexpr int kScaleBytes = WK * kSubgroups * kBlockN * 2;
+  static constexpr int kZeroBytes = EXTENDED ? WK * kSubgroups * kBlockN * BITS / 8 : 0;
+  static constexpr int kStageBytes = kWeightBytes + kActivationBytes + kScaleBytes + kZeroBytes;
   // The sums of a tile pass through shared memory in rounds of at most two 8-row blocks a warp: 32 KB at most.
   static constexpr int kRoundMB = MB < 2 ? 1 : 2;
   static constexpr int kRoundRows = WM * kRoundMB * 8;
@@ -99,6 +119,8 @@ struct GemmShape {
   static_assert(MB % kRoundMB == 0, "rounds are whole");
   static_assert(KT % WM == 0, "warps along M share the copying of a warp's weights");
   static_assert(kBlockK >= 64, "the swizzle permutes eight 16-byte pieces");
+  static_assert(KT == 4, "a warp's piece is 64 rows: four groups at most");
+  static_assert(EXTENDED || BITS == 4, "8 bits are an extension");
 };
 
 // The oldest step has landed when at most stages - 2 groups of copies are under way. The instruction takes an
@@ -150,9 +172,20 @@ struct Work {
   }
 };
 
-// Four neighbouring outputs of a row of C.
+// Four neighbouring outputs of a row of C, of which the first is one of its out_features.
 template <typename T>
 __device__ __forceinline__ void store_outputs(const GemmArguments& p, int row, int column, float4 v) {
+  T* const to = static_cast<T*>(p.C) + static_cast<int64_t>(row) * p.out_features + column;
+  if (p.out_features % 4 != 0) {  // rows start anywhere, and the last four may be fewer
+    const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (column + i >= p.out_features) break;
+      to[i] = from_float<T>(p.bias == nullptr ? values[i]
+                                              : values[i] + to_float(static_cast<const T*>(p.bias)[column + i]));
+    }
+    return;
+  }
   if (p.bias != nullptr) {
     const T* bias = static_cast<const T*>(p.bias) + column;
     v.x += to_float(bias[0]);
@@ -168,7 +201,7 @@ __device__ __forceinline__ void store_outputs(const GemmArguments& p, int row, i
   out.value[1] = from_float<T>(v.y);
   out.value[2] = from_float<T>(v.z);
   out.value[3] = from_float<T>(v.w);
-  *reinterpret_cast<uint2*>(static_cast<T*>(p.C) + static_cast<int64_t>(row) * p.N + column) = out.bits;
+  *reinterpret_cast<uint2*>(to) = out.bits;
 }
 
 __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
@@ -187,7 +220,7 @@ __device__ __forceinline__ void finish_tile(const GemmArguments& p, float* sums,
   const int row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
   const int column0 = slab_n * S::kBlockN;
   const int rows = min(S::kBlockM, p.M - row0);
-  const int columns = min(S::kBlockN, p.N - column0);
+  const int columns = min(S::kBlockN, p.out_features - column0);
   const bool alone = step_begin == 0 && step_end == p.steps;
   const int first_block = alone ? 0 : tile * p.steps / p.units_per_block;
   // A block shares at most two tiles with others: it is the first block of one and a later block of the other.
@@ -271,19 +304,22 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
   // A thread copies the same places of every step, so it keeps addresses and moves them on.
   constexpr int kPieces = S::kBlockK / 8;             // 16-byte pieces in a row of activations
   constexpr int kRowsAtOnce = S::kThreads / kPieces;  // rows that the block copies at once
-  constexpr int kScalePieces = WK * WN * 8;           // 16-byte pieces of scales
+  constexpr int kScalePieces = WK * WN * 8;           // 16-byte pieces of scales, for each subgroup
+  constexpr int kZeroPieces = WK * WN * S::BITS / 2;  // the same of zero points
   const int piece = tid % kPieces, first_row = tid / kPieces;
   const int scale_wk = tid / (WN * 8);
 
   const char* fill_weights = nullptr;   // of this lane's words in the warp's first tile
   const T* fill_activations = nullptr;  // of this thread's piece of its first row
-  const __half* fill_scales = nullptr;  // of this thread's columns, group 0
+  const uint16_t* fill_scales = nullptr;  // of this thread's columns, group 0
+  const char* fill_zeros = nullptr;       // the same
   int fill_rows = 0;                    // rows of the slab of M
   int fill_tiles = 0;                   // tiles along K from the warp's first to the matrix's end; 0 beyond N
   int fill_unit = work.begin;
   int fill_step = 0;
   int fill_slot = 0;
-  const int64_t weights_pitch = static_cast<int64_t>(tiles_n) * 512;  // bytes in a row of tiles
+  const int64_t weights_pitch = static_cast<int64_t>(tiles_n) * S::kTileBytes;  // bytes in a row of tiles
+  const int64_t zeros_pitch = static_cast<int64_t>(p.N) * S::BITS / 8;
 
   auto start_tile = [&](int tile, int step) {
     const int slab_n = tile / p.slabs_m;
@@ -291,12 +327,17 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
     const int tile_n = slab_n * WN + wn;
     const int tile_k = (step * WK + wk) * KT + wm;
     fill_step = step;
-    fill_weights = reinterpret_cast<const char*>(p.B) + tile_k * weights_pitch + tile_n * 512 + lane * 16;
+    fill_weights = reinterpret_cast<const char*>(p.B) + tile_k * weights_pitch + static_cast<int64_t>(tile_n) * S::kTileBytes + lane * 16;
     fill_tiles = tile_n < tiles_n ? tiles_k - tile_k : 0;
     fill_activations = static_cast<const T*>(p.A) + (row0 + first_row) * p.lda + step * S::kBlockK + piece * 8;
     fill_rows = min(S::kBlockM, p.M - row0);
     // Pieces beyond K or N meet zeros or are never stored; they take the scales of some valid group and columns.
     fill_scales = p.s + min(slab_n * S::kBlockN + tid % (WN * 8) * 8, p.N - 8);
+    if constexpr (S::kExtended) {
+      constexpr int kColumns = 128 / S::BITS;  // in 16 bytes
+      fill_zeros = static_cast<const char*>(p.zeros) +
+                   min(slab_n * S::kBlockN + tid % (WN * S::BITS / 2) * kColumns, p.N - kColumns) * S::BITS / 8;
+    }
   };
   start_tile(Work::tile(p, fill_unit), fill_unit % p.steps);
 
@@ -305,14 +346,20 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
       const uint32_t stage = ring + fill_slot * S::kStageBytes;
 
       // Weights: a warp's own pieces, shared out among the warps along M.
-      const uint32_t weights_to = stage + ((wk * KT + wm) * WN + wn) * 512 + lane * 16;
+      // With 8 bits, bytes 512 h + 16 l .. are what lane 16 h + l / 2 reads l % 2 th.
+      const uint32_t weights_to = stage + ((wk * KT + wm) * WN + wn) * S::kTileBytes +
+                                  (S::BITS == 4 ? lane * 16 : lane % 2 * 512 + lane / 2 * 16);
 #pragma unroll
       for (int i = 0; i < KT / WM; i++) {
-        if (i * WM < fill_tiles) cp_async16(weights_to + i * (WM * WN * 512), fill_weights + i * WM * weights_pitch);
+        if (i * WM < fill_tiles) {
+          cp_async16(weights_to + i * (WM * WN * S::kTileBytes), fill_weights + i * WM * weights_pitch);
+          if constexpr (S::BITS == 8)
+            cp_async16(weights_to + i * (WM * WN * S::kTileBytes) + 256, fill_weights + i * WM * weights_pitch + 512);
+        }
       }
 
       // Activations: rows below M only (a row feeds no other row's outputs), zeros beyond K.
-      const bool valid = fill_step * S::kBlockK + piece * 8 < p.K;
+      const bool valid = fill_step * S::kBlockK + piece * 8 < p.in_features;
       const uint32_t activations_to = stage + S::kWeightBytes + first_row * (S::kBlockK * 2);
 #pragma unroll
       for (int i = 0; i < (S::kBlockM + kRowsAtOnce - 1) / kRowsAtOnce; i++) {
@@ -322,7 +369,26 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
                              fill_activations + i * kRowsAtOnce * p.lda, valid);
       }
 
-      if (tid < kScalePieces) {
+      if constexpr (S::kExtended) {
+        const uint32_t scales_to = stage + S::kWeightBytes + S::kActivationBytes;
+        const int rows_shift = p.subgroups == 1 ? 6 : p.subgroups == 2 ? 5 : 4;  // log2 of the rows between subgroups
+        for (int sub = 0; sub < p.subgroups; sub++) {
+          if (tid < kScalePieces) {
+            const int first = (fill_step * WK + scale_wk) * (KT * 16) + (sub << rows_shift);
+            const int group = min(first >> p.group_shift, p.groups - 1);
+            cp_async16(scales_to + (scale_wk * 4 + sub) * (S::kBlockN * 2) + tid % (WN * 8) * 16,
+                       fill_scales + static_cast<int64_t>(group) * p.N);
+          }
+          if (p.zeros != nullptr && tid < kZeroPieces) {
+            constexpr int kRow = WN * S::BITS / 2;  // pieces in a row
+            const int first = (fill_step * WK + tid / kRow) * (KT * 16) + (sub << rows_shift);
+            const int group = min(first >> p.group_shift, p.groups - 1);
+            cp_async16(scales_to + S::kScaleBytes + (tid / kRow * 4 + sub) * (S::kBlockN * S::BITS / 8) +
+                           tid % kRow * 16,
+                       fill_zeros + group * zeros_pitch);
+          }
+        }
+      } else if (tid < kScalePieces) {
         const int group = min(((fill_step * WK + scale_wk) * (KT * 16)) >> p.group_shift, p.groups - 1);
         cp_async16(stage + S::kWeightBytes + S::kActivationBytes + tid * 16,
                    fill_scales + static_cast<int64_t>(group) * p.N);
@@ -345,13 +411,17 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
   for (int i = 0; i < p.stages - 1; i++) fill();
 
   // ---- What a lane reads of a stage. -------------------------------------------------------------------------------
-  const uint32_t weights_at = ring + (wk * KT * WN + wn) * 512 + lane * 16;
+  const uint32_t weights_at = ring + (wk * KT * WN + wn) * S::kTileBytes + lane * 16;
   // ldmatrix: lane l names row l % 8 of matrix l / 8. Matrices 0 and 1 are the halves of K of one 8-row block, 2 and 3
   // those of the next block.
   const uint32_t row_at =
       ring + S::kWeightBytes + (wm * MB * 8 + (lane / 16) * 8 + lane % 8) * (S::kBlockK * 2) + wk * (KT * 32);
   const uint32_t half_at = ((lane / 8 % 2) ^ (lane % 8)) * 16;
   static_assert(KT % 4 == 0, "a warp's piece of a row is whole runs of 8 swizzled pieces");
+  const uint32_t scales_at =
+      ring + S::kWeightBytes + S::kActivationBytes + wk * S::kSubgroups * (S::kBlockN * 2) + wn * 128;
+  const uint32_t zeros_at = ring + S::kWeightBytes + S::kActivationBytes + S::kScaleBytes +
+                            wk * S::kSubgroups * (S::kBlockN * S::BITS / 8) + wn * (8 * S::BITS) + g * S::BITS;
 
   float sum[4][MB][4];   // outputs: [sub-tile][8-row block][register of the fragment]
   float part[4][MB][4];  // the same, of the current group, not yet scaled
@@ -363,6 +433,45 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
 #pragma unroll
         for (int c = 0; c < 4; c++) v[j][b][c] = 0.0f;
   };
+
+  // A group's sums are complete: scales and adds them. `at`: the warp's scales.
+  auto scale_part = [&](uint32_t at) {
+    uint16_t scale[8];  // of the columns g + 8 i
+    if (p.groups > 1) {
+      *reinterpret_cast<uint4*>(scale) = load_shared16(at + g * 16);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scale[i]) : "r"(at + scale_index(g + 8 * i, true) * 2));
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float f = scale_to_float(scale[2 * j + h], p.bf16_scales);
+#pragma unroll
+        for (int i = 0; i < MB; i++) {
+          sum[j][i][2 * h] += f * part[j][i][2 * h];
+          sum[j][i][2 * h + 1] += f * part[j][i][2 * h + 1];
+        }
+      }
+    clear(part);
+  };
+
+  // Extended: what takes the zero points of the columns g + 8 i away; those of `at` where they are stored.
+  uint32_t zero[8];
+  auto load_zeros = [&](uint32_t at) {
+    uint32_t words[S::BITS / 4];
+#pragma unroll
+    for (int i = 0; i < S::BITS / 4; i++)
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[i]) : "r"(at + 4 * i));
+#pragma unroll
+    for (int i = 0; i < 8; i++) zero[i] = Codes<T, S::BITS>::zero(zero_of<S::BITS>(words, i));
+  };
+  if constexpr (S::kExtended) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) zero[i] = Codes<T, S::BITS>::zero(1 << (S::BITS - 1));
+  }
 
   int slot = 0;
   int unit = work.begin;
@@ -379,52 +488,48 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
       fill();
 
       const uint32_t stage = slot * S::kStageBytes;
+      const int k = (step * WK + wk) * (KT * 16);
+      // Whether the group goes on in the warp's next piece, and this step is not the block's last of the tile.
+      const bool ends = step + 1 == step_end || (k >> p.group_shift) != ((k + WK * KT * 16) >> p.group_shift);
 #pragma unroll
       for (int kt = 0; kt < KT; kt++) {
-        const uint4 q = load_shared16(stage + weights_at + kt * (WN * 512));
+        const uint32_t words_at = stage + weights_at + kt * (WN * S::kTileBytes);
         uint32_t b[MB][2];
         const uint32_t at = stage + row_at + (kt / 4) * 128 + ((kt % 4 * 32) ^ half_at);
+        const uint4 q = load_shared16(words_at);
 #pragma unroll
         for (int i = 0; i + 1 < MB; i += 2) ldmatrix4(b[i], b[i + 1], at + i * 8 * (S::kBlockK * 2));
         if (MB % 2) ldmatrix2(b[MB - 1], at + (MB - 1) * 8 * (S::kBlockK * 2));
-        const uint32_t words[4] = {q.x, q.y, q.z, q.w};
+        if constexpr (S::kExtended) {
+          if (p.zeros != nullptr && kt * p.subgroups % 4 == 0)
+            load_zeros(stage + zeros_at + kt * p.subgroups / 4 * (S::kBlockN * S::BITS / 8));
+          uint32_t words[S::BITS];
+          words[0] = q.x, words[1] = q.y, words[2] = q.z, words[3] = q.w;
+          if constexpr (S::BITS == 8) {
+            const uint4 r = load_shared16(words_at + 512);
+            words[4] = r.x, words[5] = r.y, words[6] = r.z, words[7] = r.w;
+          }
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          uint32_t a[4];
-          Dequant<T>::word(words[j], a);
+          for (int j = 0; j < 4; j++) {
+            uint32_t a[4];
+            Codes<T, S::BITS>::word(words + j * (S::BITS / 4), zero[2 * j], zero[2 * j + 1], a);
 #pragma unroll
-          for (int i = 0; i < MB; i++) mma<T>(part[j][i], a, b[i]);
-        }
-      }
-
-      // The group's sum is complete, or this is the block's last step of the tile: scale it.
-      const int k = (step * WK + wk) * (KT * 16);
-      if (step + 1 == step_end || (k >> p.group_shift) != ((k + WK * KT * 16) >> p.group_shift)) {
-        const uint32_t at = ring + stage + S::kWeightBytes + S::kActivationBytes + (wk * WN + wn) * 128;
-        __half scale[8];  // of the columns g + 8 i
-        if (p.groups > 1) {
-          *reinterpret_cast<uint4*>(scale) = load_shared16(at + g * 16);
+            for (int i = 0; i < MB; i++) mma<T>(part[j][i], a, b[i]);
+          }
+          if (p.subgroups > 1 && (kt + 1) * p.subgroups % 4 == 0)
+            scale_part(stage + scales_at + kt * p.subgroups / 4 * (S::kBlockN * 2));
         } else {
+          const uint32_t words[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
-          for (int i = 0; i < 8; i++) {
-            unsigned short bits;
-            asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(at + scale_index(g + 8 * i, true) * 2));
-            scale[i] = __ushort_as_half(bits);
+          for (int j = 0; j < 4; j++) {
+            uint32_t a[4];
+            Dequant<T>::word(words[j], a);
+#pragma unroll
+            for (int i = 0; i < MB; i++) mma<T>(part[j][i], a, b[i]);
           }
         }
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            const float f = __half2float(scale[2 * j + h]);
-#pragma unroll
-            for (int i = 0; i < MB; i++) {
-              sum[j][i][2 * h] += f * part[j][i][2 * h];
-              sum[j][i][2 * h + 1] += f * part[j][i][2 * h + 1];
-            }
-          }
-        clear(part);
       }
+      if (ends && (!S::kExtended || p.subgroups == 1)) scale_part(stage + scales_at);
       if (++slot == p.stages) slot = 0;
     }
 

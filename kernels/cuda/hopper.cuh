@@ -196,14 +196,13 @@ __device__ __forceinline__ void load_words<1>(uint32_t (&v)[1], uint32_t from) {
 }
 // The scales of two columns for each of J sub-tiles.
 template <int J>
-__device__ __forceinline__ void load_scales(float (&scale)[2 * J], uint32_t from) {
+__device__ __forceinline__ void load_scales(float (&scale)[2 * J], uint32_t from, bool bf16) {
   uint32_t pairs[J];
   load_words<J>(pairs, from);
 #pragma unroll
   for (int j = 0; j < J; j++) {
-    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&pairs[j]));
-    scale[2 * j] = pair.x;
-    scale[2 * j + 1] = pair.y;
+    scale[2 * j] = scale_to_float(static_cast<uint16_t>(pairs[j]), bf16);
+    scale[2 * j + 1] = scale_to_float(static_cast<uint16_t>(pairs[j] >> 16), bf16);
   }
 }
 
@@ -357,14 +356,14 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       }
       float scale[2 * J];  // of the columns g + 8 i of the sub-tiles
       if (p.groups > 1) {
-        load_scales<J>(scale, stage + scales_at + g * 16 + first_subtile % 4 * 4);
+        load_scales<J>(scale, stage + scales_at + g * 16 + first_subtile % 4 * 4, p.bf16_scales);
       } else {
 #pragma unroll
         for (int i = 0; i < 2 * J; i++) {
           const int column = first_subtile % 4 * 16 + g + 8 * i;
           unsigned short bits;
           asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(stage + scales_at + scale_index(column, true) * 2));
-          scale[i] = __half2float(__ushort_as_half(bits));
+          scale[i] = scale_to_float(bits, p.bf16_scales);
         }
       }
       int next_slot = slot + WK;
@@ -420,7 +419,7 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       write_sums(0, Constant<MB>(), own);
       cluster_synchronize();
       const int row0 = tile % p.slabs_m * S::kBlockM, column0 = tile / p.slabs_m * S::kBlockN;
-      const int rows = min(S::kBlockM, p.M - row0), columns = min(S::kBlockN, p.N - column0);
+      const int rows = min(S::kBlockM, p.M - row0), columns = min(S::kBlockN, p.out_features - column0);
       constexpr int kFours = S::kBlockN / 4;
       for (int item = blockIdx.x % p.cluster * S::kConsumers + tid; item < rows * kFours;
            item += p.cluster * S::kConsumers) {

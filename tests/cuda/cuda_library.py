@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 # The configurations and splits of kernels/cuda/gemm.cu, for `variant`.
 GENERIC = range(1, 6)
 HOPPER = range(6, 15)
+EXTENDED = {4: range(15, 19), 8: range(19, 23)}  # by bits
 CLUSTERS = range(1, 9)
 RANGES = 9
 WHOLE = 10
@@ -23,6 +25,23 @@ WHOLE = 10
 
 def variant(config: int = 0, stages: int = 0, split: int = 0) -> int:
     return config | stages << 8 | split << 12
+
+
+class Weights(ctypes.Structure):
+    """marlin_cuda_weights_t"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("B", "s", "zeros", "perm")),
+        *((name, ctypes.c_int64) for name in ("K", "N", "G", "in_features", "out_features")),
+        *((name, ctypes.c_int32) for name in ("bits", "scale_dtype")),
+    )
+
+
+def product(**fields: int | None) -> bytes:
+    """marlin_cuda_product_t"""
+    names = ("A", "bias", "C", "workspace", "workspace_bytes", "stream", "M", "lda", "dtype", "device", "variant")
+    assert set(fields) == set(names)
+    return struct.pack("@PPPPNPqqiiii", *(fields[name] or 0 for name in names), 0)
 
 
 class CudaError(Exception):
@@ -38,17 +57,19 @@ class Library:
         i64, i32, p, size = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
         lib = ctypes.CDLL(str(PATH))
         lib.marlin_cuda_error_string.restype = ctypes.c_char_p
-        lib.marlin_cuda_gemm.argtypes = [p] * 6 + [size] + [i64] * 5 + [i32, i32, p, i32]
-        lib.marlin_cuda_gemm_workspace_bytes.argtypes = [i64, i64, i64, i32]
-        lib.marlin_cuda_gemm_workspace_bytes.restype = size
-        lib.marlin_cuda_choose.argtypes = [i64, i64, i64, i32]
-        lib.marlin_cuda_repack.argtypes = lib.marlin_cuda_unpack.argtypes = [p, p, i64, i64, i32, p]
-        lib.marlin_cuda_dequantize.argtypes = [p, p, p, i64, i64, i64, i32, i32, p]
+        weights = ctypes.POINTER(Weights)
+        lib.marlin_cuda_gemm.argtypes = [weights, ctypes.c_char_p]
+        lib.marlin_cuda_workspace_bytes.argtypes = [i32]
+        lib.marlin_cuda_workspace_bytes.restype = size
+        lib.marlin_cuda_choose.argtypes = [weights, i64, i32]
+        lib.marlin_cuda_gather.argtypes = [p, p, p, i64, i64, i64, i64, i32, p]
+        lib.marlin_cuda_repack.argtypes = lib.marlin_cuda_unpack.argtypes = [p, p, i64, i64, i32, i32, p]
+        lib.marlin_cuda_dequantize.argtypes = [weights, p, i32, i32, p]
         self.lib, self.device = lib, device
         self.workspace = self.new_workspace()
 
     def new_workspace(self) -> torch.Tensor:
-        size = self.lib.marlin_cuda_gemm_workspace_bytes(1, 64, 64, self.device)
+        size = self.lib.marlin_cuda_workspace_bytes(self.device)
         return torch.zeros(size, dtype=torch.uint8, device=f"cuda:{self.device}")
 
     def check(self, code: int) -> None:
@@ -58,39 +79,57 @@ class Library:
     def stream(self) -> int:
         return torch.cuda.current_stream(self.device).cuda_stream
 
-    def gemm(self, a, b, s, out, bias=None, variant=0, workspace=None):
-        """out [M, N] = a [M, K] @ W + bias."""
+    @staticmethod
+    def weights(b, s, *, zeros=None, perm=None, bits=4, in_features=None, out_features=None) -> Weights:
+        k, n = b.shape[0] * 16, b.shape[1] * 2 // bits
+        pointers = [None if x is None else x.data_ptr() for x in (b, s, zeros, perm)]
+        return Weights(*pointers, k, n, s.shape[0], in_features or k, out_features or n, bits, DTYPES[s.dtype])
+
+    def gemm(self, a, b, s, out, bias=None, variant=0, workspace=None, **layer):
+        """out [M, out_features] = a [M, in_features] @ W + bias."""
         workspace = self.workspace if workspace is None else workspace
-        (m, k), n = a.shape, out.shape[1]
+        x = product(
+            A=a.data_ptr(), bias=None if bias is None else bias.data_ptr(), C=out.data_ptr(),
+            workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(), stream=self.stream(), M=a.shape[0],
+            lda=a.stride(0), dtype=DTYPES[a.dtype], device=self.device, variant=variant,
+        )  # fmt: skip
+        self.check(self.lib.marlin_cuda_gemm(self.weights(b, s, **layer), x))
+        return out
+
+    def choose(self, m, n, k, groups=1, **fields) -> int:
+        layer = Weights(K=k, N=n, G=groups, in_features=k, out_features=n, **{"bits": 4, **fields})
+        return self.lib.marlin_cuda_choose(layer, m, self.device)
+
+    def gather(self, a, perm, k):
+        out = torch.full((a.shape[0], k), float("nan"), dtype=a.dtype, device=a.device)
+        order = None if perm is None else perm.data_ptr()
         self.check(
-            self.lib.marlin_cuda_gemm(
-                a.data_ptr(), b.data_ptr(), s.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
-                workspace.data_ptr(), workspace.numel(), m, n, k, s.shape[0], a.stride(0), DTYPES[a.dtype],
-                self.device, self.stream(), variant,
+            self.lib.marlin_cuda_gather(
+                a.data_ptr(), order, out.data_ptr(), *a.shape[:1], a.stride(0), a.shape[1], k, self.device,
+                self.stream(),
             )
         )  # fmt: skip
         return out
 
-    def repack(self, qweight):
-        k, n = qweight.shape[0] * 8, qweight.shape[1]
-        out = torch.full((k // 16, n * 2), 0x5A5A5A5A, dtype=torch.int32, device=qweight.device)
-        self.check(self.lib.marlin_cuda_repack(qweight.data_ptr(), out.data_ptr(), k, n, self.device, self.stream()))
+    def repack(self, qweight, bits=4):
+        k, n = qweight.shape[0] * 32 // bits, qweight.shape[1]
+        out = torch.full((k // 16, n * bits // 2), 0x5A5A5A5A, dtype=torch.int32, device=qweight.device)
+        pointers = qweight.data_ptr(), out.data_ptr()
+        self.check(self.lib.marlin_cuda_repack(*pointers, k, n, bits, self.device, self.stream()))
         return out
 
-    def unpack(self, b):
-        k, n = b.shape[0] * 16, b.shape[1] // 2
-        out = torch.full((k // 8, n), 0x5A5A5A5A, dtype=torch.int32, device=b.device)
-        self.check(self.lib.marlin_cuda_unpack(b.data_ptr(), out.data_ptr(), k, n, self.device, self.stream()))
+    def unpack(self, b, bits=4):
+        k, n = b.shape[0] * 16, b.shape[1] * 2 // bits
+        out = torch.full((k * bits // 32, n), 0x5A5A5A5A, dtype=torch.int32, device=b.device)
+        pointers = b.data_ptr(), out.data_ptr()
+        self.check(self.lib.marlin_cuda_unpack(*pointers, k, n, bits, self.device, self.stream()))
         return out
 
-    def dequantize(self, b, s, dtype):
-        k, n = b.shape[0] * 16, b.shape[1] // 2
-        out = torch.full((k, n), float("nan"), dtype=dtype, device=b.device)
-        self.check(
-            self.lib.marlin_cuda_dequantize(
-                b.data_ptr(), s.data_ptr(), out.data_ptr(), k, n, s.shape[0], DTYPES[dtype], self.device, self.stream()
-            )
-        )
+    def dequantize(self, b, s, dtype, **layer):
+        weights = self.weights(b, s, **layer)
+        shape = weights.in_features, weights.out_features
+        out = torch.full(shape, float("nan"), dtype=dtype, device=b.device)
+        self.check(self.lib.marlin_cuda_dequantize(weights, out.data_ptr(), DTYPES[dtype], self.device, self.stream()))
         return out
 
 
@@ -120,6 +159,42 @@ def pack_gptq(code: torch.Tensor) -> torch.Tensor:
     return words
 
 
+def pack_marlin8(code: torch.Tensor) -> torch.Tensor:
+    """code [K, N] uint8 -> B [K / 16, 4 N]: byte p of word 2 j + h of lane 4 g + t."""
+    k, n = code.shape
+    tiles = code.view(k // 16, 16, n // 64, 64)
+    words = torch.zeros((k // 16, n // 64, 256), dtype=torch.int32, device=code.device)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for j in range(4):
+            for h in range(2):
+                for p in range(4):
+                    row, column = 2 * t + 8 * (p & 1) + (p >> 1), 16 * j + g + 8 * h
+                    words[:, :, 8 * lane + 2 * j + h] |= tiles[:, row, :, column].int() << (8 * p)
+    return words.view(k // 16, 4 * n)
+
+
+def pack_gptq8(code: torch.Tensor) -> torch.Tensor:
+    """code [K, N] -> qweight [K / 4, N]: four neighbours along K in a word."""
+    words = torch.zeros((code.shape[0] // 4, code.shape[1]), dtype=torch.int32, device=code.device)
+    for i in range(4):
+        words |= code[i::4].int() << (8 * i)
+    return words
+
+
+def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """zeros [G, N] uint8 -> marlin_qzeros [G, N bits / 32]: permuted as grouped scales, interleaved, packed along N."""
+    new = torch.empty_like(zeros)
+    for i in range(8):
+        for j in range(8):
+            new[:, 8 * i + j :: 64] = zeros[:, i + 8 * j :: 64]
+    order = [0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3]
+    words = torch.zeros((zeros.shape[0], zeros.shape[1] * bits // 32), dtype=torch.int32, device=zeros.device)
+    for i, place in enumerate(order):
+        words |= new[:, place :: len(order)].int() << (bits * i)
+    return words
+
+
 def permute_scales(scales: torch.Tensor) -> torch.Tensor:
     """scales [G, N] as GPTQ has them -> as Marlin stores them. The order depends on G."""
     out = torch.empty_like(scales)
@@ -136,20 +211,29 @@ def permute_scales(scales: torch.Tensor) -> torch.Tensor:
 
 
 class Layer:
-    """A random quantized layer: codes, scales and both packings, on the GPU."""
+    """A random quantized layer: codes, scales, zero points and the packing, on the GPU."""
 
-    def __init__(self, k: int, n: int, groups: int, scales: torch.Tensor | None = None):
-        self.k, self.n, self.groups = k, n, groups
-        self.code = torch.randint(0, 16, (k, n), dtype=torch.uint8, device="cuda")
+    def __init__(
+        self, k: int, n: int, groups: int, scales: torch.Tensor | None = None, *, bits: int = 4, zeros: bool = False,
+        scale_dtype: torch.dtype = torch.float16,
+    ):  # fmt: skip
+        self.k, self.n, self.groups, self.bits = k, n, groups, bits
+        self.code = torch.randint(0, 1 << bits, (k, n), dtype=torch.uint8, device="cuda")
         if scales is None:
-            scales = (torch.rand(groups, n) * 0.02 + 0.001).half()
+            scales = (torch.rand(groups, n) * 0.02 + 0.001).to(scale_dtype)
         self.scales = scales.cuda()
-        self.b, self.s = pack_marlin(self.code), permute_scales(self.scales)
+        self.zeros = torch.randint(0, 1 << bits, (groups, n), dtype=torch.uint8, device="cuda") if zeros else None
+        self.b = pack_marlin(self.code) if bits == 4 else pack_marlin8(self.code)
+        self.s = permute_scales(self.scales)
+        #: What Library's functions take beside b and s.
+        self.rest = {"bits": bits, "zeros": None if self.zeros is None else pack_zeros(self.zeros, bits)}
 
     def weight(self, dtype=torch.float64) -> torch.Tensor:
-        """W [K, N] = (code - 8) * scale; exact in fp32 and fp64."""
-        scales = self.scales.to(dtype).repeat_interleave(self.k // self.groups, dim=0)
-        return (self.code.to(dtype) - 8) * scales
+        """W [K, N] = (code - zero) * scale; exact in fp32 and fp64."""
+        rows = self.k // self.groups
+        scales = self.scales.to(dtype).repeat_interleave(rows, dim=0)
+        zero = 1 << (self.bits - 1) if self.zeros is None else self.zeros.to(dtype).repeat_interleave(rows, dim=0)
+        return (self.code.to(dtype) - zero) * scales
 
 
 def assert_close(out: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias=None) -> None:
@@ -171,5 +255,7 @@ def assert_close(out: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias=
             f"{int(wrong.sum())} of {wrong.numel()} elements are wrong, the first at ({row}, {column}): "
             f"{out[row, column].item()} instead of {reference[row, column].item()}"
         )
+    if error.numel() < 256:  # too few for roundings to even out
+        return
     limit = 5e-4 if out.dtype == torch.float16 else 3e-3
     assert error.norm() <= limit * reference.norm() + 2.0**-25 * error.numel() ** 0.5  # half of fp16's smallest step

@@ -12,6 +12,7 @@ import cuda_library  # noqa: E402  (needs torch)
 from cuda_library import (  # noqa: E402
     CLUSTERS,
     COUNTER_BYTES,
+    EXTENDED,
     GENERIC,
     HOPPER,
     RANGES,
@@ -21,8 +22,12 @@ from cuda_library import (  # noqa: E402
     Library,
     assert_close,
     pack_gptq,
+    pack_gptq8,
     pack_marlin,
+    pack_marlin8,
+    pack_zeros,
     permute_scales,
+    product,
     variant,
 )  # fmt: skip
 
@@ -225,6 +230,110 @@ def test_infinite_activation_stays_in_its_row(library):
         assert not torch.isfinite(out[1]).any()
 
 
+# ---- The extended format: 8 bits, small groups, zero points, bf16 scales, padding, act-order. ------------------------
+
+GROUP_SIZES = (16, 32, 64, 128, -1)
+
+
+def groups_of(k: int, size: int) -> int:
+    return 1 if size < 0 else k // size
+
+
+@pytest.mark.parametrize(("k", "n"), [(64, 64), (192, 320), (1024, 4096)])
+def test_repack_and_unpack_8_bits(library, k, n):
+    code = torch.randint(0, 256, (k, n), dtype=torch.uint8, device="cuda")
+    qweight, b = pack_gptq8(code), pack_marlin8(code)
+    assert torch.equal(library.repack(qweight, 8), b)
+    assert torch.equal(library.unpack(b, 8), qweight)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_extended_dequantize(library, size, zeros, bits):
+    """Exact, also with rows in another order and sizes that are no multiples of anything."""
+    k, n = 384, 192
+    for scale_dtype in (FP16, BF16):
+        layer = Layer(k, n, groups_of(k, size), bits=bits, zeros=zeros, scale_dtype=scale_dtype)
+        for dtype in (FP16, BF16):
+            expected = layer.weight(torch.float32).to(dtype)
+            assert torch.equal(library.dequantize(layer.b, layer.s, dtype, **layer.rest), expected)
+            for rows, columns in ((384, 192), (381, 190), (300, 129), (257, 176)):
+                perm = torch.randperm(rows, device="cuda").int()
+                out = library.dequantize(
+                    layer.b, layer.s, dtype, perm=perm, in_features=rows, out_features=columns, **layer.rest
+                )
+                assert torch.equal(out[perm.long()], expected[:rows, :columns])
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_extended(library, size, zeros, bits, dtype):
+    """Every configuration that takes the layer, both splits, ragged in M, N and K."""
+    for k, n in ((64, 64), (1152, 448), (2048, 1024)):
+        if size == 128 and k == 64:
+            continue
+        for scale_dtype in (FP16, BF16):
+            layer = Layer(k, n, groups_of(k, size), bits=bits, zeros=zeros, scale_dtype=scale_dtype)
+            weight = layer.weight()
+            for m in (1, 9, 17, 130, 257):
+                a, bias = activations(m, k, dtype), torch.randn(n, device="cuda").to(dtype)
+                choices = [0, *(variant(c, 0, s) for c in EXTENDED[bits] for s in (RANGES, WHOLE))]
+                for choice in choices:
+                    out = library.gemm(a, layer.b, layer.s, poisoned(m, n, dtype), bias, choice, **layer.rest)
+                    assert_close(out, a, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_padded(library, size, bits, dtype):
+    """Columns from out_features on are not written, rows from in_features on not read, whatever stands there."""
+    k, n, around = 640, 320, 4096
+    for zeros in (False, True):
+        layer = Layer(k, n, groups_of(k, size), bits=bits, zeros=zeros)
+        for rows, columns in ((640, 320), (520, 257), (584, 318), (632, 5), (8, 300)):
+            weight = layer.weight()[:rows, :columns]
+            for m in (1, 16, 65):
+                wide = torch.full((m, rows + 8), float("nan"), dtype=dtype, device="cuda")
+                wide[:, :rows] = activations(m, rows, dtype)
+                a, bias = wide[:, :rows], torch.randn(columns, device="cuda").to(dtype)
+                for choice in (0, variant(EXTENDED[bits][1]), variant(0, 0, RANGES)):
+                    buffer = torch.full((2 * around + m * columns,), 7.0, dtype=dtype, device="cuda")
+                    out = buffer[around:-around].view(m, columns)
+                    out.fill_(float("nan"))
+                    library.gemm(
+                        a, layer.b, layer.s, out, bias, choice, in_features=rows, out_features=columns, **layer.rest
+                    )
+                    assert_close(out, a, weight, bias)
+                    assert (buffer[:around] == 7).all()
+                    assert (buffer[-around:] == 7).all()
+
+
+@pytest.mark.parametrize("m", [1, 3, 1000])
+def test_gather(library, m):
+    for rows, k in ((640, 640), (637, 640), (1, 128), (4001, 4096)):
+        a = torch.randn(m, rows + 3, device="cuda").half()[:, :rows]  # rows that start anywhere
+        for perm in (None, torch.randperm(rows, device="cuda").int()):
+            out = library.gather(a, perm, k)
+            assert torch.equal(out[:, :rows], a if perm is None else a[:, perm.long()])
+            assert (out[:, rows:] == 0).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 16, 200])
+def test_extended_equal_bits_every_time(library, m, bits):
+    layer = Layer(14336, 1024, 448, bits=bits, zeros=True)
+    a = activations(m, 14336, FP16)
+    first = library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), **layer.rest)
+    assert_close(first, a, layer.weight())
+    for _ in range(50):
+        assert torch.equal(first, library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), **layer.rest))
+    assert not library.workspace[:COUNTER_BYTES].any()
+
+
 # ---- GEMM: what it leaves alone, and how it may be called. -----------------------------------------------------------
 
 
@@ -293,7 +402,7 @@ def test_in_a_graph(library):
 
 
 def test_version_and_device(library):
-    assert library.lib.marlin_cuda_abi_version() == 1
+    assert library.lib.marlin_cuda_abi_version() == 2
     count = ctypes.c_int()
     library.check(library.lib.marlin_cuda_device_count(ctypes.byref(count)))
     assert count.value == torch.cuda.device_count()
@@ -305,35 +414,47 @@ def test_version_and_device(library):
 
 def test_choose(library):
     for k, n in ((64, 64), (4096, 4096), (8192, 57344)):
-        assert library.lib.marlin_cuda_choose(1, n, k, 0) == 0
-        assert all(library.lib.marlin_cuda_choose(m, n, k, 0) in (0, 1) for m in (1, 100, 1000, 10000, 100000))
-    assert library.lib.marlin_cuda_choose(16384, 28672, 4096, 0) == 1
-    assert library.lib.marlin_cuda_choose(0, 64, 64, 0) == -2
+        for bits in (4, 8):
+            assert library.choose(1, n, k, bits=bits) == 0
+            assert all(library.choose(m, n, k, k // 64, bits=bits) in (0, 1) for m in (1, 100, 1000, 10000, 100000))
+    assert library.choose(16384, 28672, 4096) == 1
+    assert library.choose(0, 64, 64) == -2
+    assert library.choose(1, 64, 96) == -2
+    assert library.choose(1, 64, 128, 3) == -3
+    assert library.choose(1, 64, 64, bits=3) == -10
 
 
 def test_errors(library):
     layer = Layer(256, 128, 2)
     a, out = activations(4, 256, FP16), poisoned(4, 128, FP16)
-    good = {"A": a.data_ptr(), "B": layer.b.data_ptr(), "s": layer.s.data_ptr(), "bias": None, "C": out.data_ptr(),
-                "ws": library.workspace.data_ptr(), "size": library.workspace.numel(),
-                "M": 4, "N": 128, "K": 256, "G": 2, "lda": 256,
-                "dtype": 0, "device": 0, "stream": library.stream(), "variant": 0}  # fmt: skip
+    weights = {"B": layer.b.data_ptr(), "s": layer.s.data_ptr(), "zeros": None, "perm": None, "K": 256, "N": 128,
+               "G": 2, "in_features": 256, "out_features": 128, "bits": 4, "scale_dtype": 0}  # fmt: skip
+    x = {"A": a.data_ptr(), "bias": None, "C": out.data_ptr(), "workspace": library.workspace.data_ptr(),
+         "workspace_bytes": library.workspace.numel(), "stream": library.stream(), "M": 4, "lda": 256, "dtype": 0,
+         "device": 0, "variant": 0}  # fmt: skip
     cases = [
-        (-1, {"A": None}), (-1, {"C": None}), (-1, {"ws": None}),
+        (-1, {"A": None}), (-1, {"C": None}), (-1, {"workspace": None}), (-1, {"B": None}), (-1, {"s": None}),
         (-2, {"M": 0}), (-2, {"M": -1}), (-2, {"N": 96}), (-2, {"K": 250}), (-2, {"K": 0}), (-2, {"M": 1 << 40}),
-        (-3, {"G": 3}), (-3, {"G": 0}), (-3, {"K": 192, "G": 2}),
-        (-4, {"lda": 255}), (-4, {"lda": 260}),
-        (-5, {"A": good["A"] + 2}), (-5, {"C": good["C"] + 8}), (-5, {"bias": good["C"] + 4}),
-        (-6, {"dtype": 2}), (-7, {"size": 1000}), (-8, {"device": 99}), (-8, {"device": -1}),
-        (-9, {"variant": 200}), (-9, {"variant": -1}), (-9, {"variant": 1 << 20}),
+        (-2, {"in_features": 257}), (-2, {"in_features": 0}), (-2, {"out_features": 129}), (-2, {"out_features": 0}),
+        (-3, {"G": 3}), (-3, {"G": 0}), (-3, {"K": 192, "in_features": 192, "G": 2}), (-3, {"G": 32}),
+        (-4, {"lda": 255}), (-4, {"lda": 260}), (-4, {"in_features": 250}),
+        (-5, {"A": x["A"] + 2}), (-5, {"C": x["C"] + 8}), (-5, {"bias": x["C"] + 4}), (-5, {"zeros": x["C"] + 4}),
+        (-6, {"dtype": 2}), (-6, {"scale_dtype": 2}), (-7, {"workspace_bytes": 1000}), (-8, {"device": 99}),
+        (-8, {"device": -1}), (-9, {"variant": 200}), (-9, {"variant": -1}), (-9, {"variant": 1 << 20}),
         (-9, {"variant": variant(1, 0, 2)}), (-9, {"variant": variant(1, 15)}),
+        (-9, {"variant": variant(19)}), (-9, {"variant": variant(1), "zeros": x["C"]}), (-10, {"bits": 3}),
     ]  # fmt: skip
+
+    def call(change: dict) -> int:
+        merged = cuda_library.Weights(**{k: change.get(k, v) for k, v in weights.items()})
+        return library.lib.marlin_cuda_gemm(merged, product(**{k: change.get(k, v) for k, v in x.items()}))
+
     for code, change in cases:
-        assert library.lib.marlin_cuda_gemm(*{**good, **change}.values()) == code, change
+        assert call(change) == code, change
         assert library.lib.marlin_cuda_error_string(code)
     torch.cuda.synchronize()
     assert torch.isnan(out).all()  # a refused call queues nothing
-    assert library.lib.marlin_cuda_gemm(*good.values()) == 0
+    assert call({}) == 0
     assert_close(out, a, layer.weight())
 
 
@@ -347,6 +468,11 @@ def test_twins_agree():
         t, p = row % 8 // 2, row // 8 + 2 * high + 4 * (row % 2)
         word = b[k // 16, n // 64 * 128 + (4 * g + t) * 4 + j]
         assert word >> (4 * p) & 0xF == code[k, n]
+    byte = (16 * torch.arange(16)[:, None] + torch.arange(64)).to(torch.uint8)
+    assert pack_marlin8(byte)[0, 0].item() & 0xFFFFFFFF == 0x90108000
+    zeros = torch.arange(64, dtype=torch.uint8)[None, :]
+    assert pack_zeros(zeros // 8, 4)[0, 0].item() == 0x75316420
+    assert pack_zeros(zeros, 8)[0, 0].item() == 0x18081000
     scales = torch.arange(64).half()
     assert permute_scales(scales[None, :]).tolist()[0][:9] == [0, 1, 8, 9, 16, 17, 24, 25, 2]
     assert permute_scales(torch.stack([scales, scales])).tolist()[1][:9] == [0, 8, 16, 24, 32, 40, 48, 56, 1]

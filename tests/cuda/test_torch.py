@@ -157,16 +157,94 @@ def test_arguments_that_do_not_fit() -> None:
     B, a = cuda.repack(qweight), torch.randn(3, K, device="cuda").half()
     cases = [
         ((a.float(), B, s), TypeError, "a is float32; it should be float16 or bfloat16"),
-        ((a[:, :128], B, s), ValueError, "its last dimension should be K = 256"),
+        ((a[:, :128], B, s), ValueError, "its last dimension should be in_features = 256"),
         ((a, B.float(), s), TypeError, "B is float32; it should be int32"),
-        ((a, B, s.float()), TypeError, "s is float32; it should be float16"),
-        ((a, B, s[:, :256]), ValueError, "s has shape (2, 256); it should be [1, 512] or [2, 512]"),
+        ((a, B, s.float()), TypeError, "s is float32; it should be float16 or bfloat16"),
+        (
+            (a, B, s[:, :256]),
+            ValueError,
+            "s has shape (2, 256); it should be [G, 512] with G = 1 or one of 2, 4, 8, 16",
+        ),
         ((a, B, s, torch.ones(N, device="cuda")), TypeError, "bias is float32; it should be of a's dtype"),
         ((a, B, s, torch.ones(3, device="cuda").half()), ValueError, "bias has shape (3,); it should be [512]"),
-        ((a, B.cpu(), s), ValueError, "B is on cpu; it should be on cuda:0, like the first argument"),
-        ((a.cpu(), B, s), ValueError, "a is on cpu; it should be on a CUDA device"),
+        ((a, B.cpu(), s), ValueError, "B is on cpu; it should be on a CUDA device"),
+        ((a.cpu(), B, s), ValueError, "a is on cpu; it should be on cuda:0, like B"),
         ((a, B.t().contiguous().t(), s), ValueError, "B has strides"),
     ]
     for arguments, kind, text in cases:
-        with pytest.raises(kind, match=re.escape(text)):
-            cuda.gemm(*arguments)
+        for function in (cuda.gemm, cuda.matmul):
+            with pytest.raises(kind, match=re.escape(text)):
+                function(*arguments)
+
+
+# ---- The extended format ----
+
+
+def stored(bits: int, size: int, zeros: bool, act_order: bool, K: int, N: int) -> tuple[dict, torch.Tensor]:
+    """(a layer's arguments, W in float64): as the format says, packed by the twins of `repack`."""
+    rows, columns = (K + 127) // 128 * 128, (N + 63) // 64 * 64
+    G = 1 if size < 0 else rows // size
+    code = torch.randint(0, 1 << bits, (rows, columns), device="cuda")
+    zero = torch.randint(0, 1 << bits, (G, columns), device="cuda") if zeros else None
+    scales = (torch.rand((G, columns), device="cuda") * 0.02 + 0.001).bfloat16()
+    perm = torch.randperm(K, device="cuda").int() if act_order else None
+    middle = 1 << (bits - 1) if zero is None else zero.repeat_interleave(rows // G, dim=0)
+    W = ((code - middle).double() * scales.double().repeat_interleave(rows // G, dim=0))[:K, :N]
+    if perm is not None:
+        natural = torch.empty_like(W)
+        natural[perm.long()] = W
+        W = natural
+    arguments = {
+        "B": repack.pack_marlin(code, bits), "s": repack.permute_scales(scales), "perm": perm, "bits": bits,
+        "zeros": None if zero is None else repack.pack_zeros(zero, bits), "in_features": K, "out_features": N,
+    }  # fmt: skip
+    return arguments, W
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128, -1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_extended_layers(bits: int, size: int) -> None:
+    for zeros in (False, True):
+        for act_order in (False, True):
+            for rows, columns in ((512, 384), (500, 257), (1001, 576)):
+                layer, W = stored(bits, size, zeros, act_order, rows, columns)
+                assert torch.equal(cuda.dequantize(dtype=torch.bfloat16, **layer), W.bfloat16())
+                assert torch.equal(
+                    torch.ops.marlin_convert.dequantize(dtype=torch.float16, **layer),
+                    repack.dequantize_layer(dtype=torch.float16, **layer),
+                )
+                for M in (1, 7, 16, 130, 3000):
+                    a, bias = torch.randn(M, rows, device="cuda").half(), torch.randn(columns, device="cuda").half()
+                    for extra in (None, bias):
+                        reference = a.double() @ W + (0 if extra is None else extra.double())
+                        assert relative(cuda.gemm(a, bias=extra, **layer), reference) <= 1e-3
+                        assert relative(cuda.matmul(a, bias=extra, **layer), reference) <= 1e-3
+                a = torch.randn(3, 2 * rows + 1, device="cuda").half()[:, 3 : 3 + rows]  # not aligned, strided
+                assert relative(cuda.gemm(a, **layer), a.double() @ W) <= 1e-3
+                if rows == 500:
+                    inputs = (a.contiguous(), layer["B"], layer["s"], None, layer["zeros"], layer["perm"])
+                    sizes = {"bits": bits, "in_features": rows, "out_features": columns}
+                    torch.library.opcheck(torch.ops.marlin_convert.gemm.default, inputs, sizes)
+
+
+def test_packing_8_bits_is_exact() -> None:
+    qweight = torch.randint(-(2**31), 2**31 - 1, (K // 4, N), dtype=torch.int32, device="cuda")
+    B = cuda.repack(qweight, bits=8)
+    assert torch.equal(B, repack.gptq_to_marlin(qweight, 8))
+    assert torch.equal(cuda.unpack(B, bits=8), qweight)
+
+
+def test_extended_arguments_that_do_not_fit() -> None:
+    layer, _ = stored(4, 32, True, True, 500, 257)
+    a = torch.randn(3, 500, device="cuda").half()
+    cases = [
+        ({"bits": 3}, "bits is 3; it should be 4 or 8"),
+        ({"in_features": 513}, "in_features is 513; it should be from 1 to 512, the stored size"),
+        ({"out_features": 0}, "out_features is 0; it should be from 1 to 320, the stored size"),
+        ({"zeros": layer["zeros"][:, :8]}, "zeros has shape (16, 8); it should be [16, 40]"),
+        ({"perm": layer["perm"][:8]}, "perm has shape (8,); it should be [500]"),
+    ]
+    for change, text in cases:
+        for function in (cuda.gemm, cuda.matmul):
+            with pytest.raises(ValueError, match=re.escape(text)):
+                function(a, **{**layer, **change})
