@@ -81,8 +81,8 @@ class Weights(ctypes.Structure):
     )
 
 
-#: marlin_cuda_product_t: A, bias, C, workspace, its bytes, stream, M, lda, dtype, device, variant, unused. Packed, which
-#: is quicker than a ctypes.Structure.
+#: marlin_cuda_product_t: A, bias, C, workspace, its bytes, stream, M, lda, dtype, device, variant, unused. Packed, as
+#: that is quicker than a ctypes.Structure.
 PRODUCT = struct.Struct("@PPPPNPqqiiii")
 
 
@@ -98,7 +98,7 @@ def library() -> ctypes.CDLL:
     if not LIBRARY.exists():
         raise DeviceError(
             "the CUDA kernels are not built (marlin_convert/_cuda.so is missing): install the CUDA toolkit (nvcc) and "
-            "run `pip install .` again, or use the CPU (--device cpu)."
+            "run `pip install .` again; converting and verifying need no GPU (--device cpu)."
         )
     try:
         lib = ctypes.CDLL(str(LIBRARY))
@@ -118,12 +118,15 @@ def library() -> ctypes.CDLL:
     if status == _NO_DRIVER:
         raise DeviceError(
             "the NVIDIA driver is missing, or older than the CUDA version that the kernels were built with "
-            "(13 needs driver R580 or newer): update it, build with an older toolkit, or use the CPU (--device cpu)."
+            "(13 needs driver R580 or newer): update it, or build with an older toolkit; "
+            "converting and verifying need no GPU (--device cpu)."
         )
     if status == _NO_DEVICE or (status == 0 and count.value == 0):
-        raise DeviceError("there is no NVIDIA GPU; the CPU does without (--device cpu).")
+        raise DeviceError("there is no NVIDIA GPU; converting and verifying need no GPU (--device cpu).")
     if status:
-        raise DeviceError(f"CUDA does not start: {_text(lib, status)}; the CPU does without (--device cpu).")
+        raise DeviceError(
+            f"CUDA does not start: {_text(lib, status)}; converting and verifying need no GPU (--device cpu)."
+        )
     return lib
 
 
@@ -184,7 +187,7 @@ def torch_device(device: Device) -> torch.device:
     if not torch.cuda.is_available():
         raise DeviceError(
             f"this torch ({torch.__version__}) was built without CUDA or does not work with the driver; "
-            "install a CUDA build of torch, or use the CPU (--device cpu)."
+            "install a CUDA build of torch; converting and verifying need no GPU (--device cpu)."
         )
     device_info(device.index)
     return torch.device("cuda", device.index)
