@@ -35,8 +35,8 @@
 
 // Error codes.
 #define MARLIN_CUDA_ERROR_NULL (-1)        // a required pointer is null
-#define MARLIN_CUDA_ERROR_SHAPE (-2)       // M, N or K is not positive, too large, or not a multiple of what it must be,
-                                           // or in_features or out_features does not fit K or N
+#define MARLIN_CUDA_ERROR_SHAPE (-2)       // M, N or K is not positive, too large, or not a multiple of what it must
+                                           // be, or in_features or out_features does not fit K or N
 #define MARLIN_CUDA_ERROR_GROUPS (-3)      // G is none of 1, K / 16, K / 32, K / 64, K / 128
 #define MARLIN_CUDA_ERROR_STRIDE (-4)      // lda is less than in_features, or it or in_features is no multiple of 8
 #define MARLIN_CUDA_ERROR_ALIGNMENT (-5)   // a pointer is not aligned to 16 bytes

@@ -84,7 +84,8 @@ const char* marlin_cuda_error_string(int code) {
     case MARLIN_CUDA_ERROR_NULL:
       return "a required pointer is null";
     case MARLIN_CUDA_ERROR_SHAPE:
-      return "M, N or K is not positive, too large, or not a multiple of 64 (N and K), or a size without padding exceeds it";
+      return "M, N or K is not positive, too large, or not a multiple of 64 (N and K), or a size without padding "
+             "exceeds it";
     case MARLIN_CUDA_ERROR_GROUPS:
       return "the number of groups is none of 1, K / 16, K / 32, K / 64 and K / 128";
     case MARLIN_CUDA_ERROR_STRIDE:

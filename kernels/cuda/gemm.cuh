@@ -55,7 +55,7 @@
 //                eight rows that ldmatrix gathers lie in different banks
 //   scales       [WK][BLOCK_N] fp16 or bf16, the group of each warp's piece, as stored; extended: [WK][4][BLOCK_N]
 //   zero points  extended: [WK][4][BLOCK_N bits / 32] words
-//   Tiles of 8 bits, 1024 bytes, stand there as two halves of 512: first the first 16 bytes of all lanes, then the others
+//   Tiles of 8 bits, 1024 bytes, stand there in two halves: first the first 16 bytes of all lanes, then the others
 #pragma once
 
 #include "dequant.cuh"
@@ -327,7 +327,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
     const int tile_n = slab_n * WN + wn;
     const int tile_k = (step * WK + wk) * KT + wm;
     fill_step = step;
-    fill_weights = reinterpret_cast<const char*>(p.B) + tile_k * weights_pitch + static_cast<int64_t>(tile_n) * S::kTileBytes + lane * 16;
+    fill_weights = reinterpret_cast<const char*>(p.B) + tile_k * weights_pitch +
+                   static_cast<int64_t>(tile_n) * S::kTileBytes + lane * 16;
     fill_tiles = tile_n < tiles_n ? tiles_k - tile_k : 0;
     fill_activations = static_cast<const T*>(p.A) + (row0 + first_row) * p.lda + step * S::kBlockK + piece * 8;
     fill_rows = min(S::kBlockM, p.M - row0);
@@ -489,7 +490,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
 
       const uint32_t stage = slot * S::kStageBytes;
       const int k = (step * WK + wk) * (KT * 16);
-      // Whether the group goes on in the warp's next piece, and this step is not the block's last of the tile.
+      // Whether the group does not go on in the warp's next piece, or this is the block's last step of the tile.
       const bool ends = step + 1 == step_end || (k >> p.group_shift) != ((k + WK * KT * 16) >> p.group_shift);
 #pragma unroll
       for (int kt = 0; kt < KT; kt++) {

@@ -1,6 +1,6 @@
-// repack.cu: GPTQ <-> Marlin, Marlin -> 16-bit weights, and activations in another order of columns. One warp does one tile at a time; every kernel here is
-// bound by memory, and shared memory is only the place where a tile is turned so that both its reads and its writes are
-// whole 128-byte lines.
+// repack.cu: GPTQ <-> Marlin, Marlin -> 16-bit weights, and activations in another order of columns. In the first
+// three one warp does one tile at a time; every kernel here is bound by memory, and shared memory is only the place
+// where a tile is turned so that both its reads and its writes are whole 128-byte lines.
 #include "dequant.cuh"
 #include "device.h"
 
@@ -167,8 +167,8 @@ struct DequantizeArguments {
   bool per_channel, bf16_scales;
 };
 
-// W[perm[k], n] = (code - zero) * scale. The product of a number of at most 9 bits and one of 11 is exact in fp32, so the
-// one rounding is the last. A lane's fragments hold pairs along K; movmatrix turns them into pairs along N.
+// W[perm[k], n] = (code - zero) * scale. The product of a number of at most 9 bits and one of 11 is exact in fp32, so
+// the one rounding is the last. A lane's fragments hold pairs along K; movmatrix turns them into pairs along N.
 template <typename T, int BITS>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeArguments p) {
   // [row][column / 2], padded by 16 bytes: the eight rows a warp writes at once lie 4 banks apart.
