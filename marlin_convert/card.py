@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .verify import Verification
 
 CARD_FILE = "README.md"
-TAGS = ("marlin", "gptq", "4-bit")
+TAGS = ("marlin", "gptq")
 
 #: What the source's card says about itself only: results and successors are not this repository's.
 _NOT_CARRIED_OVER = {"model-index", "model_name", "eval_results", "new_version", "ignore_metadata_errors", "self"}
@@ -50,7 +50,8 @@ def model_card(checkpoint: Checkpoint, plan: Plan, made: Made) -> str:
     from huggingface_hub import ModelCard
 
     metadata, text = _source_card(checkpoint.folder / CARD_FILE)
-    data = _metadata(metadata, checkpoint.configs.get("config.json", {}), made.source)
+    widths = [f"{bits}-bit" for bits in sorted({layer.bits for layer in plan.layers})]
+    data = _metadata(metadata, checkpoint.configs.get("config.json", {}), made.source, widths)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(plan, made)}")
     content = str(card)
     if text.strip():
@@ -95,7 +96,7 @@ def _source_card(path: Path) -> tuple[dict[str, Any], str]:
     return metadata if isinstance(metadata, dict) else {}, content[block.end() :]
 
 
-def _metadata(source: dict[str, Any], config: dict[str, Any], origin: Source) -> ModelCardData:
+def _metadata(source: dict[str, Any], config: dict[str, Any], origin: Source, own_tags: list[str]) -> ModelCardData:
     """The source's metadata, with what has changed."""
     from huggingface_hub import ModelCardData
 
@@ -115,7 +116,7 @@ def _metadata(source: dict[str, Any], config: dict[str, Any], origin: Source) ->
             kept.setdefault("pipeline_tag", "text-generation")
     said = kept.pop("tags", None)
     tags = [said] if isinstance(said, str) else [tag for tag in said if tag] if isinstance(said, list) else []
-    all_tags = list(dict.fromkeys([*map(str, tags), *TAGS]))
+    all_tags = list(dict.fromkeys([*map(str, tags), *TAGS, *own_tags]))
     return ModelCardData(**{**kept, "base_model": base_model, **relation, "tags": all_tags})
 
 
@@ -134,7 +135,7 @@ def _body(plan: Plan, made: Made) -> str:
     sections = [
         f"# {_plain(made.source.label.split('/')[-1])} in Marlin format",
         (
-            f"{_source_link(made.source)}, a 4-bit GPTQ checkpoint, repacked into the tile order of the "
+            f"{_source_link(made.source)}, a {_widths(plan)}-bit GPTQ checkpoint, repacked into the tile order of the "
             "[Marlin](https://github.com/IST-DASLab/marlin) kernel. Nothing was quantized again: the codes and the "
             "scales are the source's own."
         ),
@@ -142,7 +143,8 @@ def _body(plan: Plan, made: Made) -> str:
         _table(_quantization(plan, made)),
         "## Use",
         _table(_engines(plan, made)),
-        "The kernel needs an NVIDIA GPU of compute capability 8.0 or newer, and computes in fp16.",
+        "The kernel needs an NVIDIA GPU of compute capability 8.0 or newer"
+        + (", in bf16 or fp16." if plan.extended else ", and computes in fp16."),
         "## Verification",
         _verdict(made.verification),
         "## How it was made",
@@ -159,17 +161,28 @@ def _source_link(source: Source) -> str:
     return f"[{source.label}]({url}) at commit [`{source.commit}`]({url}/tree/{source.commit})"
 
 
+def _widths(plan: Plan) -> str:
+    return " and ".join(str(bits) for bits in sorted({layer.bits for layer in plan.layers}))
+
+
 def _quantization(plan: Plan, made: Made) -> list[tuple[str, str]]:
-    group = "per channel (-1)" if plan.group_size == -1 else str(plan.group_size)
+    def said(values: list[bool]) -> str:
+        return "yes" if all(values) else "no" if not any(values) else f"{sum(values)} of {len(values)} layers"
+
+    sizes = [layer.group_size for layer in plan.layers] if plan.extended else [plan.group_size]
+    groups = ", ".join("per channel (-1)" if size == -1 else str(size) for size in sorted(set(sizes)))
+    kinds = {"BF16": "bf16", "F16": "fp16"}
+    scales = " and ".join(sorted({kinds[layer.stored_scales] for layer in plan.layers}))
     rounding = f", rounded by at most {made.scale_rounding:.2e} of their value" if made.scale_rounding else ""
+    method = QUANT_METHODS[0] if plan.extended else made.quant_method
     return [
         ("", ""),
-        ("bits", "4"),
-        ("group size", group),
-        ("symmetric", "yes"),
-        ("act-order", "no"),
-        ("scales", f"fp16{rounding}"),
-        ("`quant_method`, `checkpoint_format`", f"`{made.quant_method}`, `marlin`"),
+        ("bits", _widths(plan)),
+        ("group size", groups),
+        ("symmetric", said([layer.sym for layer in plan.layers])),
+        ("act-order", said([layer.act_order for layer in plan.layers])),
+        ("scales", f"{scales}{rounding}"),
+        ("`quant_method`, `checkpoint_format`", f"`{method}`, `{plan.format}`"),
         ("quantized layers", str(len(plan.layers))),
         ("other tensors", f"{len(plan.copies)}, as in the source"),
         ("size", f"{plan.bytes_out / 1e6:,.1f} MB (source: {plan.bytes_in / 1e6:,.1f} MB)"),
@@ -179,8 +192,19 @@ def _quantization(plan: Plan, made: Made) -> list[tuple[str, str]]:
 def _engines(plan: Plan, made: Made) -> list[tuple[str, str]]:
     """Engines that load this very result, and how."""
     repo = made.repo_id or _SOME_REPOSITORY
-    one_file = made.weight_files == 1
-    rows = [("engine", "how")]
+    rows = [("engine", "how"), ("with `pip install marlin-convert`:", "")]
+    rows.append(("vLLM 0.26 to 0.33", f"`vllm serve {repo}`"))
+    rows.append(("Transformers 5", f'`import marlin_convert; model = marlin_convert.load("{repo}")`'))
+    if not plan.extended:
+        rows += [("without it:", ""), *_old_engines(plan, made, repo)]
+    if made.repo_id is None:
+        rows.append((f"`{_SOME_REPOSITORY}`", "the id of this repository, or a folder that holds it"))
+    return rows
+
+
+def _old_engines(plan: Plan, made: Made, repo: str) -> list[tuple[str, str]]:
+    """Engines that read the original format by themselves."""
+    one_file, rows = made.weight_files == 1, []
     if made.quant_method == QUANT_METHODS[0]:
         rows.append(("vLLM 0.3.3 to 0.10.0", f"`vllm serve {repo} --dtype float16`"))
     if made.quant_method == QUANT_METHODS[0] and one_file:
@@ -188,8 +212,6 @@ def _engines(plan: Plan, made: Made) -> list[tuple[str, str]]:
     rows.append(("TGI 3.x", f"`text-generation-launcher --model-id {repo} --quantize marlin`"))
     if made.quant_method == QUANT_METHODS[0] and one_file and plan.group_size != -1:
         rows.append(("candle-vllm", "reads it as it is"))
-    if made.repo_id is None:
-        rows.append((f"`{_SOME_REPOSITORY}`", "the id of this repository, or a folder that holds it"))
     return rows
 
 

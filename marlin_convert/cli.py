@@ -94,6 +94,18 @@ def hub_options(command: F) -> F:
     return click.option("--revision", help="Branch, tag or commit of a Hub source.")(command)
 
 
+def format_options(command: F) -> F:
+    """The options of the commands that choose the result's format."""
+    command = click.option(
+        "--zero-points", type=click.Choice(("nibble", "word")),
+        help="How to read an asymmetric source in which a zero point is 0, if nothing tells who wrote it.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--format", "format_", type=click.Choice(("auto", "marlin", "marlin-ext")), default="auto", show_default=True,
+        help="auto: the original Marlin format if every layer fits it, else the extended one.",
+    )(command)  # fmt: skip
+
+
 def writing_options(command: F) -> F:
     """The options of the commands that write a checkpoint."""
     command = click.option(
@@ -157,6 +169,7 @@ def cli() -> None:
 @click.option(
     "--dry-run", is_flag=True, help="Print what would happen to every layer, from headers alone; OUT is not needed."
 )
+@format_options
 @writing_options
 @click.option(
     "--push-to-hub",
@@ -170,10 +183,10 @@ def cli() -> None:
 @source_options
 @output_options
 def convert(
-    source: str, out: Path | None, with_verify: bool, dry_run: bool, force: bool, max_shard_size: str,
-    quant_method: str, push_to_hub: str | None, private: bool, branch: str | None, create_pr: bool,
-    commit_message: str | None, device: str, revision: str | None, token: str | None, cache_dir: Path | None,
-    as_json: bool, quiet: bool, verbose: bool,
+    source: str, out: Path | None, with_verify: bool, dry_run: bool, format_: str, zero_points: str | None,
+    force: bool, max_shard_size: str, quant_method: str, push_to_hub: str | None, private: bool, branch: str | None,
+    create_pr: bool, commit_message: str | None, device: str, revision: str | None, token: str | None,
+    cache_dir: Path | None, as_json: bool, quiet: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a folder or a Hub id, into a Marlin checkpoint at OUT."""
     if out is None and not dry_run:
@@ -184,7 +197,8 @@ def convert(
         raise click.UsageError("Give --dry-run or --push-to-hub, not both.")
     screen = _screen(as_json, quiet, verbose)
     options = _options(
-        device=device, verify=with_verify, force=force, max_shard_size=max_shard_size, quant_method=quant_method,
+        device=device, format=format_, zero_points=zero_points, verify=with_verify, force=force,
+        max_shard_size=max_shard_size, quant_method=quant_method,
         revision=revision, token=token, cache_dir=cache_dir,
         target=None if push_to_hub is None else _target(push_to_hub, private, branch, create_pr, commit_message),
     )  # fmt: skip

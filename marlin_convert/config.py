@@ -75,6 +75,21 @@ class GPTQSettings:
     raw: dict[str, Any] = field(default_factory=dict)
     conflicts: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def writer(self) -> str | None:
+        """The quantizer that wrote the checkpoint, if a config names it: "gptqmodel", "autogptq" or "autoround"."""
+        meta = self.raw.get("meta")
+        named = meta.get("quantizer") if isinstance(meta, dict) else None
+        method = str(self.raw.get("quant_method", "")).lower()
+        text = (
+            " ".join(map(str, named if isinstance(named, list) else [named])).lower().replace("_", "").replace("-", "")
+        )
+        if "autoround" in text or method in _AUTO_ROUND_METHODS or "autoround_version" in self.raw:
+            return "autoround"
+        if "gptqmodel" in text:
+            return "gptqmodel"
+        return "autogptq" if "autogptq" in text else None
+
     def for_layer(self, name: str) -> GPTQSettings:
         """The settings of one layer: the first `dynamic` rule whose pattern matches its name overrides.
 
@@ -247,10 +262,12 @@ def marlin_settings(source: GPTQSettings, *, group_size: int, lm_head: bool, qua
     return result
 
 
-def marlin_model_config(config: dict[str, Any], quantization: dict[str, Any]) -> dict[str, Any]:
-    """The source's config.json with `quantization` in place of its GPTQ settings, to be loaded as float16.
+def marlin_model_config(
+    config: dict[str, Any], quantization: dict[str, Any], *, float16: bool = True
+) -> dict[str, Any]:
+    """The source's config.json with `quantization` in place of its GPTQ settings.
 
-    Marlin's original kernel computes in float16 only, so both spellings of the model's dtype say so.
+    With `float16`, both spellings of the model's dtype say so: Marlin's original kernel computes in float16 only.
     """
     result = copy.deepcopy(config)
     text = result.get("text_config")
@@ -258,7 +275,7 @@ def marlin_model_config(config: dict[str, Any], quantization: dict[str, Any]) ->
         if isinstance(holder, dict):
             if holder is result or "quantization_config" in holder:
                 holder["quantization_config"] = quantization
-            for key in ("torch_dtype", "dtype"):
+            for key in ("torch_dtype", "dtype") if float16 else ():
                 if holder is result or key in holder:
                     holder[key] = "float16"
     return result

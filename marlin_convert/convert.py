@@ -20,16 +20,17 @@ import numpy.typing as npt
 from . import __version__, ops
 from .card import CARD_FILE, Made, model_card, tell_verification, write_card
 from .checkpoint import Checkpoint, Tensor
-from .config import marlin_model_config, marlin_settings
+from .config import MARLIN, MARLIN_EXT, find_configs, marlin_ext_settings, marlin_model_config, marlin_settings
 from .device import CPU, Device, pick_device
 from .errors import DeviceError, HubError, MarlinConvertError, OutputError, SourceError, UnsupportedError
 from .hub import Source, Target, check_target, create_repository, default_name, fetch, headers_only, is_folder, push
-from .layout import PACK_FACTOR, TILE_K, permute_scales, unpermute_scales
-from .plan import Layer, Plan, make_plan, span
+from .layout import TILE_K, pack_zeros, permute_scales, unpack_zeros, unpermute_scales
+from .plan import V1_WORD, Layer, Plan, make_plan, span
 from .progress import Progress
 from .publish import REPORT_FILE, Shards, check_free, check_space, new_folder, write_json
-from .scales import to_fp16
-from .stream import Buffers, byte_blocks, row_blocks, run_all
+from .scales import ScaleFit, to_extended, to_fp16
+from .source import source_rows, stored_groups, stored_words
+from .stream import Buffers, byte_blocks, run_all, stored_blocks
 from .verify import Verification, code_difference, verify
 
 DEFAULT_SHARD_SIZE = "5GB"  # as Transformers cuts its shards
@@ -41,6 +42,8 @@ class Options:
     """How to convert; the command line's options of the same names."""
 
     device: str = "auto"
+    format: str = "auto"  # of the result: one of plan.FORMATS
+    zero_points: str | None = None  # one of plan.READINGS
     verify: bool = False
     force: bool = False
     max_shard_size: int | str = DEFAULT_SHARD_SIZE
@@ -62,6 +65,7 @@ class Report:
     codec: str
     remark: str | None = None  # about the device, if there is something to say
     scale_rounding: float = 0.0
+    source_quantization: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     seconds: float = 0.0
     verification: Verification | None = None
@@ -78,8 +82,11 @@ class Report:
             "marlin_convert": __version__,
             "source": self.source.label,
             "source_commit": self.source.commit,
-            "format": "marlin",
-            "group_size": plan.group_size,
+            "format": plan.format,
+            "group_size": None if plan.extended else plan.group_size,
+            "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
+            if plan.extended
+            else [],
             "layers_converted": len(plan.layers),
             "tensors_copied": len(plan.copies),
             "bytes_in": plan.bytes_in,
@@ -87,6 +94,7 @@ class Report:
             "largest_scale_rounding": self.scale_rounding,
             "weight_files": self.files,
             "notes": [{"note": note, "layers": names} for note, names in plan.notes.items()],
+            "source_quantization": self.source_quantization,
             "verified": None if self.verification is None else self.verification.ok,
         }
 
@@ -125,12 +133,11 @@ def convert(
     options = replace(options, target=_checked_target(str(source), options))
     with opened(source, options) as (origin, checkpoint):
         keep_apart(origin.folder, out)
-        plan = make_plan(checkpoint)
+        plan, rounding = planned(checkpoint, options)
         if plan.already_marlin:
             raise AlreadyMarlin(f"{source} already is a Marlin checkpoint; there is nothing to convert.")
-        plan.require_convertible()
-        report = Report(origin, out, device, plan, ops.describe(), remark)
-        report.scale_rounding = check_scales(checkpoint, plan)
+        report = Report(origin, out, device, plan, ops.describe(), remark, rounding)
+        report.source_quantization = _source_quantization(checkpoint, plan)
         check_space(out.parent, _bytes_needed(checkpoint, plan))
         if options.target:
             create_repository(options.target, token=options.token)
@@ -185,7 +192,7 @@ def _checked_target(source: str, options: Options) -> Target | None:
 def plan_only(source: str | Path, options: Options | None = None) -> tuple[Source, Plan]:
     """What `convert` would do with `source`, without reading any weight."""
     with looked_at(source, options or Options()) as (origin, checkpoint):
-        return origin, make_plan(checkpoint)
+        return origin, make_plan(checkpoint, (options or Options()).format, (options or Options()).zero_points)
 
 
 def verify_pair(
@@ -195,13 +202,13 @@ def verify_pair(
     options, out = options or Options(), Path(out)
     device, _ = usable_device(replace(options, verify=True))
     with opened(source, options) as (_, checkpoint), Checkpoint(out) as result:
-        plan = make_plan(checkpoint)
+        found = list(find_configs(result.configs).values())
+        extended = bool(found) and found[0].get("checkpoint_format") == MARLIN_EXT
+        plan, _ = planned(checkpoint, replace(options, format="marlin-ext" if extended else MARLIN))
         if plan.already_marlin:
             raise UnsupportedError(
                 f"{source} is a Marlin checkpoint; give the GPTQ checkpoint that {out} was made from."
             )
-        plan.require_convertible()
-        check_scales(checkpoint, plan)
         report = verify(checkpoint, plan, result, device, progress)
     try:
         write_json(out / VERIFY_FILE, report.as_dict())
@@ -227,25 +234,67 @@ def looked_at(source: str | Path, options: Options) -> Iterator[tuple[Source, Ch
         yield origin, checkpoint
 
 
-def check_scales(checkpoint: Checkpoint, plan: Plan) -> float:
-    """Read every layer's scales once, before anything is written; the largest relative rounding error to fp16.
+def planned(checkpoint: Checkpoint, options: Options) -> tuple[Plan, float]:
+    """The plan, fit to be carried out, and the largest relative error of a scale that it rounds.
 
-    Raises UnsupportedError that names all layers whose scales fp16 cannot hold.
+    Every layer's scales are read once: where fp16 cannot hold them, the result takes the extended format, if it may.
+    Raises UnsupportedError that names all layers that cannot be converted.
     """
-    problems: dict[str, list[str]] = {}
-    largest = 0.0
-    for layer in plan.layers:
-        fit = to_fp16(checkpoint.read(layer.scales), layer.scales.dtype)
-        largest = max(largest, fit.rounding)
-        if fit.problem:
-            problems.setdefault(fit.problem, []).append(layer.name)
+    plan = make_plan(checkpoint, options.format, options.zero_points)
+    if plan.already_marlin:
+        return plan, 0.0
+    plan.require_convertible()
+    fits = _read_scales(checkpoint, plan)
+    problems = _scale_problems(fits)
+    if problems and options.format == "auto" and not plan.extended:
+        plan = make_plan(checkpoint, "marlin-ext", options.zero_points)
+        plan.require_convertible()
+        plan.misfits |= {
+            f"{problem}, which is the original format's type": names for problem, names in problems.items()
+        }
+        fits = _read_scales(checkpoint, plan)
+        problems = _scale_problems(fits)
     if problems:
-        lines = [f"  - {problem}: {span(names)}" for problem, names in problems.items()]
-        raise UnsupportedError(
-            "the original Marlin format keeps scales in fp16, and these do not fit; nothing was converted:\n"
-            + "\n".join(lines)
+        text = (
+            "these scales fit neither fp16 nor bf16; nothing was converted:"
+            if plan.extended
+            else "the original Marlin format keeps scales in fp16, and these do not fit; nothing was converted:"
         )
-    return largest
+        lines = [f"  - {problem}: {span(names)}" for problem, names in problems.items()]
+        raise UnsupportedError("\n".join([text, *lines]))
+    plan.layers = [replace(layer, stored_scales=fits[layer.name].dtype) for layer in plan.layers]
+    return plan, max((fit.rounding for fit in fits.values()), default=0.0)
+
+
+def _read_scales(checkpoint: Checkpoint, plan: Plan) -> dict[str, ScaleFit]:
+    """What becomes of each layer's scales, without the scales themselves."""
+    fit = to_extended if plan.extended else to_fp16
+    fits = {layer.name: fit(checkpoint.read(layer.scales), layer.scales.dtype) for layer in plan.layers}
+    return {name: replace(found, scales=found.scales[:0]) for name, found in fits.items()}
+
+
+def _scale_problems(fits: dict[str, ScaleFit]) -> dict[str, list[str]]:
+    problems: dict[str, list[str]] = {}
+    for name, fit in fits.items():
+        if fit.problem:
+            problems.setdefault(fit.problem, []).append(name)
+    return problems
+
+
+def _source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """What only the source's files tell, for `to-gptq`: its settings, and the types of what was converted."""
+    main = checkpoint.configs.get("config.json", {})
+    dtypes = [layer.scales.dtype for layer in plan.layers]
+    common = max(dict.fromkeys(dtypes), key=dtypes.count)
+    readings = {layer.zeros for layer in plan.layers}
+    return {
+        "configs": find_configs(checkpoint.configs),
+        "dtypes": {key: main.get(key) for key in ("torch_dtype", "dtype")},
+        "scales_dtype": common,
+        "scales_dtypes": {x.name: x.scales.dtype for x in plan.layers if x.scales.dtype != common},
+        "g_idx": sum(layer.g_idx is not None for layer in plan.layers) * 2 >= len(plan.layers),
+        "zero_point_reading": "word" if V1_WORD in readings else "nibble",
+    }
 
 
 def usable_device(options: Options) -> tuple[Device, str | None]:
@@ -270,22 +319,22 @@ def usable_device(options: Options) -> tuple[Device, str | None]:
     return device, None
 
 
-#: Repacks a block: qweight [K/8, N] → the given B [K/16, 2N].
-Packer: TypeAlias = "Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32]], object]"
+#: Repacks a block: GPTQ words [K bits/32, N] → the given B [K/16, N bits/2], of so many bits.
+Packer: TypeAlias = "Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32], int], object]"
 
 
 def packer(device: Device, options: Options) -> Packer:
     """What repacks: the CPU, which keeps up with any disk, unless a GPU was asked for by name."""
     if device.kind == "cpu" or options.device == "auto":
-        return lambda qweight, B: ops.pack(qweight, out=B)
+        return lambda words, B, bits: ops.pack(words, out=B, bits=bits)
     import torch
 
     from . import cuda
 
     target = cuda.torch_device(device)
 
-    def pack(qweight: npt.NDArray[np.int32], B: npt.NDArray[np.int32]) -> None:
-        torch.from_numpy(B).copy_(cuda.repack(torch.from_numpy(qweight).to(target)))
+    def pack(words: npt.NDArray[np.int32], B: npt.NDArray[np.int32], bits: int) -> None:
+        torch.from_numpy(B).copy_(cuda.repack(torch.from_numpy(words).to(target), bits=bits))
 
     return pack
 
@@ -293,46 +342,70 @@ def packer(device: Device, options: Options) -> Packer:
 def write_tensors(checkpoint: Checkpoint, plan: Plan, shards: Shards, progress: Progress, pack: Packer) -> None:
     """Stream every tensor: read, repack, check, write; blocks of several layers at a time, in bounded memory."""
     progress.stage("converting", plan.bytes_out, len(plan.layers))
-    buffers = Buffers()
-    blocks_left = {layer.name: sum(1 for _ in row_blocks(layer.K, layer.N)) for layer in plan.layers}
+    buffers, one_at_a_time = Buffers(), threading.Lock()
+    blocks_left = {layer.name: sum(1 for _ in stored_blocks(layer)) for layer in plan.layers}
     counting = threading.Lock()
 
     def tasks() -> Iterator[Callable[[], None]]:
         for layer in plan.layers:
-            yield partial(write_scales, layer)
-            for k0, rows in row_blocks(layer.K, layer.N):
+            yield partial(write_groups, layer)
+            if layer.act_order:
+                yield partial(write_sorted, layer)
+                continue
+            for k0, rows in stored_blocks(layer):
                 yield partial(write_block, layer, k0, rows)
         for tensor in plan.copies:
             for start, length in byte_blocks(tensor.nbytes):
                 yield partial(copy_block, tensor, start, length)
 
     def write_block(layer: Layer, k0: int, rows: int) -> None:
-        qweight = buffers.array("qweight", (rows // PACK_FACTOR, layer.N), np.int32)
-        position = k0 * layer.N * 4 // PACK_FACTOR  # the same in qweight and in B: both take N/2 bytes for a row of K
-        checkpoint.read_into(layer.qweight, qweight, position)
-        B = buffers.array("B", (rows // TILE_K, 2 * layer.N), np.int32)
-        pack(qweight, B)
-        unpacked = ops.unpack(B, out=buffers.array("unpacked", qweight.shape, np.int32))
-        problem = code_difference(unpacked, qweight, k0)
+        write_words(layer, k0, rows, source_rows(checkpoint, layer, k0, rows, buffers))
+
+    def write_sorted(layer: Layer) -> None:
+        """Act-order: any row may come from any place, so that the layer is in memory as a whole, one at a time."""
+        with one_at_a_time:
+            words = stored_words(checkpoint, layer)
+            for k0, rows in stored_blocks(layer):
+                part = words[k0 * layer.bits // 32 : (k0 + rows) * layer.bits // 32]
+                write_words(layer, k0, rows, part)
+
+    def write_words(layer: Layer, k0: int, rows: int, words: npt.NDArray[np.int32]) -> None:
+        """Pack, check and write rows k0 … of a layer as they are stored, given as GPTQ words."""
+        shape = (rows // TILE_K, layer.B.shape[1])
+        B = buffers.array("B", shape, np.int32)
+        pack(words, B, layer.bits)
+        unpacked = ops.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
+        problem = code_difference(unpacked, words, k0, layer.bits)
         if problem:
             raise MarlinConvertError(
                 f"{layer.name}: repacking went wrong ({problem}); this is a bug or faulty memory, nothing was kept."
             )
-        shards.write(layer.B.name, B, position)
+        shards.write(layer.B.name, B, k0 // TILE_K * shape[1] * 4)
         with counting:
             blocks_left[layer.name] -= 1
             done = blocks_left[layer.name] == 0
         progress.advance(B.nbytes, layer.name, done=done)
 
-    def write_scales(layer: Layer) -> None:
-        scales = to_fp16(checkpoint.read(layer.scales), layer.scales.dtype).scales
-        s = permute_scales(scales)
-        if not np.array_equal(unpermute_scales(s).view(np.uint16), scales.view(np.uint16)):
+    def write_groups(layer: Layer) -> None:
+        """Scales, zero points and the order of rows: small."""
+        groups = stored_groups(checkpoint, layer)
+        s = permute_scales(groups.scales)
+        problem = not np.array_equal(unpermute_scales(s).view(np.uint16), groups.scales.view(np.uint16))
+        shards.write(layer.s.name, s)
+        written = s.nbytes
+        if layer.marlin_qzeros is not None and groups.zeros is not None:
+            qzeros = pack_zeros(groups.zeros, layer.bits)
+            problem = problem or not np.array_equal(unpack_zeros(qzeros, layer.bits), groups.zeros)
+            shards.write(layer.marlin_qzeros.name, qzeros)
+            written += qzeros.nbytes
+        if layer.marlin_perm is not None and groups.perm is not None:
+            shards.write(layer.marlin_perm.name, groups.perm)
+            written += groups.perm.nbytes
+        if problem:
             raise MarlinConvertError(
                 f"{layer.name}: permuting the scales went wrong; this is a bug or faulty memory, nothing was kept."
             )
-        shards.write(layer.s.name, s)
-        progress.advance(s.nbytes, layer.name)
+        progress.advance(written, layer.name)
 
     def copy_block(tensor: Tensor, start: int, length: int) -> None:
         block = buffers.array("copy", (length,), np.uint8)
@@ -346,11 +419,15 @@ def write_tensors(checkpoint: Checkpoint, plan: Plan, shards: Shards, progress: 
 
 def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method: str) -> None:
     """config.json and quantize_config.json, with the same Marlin settings in both."""
-    settings = marlin_settings(
-        plan.settings, group_size=plan.group_size, lm_head=plan.lm_head, quant_method=quant_method
-    )
+    if plan.extended:
+        settings = marlin_ext_settings({x.name: x.settings for x in plan.layers}, lm_head=plan.lm_head)
+    else:
+        settings = marlin_settings(
+            plan.settings, group_size=plan.group_size, lm_head=plan.lm_head, quant_method=quant_method
+        )
     if "config.json" in checkpoint.configs:
-        write_json(folder / "config.json", marlin_model_config(checkpoint.configs["config.json"], settings))
+        config = marlin_model_config(checkpoint.configs["config.json"], settings, float16=not plan.extended)
+        write_json(folder / "config.json", config)
     write_json(folder / "quantize_config.json", settings)
 
 
@@ -372,6 +449,10 @@ def _made(report: Report, options: Options) -> Made:
     named = []
     if options.max_shard_size != DEFAULT_SHARD_SIZE:
         named += ["--max-shard-size", str(options.max_shard_size)]
+    if options.format != Options.format:
+        named += ["--format", options.format]
+    if options.zero_points:
+        named += ["--zero-points", options.zero_points]
     if options.quant_method != Options.quant_method:
         named += ["--quant-method", options.quant_method]
     if options.verify:

@@ -1,4 +1,5 @@
-"""Deciding, from headers alone, what happens to every tensor: converted, copied, dropped, or refused and why.
+"""Deciding, from headers alone, what happens to every tensor: converted, copied, dropped, or refused and why; and
+which of the two formats the result has.
 
 Of the data itself only `g_idx` and `qzeros` are read: they are small, and they alone tell act-order and
 asymmetric quantization apart from what the configuration claims. Where tensors and claims differ, the tensors
@@ -10,15 +11,29 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .checkpoint import Checkpoint, Tensor
-from .config import GPTQSettings, parse_settings
+from .config import MARLIN, MARLIN_EXT, GPTQSettings, LayerSettings, parse_settings
 from .errors import SourceError, UnsupportedError
-from .layout import GROUP_SIZES, MIN_K, MIN_N, PACK_FACTOR, b_shape
+from .layout import (
+    EXT_BITS,
+    GROUP_SIZES,
+    MIN_K,
+    MIN_N,
+    TILE_K,
+    b_shape,
+    gptq_zeros,
+    pack_factor,
+    padded_size,
+    stored_group_size,
+    stored_groups,
+    zero_point,
+)
 from .publish import OutTensor
 
 #: The one group size, besides "all of K", that the original format can hold.
@@ -26,6 +41,12 @@ GROUP_SIZE = max(GROUP_SIZES)
 #: Tensors of a GPTQ linear that a converted layer no longer has.
 GPTQ_PARTS = ("qweight", "scales", "qzeros", "g_idx")
 _SCALE_DTYPES = ("F16", "BF16", "F32")
+#: What `--format` may be: the original format where every layer fits it, one of the two, or nothing.
+FORMATS = ("auto", MARLIN, "marlin-ext")
+#: How zero points are stored: all at the middle; one less, each number by itself or the word as a whole; as they are.
+SYMMETRIC, V1_NIBBLE, V1_WORD, V2 = "symmetric", "v1, each number less one", "v1, each word less one", "v2"
+#: `--zero-points`: how to read a v1 checkpoint in which a zero point is 0, where its writer is not known.
+READINGS = {"nibble": V1_NIBBLE, "word": V1_WORD}
 
 #: Tensor-name endings that give away other quantization methods when no config does.
 _FOREIGN_TENSORS = {
@@ -39,9 +60,10 @@ _FOREIGN_TENSORS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantized linear: what its tensors say about it, and where they lie.
+    """One quantized linear: what its tensors say about it, and where they lie; and what it becomes.
 
-    `rows_per_group` is K / G: the group size that counts, whatever the config says.
+    `group_rows` are the rows that share a scale (K if all do), whatever the config says; the last group may have fewer.
+    `extended` tells the format of the result, `stored_scales` the dtype of its scales.
     """
 
     name: str
@@ -54,29 +76,100 @@ class Layer:
     qzeros: Tensor | None
     g_idx: Tensor | None
     bias: Tensor | None
+    group_rows: int
+    zeros: str = SYMMETRIC
+    act_order: bool = False
+    extended: bool = False
+    stored_scales: str = "F16"
 
     @property
     def rows_per_group(self) -> int:
-        return self.K // self.G
+        """Rows of the result that share a scale."""
+        return self.stored_K // self.stored_G
 
     @property
     def group_size(self) -> int:
-        """As a config would say it: -1 for one group over all of K."""
-        return -1 if self.G == 1 else self.rows_per_group
+        """The source's, as a config would say it: -1 for one group over all of K."""
+        return -1 if self.G == 1 else self.group_rows
+
+    @property
+    def sym(self) -> bool:
+        return self.zeros == SYMMETRIC
+
+    @property
+    def stored_K(self) -> int:
+        return padded_size(self.K, self.N)[0] if self.extended else self.K
+
+    @property
+    def stored_N(self) -> int:
+        return padded_size(self.K, self.N)[1] if self.extended else self.N
+
+    @property
+    def stored_group_size(self) -> int:
+        """As the result's config says it."""
+        return (stored_group_size(self.group_size) or self.group_size) if self.extended else self.group_size
+
+    @property
+    def stored_G(self) -> int:
+        return stored_groups(self.K, self.stored_group_size) if self.extended else self.G
+
+    @property
+    def settings(self) -> LayerSettings:
+        """As the extended format describes it."""
+        return LayerSettings(
+            bits=self.bits,
+            group_size=self.stored_group_size,
+            sym=self.sym,
+            desc_act=self.act_order,
+            in_features=self.K if self.stored_K != self.K else None,
+            out_features=self.N if self.stored_N != self.N else None,
+            source_group_size=self.group_size if self.stored_group_size != self.group_size else None,
+        )
 
     @property
     def B(self) -> OutTensor:
-        shape = b_shape(self.K, self.N)
-        return OutTensor(f"{self.name}.B", "I32", shape, math.prod(shape) * 4)
+        shape = b_shape(self.stored_K, self.stored_N, self.bits)
+        return OutTensor(self._name("B", "marlin_qweight"), "I32", shape, math.prod(shape) * 4)
 
     @property
     def s(self) -> OutTensor:
-        return OutTensor(f"{self.name}.s", "F16", (self.G, self.N), self.G * self.N * 2)
+        shape = (self.stored_G, self.stored_N)
+        return OutTensor(self._name("s", "marlin_scales"), self.stored_scales, shape, math.prod(shape) * 2)
+
+    @property
+    def marlin_qzeros(self) -> OutTensor | None:
+        if self.sym:
+            return None
+        shape = (self.stored_G, self.stored_N // pack_factor(self.bits))
+        return OutTensor(f"{self.name}.marlin_qzeros", "I32", shape, math.prod(shape) * 4)
+
+    @property
+    def marlin_perm(self) -> OutTensor | None:
+        return OutTensor(f"{self.name}.marlin_perm", "I32", (self.K,), self.K * 4) if self.act_order else None
+
+    @property
+    def out(self) -> list[OutTensor]:
+        """Every tensor that the layer becomes."""
+        return [t for t in (self.B, self.s, self.marlin_qzeros, self.marlin_perm) if t is not None]
+
+    def _name(self, original: str, extended: str) -> str:
+        return f"{self.name}.{extended if self.extended else original}"
+
+    def zero_points(self, qzeros: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+        """The source's `qzeros` [G, ⌈N bits/32⌉] → zero points [G, N]."""
+        if self.zeros == V1_WORD:
+            ones = np.uint32(sum(1 << i for i in range(0, 32, self.bits)))
+            qzeros = (qzeros.view(np.uint32) + ones).view(np.int32)
+        stored = gptq_zeros(qzeros, self.bits, self.N)
+        if self.zeros == V1_NIBBLE:
+            return (stored + np.uint8(1)) & np.uint8(2**self.bits - 1)
+        return stored
 
 
 @dataclass
 class Plan:
-    """What the conversion will do. `refusals` and `notes` map a text to the layers it concerns, in source order."""
+    """What the conversion will do. `refusals`, `misfits` and `notes` map a text to the layers it concerns, in source
+    order; misfits are why the original format cannot hold a layer."""
 
     settings: GPTQSettings
     layers: list[Layer] = field(default_factory=list)
@@ -84,19 +177,21 @@ class Plan:
     dropped: list[Tensor] = field(default_factory=list)
     refusals: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
-    group_size: int = GROUP_SIZE  # of the result: 128 or -1
+    misfits: dict[str, list[str]] = field(default_factory=dict)
+    format: str = MARLIN  # of the result: "marlin" or "marlin_ext"
+    group_size: int = GROUP_SIZE  # of a result in the original format: 128 or -1
     already_marlin: bool = False
     layers_found: int = 0
     bytes_in: int = 0  # of all tensors that the source holds
 
     @property
     def out_tensors(self) -> list[OutTensor]:
-        """Every tensor of the result, in the order of the source's files; a layer's B and s stay together."""
+        """Every tensor of the result, in the order of the source's files; a layer's tensors stay together."""
         position = {t.name: i for i, t in enumerate(self._source_order())}
         entries: list[tuple[int, OutTensor]] = []
         for layer in self.layers:
             at = position[layer.qweight.name]
-            entries += [(at, layer.B), (at, layer.s)]
+            entries += [(at, tensor) for tensor in layer.out]
         entries += [(position[t.name], OutTensor(t.name, t.dtype, t.shape, t.nbytes)) for t in self.copies]
         return [tensor for _, tensor in sorted(entries, key=lambda e: e[0])]
 
@@ -118,11 +213,19 @@ class Plan:
             return
         refused = {name for names in self.refusals.values() for name in names}
         lines = [f"  - {reason}: {span(names)}" for reason, names in self.refusals.items()]
-        raise UnsupportedError(
-            f"{len(refused)} of {self.layers_found} quantized layers do not fit the original Marlin format "
-            "(4-bit, symmetric, groups of 128 or per-channel, no act-order); nothing was converted:\n"
-            + "\n".join(lines)
-        )
+        many = f"{len(refused)} of {self.layers_found} quantized layers"
+        if self.format == MARLIN:
+            text = (
+                f"{many} do not fit the original Marlin format (4-bit, symmetric, groups of 128 or per-channel, no "
+                "act-order); nothing was converted:"
+            )
+        else:
+            text = f"{many} cannot be converted to either Marlin format; nothing was converted:"
+        raise UnsupportedError("\n".join([text, *lines]))
+
+    @property
+    def extended(self) -> bool:
+        return self.format == MARLIN_EXT
 
 
 #: A number within a name, of those that count something: "07" counts nothing.
@@ -168,18 +271,18 @@ def _ranges(numbers: list[int]) -> str:
     return "{" + ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs) + "}"
 
 
-def make_plan(checkpoint: Checkpoint) -> Plan:
-    """Plan the conversion of `checkpoint`.
+def make_plan(checkpoint: Checkpoint, format: str = MARLIN, zero_points: str | None = None) -> Plan:
+    """Plan the conversion of `checkpoint` to `format`, one of FORMATS; `zero_points` is one of READINGS, or None.
 
-    Raises UnsupportedError for a source that is not GPTQ, SourceError for one whose tensors contradict each
-    other. Layers that the original format cannot hold are not an error yet: they are listed in `refusals`.
+    Raises SourceError for a checkpoint that is incomplete or contradicts itself, UnsupportedError for one that is no
+    GPTQ checkpoint. Layers that cannot be converted are not an error yet: they are listed in `refusals`.
     """
     settings = parse_settings(checkpoint.configs)
     tensors = checkpoint.tensors
     plan = Plan(
         settings, notes={note: [] for note in checkpoint.notes}, bytes_in=sum(t.nbytes for t in tensors.values())
     )
-    if _is_marlin(tensors):
+    if is_marlin_checkpoint(tensors):
         plan.already_marlin = True
         return plan
     names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
@@ -188,15 +291,21 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
         raise UnsupportedError(f"{checkpoint.folder}: {_what_else(settings, tensors)}; a GPTQ checkpoint is needed.")
     _require_complete(tensors)
 
-    judged = [_Judged(checkpoint, name, settings) for name in names]
+    judged = [_Judged(checkpoint, name, settings, zero_points) for name in names]
     _one_group_size(plan, judged)
     for layer in judged:
-        for reason in layer.refusals:
+        for reason in layer.misfits:
+            plan.misfits.setdefault(reason, []).append(layer.name)
+    if format == "marlin-ext" or (format == "auto" and (plan.misfits or any(layer.refusals for layer in judged))):
+        plan.format = MARLIN_EXT
+    for layer in judged:
+        refusals = layer.refusals + (layer.extended_refusals if plan.extended else layer.misfits)
+        for reason in refusals:
             plan.refusals.setdefault(reason, []).append(layer.name)
-        for note in layer.notes:
+        for note in layer.notes + (layer.extended_notes if plan.extended else []):
             plan.notes.setdefault(note, []).append(layer.name)
-        if layer.layer is not None and not layer.refusals:
-            plan.layers.append(layer.layer)
+        if layer.layer is not None and not refusals:
+            plan.layers.append(replace(layer.layer, extended=plan.extended))
     owned = {f"{name}.{part}" for name in names for part in GPTQ_PARTS}
     for tensor in tensors.values():
         if tensor.name not in owned:
@@ -211,17 +320,27 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
 
 
 class _Judged:
-    """One layer under examination: its `layer` (None when not even its shape is known), refusals and notes."""
+    """One layer under examination: its `layer` (None when not even its shape is known) and what there is to say.
 
-    def __init__(self, checkpoint: Checkpoint, name: str, settings: GPTQSettings) -> None:
+    `refusals` hold for both formats, `misfits` for the original one, `extended_refusals` and `extended_notes` for the
+    extended one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, settings: GPTQSettings, zero_points: str | None) -> None:
         self.checkpoint, self.name, self.settings = checkpoint, name, settings.for_layer(name)
+        self.reading = zero_points
         self.refusals: list[str] = []
+        self.misfits: list[str] = []
         self.notes: list[str] = []
+        self.extended_refusals: list[str] = []
+        self.extended_notes: list[str] = []
         self.layer = self._measure()
         if self.layer is not None:
+            self.layer = self._sized_by_g_idx(self.layer)
             self._check_format(self.layer)
-            self._check_g_idx(self.layer)
-            self._check_zero_points(self.layer)
+            act_order = self._check_g_idx(self.layer)
+            zeros = self._check_zero_points(self.layer)
+            self.layer = replace(self.layer, act_order=act_order, zeros=zeros)
 
     def _part(self, part: str) -> Tensor | None:
         return self.checkpoint.tensors.get(f"{self.name}.{part}")
@@ -275,7 +394,8 @@ class _Judged:
             )
         if bias is not None and bias.shape != (N,):
             raise SourceError(f"{self.name}: bias {list(bias.shape)} does not match N = {N}.")
-        return Layer(self.name, K, N, G, bits, qweight, scales, qzeros, g_idx, bias)
+        group_rows = _rows_per_group(K, G, self.settings) or 0
+        return Layer(self.name, K, N, G, bits, qweight, scales, qzeros, g_idx, bias, group_rows)
 
     def _bits(self, rows: int, N: int, G: int, qzeros: Tensor | None, g_idx: Tensor | None) -> int | None:
         fitting = [bits for bits in (2, 3, 4, 8) if rows * 32 % bits == 0]
@@ -304,21 +424,37 @@ class _Judged:
         return fitting[0]
 
     def _check_format(self, layer: Layer) -> None:
-        """What the original format can hold, by shape."""
+        """What the formats can hold, by shape."""
         if layer.bits in (2, 3):
-            self.refusals.append(f"{layer.bits}-bit weights; Marlin has 4 bits")
+            self.refusals.append(f"{layer.bits}-bit weights; Marlin has 4 and 8 bits")
         elif layer.bits != 4:
-            self.refusals.append(f"{layer.bits}-bit weights; the original format has 4 bits only")
-        if layer.G > 1 and layer.G * GROUP_SIZE != layer.K:
-            self.refusals.append(
-                f"{_group_text(layer, self.settings)}; the original format has groups of 128 or one per column"
-            )
+            self.misfits.append(f"{layer.bits}-bit weights; the original format has 4 bits only")
+        groups = _group_text(layer)
+        if layer.G > 1 and (layer.group_rows != GROUP_SIZE or layer.K % GROUP_SIZE):
+            if not layer.group_rows:
+                self.refusals.append(groups)
+            elif stored_group_size(layer.group_rows) is None:
+                self.extended_refusals.append(f"{groups}; Marlin's kernels take groups of a multiple of {TILE_K} rows")
+            if layer.group_rows:
+                self.misfits.append(f"{groups}; the original format has groups of 128 or one per column")
         if layer.K % MIN_K:
-            self.refusals.append(f"K = {layer.K} is not a multiple of {MIN_K}")
+            self.misfits.append(f"K = {layer.K} is not a multiple of {MIN_K}")
         if layer.N % MIN_N:
-            self.refusals.append(f"N = {layer.N} is not a multiple of {MIN_N}")
+            self.misfits.append(f"N = {layer.N} is not a multiple of {MIN_N}")
 
-    def _check_g_idx(self, layer: Layer) -> None:
+    def _sized_by_g_idx(self, layer: Layer) -> Layer:
+        """Where shapes allow two group sizes (1024 rows in 8 groups: of 128, or of 144 and a rest), g_idx tells."""
+        said = self.settings.group_size
+        if layer.g_idx is None or layer.g_idx.shape != (layer.K,) or not said or said < 1:
+            return layer
+        if layer.G > 1 and -(-layer.K // said) == layer.G and said != layer.group_rows:
+            g_idx = self.checkpoint.read(layer.g_idx)
+            if np.array_equal(g_idx, np.arange(layer.K) // said) or int((g_idx == 0).sum()) == said:
+                return replace(layer, group_rows=said)
+        return layer
+
+    def _check_g_idx(self, layer: Layer) -> bool:
+        """Whether the layer has act-order."""
         claimed = self.settings.desc_act
         if layer.g_idx is None:
             if claimed and layer.G > 1:
@@ -327,25 +463,41 @@ class _Judged:
                 self.refusals.append(
                     f"no g_idx, and the configs disagree on desc_act ({self.settings.conflicts['desc_act']})"
                 )
-            return
+            return False
         g_idx = self.checkpoint.read(layer.g_idx)
         if g_idx.min() < 0 or g_idx.max() >= layer.G:
             raise SourceError(
                 f"{self.name}: g_idx names group {g_idx.max() if g_idx.max() >= layer.G else g_idx.min()} of {layer.G}."
             )
-        rows_per_group = _rows_per_group(layer, self.settings)
-        if rows_per_group is not None and np.array_equal(g_idx, np.arange(layer.K) // rows_per_group):
+        rows = layer.group_rows
+        if rows and np.array_equal(g_idx, np.arange(layer.K) // rows):
             if claimed and layer.G > 1:
                 self.notes.append("desc_act in name only: g_idx is sequential, converted as plain")
-        elif (g_idx == g_idx[0]).all():
+            return False
+        if (g_idx == g_idx[0]).all():
             self.refusals.append(f"g_idx puts every row into group {g_idx[0]} of {layer.G}")
-        elif claimed is False:
-            self.refusals.append("act-order (g_idx is shuffled, although the config says desc_act false)")
+            return False
+        if claimed is False:
+            self.misfits.append("act-order (g_idx is shuffled, although the config says desc_act false)")
+            self.extended_notes.append("the config says desc_act false and g_idx is shuffled; converted with act-order")
         else:
-            self.refusals.append("act-order (g_idx is shuffled)")
+            self.misfits.append("act-order (g_idx is shuffled)")
+        if rows:
+            sizes = np.bincount(g_idx, minlength=layer.G)
+            expected = np.full(layer.G, rows)
+            expected[-1] = layer.K - rows * (layer.G - 1)
+            wrong = np.flatnonzero(sizes != expected)
+            if wrong.size:
+                group = int(wrong[0])
+                self.extended_refusals.append(
+                    f"act-order with groups of unequal size (group {group} has {sizes[group]} rows, not "
+                    f"{expected[group]})"
+                )
+        return True
 
-    def _check_zero_points(self, layer: Layer) -> None:
-        """Symmetric means that every zero point is 8: stored as 7 by checkpoint_format gptq, as 8 by gptq_v2."""
+    def _check_zero_points(self, layer: Layer) -> str:
+        """How zero points are stored. Symmetric means that every one is the middle, 8 or 128: stored one less by
+        checkpoint_format gptq, as it is by gptq_v2."""
         sym, version = self.settings.sym, self.settings.checkpoint_format
         if layer.qzeros is None:
             if "sym" in self.settings.conflicts:
@@ -353,18 +505,19 @@ class _Judged:
             elif sym is not True:
                 said = "the config says sym false" if sym is False else "no config says whether it is symmetric"
                 self.refusals.append(f"no qzeros, and {said}")
-            return
-        if layer.bits != 4:
-            return
-        words = self.checkpoint.read(layer.qzeros).view(np.uint32)
-        used = np.full(words.shape[1], 0xFFFFFFFF, np.uint32)
-        used[-1] >>= 4 * (-layer.N % PACK_FACTOR)  # behind the last column, anything may stand
-        stored = next((z for z in (7, 8) if not ((words ^ np.uint32(0x11111111 * z)) & used).any()), None)
+            return SYMMETRIC
+        if layer.bits not in EXT_BITS:
+            return SYMMETRIC
+        words = self.checkpoint.read(layer.qzeros)
+        numbers, middle = gptq_zeros(words, layer.bits, layer.N), zero_point(layer.bits)
+        stored = next((z for z in (middle - 1, middle) if (numbers == z).all()), None)
+        layout, expected = ("gptq_v2", middle) if version == "gptq_v2" else ("gptq", middle - 1)
         if stored is None:
             claim = ", although the config says sym" if sym else ""
-            self.refusals.append(f"asymmetric (zero points are not all 8{claim})")
-            return
-        layout, expected = ("gptq_v2", 8) if version == "gptq_v2" else ("gptq", 7)
+            self.misfits.append(f"asymmetric (zero points are not all {middle}{claim})")
+            if sym:
+                self.extended_notes.append("the config says sym and zero points differ; converted as asymmetric")
+            return self._asymmetric(layer, words, numbers)
         doubtful = sym is False or "sym" in self.settings.conflicts
         if doubtful and "checkpoint_format" in self.settings.conflicts:
             self.refusals.append(
@@ -373,41 +526,77 @@ class _Judged:
             )
         elif stored == expected:
             if sym is False:
-                self.notes.append("the config says sym false, and every zero point is 8; converted as symmetric")
+                self.notes.append(
+                    f"the config says sym false, and every zero point is {middle}; converted as symmetric"
+                )
         elif doubtful:
-            # No sym to lean on: the label decides what the stored number means, and it does not mean 8.
-            meant = stored + 8 - expected
-            self.refusals.append(
+            # No sym to lean on: the label decides what the stored number means, and it does not mean the middle.
+            meant = stored + middle - expected
+            self.misfits.append(
                 f"asymmetric (every zero point is stored as {stored}, which is {meant} in checkpoint_format {layout})"
             )
+            return self._asymmetric(layer, words, numbers)
         else:
             self.notes.append(
-                f"checkpoint_format {layout} stores zero point 8 as {expected}, here it is {stored}; read as symmetric"
+                f"checkpoint_format {layout} stores zero point {middle} as {expected}, here it is {stored}; "
+                "read as symmetric"
             )
+        return SYMMETRIC
+
+    def _asymmetric(self, layer: Layer, words: npt.NDArray[np.int32], numbers: npt.NDArray[np.uint8]) -> str:
+        """How the zero points of an asymmetric layer are stored."""
+        if "checkpoint_format" in self.settings.conflicts:
+            self.extended_refusals.append(
+                "asymmetric, and the configs disagree on checkpoint_format "
+                f"({self.settings.conflicts['checkpoint_format']}), which tells how zero points are stored"
+            )
+            return V2
+        if self.settings.checkpoint_format == "gptq_v2":
+            return V2
+        if self.reading is not None:
+            return READINGS[self.reading]
+        highest = 2**layer.bits - 1
+        if not (numbers == highest).any():  # every reading agrees
+            return V1_NIBBLE
+        writer = self.settings.writer
+        if writer == "gptqmodel":
+            return V1_WORD
+        if writer == "autoround":
+            return V1_NIBBLE
+        lost = (
+            "AutoGPTQ, which wrote it, loses the numbers beside it"
+            if writer == "autogptq"
+            else "its writers differ in what they mean by that, and no config names this one"
+        )
+        self.extended_refusals.append(
+            f"asymmetric with a zero point stored as {highest}: {lost}; give --zero-points word (GPTQModel) or nibble "
+            "(others) if you know"
+        )
+        return V1_NIBBLE
 
 
-def _rows_per_group(layer: Layer, settings: GPTQSettings) -> int | None:
+def _rows_per_group(K: int, G: int, settings: GPTQSettings) -> int | None:
     """Rows that share a scale: K / G, or the config's size where a short last group explains G."""
-    if layer.G == 1:
-        return layer.K
-    if layer.G * GROUP_SIZE == layer.K:
+    if G == 1:
+        return K
+    if G * GROUP_SIZE == K:
         return GROUP_SIZE
     said = settings.group_size
-    if said and said > 0 and -(-layer.K // said) == layer.G:
+    if said and said > 0 and -(-K // said) == G:
         return said
-    return layer.K // layer.G if layer.K % layer.G == 0 else None
+    return K // G if K % G == 0 else None
 
 
-def _group_text(layer: Layer, settings: GPTQSettings) -> str:
-    rows = _rows_per_group(layer, settings)
-    if rows is None:
+def _group_text(layer: Layer) -> str:
+    rows = layer.group_rows
+    if not rows:
         return f"{layer.G} groups that do not divide K = {layer.K}"
     return f"groups of {rows}" + (f" with a short last one (K = {layer.K})" if layer.K % rows else "")
 
 
 def _one_group_size(plan: Plan, judged: Iterable[_Judged]) -> None:
     """The original format has one group_size for all layers: 128, or -1 when no layer has more than one group."""
-    fine = [j for j in judged if j.layer is not None and not j.refusals]
+    fine = [j for j in judged if j.layer is not None and not j.refusals and not j.misfits]
     grouped = [j for j in fine if j.layer is not None and j.layer.G > 1]
     single = [j for j in fine if j.layer is not None and j.layer.G == 1 and j.layer.K != GROUP_SIZE]
     plan.group_size = GROUP_SIZE if grouped or not single else -1
@@ -415,16 +604,18 @@ def _one_group_size(plan: Plan, judged: Iterable[_Judged]) -> None:
         few, many = sorted((grouped, single), key=len)
         kind = {id(grouped): "groups of 128", id(single): "one group per column"}
         for j in few:
-            j.refusals.append(
+            j.misfits.append(
                 f"{kind[id(few)]}, while {len(many)} other layers have {kind[id(many)]}; "
                 "the original format has one group_size for all"
             )
 
 
-def _is_marlin(tensors: dict[str, Tensor]) -> bool:
+def is_marlin_checkpoint(tensors: dict[str, Tensor]) -> bool:
     """Whatever the config says: where there is a qweight, there is something to convert."""
     if any(name.endswith(".qweight") for name in tensors):
         return False
+    if any(name.endswith(".marlin_qweight") for name in tensors):
+        return True
     return any(n.endswith(".B") and t.dtype == "I32" and f"{n[:-2]}.s" in tensors for n, t in tensors.items())
 
 
@@ -456,11 +647,15 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "source": source,
         "already_marlin": plan.already_marlin,
         "convertible": not plan.refusals and not plan.already_marlin,
-        "format": "marlin",
-        "group_size": plan.group_size,
+        "format": plan.format,
+        "group_size": None if plan.extended else plan.group_size,
+        "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
+        if plan.extended else [],
         "layers": [
-            {"name": x.name, "K": x.K, "N": x.N, "bits": x.bits, "group_size": x.group_size, "scales": x.scales.dtype,
-             "bias": x.bias is not None, "action": "convert"}
+            {"name": x.name, "K": x.K, "N": x.N, "bits": x.bits, "group_size": x.group_size, "sym": x.sym,
+             "desc_act": x.act_order, "stored_K": x.stored_K, "stored_N": x.stored_N,
+             "stored_group_size": x.stored_group_size, "scales": x.scales.dtype, "bias": x.bias is not None,
+             "action": "convert"}
             for x in plan.layers
         ],
         "refused": [{"reason": reason, "layers": names} for reason, names in plan.refusals.items()],

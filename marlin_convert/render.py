@@ -35,7 +35,7 @@ from rich.text import Text
 
 from . import hub
 from .errors import MarlinConvertError, OutputError
-from .plan import Plan, plan_as_dict, span
+from .plan import Layer, Plan, plan_as_dict, span
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ if TYPE_CHECKING:
     from .restore import Restored
     from .tokens import Report as TokenReport
     from .verify import Verification
+
+FORMAT_NAMES = {"marlin": "original Marlin format", "marlin_ext": "extended Marlin format"}
+#: Engines that read each format; see the README's table.
+READERS = {
+    "marlin": "vLLM and Transformers with marlin-convert, and vLLM 0.3.3 to 0.10.0, AutoGPTQ, TGI",
+    "marlin_ext": "vLLM and Transformers with marlin-convert",
+}
 
 #: Seconds between plain progress lines when the output is no terminal.
 PLAIN_INTERVAL = 5.0
@@ -206,24 +213,30 @@ class Screen:
         if plan.already_marlin:
             self._say(f"{escape(source.label)} already is a Marlin checkpoint; there is nothing to convert.")
             return
-        table = Table(title=f"{escape(source.label)} → Marlin", title_justify="left", box=None, pad_edge=False)
+        title = f"{escape(source.label)} → {FORMAT_NAMES[plan.format]}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading, justify in (
             ("layers", "right"),
             ("K x N", "left"),
             ("bits", "right"),
             ("group", "right"),
+            ("", "left"),
             ("scales", "left"),
             ("", "left"),
         ):
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-        kinds = Counter((x.K, x.N, x.bits, x.group_size, x.scales.dtype) for x in plan.layers)
-        for (K, N, bits, group, dtype), count in kinds.items():
-            table.add_row(str(count), f"{K} x {N}", str(bits), str(group), dtype.lower(), "convert")
+        kinds = Counter((x.K, x.N, x.bits, x.group_size, _kind(x), x.scales.dtype) for x in plan.layers)
+        for (K, N, bits, group, kind, dtype), count in kinds.items():
+            table.add_row(str(count), f"{K} x {N}", str(bits), str(group), kind, dtype.lower(), "convert")
         if plan.layers:
             self._table(table)
         if self.verbose:
             for layer in plan.layers:
-                self._say(f"  convert {escape(layer.name)}  {layer.K} x {layer.N}")
+                kind = f", {_kind(layer)}" if _kind(layer) else ""
+                self._say(
+                    f"  convert {escape(layer.name)}  {layer.K} x {layer.N}, {layer.bits} bits, "
+                    f"group {layer.group_size}{kind}"
+                )
             for tensor in plan.copies:
                 self._say(f"  copy    {escape(tensor.name)}  {tensor.dtype} {list(tensor.shape)}")
         copied = sum(t.nbytes for t in plan.copies)
@@ -232,7 +245,15 @@ class Screen:
             f"{len(plan.dropped)} dropped (g_idx, qzeros)"
         )
         self._say(f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out")
+        self._format(plan)
         self._notes(plan)
+
+    def _format(self, plan: Plan) -> None:
+        """Which format, why, and who reads it."""
+        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {READERS[plan.format]} read")
+        if plan.extended:
+            for reason, names in plan.misfits.items():
+                self._say(f"  because {escape(reason)}: {', '.join(names) if self.verbose else span(names)}")
 
     def _notes(self, plan: Plan) -> None:
         for note, names in plan.notes.items():
@@ -284,9 +305,10 @@ class Screen:
         if report.verification:
             self._verification_table(report.verification)
         plan = report.plan
+        self._format(plan)
         self._notes(plan)
         if report.scale_rounding:
-            self._say(f"[yellow]note[/] scales rounded to fp16, by at most {report.scale_rounding:.2e} of their value")
+            self._say(f"[yellow]note[/] scales rounded, by at most {report.scale_rounding:.2e} of their value")
         self._say(
             f"[green]done[/] {len(plan.layers)} layers converted, {len(plan.copies)} tensors copied; "
             f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out, {report.seconds:.1f} s, "
@@ -300,7 +322,7 @@ class Screen:
             self._say(f"[yellow]note[/] no prompt was continued: {escape(missing)}")
         files = ", ".join(report.files) if len(report.files) < 3 else f"{len(report.files)} weight files"
         self._say(f"where: {escape(str(report.out))} ({files})")
-        self._say(f"load:  vllm serve {escape(str(report.out))} --dtype float16   (vLLM 0.3.3 to 0.10.0)")
+        self._say(f"load:  vllm serve {escape(str(report.out))}   (vLLM 0.26 to 0.33, with marlin-convert installed)")
         if report.pushed:
             self._say(f"hub:   {escape(report.pushed)}")
         if report.remark:
@@ -522,6 +544,17 @@ class Plot:
         except OSError as error:
             return OutputError(f"{self.path}: the plot cannot be written: {error.strerror or error}.")
         return None
+
+
+def _kind(layer: Layer) -> str:
+    """What distinguishes a layer beside its size and bits."""
+    padded = f"padded to {layer.stored_K} x {layer.stored_N}"
+    words = [
+        *(["asymmetric"] if not layer.sym else []),
+        *(["act-order"] if layer.act_order else []),
+        *([padded] if (layer.stored_K, layer.stored_N) != (layer.K, layer.N) else []),
+    ]
+    return ", ".join(words)
 
 
 def _verdict(report: Verification) -> str:

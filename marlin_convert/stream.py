@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,22 @@ def row_blocks(K: int, N: int) -> Iterator[tuple[int, int]]:
     rows = ROWS * max(1, BLOCK_BYTES // (ROWS * N * 4 // PACK_FACTOR))
     for first in range(0, K, rows):
         yield first, min(rows, K - first)
+
+
+class Stored(Protocol):
+    """A layer's stored size and bits."""
+
+    @property
+    def stored_K(self) -> int: ...
+    @property
+    def stored_N(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+
+
+def stored_blocks(layer: Stored) -> Iterator[tuple[int, int]]:
+    """`row_blocks` of a layer as it is stored, of the same number of bytes whatever its bits."""
+    return row_blocks(layer.stored_K, layer.stored_N * layer.bits // 4)
 
 
 def byte_blocks(nbytes: int) -> Iterator[tuple[int, int]]:

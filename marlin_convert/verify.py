@@ -19,15 +19,15 @@ import numpy.typing as npt
 
 from . import ops
 from .checkpoint import Checkpoint, Tensor
-from .config import QUANT_METHODS, find_configs
+from .config import QUANT_METHODS, find_configs, marlin_ext_settings
 from .device import Device
 from .errors import VerificationError
-from .layout import PACK_FACTOR, TILE_K, ZERO_POINT, unpermute_scales
+from .layout import TILE_K, pack_factor, unpack_zeros, unpermute_scales, zero_point
 from .plan import Layer, Plan
 from .progress import Progress
 from .publish import OutTensor
-from .scales import F16, to_fp16
-from .stream import Buffers, byte_blocks, row_blocks, run_all
+from .source import Groups, source_groups, source_rows, stored_groups, stored_words
+from .stream import Buffers, byte_blocks, run_all, stored_blocks
 
 #: Largest relative error (Frobenius norm) between Marlin's product and the reference. fp32 accumulation stays
 #: below 1e-6; fp16 outputs and tensor-core accumulation, as on a GPU, below 5e-4.
@@ -122,18 +122,25 @@ def _json_number(value: Any) -> Any:
 
 
 class Product(Protocol):
-    """Computes one layer's outputs twice, from its GPTQ and its Marlin tensors, fed in blocks of rows of K."""
+    """Computes one layer's outputs twice, from its GPTQ and its Marlin tensors, fed in blocks of rows."""
 
-    def add(self, k0: int, qweight: I32, B: I32) -> None:
-        """Take rows k0 … of the layer: `qweight` [kb/8, N] and `B` [kb/16, 2N]."""
+    def add_source(self, k0: int, qweight: I32) -> None:
+        """Take the source's rows k0 … of the layer: `qweight` [kb bits/32, N]."""
+
+    def add_stored(self, k0: int, B: I32) -> None:
+        """Take the stored rows k0 … of the layer: `B` [kb/16, N' bits/2]."""
 
     def errors(self) -> tuple[float, float]:
         """(largest absolute error, relative error) of Marlin's product against the reference."""
 
 
-def product_for(device: Device, layer: Layer, scales: F16, s: F16) -> Product:
-    """The one place where a device's way of multiplying is chosen."""
-    return CPUProduct(layer, scales, s) if device.kind == "cpu" else CUDAProduct(device, layer, scales, s)
+def product_for(device: Device, layer: Layer, source: Groups, g_idx: I32 | None, stored: dict[str, Any]) -> Product:
+    """The one place where a device's way of multiplying is chosen.
+
+    `source` and `g_idx` are the GPTQ layer's, `stored` the Marlin layer's small tensors as they lie on disk.
+    """
+    kind = CPUProduct if device.kind == "cpu" else partial(CUDAProduct, device)
+    return kind(layer, source, g_idx, stored)
 
 
 def product_device(device: Device) -> str:
@@ -142,58 +149,128 @@ def product_device(device: Device) -> str:
 
 
 class CPUProduct:
-    """The CPU's product, accumulated block by block in fp32 over weights rounded to fp16, as the definition says."""
+    """The CPU's product, accumulated block by block in fp32 over weights rounded to fp16 (bf16 where the scales are),
+    as the definition says."""
 
-    def __init__(self, layer: Layer, scales: F16, s: F16) -> None:
-        self.layer, self.scales, self.s = layer, scales, s
+    def __init__(self, layer: Layer, source: Groups, g_idx: I32 | None, stored: dict[str, Any]) -> None:
+        self.layer, self.source = layer, source
         self.x = activations(layer, CPU_ROWS)
         self.reference = np.zeros((CPU_ROWS, layer.N), np.float32)
-        self.result = np.zeros((CPU_ROWS, layer.N), np.float32)
+        self.result = np.zeros((CPU_ROWS, layer.stored_N), np.float32)
+        self.s = stored["s"]
+        self.zeros = None if layer.sym else unpack_zeros(stored["qzeros"], layer.bits)
+        rows = np.arange(layer.K) if stored.get("perm") is None else stored["perm"]
+        self.sorted_x = np.zeros((CPU_ROWS, layer.stored_K), np.float32)
+        self.sorted_x[:, : layer.K] = self.x[:, rows]
+        self.groups = np.arange(layer.K) // layer.group_rows if g_idx is None else g_idx
+        #: Whether the source's rows, too, come in whole tiles and groups, which the native code multiplies.
+        self.regular = not layer.act_order and (layer.stored_K, layer.stored_N) == (layer.K, layer.N)
+        self.regular = self.regular and layer.group_rows * layer.G == layer.K and layer.group_rows % TILE_K == 0
 
-    def add(self, k0: int, qweight: I32, B: I32) -> None:
-        rows = self.layer.rows_per_group
-        ops.matmul_gptq(self.x, qweight, self.scales, self.reference, k0=k0, rows_per_group=rows)
-        ops.matmul_marlin(self.x, B, self.s, self.result, k0=k0, rows_per_group=rows)
+    def add_source(self, k0: int, qweight: I32) -> None:
+        layer, source = self.layer, self.source
+        if self.regular:
+            ops.matmul_gptq(
+                self.x, qweight, source.scales, self.reference, bits=layer.bits, zeros=source.zeros, k0=k0,
+                rows_per_group=layer.group_rows,
+            )  # fmt: skip
+            return
+        shifts = np.arange(0, 32, layer.bits, dtype=np.uint32)[:, None]
+        codes = ((qweight.view(np.uint32)[:, None, :] >> shifts) & np.uint32(2**layer.bits - 1)).astype(np.float32)
+        codes = codes.reshape(-1, layer.N)
+        groups = self.groups[k0 : k0 + len(codes)]
+        zeros = zero_point(layer.bits) if source.zeros is None else source.zeros[groups].astype(np.float32)
+        weight = (codes - zeros) * _wide(source.scales)[groups]
+        self.reference += self.x[:, k0 : k0 + len(codes)] @ _rounded(weight, source.scales)
+
+    def add_stored(self, k0: int, B: I32) -> None:
+        ops.matmul_marlin(
+            self.sorted_x, B, self.s, self.result, bits=self.layer.bits, zeros=self.zeros, k0=k0,
+            rows_per_group=self.layer.rows_per_group,
+        )  # fmt: skip
 
     def errors(self) -> tuple[float, float]:
-        return compare(self.result, self.reference)
+        return compare(self.result[:, : self.layer.N], self.reference)
+
+
+def _wide(scales: npt.NDArray[Any]) -> F32:
+    """fp16, or bf16 as uint16 → float32."""
+    if scales.dtype != np.uint16:
+        return scales.astype(np.float32)
+    return (scales.astype(np.uint32) << 16).view(np.float32)
+
+
+def _rounded(weight: F32, scales: npt.NDArray[Any]) -> F32:
+    """Weights rounded to the type of their scales."""
+    if scales.dtype != np.uint16:
+        with np.errstate(over="ignore"):
+            return weight.astype(np.float16).astype(np.float32)
+    bits = weight.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 class CUDAProduct:
-    """The bundled kernel's product on a GPU, in fp16, against the definition in float64.
+    """The bundled kernel's product on a GPU, in fp16 (bf16 where the scales are), against the definition in float64.
 
     The reference is computed from the GPTQ words by plain torch operations, and never sees `B` or the kernels.
     """
 
-    def __init__(self, device: Device, layer: Layer, scales: F16, s: F16) -> None:
+    def __init__(self, device: Device, layer: Layer, source: Groups, g_idx: I32 | None, stored: dict[str, Any]) -> None:
         import torch
 
         from . import cuda
 
         self.layer, self.device = layer, cuda.torch_device(device)
-        self.scales, self.s = (torch.from_numpy(x).to(self.device) for x in (scales, s))
-        self.x = torch.from_numpy(activations(layer, sum(CUDA_ROWS))).to(self.device)
+        bf16 = source.scales.dtype == np.uint16
+        self.dtype = torch.bfloat16 if bf16 else torch.float16
+        self.stored: dict[str, Any] = {
+            what: None if array is None else self._tensor(array, bf16 and what == "s") for what, array in stored.items()
+        }
+        self.scales = self._tensor(source.scales, bf16)
+        self.zeros = None if source.zeros is None else self._tensor(source.zeros).to(self.dtype)
+        rows = np.arange(layer.K) // layer.group_rows if g_idx is None else g_idx
+        self.groups = self._tensor(rows.astype(np.int64))
+        x = torch.from_numpy(activations(layer, sum(CUDA_ROWS))).to(self.device)
+        self.x = x.to(self.dtype)
         self.B = torch.empty(layer.B.shape, dtype=torch.int32, device=self.device)
         self.reference = torch.zeros((sum(CUDA_ROWS), layer.N), dtype=torch.float64, device=self.device)
 
-    def add(self, k0: int, qweight: I32, B: I32) -> None:
+    def _tensor(self, array: npt.NDArray[Any], bf16: bool = False) -> Any:
+        import torch
+
+        if bf16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self.device)
+        return torch.from_numpy(array).to(self.device)
+
+    def add_source(self, k0: int, qweight: I32) -> None:
         import torch
 
         from . import repack
 
-        codes = repack.unpack_gptq(torch.from_numpy(qweight).to(self.device))
-        rows = torch.arange(k0, k0 + codes.shape[0], device=self.device)
-        weight = (codes.half() - ZERO_POINT) * self.scales[rows // self.layer.rows_per_group]  # fp16, rounded once
+        codes = repack.unpack_gptq(torch.from_numpy(qweight).to(self.device), self.layer.bits)
+        groups = self.groups[k0 : k0 + codes.shape[0]]
+        zeros = zero_point(self.layer.bits) if self.zeros is None else self.zeros[groups]
+        weight = (codes.to(self.dtype) - zeros) * self.scales[groups]  # rounded once: the difference is exact
         self.reference += self.x[:, k0 : k0 + codes.shape[0]].double() @ weight.double()
+
+    def add_stored(self, k0: int, B: I32) -> None:
+        import torch
+
         self.B[k0 // TILE_K : k0 // TILE_K + B.shape[0]] = torch.from_numpy(B)
 
     def errors(self) -> tuple[float, float]:
         from . import cuda
 
         worst, first = (0.0, 0.0), 0
+        extended: dict[str, Any] = {}
+        if self.layer.extended:
+            extended = {
+                "zeros": self.stored.get("qzeros"), "perm": self.stored.get("perm"), "bits": self.layer.bits,
+                "in_features": self.layer.K, "out_features": self.layer.N,
+            }  # fmt: skip
         for rows in CUDA_ROWS:
-            result = cuda.gemm(self.x[first : first + rows].half(), self.B, self.s)
-            found = compare(result.cpu().numpy(), self.reference[first : first + rows].cpu().numpy())
+            result = cuda.gemm(self.x[first : first + rows], self.B, self.stored["s"], **extended)
+            found = compare(result.float().cpu().numpy(), self.reference[first : first + rows].cpu().numpy())
             worst, first = (float(np.max([worst[0], found[0]])), float(np.max([worst[1], found[1]]))), first + rows
         return worst
 
@@ -266,47 +343,74 @@ def verify(
 def _check_layer(
     source: Checkpoint, result: Checkpoint, layer: Layer, device: Device, buffers: Buffers, progress: Progress
 ) -> LayerCheck:
-    problem = _shape_problem(result, layer.B) or _shape_problem(result, layer.s)
+    problem = next(filter(None, (_shape_problem(result, tensor) for tensor in layer.out)), None)
     if problem:
         return LayerCheck(layer.name, layer.K, layer.N, layer.G, False, None, None, problem)
-    B_on_disk, N = result.tensors[layer.B.name], layer.N
-    scales = to_fp16(source.read(layer.scales), layer.scales.dtype).scales
-    s = result.read(result.tensors[layer.s.name])
-    unpermuted = unpermute_scales(s).view(np.uint16)
-    if not np.array_equal(unpermuted, scales.view(np.uint16)):
-        group, column = np.argwhere(unpermuted != scales.view(np.uint16))[0]
-        ours, theirs = unpermuted.view(np.float16)[group, column], scales[group, column]
-        problem = f"the scale of group {group}, column {column} is {ours}, not {theirs}"
+    parts = {"s": layer.s, "qzeros": layer.marlin_qzeros, "perm": layer.marlin_perm}
+    stored = {what: None if t is None else result.read(result.tensors[t.name]) for what, t in parts.items()}
+    expected = stored_groups(source, layer)
+    problem = _groups_difference(layer, stored, expected)
+    g_idx = source.read(layer.g_idx) if layer.act_order and layer.g_idx is not None else None
+    product = product_for(device, layer, source_groups(source, layer), g_idx, stored)
+    progress.advance(sum(t.nbytes for t in layer.out) - layer.B.nbytes, layer.name)
 
-    product = product_for(device, layer, scales, s)
-    progress.advance(s.nbytes, layer.name)
-    for k0, rows in row_blocks(layer.K, N):
-        qweight = buffers.array("qweight", (rows // PACK_FACTOR, N), np.int32)
-        B = buffers.array("B", (rows // TILE_K, 2 * N), np.int32)
-        source.read_into(layer.qweight, qweight, k0 * N * 4 // PACK_FACTOR)
-        result.read_into(B_on_disk, B, k0 * N * 4 // PACK_FACTOR)
-        unpacked = ops.unpack(B, out=buffers.array("unpacked", qweight.shape, np.int32))
-        problem = problem or code_difference(unpacked, qweight, k0)
-        product.add(k0, qweight, B)
+    whole = stored_words(source, layer) if layer.act_order else None
+    per_row = layer.N * layer.bits // 8  # bytes of the source
+    for k0, rows in stored_blocks(layer):
+        B = buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
+        result.read_into(result.tensors[layer.B.name], B, k0 // TILE_K * layer.B.shape[1] * 4)
+        if whole is not None:
+            words = whole[k0 * layer.bits // 32 : (k0 + rows) * layer.bits // 32]
+        else:
+            words = source_rows(source, layer, k0, rows, buffers)
+        unpacked = ops.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
+        problem = problem or code_difference(unpacked, words, k0, layer.bits)
+        own = max(0, min(rows, layer.K - k0))
+        if own:
+            qweight = words
+            if whole is not None or (own, layer.N) != (rows, layer.stored_N):
+                qweight = buffers.array("qweight", (own * layer.bits // 32, layer.N), np.int32)
+                source.read_into(layer.qweight, qweight, k0 * per_row)
+            product.add_source(k0, qweight)
+        product.add_stored(k0, B)
         progress.advance(B.nbytes, layer.name)
     max_error, relative_error = product.errors()
     exact = problem is None
     if exact and not relative_error <= TOLERANCE:  # so written, NaN fails too
         problem = f"outputs differ by {relative_error:.2e} relative to the reference (allowed: {TOLERANCE:.0e})"
     progress.advance(0, layer.name, done=True)
-    return LayerCheck(layer.name, layer.K, N, layer.G, exact, max_error, relative_error, problem)
+    return LayerCheck(layer.name, layer.K, layer.N, layer.G, exact, max_error, relative_error, problem)
 
 
-def code_difference(unpacked: I32, qweight: I32, k0: int) -> str | None:
+def _groups_difference(layer: Layer, stored: dict[str, Any], expected: Groups) -> str | None:
+    """Where scales, zero points or the order of rows first differ; None if nowhere."""
+    found: dict[str, tuple[Any, Any]] = {"scale": (unpermute_scales(stored["s"]), expected.scales)}
+    if stored["qzeros"] is not None:
+        found["zero point"] = (unpack_zeros(stored["qzeros"], layer.bits), expected.zeros)
+    for what, (ours, theirs) in found.items():
+        width = np.uint16 if ours.itemsize == 2 else np.uint8
+        different = ours.view(width) != theirs.view(width)
+        if different.any():
+            group, column = np.argwhere(different)[0]
+            values = [(_wide(x) if x.dtype == np.uint16 else x)[group, column] for x in (ours, theirs)]
+            return f"the {what} of group {group}, column {column} is {values[0]}, not {values[1]}"
+    if expected.perm is not None and not np.array_equal(stored["perm"], expected.perm):
+        row = int(np.argmax(stored["perm"] != expected.perm))
+        return f"stored row {row} is said to be the source's row {stored['perm'][row]}, not {expected.perm[row]}"
+    return None
+
+
+def code_difference(unpacked: I32, words: I32, k0: int, bits: int = 4) -> str | None:
     """Where two blocks of GPTQ words first differ: the row and column of the weight and both codes; None if nowhere."""
-    at = ops.first_difference(unpacked, qweight)
+    at = ops.first_difference(unpacked, words)
     if at is None:
         return None
-    word_row, column = divmod(at, qweight.shape[1])
-    ours, theirs = int(unpacked.flat[at]) & 0xFFFFFFFF, int(qweight.flat[at]) & 0xFFFFFFFF
-    nibble = next(i for i in range(PACK_FACTOR) if (ours ^ theirs) >> 4 * i & 15)
-    row = k0 + word_row * PACK_FACTOR + nibble
-    return f"the code of row {row}, column {column} is {ours >> 4 * nibble & 15}, not {theirs >> 4 * nibble & 15}"
+    word_row, column = divmod(at, words.shape[1])
+    ours, theirs = int(unpacked.flat[at]) & 0xFFFFFFFF, int(words.flat[at]) & 0xFFFFFFFF
+    mask = 2**bits - 1
+    code = next(i for i in range(pack_factor(bits)) if (ours ^ theirs) >> bits * i & mask)
+    row = k0 + word_row * pack_factor(bits) + code
+    return f"the code of row {row}, column {column} is {ours >> bits * code & mask}, not {theirs >> bits * code & mask}"
 
 
 def _shape_problem(result: Checkpoint, expected: OutTensor) -> str | None:
@@ -320,8 +424,12 @@ def _shape_problem(result: Checkpoint, expected: OutTensor) -> str | None:
 
 def _check_config(report: Verification, plan: Plan, source: Checkpoint, result: Checkpoint) -> None:
     """Each of the result's configs must describe the checkpoint as it is."""
-    required = {"bits": 4, "group_size": plan.group_size, "sym": True, "desc_act": False, "checkpoint_format": "marlin",
-                "is_marlin_format": True}  # fmt: skip
+    required: dict[str, Any] = {
+        "bits": 4, "group_size": plan.group_size, "sym": True, "desc_act": False, "checkpoint_format": "marlin",
+        "is_marlin_format": True,
+    }  # fmt: skip
+    if plan.extended:
+        required = marlin_ext_settings({x.name: x.settings for x in plan.layers}, lm_head=plan.lm_head)
     found = find_configs(result.configs)
     for file in ("config.json", "quantize_config.json"):
         if file not in found and (file in source.configs or file == "quantize_config.json"):

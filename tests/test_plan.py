@@ -299,7 +299,8 @@ def test_shapes(tmp_path: Path, K: int, N: int, reasons: list[str], g_idx: str |
 
 def test_short_last_group_that_looks_like_groups_of_128(tmp_path: Path) -> None:
     """K = 1024 in groups of 144: 8 groups as with 128, but other rows. g_idx tells."""
-    assert_refused(planned(tmp_path, GPTQLayer(K=1024, group_size=144), group_size=144), "g_idx")
+    plan = planned(tmp_path, GPTQLayer(K=1024, group_size=144), group_size=144)
+    assert_refused(plan, "groups of 144 with a short last one (K = 1024)")
 
 
 def test_groups_that_do_not_divide_K(tmp_path: Path) -> None:
@@ -908,7 +909,7 @@ def test_plan_of_a_70b_model_reads_zero_points_only(tmp_path: Path, monkeypatch:
 def test_plan_as_dict(tmp_path: Path) -> None:
     layers = {
         "a": GPTQLayer(K=384, N=512, bias=True, scale_dtype=torch.bfloat16, stored_zero=8),
-        "b": GPTQLayer(bits=8),
+        "b": GPTQLayer(bits=8, stored_zero=127),
     }
     plan = planned(tmp_path, layers, {"norm.weight": torch.ones(3, 5)})
     assert json.loads(json.dumps(plan_as_dict(plan, "the/source"))) == {
@@ -918,9 +919,11 @@ def test_plan_as_dict(tmp_path: Path) -> None:
         "format": "marlin",
         "group_size": 128,
         "layers": [
-            {"name": "a", "K": 384, "N": 512, "bits": 4, "group_size": 128, "scales": "BF16", "bias": True,
+            {"name": "a", "K": 384, "N": 512, "bits": 4, "group_size": 128, "sym": True, "desc_act": False,
+             "stored_K": 384, "stored_N": 512, "stored_group_size": 128, "scales": "BF16", "bias": True,
              "action": "convert"}
         ],
+        "why_extended": [],
         "refused": [{"reason": "8-bit weights; the original format has 4 bits only", "layers": ["b"]}],
         "notes": [
             {"note": "checkpoint_format gptq stores zero point 8 as 7, here it is 8; read as symmetric",

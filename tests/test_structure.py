@@ -27,6 +27,7 @@ FLOORS = (
     ("checkpoint", "config", "device", "repack", "stream"),
     ("cuda", "hub", "ops", "publish", "shards"),
     ("linear", "plan"),
+    ("source",),
     ("hf", "verify", "vllm"),
     ("card",),
     ("convert",),

@@ -20,6 +20,7 @@ from marlin_convert.convert import Options, convert, verify_pair
 from marlin_convert.errors import SourceError, VerificationError
 from marlin_convert.layout import SCALE_PERMUTATION, SCALE_PERMUTATION_SINGLE
 from marlin_convert.plan import make_plan
+from marlin_convert.source import Groups
 from marlin_convert.verify import TOLERANCE, CPUProduct, LayerCheck, Verification, compare
 
 CPU = Options(device="cpu")
@@ -416,8 +417,9 @@ def errors_of(source: Source, edit: Callable[[Any, Any], tuple[Any, Any]]) -> tu
         (layer,) = make_plan(checkpoint).layers
         qweight, scales = checkpoint.read(layer.qweight), checkpoint.read(layer.scales)
     B, s = edit(tensors["a.B"].numpy(), tensors["a.s"].numpy())
-    product = CPUProduct(layer, scales, np.ascontiguousarray(s))
-    product.add(0, qweight, np.ascontiguousarray(B))
+    product = CPUProduct(layer, Groups(scales, None, None), None, {"s": np.ascontiguousarray(s)})
+    product.add_source(0, qweight)
+    product.add_stored(0, np.ascontiguousarray(B))
     return product.errors()
 
 
@@ -471,8 +473,10 @@ def test_the_product_is_the_definitions(one_layer: Source) -> None:
     layer = one_layer.layers["a"]
     with Checkpoint(one_layer.folder) as checkpoint:
         (planned,) = make_plan(checkpoint).layers
-        product = CPUProduct(planned, checkpoint.read(planned.scales), checkpoint.read(planned.scales))
-        product.add(0, checkpoint.read(planned.qweight), np.zeros((16, 512), np.int32))
+        scales = checkpoint.read(planned.scales)
+        product = CPUProduct(planned, Groups(scales, None, None), None, {"s": scales})
+        product.add_source(0, checkpoint.read(planned.qweight))
+        product.add_stored(0, np.zeros((16, 512), np.int32))
     assert product.x.shape == (4, 256)
     assert np.array_equal(product.x, product.x.astype(np.float16))
     assert 0.8 < product.x.std() < 1.2

@@ -49,6 +49,7 @@ def test_verify_finds_what_is_wrong_on_the_gpu(tmp_path: Path) -> None:
     from marlin_convert.layout import permute_scales
     from marlin_convert.plan import make_plan
     from marlin_convert.scales import to_fp16
+    from marlin_convert.source import Groups
     from marlin_convert.verify import product_for
 
     with Checkpoint(DEMO_FOLDER) as source:
@@ -58,8 +59,11 @@ def test_verify_finds_what_is_wrong_on_the_gpu(tmp_path: Path) -> None:
         B = cuda.repack(torch.from_numpy(qweight).cuda()).cpu().numpy()
         errors = []
         for factor in (1, 2):
-            product = product_for(pick_device("cuda:0"), layer, scales, permute_scales(scales * factor))
-            product.add(0, qweight, B)
+            product = product_for(
+                pick_device("cuda:0"), layer, Groups(scales, None, None), None, {"s": permute_scales(scales * factor)}
+            )
+            product.add_source(0, qweight)
+            product.add_stored(0, B)
             errors.append(product.errors()[1])
     assert errors[0] <= 1e-3
     assert errors[1] == pytest.approx(1, rel=1e-2)

@@ -1,0 +1,133 @@
+"""A GPTQ layer as its files have it, brought into the order and the size in which it is stored."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from . import ops
+from .checkpoint import Checkpoint
+from .errors import MarlinConvertError
+from .layout import pack_factor, zero_point
+from .plan import Layer
+from .scales import to_extended, to_fp16
+from .stream import Buffers
+
+Words: TypeAlias = "npt.NDArray[np.int32]"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What a layer has for its groups: scales [G, N] (fp16, or bf16 as uint16), zero points uint8 [G, N] unless it is
+    symmetric, and with act-order the source's row of each stored row, int32 [K]. Columns in their own order."""
+
+    scales: npt.NDArray[Any]
+    zeros: npt.NDArray[np.uint8] | None
+    perm: Words | None
+
+
+def source_groups(checkpoint: Checkpoint, layer: Layer) -> Groups:
+    """As the source has them; scales in the type in which they are stored."""
+    fit = to_extended if layer.extended else to_fp16
+    zeros = None if layer.sym or layer.qzeros is None else layer.zero_points(checkpoint.read(layer.qzeros))
+    perm = None
+    if layer.act_order and layer.g_idx is not None:
+        perm = np.argsort(checkpoint.read(layer.g_idx), kind="stable").astype(np.int32)
+    return Groups(fit(checkpoint.read(layer.scales), layer.scales.dtype).scales, zeros, perm)
+
+
+def stored_groups(checkpoint: Checkpoint, layer: Layer) -> Groups:
+    """As they are stored: cut groups repeated, padding zero."""
+    source = source_groups(checkpoint, layer)
+    return Groups(
+        _stored(source.scales, layer), None if source.zeros is None else _stored(source.zeros, layer), source.perm
+    )
+
+
+def _stored(values: npt.NDArray[Any], layer: Layer) -> npt.NDArray[Any]:
+    if values.shape == (layer.stored_G, layer.stored_N):
+        return values
+    stored = np.zeros((layer.stored_G, layer.stored_N), values.dtype)
+    step = 1 if layer.G == 1 else layer.group_rows // layer.stored_group_size
+    used = 1 if layer.G == 1 else -(-layer.K // layer.stored_group_size)
+    stored[:used, : layer.N] = np.repeat(values, step, axis=0)[:used]
+    return stored
+
+
+def source_rows(checkpoint: Checkpoint, layer: Layer, k0: int, rows: int, buffers: Buffers) -> Words:
+    """Stored rows k0 … of a layer without act-order, as GPTQ words [rows bits/32, stored_N]."""
+    bits, per_row = layer.bits, layer.N * layer.bits // 8  # bytes
+    own = max(0, min(rows, layer.K - k0))
+    words: Words = buffers.array("words", (rows * bits // 32, layer.stored_N), np.int32)
+    if own == rows and layer.stored_N == layer.N:
+        checkpoint.read_into(layer.qweight, words, k0 * per_row)
+        return words
+    fill = _fill(checkpoint, layer)
+    if own:
+        read = buffers.array("qweight", (own * bits // 32, layer.N), np.int32)
+        checkpoint.read_into(layer.qweight, read, k0 * per_row)
+        ops.arrange(read, words, bits=bits, fill=fill, rows=rows)
+    else:
+        words[...] = np.repeat(fill.astype(np.uint32)[None] * _every(bits), len(words), axis=0).view(np.int32)
+    _clear_padding(words, layer, k0)
+    return words
+
+
+def stored_words(checkpoint: Checkpoint, layer: Layer) -> Words:
+    """A whole layer with act-order, its rows sorted, as GPTQ words [stored_K bits/32, stored_N].
+
+    Takes twice the memory of the layer. Checked by bringing the rows back into the source's order.
+    """
+    perm = source_groups(checkpoint, layer).perm
+    assert perm is not None
+    factor, threads = pack_factor(layer.bits), os.cpu_count() or 1
+    qweight = np.empty(layer.qweight.shape, np.int32)
+    checkpoint.read_into(layer.qweight, qweight)
+    fill = _fill(checkpoint, layer)
+    words = ops.arrange(qweight, bits=layer.bits, fill=fill, rows=layer.stored_K, perm=perm, threads=threads)
+    inverse = np.arange(layer.stored_K, dtype=np.int32)
+    inverse[perm] = np.arange(layer.K, dtype=np.int32)
+    chunk = max(factor, CHECKED_AT_ONCE // (4 * layer.stored_N) * factor)
+    wide = np.zeros(layer.stored_N, np.uint8)
+    for k0 in range(0, layer.K, chunk):
+        rows = min(chunk, layer.K - k0)
+        again = ops.arrange(words, bits=layer.bits, fill=wide, rows=rows, k0=k0, perm=inverse, threads=threads)
+        there = qweight[k0 // factor : (k0 + rows) // factor]
+        if not np.array_equal(again[:, : layer.N], there):
+            raise MarlinConvertError(
+                f"{layer.name}: sorting the rows went wrong; this is a bug or faulty memory, nothing was kept."
+            )
+    _clear_padding(words, layer, 0)
+    return words
+
+
+#: Bytes of a layer that are brought back at once to check the order of its rows.
+CHECKED_AT_ONCE = 32 << 20
+
+
+def _every(bits: int) -> np.uint32:
+    """1 in each code of a word."""
+    return np.uint32(sum(1 << i for i in range(0, 32, bits)))
+
+
+def _fill(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[np.uint8]:
+    """The code of padding in each column: the zero point of the last group, so that the weight is 0."""
+    if layer.sym:
+        return np.full(layer.stored_N, zero_point(layer.bits), np.uint8)
+    fill = np.zeros(layer.stored_N, np.uint8)
+    zeros = source_groups(checkpoint, layer).zeros
+    assert zeros is not None
+    fill[: layer.N] = zeros[-1]
+    return fill
+
+
+def _clear_padding(words: Words, layer: Layer, k0: int) -> None:
+    """Groups that are padding alone have zero point 0 where zero points are stored, hence code 0."""
+    if layer.sym or layer.stored_G == 1:
+        return
+    first = -(-layer.K // layer.stored_group_size) * layer.stored_group_size
+    words[max(0, first - k0) * layer.bits // 32 :] = 0
