@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -31,16 +32,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.import_utils import is_accelerate_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import cuda, ops
+from . import cuda
 from .checkpoint import Checkpoint, Tensor, read_header
 from .config import MARLIN_EXT, MarlinSettings, is_marlin, read_marlin_settings
 from .device import pick_device
 from .errors import SourceError, UnsupportedError
 from .hub import fetch
-from .layout import BITS, TILE_K
-from .linear import EXTENDED_NAMES, ORIGINAL_NAMES, MarlinLinear
-from .plan import Layer, make_plan
-from .scales import to_fp16
+from .layout import BITS, EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K
+from .linear import MarlinLinear
+from .plan import make_plan
+from .source import source_weight
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -470,7 +471,7 @@ def load_dequantized(
 ) -> Any:
     """The model of a GPTQ checkpoint with its weights dequantized to fp16: what the converted one is compared with.
 
-    For sources of 4 bits, symmetric, without act-order. Takes the memory of an fp16 model. Raises what `plan` and
+    Takes the memory of an fp16 model. Raises what `plan` and
     `fetch` raise for a source that cannot be converted.
     """
     chosen = pick_device(device)
@@ -478,20 +479,16 @@ def load_dequantized(
     origin = fetch(str(source), revision=revision, token=token, cache_dir=cache_dir)
     tensors: dict[str, torch.Tensor] = {}
     with Checkpoint(origin.folder) as checkpoint:
-        plan = make_plan(checkpoint)
+        plan = make_plan(checkpoint, "auto")
         plan.require_convertible()
-        if any(map(_beyond_the_original, plan.layers)):
-            raise UnsupportedError(
-                f"{origin.label}: only 4-bit symmetric layers without act-order are dequantized from a source; "
-                "convert it, and use `load(out).dequantize()`."
-            )
         for tensor in plan.copies:
             with safe_open(origin.folder / tensor.file, framework="pt") as file:
                 tensors[tensor.name] = file.get_tensor(tensor.name)
         for layer in plan.layers:
-            scales = to_fp16(checkpoint.read(layer.scales), layer.scales.dtype).scales
-            W = ops.dequantize_gptq(checkpoint.read(layer.qweight), scales, threads=torch.get_num_threads())
-            tensors[f"{layer.name}.weight"] = torch.from_numpy(W).t().contiguous()
+            W = source_weight(checkpoint, layer)
+            bf16 = W.dtype == np.uint16  # numpy has no bf16
+            weight = torch.from_numpy(W.view(np.int16)).view(torch.bfloat16 if bf16 else torch.float16)
+            tensors[f"{layer.name}.weight"] = weight.to(torch.float16).t().contiguous()
     config = AutoConfig.from_pretrained(origin.folder)
     del config.quantization_config
     with torch.device("meta"):
@@ -503,12 +500,6 @@ def load_dequantized(
         model.generation_config = GenerationConfig.from_pretrained(origin.folder)
     _require_all_keys(model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model.to(where)
-
-
-def _beyond_the_original(layer: Layer) -> bool:
-    """Whether a layer has more than codes and scales: 8 bits, zero points, rows in another order, a short group."""
-    said = (getattr(layer, name, None) for name in ("zeros", "act_order"))
-    return layer.bits != BITS or any(said) or layer.K % layer.G != 0
 
 
 def _complete_config(config: PretrainedConfig, folder: Path, label: str) -> None:

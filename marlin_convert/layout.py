@@ -102,6 +102,12 @@ EXT_K = 128
 EXT_N = 64
 EXT_GROUP_SIZES = (128, 64, 32, 16)  # and -1
 
+# Tensors of a quantized layer in each format, by what they are.
+ORIGINAL_NAMES = {"weight": "B", "scales": "s"}
+EXTENDED_NAMES = {
+    "weight": "marlin_qweight", "scales": "marlin_scales", "zeros": "marlin_qzeros", "perm": "marlin_perm",
+}  # fmt: skip
+
 # new[r*len + i] = old[r*len + permutation[i]] for each run r of len(permutation) columns.
 # G > 1, runs of 64: new[8i + j] = old[i + 8j].
 SCALE_PERMUTATION = (

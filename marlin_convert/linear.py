@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cuda, ops, repack
-from .layout import TILE_K, TILE_N, unpack_zeros
+from .layout import EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K, TILE_N, unpack_zeros
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +29,6 @@ PAD_K, PAD_N = 128, TILE_N
 
 #: Columns that the reference dequantizes at once: a few dozen MB for the largest layers.
 BLOCK_COLUMNS = 1024
-
-#: What a layer's tensors are called in each format, by what they are.
-ORIGINAL_NAMES = {"weight": "B", "scales": "s"}
-EXTENDED_NAMES = {
-    "weight": "marlin_qweight", "scales": "marlin_scales", "zeros": "marlin_qzeros", "perm": "marlin_perm",
-}  # fmt: skip
 
 
 class MarlinLinear(nn.Module):

@@ -31,6 +31,8 @@ from .convert import VERIFY_FILE, Options, keep_apart, opened
 from .errors import MarlinConvertError, SourceError, UnsupportedError
 from .hub import Source
 from .layout import (
+    EXTENDED_NAMES,
+    ORIGINAL_NAMES,
     TILE_K,
     pack_factor,
     pack_gptq_zeros,
@@ -42,10 +44,6 @@ from .layout import (
 from .progress import Progress
 from .publish import REPORT_FILE, OutTensor, Shards, check_free, check_space, new_folder, write_json
 from .stream import Buffers, byte_blocks, row_blocks, run_all
-
-#: Tensors of a quantized layer: what they are called in the original format, and in the extended one.
-ORIGINAL = {"weight": "B", "scales": "s"}
-EXTENDED = {"weight": "marlin_qweight", "scales": "marlin_scales", "zeros": "marlin_qzeros", "perm": "marlin_perm"}
 
 #: Bytes of weights that are brought back into the source's order of rows at once.
 CHUNK_BYTES = 32 << 20
@@ -226,7 +224,7 @@ def marlin_layers(checkpoint: Checkpoint, noted: dict[str, Any] | None = None) -
             f"{checkpoint.folder}: the settings say {settings.format}, the tensors are of the "
             f"{'extended' if extended else 'original'} format."
         )
-    names = EXTENDED if extended else ORIGINAL
+    names = EXTENDED_NAMES if extended else ORIGINAL_NAMES
     return settings.format, [_layer(tensors, name, names, settings.layer(name), noted) for name in extended or original]
 
 
@@ -250,7 +248,7 @@ def _layer(
     stored_K, stored_N = weight.shape[0] * TILE_K, weight.shape[1] * pack_factor(bits) // TILE_K
     K, N = settings.in_features or stored_K, settings.out_features or stored_N
     G = scales.shape[0]
-    if names is EXTENDED:
+    if names is EXTENDED_NAMES:
         expected_G = 1 if settings.group_size == -1 else stored_K // settings.group_size
         fits = padded_size(K, N) == (stored_K, stored_N) and expected_G == G
     else:  # G counts, whatever the settings say: K = 128 with groups of 128 is one group

@@ -16,12 +16,6 @@ from . import layout, repack
 from .config import LayerSettings
 from .layout import EXT_K, TILE_K, TILE_N
 
-#: Tensors of a layer in each format, by what they are.
-ORIGINAL_NAMES = {"weight": "B", "scales": "s"}
-EXTENDED_NAMES = {
-    "weight": "marlin_qweight", "scales": "marlin_scales", "zeros": "marlin_qzeros", "perm": "marlin_perm",
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Piece:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from . import ops
 from .checkpoint import Checkpoint
 from .errors import MarlinConvertError
-from .layout import pack_factor, zero_point
+from .layout import TILE_K, TILE_N, pack_factor, zero_point
 from .plan import Layer
 from .scales import to_extended, to_fp16
 from .stream import Buffers
@@ -103,6 +103,36 @@ def stored_words(checkpoint: Checkpoint, layer: Layer) -> Words:
             )
     _clear_padding(words, layer, 0)
     return words
+
+
+def source_weight(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[Any]:
+    """W [K, N] of a GPTQ layer, its rows as in the source, rounded to the type of its scales (fp16, bf16 as uint16)."""
+    groups, qweight = source_groups(checkpoint, layer), checkpoint.read(layer.qweight)
+    regular = not layer.act_order and layer.group_rows * layer.G == layer.K and layer.group_rows % TILE_K == 0
+    if regular and layer.K % TILE_K == 0 and layer.N % TILE_N == 0:
+        return ops.dequantize_gptq(
+            qweight, groups.scales, bits=layer.bits, zeros=groups.zeros, threads=os.cpu_count() or 1
+        )
+    rows = np.arange(layer.K) // layer.group_rows
+    if layer.act_order and layer.g_idx is not None:
+        rows = checkpoint.read(layer.g_idx)
+    return weights(qweight, groups, rows, layer.bits)
+
+
+def weights(qweight: Words, groups: Groups, rows: npt.NDArray[Any], bits: int) -> npt.NDArray[Any]:
+    """(code - zero) * scale of GPTQ words [K bits/32, N], `rows` [K] naming each row's group, rounded to the type of
+    the scales (fp16, or bf16 as uint16). The definition itself: the slow twin of `ops.dequantize_gptq`."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)[:, None]
+    codes = (qweight.view(np.uint32)[:, None, :] >> shifts) & np.uint32(2**bits - 1)
+    codes = codes.reshape(-1, qweight.shape[1]).astype(np.float32)
+    zeros = np.float32(zero_point(bits)) if groups.zeros is None else groups.zeros[rows].astype(np.float32)
+    if groups.scales.dtype != np.uint16:
+        with np.errstate(over="ignore"):
+            half: npt.NDArray[Any] = ((codes - zeros) * groups.scales.astype(np.float32)[rows]).astype(np.float16)
+            return half
+    product = (codes - zeros) * (groups.scales.astype(np.uint32) << 16).view(np.float32)[rows]
+    wide = product.view(np.uint32)
+    return ((wide + np.uint32(0x7FFF) + ((wide >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
 
 
 #: Bytes of a layer that are brought back at once to check the order of its rows.

@@ -26,7 +26,7 @@ from .layout import TILE_K, pack_factor, unpack_zeros, unpermute_scales, zero_po
 from .plan import Layer, Plan
 from .progress import Progress
 from .publish import OutTensor
-from .source import Groups, source_groups, source_rows, stored_groups, stored_words
+from .source import Groups, source_groups, source_rows, stored_groups, stored_words, weights
 from .stream import Buffers, byte_blocks, run_all, stored_blocks
 
 #: Largest relative error (Frobenius norm) between Marlin's product and the reference. fp32 accumulation stays
@@ -175,13 +175,9 @@ class CPUProduct:
                 rows_per_group=layer.group_rows,
             )  # fmt: skip
             return
-        shifts = np.arange(0, 32, layer.bits, dtype=np.uint32)[:, None]
-        codes = ((qweight.view(np.uint32)[:, None, :] >> shifts) & np.uint32(2**layer.bits - 1)).astype(np.float32)
-        codes = codes.reshape(-1, layer.N)
-        groups = self.groups[k0 : k0 + len(codes)]
-        zeros = zero_point(layer.bits) if source.zeros is None else source.zeros[groups].astype(np.float32)
-        weight = (codes - zeros) * _wide(source.scales)[groups]
-        self.reference += self.x[:, k0 : k0 + len(codes)] @ _rounded(weight, source.scales)
+        groups = self.groups[k0 : k0 + len(qweight) * pack_factor(layer.bits)]
+        weight = _wide(weights(qweight, source, groups, layer.bits))
+        self.reference += self.x[:, k0 : k0 + len(weight)] @ weight
 
     def add_stored(self, k0: int, B: I32) -> None:
         ops.matmul_marlin(
@@ -198,15 +194,6 @@ def _wide(scales: npt.NDArray[Any]) -> F32:
     if scales.dtype != np.uint16:
         return scales.astype(np.float32)
     return (scales.astype(np.uint32) << 16).view(np.float32)
-
-
-def _rounded(weight: F32, scales: npt.NDArray[Any]) -> F32:
-    """Weights rounded to the type of their scales."""
-    if scales.dtype != np.uint16:
-        with np.errstate(over="ignore"):
-            return weight.astype(np.float16).astype(np.float32)
-    bits = weight.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 class CUDAProduct:

@@ -31,7 +31,8 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from . import shards
 from .config import LayerSettings, is_marlin, read_marlin_settings
-from .shards import EXTENDED_NAMES, ORIGINAL_NAMES, Piece
+from .layout import EXTENDED_NAMES, ORIGINAL_NAMES
+from .shards import Piece
 
 NAME = "marlin_convert"
 _MIN_CAPABILITY = 80

@@ -84,7 +84,7 @@ def test_a_plan_reads_little_of_a_large_file(hub: Hub, online: Callable[..., Run
     layers = {"plain": GPTQLayer(K=2048, N=4096), "shuffled": GPTQLayer(K=2048, N=4096, g_idx=shuffled)}
     source = write_source(tmp_path / "upload", layers, {})
     hub.add(REPO, source.folder)
-    plan = online(REPO, "--dry-run", "--json").json()
+    plan = online(REPO, "--dry-run", "--json", "--format", "marlin").json()
     assert [layer["name"] for layer in plan["layers"]] == ["plain"]
     assert [refused["layers"] for refused in plan["refused"]] == [["shuffled"]]
     read = 0

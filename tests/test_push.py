@@ -189,7 +189,7 @@ def test_offline(hub: Hub, out: Path, online: Callable[..., Run]) -> None:
 
 
 def test_a_refused_source_leaves_no_repository(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
-    bad = write_source(tmp_path / "bad", two_layers(group_size=64))
+    bad = write_source(tmp_path / "bad", two_layers(group_size=24))
     assert online(bad.folder, tmp_path / "out", "--push-to-hub", REPO, *TOKEN).code == 4
     assert not writes(hub)
 

@@ -19,7 +19,8 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 from marlin_convert import repack  # noqa: E402
 from marlin_convert import vllm as plugin  # noqa: E402
 from marlin_convert.config import marlin_ext_settings  # noqa: E402
-from marlin_convert.shards import EXTENDED_NAMES, ORIGINAL_NAMES, Piece  # noqa: E402
+from marlin_convert.layout import EXTENDED_NAMES, ORIGINAL_NAMES  # noqa: E402
+from marlin_convert.shards import Piece  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
