@@ -132,7 +132,8 @@ def weights(qweight: Words, groups: Groups, rows: npt.NDArray[Any], bits: int) -
             return half
     product = (codes - zeros) * (groups.scales.astype(np.uint32) << 16).view(np.float32)[rows]
     wide = product.view(np.uint32)
-    return ((wide + np.uint32(0x7FFF) + ((wide >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+    bfloat: npt.NDArray[Any] = ((wide + np.uint32(0x7FFF) + ((wide >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+    return bfloat
 
 
 #: Bytes of a layer that are brought back at once to check the order of its rows.
