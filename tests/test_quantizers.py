@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from safetensors.numpy import load_file
+
+from marlin_convert.config import read_marlin_settings
+from marlin_convert.convert import Options, convert
+from marlin_convert.repack import dequantize_layer
 
 DATA = Path(__file__).parent / "data" / "quantizers"
 LAYERS = {
@@ -118,3 +123,115 @@ def test_act_order_is_in_the_data() -> None:
 def test_negative_scales_are_in_the_data() -> None:
     tensors = load_file(DATA / "autoround-g128" / "model.safetensors")
     assert all((tensors[f"{layer}.scales"] < 0).any() for layer in LAYERS)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Converted
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Each checkpoint's name, and where its conversion, verified, lies."""
+    name: str = request.param
+    out = tmp_path_factory.mktemp(name) / "out"
+    report = convert(DATA / name, out, Options(device="cpu", verify=True))
+    assert report.verification is not None
+    assert report.verification.ok
+    return name, out
+
+
+def test_the_settings_of_every_layer(converted: tuple[str, Path]) -> None:
+    name, out = converted
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert config["checkpoint_format"] == "marlin_ext"  # no layer here has a multiple of 256 columns alone
+    settings = read_marlin_settings(config)
+    for layer, (K, N) in layers_of(name).items():
+        kind = layer.rpartition(".")[2]
+        found = settings.layer(layer)
+        assert found.bits == bits_of(name, layer)
+        mixed = name == "gptqmodel-dynamic" and kind in ("k_proj", "v_proj")
+        assert found.sym == ("asym" not in name and not mixed)
+        groups = load_file(DATA / name / "model.safetensors")[f"{layer}.scales"].shape[0]
+        assert found.group_size == (-1 if groups == 1 else K // groups)
+        assert found.desc_act == ("act-order" in name and groups > 1)
+        assert found.out_features == (32 if N == 32 else None)  # stored as 64
+        assert found.in_features is None
+
+
+def test_the_converted_weights_are_the_quantizers(converted: tuple[str, Path]) -> None:
+    name, out = converted
+    settings = read_marlin_settings(json.loads((out / "config.json").read_text())["quantization_config"])
+    tensors = {key: torch.from_numpy(value) for key, value in load_file(out / "model.safetensors").items()}
+    for layer in layers_of(name):
+        found = settings.layer(layer)
+        weight = dequantize_layer(
+            tensors[f"{layer}.marlin_qweight"],
+            tensors[f"{layer}.marlin_scales"],
+            tensors.get(f"{layer}.marlin_qzeros"),
+            tensors.get(f"{layer}.marlin_perm"),
+            bits=found.bits,
+            in_features=found.in_features,
+            out_features=found.out_features,
+            dtype=torch.float32,
+        ).numpy()
+        np.testing.assert_array_equal(weight, definition(name, layer))
+        assert_as_the_quantizer_says(name, layer, weight)
+
+
+def test_the_published_format_says_the_same(converted: tuple[str, Path]) -> None:
+    """Read from docs/format.md, without any code of the package."""
+    name, out = converted
+    tensors = load_file(out / "model.safetensors")
+    for layer in layers_of(name):
+        np.testing.assert_array_equal(published(tensors, layer, bits_of(name, layer)), definition(name, layer))
+
+
+def published(tensors: dict[str, npt.NDArray[Any]], layer: str, bits: int) -> npt.NDArray[np.float64]:
+    """The weight [K, N] that the tensors of an extended checkpoint stand for."""
+    K, N = LAYERS[layer]
+    scales, qzeros, perm = (tensors.get(f"{layer}.marlin_{kind}") for kind in ("scales", "qzeros", "perm"))
+    assert scales is not None
+    G, columns = scales.shape
+    rows = -(-K // 128) * 128
+    words = tensors[f"{layer}.marlin_qweight"].view(np.uint32).astype(np.int64)
+    tiles = words.reshape(rows // 16, columns // 64, 32 * bits)
+    codes = np.empty((rows, columns), np.int64)
+    for word in range(32 * bits):
+        for p in range(32 // bits):
+            if bits == 4:
+                (lane, j), row, column = divmod(word, 4), (p >> 2), 8 * (p >> 1 & 1)
+            else:
+                lane, j, row, column = word // 8, word % 8 // 2, (p >> 1), 8 * (word % 2)
+            row, column = 2 * (lane % 4) + 8 * (p & 1) + row, 16 * j + lane // 4 + column
+            codes[row::16, column::64] = tiles[:, :, word] >> bits * p & 2**bits - 1
+
+    natural = np.empty_like(scales, np.float64)
+    for run in range(0, columns, 64 if G > 1 else 32):
+        for i in range(8 if G > 1 else 4):
+            for j in range(8):
+                source = i + 8 * j if G > 1 else 2 * i + (0, 1, 8, 9, 16, 17, 24, 25)[j]
+                natural[:, run + source] = scales[:, run + 8 * i + j]
+
+    zeros = np.full((G, columns), 2 ** (bits - 1))
+    if qzeros is not None:
+        stored = numbers(qzeros, bits).transpose(0, 2, 1).reshape(G, columns // 64, 8, 8)
+        order = (0, 2, 4, 6, 1, 3, 5, 7) if bits == 4 else (0, 2, 1, 3, 4, 6, 5, 7)  # 8 bits: two runs of four
+        new = np.empty_like(stored)
+        new[..., order] = stored
+        zeros = new.transpose(0, 1, 3, 2).reshape(G, columns)
+
+    groups = np.arange(K) // (rows // G)
+    weight = np.empty((K, N))
+    weight[np.arange(K) if perm is None else perm] = ((codes[:K] - zeros[groups]) * natural[groups])[:, :N]
+    return weight
+
+
+def test_everything_else_is_as_in_the_source(converted: tuple[str, Path]) -> None:
+    name, out = converted
+    source, result = load_file(DATA / name / "model.safetensors"), load_file(out / "model.safetensors")
+    kinds = (".qweight", ".qzeros", ".scales", ".g_idx")
+    plain = {key: tensor for key, tensor in source.items() if not key.endswith(kinds)}
+    assert {key for key in result if ".marlin_" not in key} == plain.keys()
+    for key, tensor in plain.items():
+        assert result[key].dtype == tensor.dtype
+        np.testing.assert_array_equal(result[key], tensor)
