@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.integrations.moe import _default_apply_gate
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -276,7 +276,7 @@ def _put_layers(model: PreTrainedModel, layers: dict[str, StoredLayer]) -> None:
     modules = dict(model.named_modules())
     experts: dict[str, dict[str, StoredLayer]] = {}
     for layer in layers.values():
-        place = _place(model, apply_renamings(f"{layer.name}.weight", renamings).removesuffix(".weight"), modules)
+        place = _place(model, _renamed(f"{layer.name}.weight", renamings).removesuffix(".weight"), modules)
         if place is None:
             continue
         holder = _experts_above(place, modules)
@@ -393,6 +393,13 @@ def _expert_layers(
                 )
         experts.append(MarlinExpert({name: layer.module() for name, layer in layers.items()}, *names))
     return MarlinExperts(experts, module.act_fn)  # type: ignore[arg-type]
+
+
+def _renamed(key: str, renamings: list[WeightRenaming]) -> str:
+    """A checkpoint's name of a tensor as the model calls it."""
+    for renaming in renamings:
+        key, _ = renaming.rename_source_key(key)
+    return key
 
 
 def _expert_names(holder: str, converters: list[WeightConverter]) -> tuple[str, str, str]:
