@@ -38,7 +38,7 @@ from .config import MARLIN_EXT, MarlinSettings, is_marlin, read_marlin_settings
 from .device import pick_device
 from .errors import SourceError, UnsupportedError
 from .hub import fetch
-from .layout import BITS, EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K
+from .layout import BITS, EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K, padded_size, stored_groups
 from .linear import MarlinLinear
 from .plan import make_plan
 from .source import source_weight
@@ -153,8 +153,13 @@ def _extended_layer(name: str, tensors: dict[str, Tensor], settings: MarlinSetti
             f"{name}: it has marlin_qweight, and not the settings or the marlin_scales that belong to it; the "
             "checkpoint is damaged."
         )
-    K = own.in_features or qweight.shape[0] * TILE_K
-    N = own.out_features or qweight.shape[1] * 2 // own.bits
+    stored_K, stored_N = qweight.shape[0] * TILE_K, qweight.shape[1] * 2 // own.bits
+    K, N = own.in_features or stored_K, own.out_features or stored_N
+    groups = stored_groups(K, own.group_size)
+    if padded_size(K, N) != (stored_K, stored_N) or scales.shape != (groups, stored_N):
+        raise SourceError(
+            f"{name}: its tensors, {list(qweight.shape)} and {list(scales.shape)}, do not fit its settings ({own})."
+        )
     return StoredLayer(
         name, K, N, bits=own.bits, group_size=own.group_size, sym=own.sym, desc_act=own.desc_act, extended=True,
         scale_dtype=_SCALE_DTYPES[scales.dtype], bias=f"{name}.bias" in tensors,
