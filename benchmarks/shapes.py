@@ -28,6 +28,7 @@ class Shape:
 
 SHAPES = {
     "mistral-7b": Shape(4096, 14336, 1024, 32, 32000),
+    "mistral-7b-8-layers": Shape(4096, 14336, 1024, 8, 32000),
     "llama-70b-2-layers": Shape(8192, 28672, 1024, 2, 128256, files=2),
     "tiny": Shape(256, 512, 256, 2, 1024),
 }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .checkpoint import Checkpoint
 from .config import QUANT_METHODS
-from .hub import Source
+from .download import Source
 from .plan import Plan
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -79,16 +79,21 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         names = sorted(_walk(folder))
-        self.configs = {name: _read_json(folder / name) for name in self.CONFIG_FILES if name in names}
+        self.configs = self.read_configs(folder, names)
         self.extra_files = tuple(n for n in names if n not in self.CONFIG_FILES and not n.endswith(WEIGHT_SUFFIXES))
         self.notes: list[str] = []
-        self.weight_files, index = _weight_files(folder, names, self.configs)
+        self.weight_files, index = weight_files(folder, names, self.configs)
         self._fds: dict[str, int] = {}
         try:
             self.tensors = self._read_headers(index)
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def read_configs(cls, folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
+        """The configs among `names`, by their names."""
+        return {name: _read_json(folder / name) for name in cls.CONFIG_FILES if name in names}
 
     def _read_headers(self, index: dict[str, str] | None) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -148,6 +153,25 @@ class Checkpoint:
         if array.size:
             self.read_into(tensor, array)
         return array
+
+    def arrived(self, file: str, path: Path) -> None:
+        """Read weight file `file` from `path` from now on: the whole of it, where only its header was known.
+
+        Raises SourceError when it is another file.
+        """
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if read_header(fd, path, file) != read_header(self._fds[file], self.folder / file, file):
+                raise SourceError(f"{path}: not the file whose header was read before; run it again.")
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fds[file], fd = fd, self._fds[file]
+        os.close(fd)
+
+    def release(self, file: str) -> None:
+        """Close a weight file of which nothing more is read, so that it can leave the disk."""
+        os.close(self._fds.pop(file))
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -269,10 +293,12 @@ def _read_json(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | 
     return value
 
 
-def _weight_files(
+def weight_files(
     folder: Path, names: list[str], configs: dict[str, dict[str, Any]]
 ) -> tuple[list[str], dict[str, str] | None]:
-    """The safetensors files that make up the checkpoint, and the index's tensor → file map where there is one."""
+    """The safetensors files that make up the checkpoint in `folder`, of whose files (`names`) only the index is read;
+    and the index's tensor → file map where there is one. Raises SourceError or UnsupportedError when there are none.
+    """
     indexes = [n for n in names if n.endswith(INDEX_SUFFIX) and "/" not in n]
     files = [n for n in names if n.endswith(".safetensors") and "/" not in n]
     preferred = f"model{INDEX_SUFFIX}"

@@ -22,8 +22,8 @@ from .errors import EXIT_CODES, MarlinConvertError, VerificationError
 
 if TYPE_CHECKING:
     from .convert import Options
-    from .hub import Target
     from .render import Screen
+    from .upload import Target
 
 # torch, numpy, rich and huggingface_hub are imported inside the commands: --help, --version and errors in the
 # arguments answer at once.
@@ -172,6 +172,11 @@ def cli() -> None:
 @format_options
 @writing_options
 @click.option(
+    "--low-disk",
+    is_flag=True,
+    help="Remove each file of a Hub source from the cache as soon as it is converted, if it was downloaded for it.",
+)
+@click.option(
     "--push-to-hub",
     metavar="[REPO_ID]",
     is_flag=False,
@@ -184,9 +189,9 @@ def cli() -> None:
 @output_options
 def convert(
     source: str, out: Path | None, with_verify: bool, dry_run: bool, format_: str, zero_points: str | None,
-    force: bool, max_shard_size: str, quant_method: str, push_to_hub: str | None, private: bool, branch: str | None,
-    create_pr: bool, commit_message: str | None, device: str, revision: str | None, token: str | None,
-    cache_dir: Path | None, as_json: bool, quiet: bool, verbose: bool,
+    force: bool, max_shard_size: str, quant_method: str, low_disk: bool, push_to_hub: str | None, private: bool,
+    branch: str | None, create_pr: bool, commit_message: str | None, device: str, revision: str | None,
+    token: str | None, cache_dir: Path | None, as_json: bool, quiet: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a folder or a Hub id, into a Marlin checkpoint at OUT."""
     if out is None and not dry_run:
@@ -198,7 +203,7 @@ def convert(
     screen = _screen(as_json, quiet, verbose)
     options = _options(
         device=device, format=format_, zero_points=zero_points, verify=with_verify, force=force,
-        max_shard_size=max_shard_size, quant_method=quant_method,
+        max_shard_size=max_shard_size, quant_method=quant_method, low_disk=low_disk,
         revision=revision, token=token, cache_dir=cache_dir,
         target=None if push_to_hub is None else _target(push_to_hub, private, branch, create_pr, commit_message),
     )  # fmt: skip
@@ -377,7 +382,7 @@ def generate(
 
 
 def _target(repo_id: str, private: bool, branch: str | None, create_pr: bool, message: str | None) -> Target:
-    from .hub import Target
+    from .upload import Target
 
     return Target(repo_id, private, branch, create_pr, message)
 

@@ -22,16 +22,19 @@ from .card import CARD_FILE, Made, model_card, tell_verification, write_card
 from .checkpoint import Checkpoint, Tensor
 from .config import MARLIN, MARLIN_EXT, find_configs, marlin_ext_settings, marlin_model_config, marlin_settings
 from .device import CPU, Device, pick_device
+from .download import Arrivals, Source, fetch, looked_into
 from .errors import DeviceError, HubError, MarlinConvertError, OutputError, SourceError, UnsupportedError
-from .hub import Source, Target, check_target, create_repository, default_name, fetch, headers_only, is_folder, push
+from .hub import is_folder
 from .layout import TILE_K, pack_zeros, permute_scales, unpack_zeros, unpermute_scales
 from .plan import V1_WORD, Layer, Plan, make_plan, span
-from .progress import Progress
-from .publish import REPORT_FILE, Shards, check_free, check_space, new_folder, write_json
+from .progress import BytesOnly, Progress
+from .publish import REPORT_FILE, Shards, check_free, check_space, existing, new_folder, write_json
 from .scales import ScaleFit, to_extended, to_fp16
 from .source import source_rows, stored_groups, stored_words
 from .stream import Buffers, byte_blocks, run_all, stored_blocks
-from .verify import Verification, code_difference, verify
+from .supply import Item, Supply, counted, files_of, items
+from .upload import Target, check_target, create_repository, default_name, push
+from .verify import Verification, Verifier, code_difference, verify
 
 DEFAULT_SHARD_SIZE = "5GB"  # as Transformers cuts its shards
 VERIFY_FILE = "verify.json"
@@ -51,6 +54,7 @@ class Options:
     revision: str | None = None
     token: str | None = None
     cache_dir: Path | None = None
+    low_disk: bool = False  # remove from the cache what was downloaded, as soon as it is converted
     target: Target | None = None  # where to publish the result; an empty repo_id: named after the source
 
 
@@ -130,27 +134,36 @@ def convert(
     out = Path(out)
     check_free(out, force=options.force)
     device, remark = usable_device(options)
+    if options.low_disk and is_folder(str(source)):
+        raise SourceError(f"{source} is a folder; --low-disk applies to a Hub id only.")
     options = replace(options, target=_checked_target(str(source), options))
-    with opened(source, options) as (origin, checkpoint):
+    with looked_at(source, options, scales=True) as (origin, checkpoint):
         keep_apart(origin.folder, out)
         plan, rounding = planned(checkpoint, options)
         if plan.already_marlin:
             raise AlreadyMarlin(f"{source} already is a Marlin checkpoint; there is nothing to convert.")
         report = Report(origin, out, device, plan, ops.describe(), remark, rounding)
         report.source_quantization = _source_quantization(checkpoint, plan)
-        check_space(out.parent, _bytes_needed(checkpoint, plan))
+        check_room(checkpoint, plan, origin, out, options)
         if options.target:
             create_repository(options.target, token=options.token)
+        origin.bring_small_files()
         with new_folder(out, force=options.force) as folder:
-            with Shards(folder, plan.out_tensors, options.max_shard_size) as shards:
-                write_tensors(checkpoint, plan, shards, progress, packer(device, options))
-                shards.write_index()
+            with (
+                Shards(folder, plan.out_tensors, options.max_shard_size) as shards,
+                _weights(checkpoint, plan, origin, out, options, shards, progress) as weights,
+                _early_verifier(checkpoint, plan, folder, device, options, progress) as verifier,
+            ):
                 report.files = shards.files
+                supply = Supply(checkpoint, plan, weights, release=options.low_disk)
+                write_tensors(checkpoint, plan, shards, progress, packer(device, options), supply, verifier)
             write_configs(checkpoint, plan, folder, options.quant_method)
             copy_extra_files(checkpoint, folder)
             if options.verify:
                 with Checkpoint(folder) as written:
-                    report.verification = verify(checkpoint, plan, written, device, progress)
+                    report.verification = (
+                        verifier.report(written) if verifier else verify(checkpoint, plan, written, device, progress)
+                    )
                 report.verification.require_ok()
                 write_json(folder / VERIFY_FILE, report.verification.as_dict())
             write_card(folder, model_card(checkpoint, plan, _made(report, options)))
@@ -220,16 +233,18 @@ def verify_pair(
 
 @contextlib.contextmanager
 def opened(source: str | Path, options: Options) -> Iterator[tuple[Source, Checkpoint]]:
-    """Fetch `source` if it is on the Hub, and open it."""
+    """Fetch `source` if it is on the Hub, all of it, and open it."""
     origin = fetch(str(source), revision=options.revision, token=options.token, cache_dir=options.cache_dir)
     with Checkpoint(origin.folder) as checkpoint:
         yield origin, checkpoint
 
 
 @contextlib.contextmanager
-def looked_at(source: str | Path, options: Options) -> Iterator[tuple[Source, Checkpoint]]:
-    """Open `source` for planning only: on the Hub, no weight is fetched."""
-    looking = headers_only(str(source), revision=options.revision, token=options.token, cache_dir=options.cache_dir)
+def looked_at(source: str | Path, options: Options, *, scales: bool = False) -> Iterator[tuple[Source, Checkpoint]]:
+    """Open `source` for planning: on the Hub, no weight file is fetched; see `looked_into`."""
+    looking = looked_into(
+        str(source), revision=options.revision, token=options.token, cache_dir=options.cache_dir, scales=scales
+    )
     with looking as origin, Checkpoint(origin.folder) as checkpoint:
         yield origin, checkpoint
 
@@ -339,24 +354,40 @@ def packer(device: Device, options: Options) -> Packer:
     return pack
 
 
-def write_tensors(checkpoint: Checkpoint, plan: Plan, shards: Shards, progress: Progress, pack: Packer) -> None:
-    """Stream every tensor: read, repack, check, write; blocks of several layers at a time, in bounded memory."""
-    progress.stage("converting", plan.bytes_out, len(plan.layers))
+def write_tensors(
+    checkpoint: Checkpoint, plan: Plan, shards: Shards, progress: Progress, pack: Packer, supply: Supply,
+    verifier: Verifier | None,
+) -> None:  # fmt: skip
+    """Stream every tensor: read, repack, check, write; blocks of several layers at a time, in bounded memory.
+
+    What is written is verified at once, if a `verifier` is given, and then `supply` is told.
+    """
+    label = "converting and verifying" if verifier else "converting"
+    progress.stage(label, plan.bytes_out * (2 if verifier else 1), len(plan.layers))
     buffers, one_at_a_time = Buffers(), threading.Lock()
     blocks_left = {layer.name: sum(1 for _ in stored_blocks(layer)) for layer in plan.layers}
     counting = threading.Lock()
 
     def tasks() -> Iterator[Callable[[], None]]:
-        for layer in plan.layers:
-            yield partial(write_groups, layer)
-            if layer.act_order:
-                yield partial(write_sorted, layer)
-                continue
-            for k0, rows in stored_blocks(layer):
-                yield partial(write_block, layer, k0, rows)
-        for tensor in plan.copies:
-            for start, length in byte_blocks(tensor.nbytes):
-                yield partial(copy_block, tensor, start, length)
+        for item in supply:
+            yield from counted(list(parts(item)), partial(written, item))
+
+    def parts(item: Item) -> Iterator[Callable[[], None]]:
+        if isinstance(item, Tensor):
+            for start, length in byte_blocks(item.nbytes):
+                yield partial(copy_block, item, start, length)
+            return
+        yield partial(write_groups, item)
+        if item.act_order:
+            yield partial(write_sorted, item)
+            return
+        for k0, rows in stored_blocks(item):
+            yield partial(write_block, item, k0, rows)
+
+    def written(item: Item) -> None:
+        if verifier:
+            verifier.check(item)
+        supply.finished(item)
 
     def write_block(layer: Layer, k0: int, rows: int) -> None:
         write_words(layer, k0, rows, source_rows(checkpoint, layer, k0, rows, buffers))
@@ -413,7 +444,7 @@ def write_tensors(checkpoint: Checkpoint, plan: Plan, shards: Shards, progress: 
         shards.write(tensor.name, block, start)
         progress.advance(length, tensor.name)
 
-    run_all(tasks())
+    run_all(tasks(), on_stop=supply.stop)
     progress.end()
 
 
@@ -472,6 +503,68 @@ def _bytes_needed(checkpoint: Checkpoint, plan: Plan) -> int:
             )
         small += path.stat().st_size
     return plan.bytes_out + small + (16 << 20)  # headers, index, reports, and the file system's own needs
+
+
+def check_room(checkpoint: Checkpoint, plan: Plan, origin: Source, out: Path, options: Options) -> None:
+    """Raise OutputError unless the disks have room for the result, and for what is to be fetched beside it."""
+    result = _bytes_needed(checkpoint, plan)
+    coming = [] if origin.remote is None else [origin.remote.to_come(file) for file in checkpoint.weight_files]
+    if origin.remote is None or not any(coming):
+        check_space(out.parent, result)
+        return
+    largest, whole = max(coming), sum(coming)
+    if not _one_disk(origin.remote.cache, out):
+        check_space(out.parent, result)
+        held = min(whole, 2 * largest) if options.low_disk else whole
+        advice = "" if options.low_disk else ", or use --low-disk"
+        check_space(origin.remote.cache, held, "what is downloaded takes", advice)
+        return
+    small = result + largest
+    if options.low_disk:
+        check_space(out.parent, small, "the result and a part of the source take")
+    else:
+        advice = f", or use --low-disk, which takes {small / 1e9:.2f} GB" if small < result + whole else ""
+        check_space(out.parent, result + whole, "the result and the download of the source take", advice)
+
+
+def _one_disk(cache: Path, out: Path) -> bool:
+    return existing(cache).stat().st_dev == existing(out.parent).stat().st_dev
+
+
+def _weights(
+    checkpoint: Checkpoint, plan: Plan, origin: Source, out: Path, options: Options, shards: Shards, progress: Progress
+) -> contextlib.AbstractContextManager[Arrivals | None]:
+    """The weight files that are still on the Hub, on their way; None where all are here.
+
+    With `low_disk`, a file is fetched when it has room within what the result takes and one more file of the source;
+    on a disk of its own, the cache holds two files.
+    """
+    remote = origin.remote
+    if remote is None:
+        return contextlib.nullcontext()
+    hear = progress.meanwhile("downloading", sum(map(remote.to_come, checkpoint.weight_files)))
+    largest = max(remote.files[file].size for file in checkpoint.weight_files)
+    one_disk = _one_disk(remote.cache, out)
+
+    def room(nbytes: int) -> bool:
+        limit, used = (plan.bytes_out + largest, shards.written) if one_disk else (2 * largest, 0)
+        return weights.held + nbytes + used <= limit
+
+    together = [files_of(item) for item in items(plan)]
+    weights = Arrivals(remote, checkpoint.weight_files, together, hear, room if options.low_disk else None)
+    return weights
+
+
+@contextlib.contextmanager
+def _early_verifier(
+    checkpoint: Checkpoint, plan: Plan, folder: Path, device: Device, options: Options, progress: Progress
+) -> Iterator[Verifier | None]:
+    """With `low_disk`, verification cannot wait: the source's files go away when they are converted."""
+    if not (options.verify and options.low_disk):
+        yield None
+        return
+    with Checkpoint(folder) as written:
+        yield Verifier(checkpoint, plan, written, device, BytesOnly(progress))
 
 
 def keep_apart(source: Path, out: Path) -> None:

@@ -36,8 +36,8 @@ from . import cuda
 from .checkpoint import Checkpoint, Tensor, read_header
 from .config import MARLIN_EXT, MarlinSettings, is_marlin, read_marlin_settings
 from .device import pick_device
+from .download import fetch
 from .errors import SourceError, UnsupportedError
-from .hub import fetch
 from .layout import BITS, EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K, padded_size, stored_groups
 from .linear import MarlinLinear
 from .plan import make_plan

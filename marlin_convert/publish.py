@@ -137,16 +137,22 @@ def _remove(hidden: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int, what: str = "the result takes", advice: str = "") -> None:
     """Raise OutputError unless the file system that holds `folder` (or will) has `needed` bytes to spare."""
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
-            f"{folder}: the result takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-            "make room or choose another disk."
+            f"{folder}: {what} {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            f"make room or choose another disk{advice}."
         )
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def sync_tree(folder: Path) -> None:
@@ -226,7 +232,8 @@ class _Place:
 
 
 class Shards:
-    """The output's safetensors files, created at their full size with their headers, open for positioned writes.
+    """The output's safetensors files, created at their full size with their headers, open for positioned writes; and
+    their index, if there is more than one.
 
     Shards are cut by huggingface_hub's own rule, in the order of `tensors`; within a file, data is ordered by
     element size so that every tensor is aligned, as the safetensors library does it.
@@ -247,9 +254,13 @@ class Shards:
         self._places: dict[str, _Place] = {}
         # The kernel lets one writer at a time into a file, and makes the others spin: they wait here instead.
         self._turn = threading.Lock()
+        self.written = 0  # bytes of tensors
         try:
             for file, names in self._split.filename_to_tensors.items():
                 self._create(file, [by_name[name] for name in names])
+            if self._split.is_sharded:
+                index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+                write_json(folder / "model.safetensors.index.json", index)
         except BaseException:
             self.close()
             raise
@@ -280,13 +291,8 @@ class Shards:
         fd, position = self._fds[place.file], place.offset + start
         with self._turn:
             _pwrite_all(fd, data.reshape(-1).view("uint8").data, position)
+            self.written += data.nbytes
         _start_writeback(fd, position, data.nbytes)
-
-    def write_index(self) -> None:
-        """Write `model.safetensors.index.json`, when there is more than one file."""
-        if self._split.is_sharded:
-            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
-            write_json(self.folder / "model.safetensors.index.json", index)
 
     def close(self) -> None:
         for fd in self._fds.values():

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from .bench import Cell, LayerResult, Machine
     from .bench import Report as BenchReport
     from .convert import Options, Report
+    from .download import Source
     from .generate import Comparison, Generated
-    from .hub import Source
     from .restore import Restored
     from .tokens import Report as TokenReport
     from .verify import Verification
@@ -90,7 +90,7 @@ class Bars(Progress):
             BarColumn(bar_width=10 if console.width < 100 else 24, table_column=Column(no_wrap=True)),
             *(column(table_column=Column(no_wrap=True)) for column in amounts),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[layers]} layers"),
+            TextColumn("{task.fields[layers]}"),
             LayerColumn(table_column=Column(no_wrap=True, ratio=1)),
             console=console,
             transient=True,
@@ -100,18 +100,27 @@ class Bars(Progress):
 
     def stage(self, label: str, total_bytes: int, layers: int) -> None:
         self._done, self._layers, self._layer = 0, layers, ""
-        self._task = self._bars.add_task(label, total=total_bytes, layers=f"0/{layers}", layer="")
+        self._task = self._bars.add_task(label, total=total_bytes, layers=f"0/{layers} layers", layer="")
         self._bars.start()
 
     def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
         with self._lock:
             self._done += done
             self._layer = layer or self._layer
-            self._bars.update(self._task, advance=nbytes, layers=f"{self._done}/{self._layers}", layer=self._layer)
+            self._bars.update(
+                self._task, advance=nbytes, layers=f"{self._done}/{self._layers} layers", layer=self._layer
+            )
 
     def end(self) -> None:
         self._bars.remove_task(self._task)
         self._bars.stop()
+
+    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
+        if not total_bytes:
+            return super().meanwhile(label, total_bytes)
+        task = self._bars.add_task(label, total=total_bytes, layers="", layer="")
+        self._bars.start()
+        return lambda nbytes: self._bars.update(task, advance=nbytes)
 
     def stop(self) -> None:
         self._bars.stop()
@@ -149,6 +158,27 @@ class PlainLines(Progress):
     def end(self) -> None:
         seconds = time.monotonic() - self._started
         self._print(f"{self._label}: done, {self._layers} layers, {self._amount(self._bytes)} in {seconds:.1f} s")
+
+    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
+        if not total_bytes:
+            return super().meanwhile(label, total_bytes)
+        started = last = time.monotonic()
+        come = 0
+        self._print(f"{label}: {self._amount(total_bytes)}")
+
+        def hear(nbytes: int) -> None:
+            nonlocal come, last
+            come, now = come + nbytes, time.monotonic()
+            if come >= total_bytes:
+                self._print(f"{label}: done, {self._amount(come)} in {now - started:.1f} s")
+            elif now - last >= PLAIN_INTERVAL:
+                last, rate = now, max(come, 1) / (now - started)
+                self._print(
+                    f"{label}: {100 * come // total_bytes} %, {self._amount(come)} of {self._amount(total_bytes)}, "
+                    f"{self._amount(rate)}/s, {(total_bytes - come) / rate:.0f} s left"
+                )
+
+        return hear
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

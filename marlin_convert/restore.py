@@ -28,8 +28,8 @@ from .card import CARD_FILE
 from .checkpoint import Checkpoint, Tensor
 from .config import LayerSettings, find_configs, read_marlin_settings
 from .convert import VERIFY_FILE, Options, keep_apart, opened
+from .download import Source
 from .errors import MarlinConvertError, SourceError, UnsupportedError
-from .hub import Source
 from .layout import (
     EXTENDED_NAMES,
     ORIGINAL_NAMES,
@@ -167,7 +167,6 @@ def restore(
         with new_folder(out, force=options.force) as folder:
             with Shards(folder, tensors, options.max_shard_size) as shards:
                 _write_tensors(checkpoint, report, shards, progress, _reading(noted), v2=v2)
-                shards.write_index()
                 report.files = shards.files
             _write_configs(checkpoint, report, folder, noted)
             _copy_extra_files(checkpoint, folder)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from . import ops
 from .checkpoint import Checkpoint
-from .errors import MarlinConvertError
+from .errors import MarlinConvertError, UnsupportedError
 from .layout import TILE_K, TILE_N, pack_factor, zero_point
 from .plan import Layer
 from .scales import to_extended, to_fp16
@@ -31,13 +31,17 @@ class Groups:
 
 
 def source_groups(checkpoint: Checkpoint, layer: Layer) -> Groups:
-    """As the source has them; scales in the type in which they are stored."""
+    """As the source has them; scales in the type in which they are stored. Raises UnsupportedError where it cannot
+    hold them."""
     fit = to_extended if layer.extended else to_fp16
     zeros = None if layer.sym or layer.qzeros is None else layer.zero_points(checkpoint.read(layer.qzeros))
     perm = None
     if layer.act_order and layer.g_idx is not None:
         perm = np.argsort(checkpoint.read(layer.g_idx), kind="stable").astype(np.int32)
-    return Groups(fit(checkpoint.read(layer.scales), layer.scales.dtype).scales, zeros, perm)
+    found = fit(checkpoint.read(layer.scales), layer.scales.dtype)
+    if found.problem:  # known before, but for fp16 scales that have only just come from the Hub
+        raise UnsupportedError(f"{layer.name}: {found.problem}; nothing was converted.")
+    return Groups(found.scales, zeros, perm)
 
 
 def stored_groups(checkpoint: Checkpoint, layer: Layer) -> Groups:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,10 +74,13 @@ class Buffers(threading.local):
         return array
 
 
-def run_all(tasks: Iterable[Callable[[], None]], workers: int = WORKERS) -> None:
+def run_all(
+    tasks: Iterable[Callable[[], None]], workers: int = WORKERS, *, on_stop: Callable[[], None] = lambda: None
+) -> None:
     """Run every task, in order of arrival, on `workers` threads.
 
-    The first error stops the rest and is raised here, once no task is running any more; so does Ctrl-C.
+    The first error stops the rest and is raised here, once no task is running any more; so does Ctrl-C. `on_stop` is
+    called then, and wakes whom `tasks` lets wait.
     """
     iterator, lock, stop = iter(tasks), threading.Lock(), threading.Event()
 
@@ -94,10 +97,12 @@ def run_all(tasks: Iterable[Callable[[], None]], workers: int = WORKERS) -> None
                 raise
 
     with ThreadPoolExecutor(workers, thread_name_prefix="marlin-convert") as pool:
-        futures = [pool.submit(work) for _ in range(workers)]
+        futures: list[Future[None]] = []
         try:
+            futures += [pool.submit(work) for _ in range(workers)]
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
+            on_stop()
     for future in futures:
         future.result()

@@ -9,7 +9,6 @@ another road: it does not unpack `B` back to GPTQ's order, it computes with it a
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -277,54 +276,66 @@ def compare(result: npt.NDArray[Any], reference: npt.NDArray[Any]) -> tuple[floa
     return float(np.abs(difference).max()), distance / (norm or 1.0)
 
 
+class Verifier:
+    """Checks `result`, a converted checkpoint as it lies on disk, against `source` and its plan, item by item.
+
+    A difference is reported, not raised; damaged files raise SourceError.
+    """
+
+    def __init__(
+        self, source: Checkpoint, plan: Plan, result: Checkpoint, device: Device, progress: Progress | None = None
+    ) -> None:
+        self._source, self._plan, self._result, self._device = source, plan, result, device
+        self._progress, self._buffers = progress or Progress(), Buffers()
+        self._layers: dict[str, LayerCheck] = {}
+        self._differing: dict[str, str] = {}
+
+    def check(self, item: Layer | Tensor) -> None:
+        """Check a layer, or a tensor that was copied; reads both sides completely, in blocks. Thread-safe."""
+        if isinstance(item, Layer):
+            self._layers[item.name] = _check_layer(
+                self._source, self._result, item, self._device, self._buffers, self._progress
+            )
+        elif problem := self._check_copy(item):
+            self._differing[item.name] = problem
+
+    def _check_copy(self, tensor: Tensor) -> str | None:
+        problem = _shape_problem(self._result, OutTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes))
+        if problem:
+            return problem
+        for start, length in byte_blocks(tensor.nbytes):
+            ours, theirs = (self._buffers.array(whose, (length,), np.uint8) for whose in ("ours", "theirs"))
+            self._source.read_into(tensor, theirs, start)
+            self._result.read_into(self._result.tensors[tensor.name], ours, start)
+            self._progress.advance(length)
+            if not np.array_equal(ours, theirs):
+                return f"byte {start + int(np.argmax(ours != theirs))} differs from the source"
+        return None
+
+    def report(self, result: Checkpoint) -> Verification:
+        """What was found, once every item is checked; and what `result`, with its configs, has or lacks beside them."""
+        plan = self._plan
+        report = Verification(product_device(self._device))
+        expected = {t.name for t in plan.out_tensors}
+        report.problems += [f"{n} is in the result and should not be" for n in sorted(set(result.tensors) - expected)]
+        _check_config(report, plan, self._source, result)
+        report.layers = [self._layers[layer.name] for layer in plan.layers]
+        report.tensors_equal = len(plan.copies) - len(self._differing)
+        report.problems += [f"{t.name}: {self._differing[t.name]}" for t in plan.copies if t.name in self._differing]
+        return report
+
+
 def verify(
     source: Checkpoint, plan: Plan, result: Checkpoint, device: Device, progress: Progress | None = None
 ) -> Verification:
-    """Check `result`, a converted checkpoint as it lies on disk, against `source` and its plan.
-
-    Reads both completely, in blocks. A difference is reported, not raised; damaged files raise SourceError.
-    """
+    """Check `result`, a converted checkpoint as it lies on disk, against `source` and its plan; see `Verifier`."""
     progress = progress or Progress()
-    report = Verification(product_device(device))
-    expected = {t.name: t for t in plan.out_tensors}
-    for name in sorted(set(result.tensors) - set(expected)):
-        report.problems.append(f"{name} is in the result and should not be")
-    _check_config(report, plan, source, result)
+    verifier = Verifier(source, plan, result, device, progress)
     progress.stage("verifying", plan.bytes_out, len(plan.layers))
-
-    checks: dict[str, LayerCheck] = {}
-    differing: dict[str, str] = {}
-    buffers = Buffers()
-
-    def tasks() -> Iterator[Callable[[], None]]:
-        for layer in plan.layers:
-            yield partial(check_layer, layer)
-        for tensor in plan.copies:
-            yield partial(check_copy, tensor)
-
-    def check_layer(layer: Layer) -> None:
-        checks[layer.name] = _check_layer(source, result, layer, device, buffers, progress)
-
-    def check_copy(tensor: Tensor) -> None:
-        problem = _shape_problem(result, OutTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes))
-        if problem is None:
-            for start, length in byte_blocks(tensor.nbytes):
-                ours, theirs = buffers.array("ours", (length,), np.uint8), buffers.array("theirs", (length,), np.uint8)
-                source.read_into(tensor, theirs, start)
-                result.read_into(result.tensors[tensor.name], ours, start)
-                progress.advance(length)
-                if not np.array_equal(ours, theirs):
-                    problem = f"byte {start + int(np.argmax(ours != theirs))} differs from the source"
-                    break
-        if problem:
-            differing[tensor.name] = problem
-
-    run_all(tasks())
+    items: list[Layer | Tensor] = [*plan.layers, *plan.copies]
+    run_all(partial(verifier.check, item) for item in items)
     progress.end()
-    report.layers = [checks[layer.name] for layer in plan.layers]
-    report.tensors_equal = len(plan.copies) - len(differing)
-    report.problems += [f"{t.name}: {differing[t.name]}" for t in plan.copies if t.name in differing]
-    return report
+    return verifier.report(result)
 
 
 def _check_layer(

@@ -151,9 +151,13 @@ def write_source(
     quantize_config: dict[str, Any] | None = None,
     file: str = "model.safetensors",
     shards: int = 1,
+    in_order: bool = False,
     extra: dict[str, str] | None = None,
 ) -> Source:
-    """Write a GPTQ checkpoint; the defaults are what most checkpoints on the Hub look like."""
+    """Write a GPTQ checkpoint; the defaults are what most checkpoints on the Hub look like.
+
+    Tensors go to the shards in turn, so that a layer is in several; or `in_order`, as a tool that cuts by size does it.
+    """
     layers = two_layers() if layers is None else layers
     plain = plain_tensors() if plain is None else plain
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +167,8 @@ def write_source(
     else:
         weight_map = {}
         for i, name in enumerate(tensors):
-            weight_map[name] = f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
+            shard = i * shards // len(tensors) if in_order else i % shards
+            weight_map[name] = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         for part in sorted(set(weight_map.values())):
             save_file(
                 {n: t for n, t in tensors.items() if weight_map[n] == part}, folder / part, metadata={"format": "pt"}

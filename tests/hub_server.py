@@ -29,6 +29,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,19 +38,24 @@ from types import TracebackType
 from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
+PIECE = 1 << 18  # bytes that are sent at a time
+
 
 @dataclass
 class Repository:
-    """`commits`: commit → its files; `refs`: branch or tag → commit. `members` are the tokens that may enter."""
+    """`commits`: commit → its files, or where they lie; `refs`: branch or tag → commit. `members`: the tokens that may
+    enter."""
 
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    commits: dict[str, dict[str, bytes | Path]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     private: bool = False
     gated: bool = False
     members: set[str] = field(default_factory=set)
     titles: dict[str, str] = field(default_factory=dict)  # commit → its message
 
-    def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
+    def commit(self, files: dict[str, bytes | Path], ref: str = "main") -> str:
         """Add a commit with `files`, and let `ref` name it."""
         digest = hashlib.sha1(repr((sorted(files.items()), ref, len(self.commits))).encode()).hexdigest()
         self.commits[digest] = files
@@ -89,8 +95,13 @@ class Hub:
         self.requests: list[Request] = []
         #: Answers every request whose path it returns a status for.
         self.fault: Callable[[Request], int | None] = lambda _: None
-        #: Ends the connection after so many bytes of a file, once.
-        self.cut_after: int | None = None
+        #: Ends the connection after so many bytes of an answer for which it returns a number.
+        self.cut: Callable[[Request], int | None] = lambda _: None
+        #: Makes something else of a file's content.
+        self.alter: Callable[[Request, bytes], bytes] = lambda _, content: content
+        #: Bytes of answers in a second, all together.
+        self.rate: float | None = None
+        self._line, self._free_at = threading.Lock(), 0.0
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
@@ -109,6 +120,14 @@ class Hub:
         """Names of the files that were downloaded."""
         paths = [unquote(r.path) for r in self.requests if r.method == "GET" and "/resolve/" in r.path]
         return {path.split("/resolve/")[1].split("/", 1)[1] for path in paths}
+
+    def wait_for_the_line(self, nbytes: int) -> None:
+        """Sleep as long as `nbytes` keep a line of this `rate` busy, behind what others send."""
+        if self.rate:
+            with self._line:
+                self._free_at = max(self._free_at, time.monotonic()) + nbytes / self.rate
+                until = self._free_at
+            time.sleep(max(0.0, until - time.monotonic()))
 
     def __enter__(self) -> Hub:
         self._thread.start()
@@ -192,10 +211,10 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(request, repo_id)
         files = repository.commits[self.commit(repository, revision)]
         entries = []
-        for name, data in files.items():
-            entry = {"type": "file", "path": name, "size": len(data), "oid": blob_id(data)}
+        for name, content in files.items():
+            entry = {"type": "file", "path": name, "size": size_of(content), "oid": hash_of(name, content)}
             if name.endswith(".safetensors"):  # the Hub keeps weights as LFS objects
-                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+                entry["lfs"] = {"oid": hash_of(name, content), "size": size_of(content), "pointerSize": 130}
             entries.append(entry)
         self.send_json([e for e in entries if str(e["path"]).startswith(folder)])
 
@@ -206,19 +225,19 @@ class Handler(BaseHTTPRequestHandler):
                 401 if request.token is None else 403, "GatedRepo", f"Access to model {repo_id} is restricted"
             )
         commit = self.commit(repository, revision)
-        data = repository.commits[commit].get(file)
-        if data is None:
+        content = repository.commits[commit].get(file)
+        if content is None:
             raise Refusal(404, "EntryNotFound", "Entry not found")
-        etag = hashlib.sha256(data).hexdigest() if file.endswith(".safetensors") else blob_id(data)
+        etag, size = hash_of(file, content), size_of(content)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if file.endswith(".safetensors"):
-            headers |= {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+            headers |= {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(size)}
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "")
-        if match is None:
-            self.send(200, data, headers)
-            return
-        begin, end = int(match[1]), min(int(match[2] or len(data)) + 1, len(data))
-        self.send(206, data[begin:end], {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"})
+        begin, end = (int(match[1]), min(int(match[2] or size) + 1, size)) if match else (0, size)
+        if match:
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
+        body = b"" if self.command == "HEAD" else self.hub.alter(request, part(content, begin, end))
+        self.send(206 if match else 200, body, {"Content-Length": str(end - begin), **headers}, request)
 
     def account(self, request: Request, owner: str | None = None) -> Account:
         """Whose token it is; 403 when they may not write to what `owner` has."""
@@ -251,9 +270,24 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(answer)
 
     def validate(self, request: Request) -> None:
-        content = json.loads(request.body)["content"]
-        errors = [] if "\nbase_model: /" not in content else [{"message": '"base_model" is no id'}]
-        self.send_json({"errors": errors, "warnings": []})
+        """The metadata of a card, by what the Hub says about these fields."""
+        block = re.match(r"---\n(.*?)\n---", json.loads(request.body)["content"], re.DOTALL)
+        data = yaml.safe_load(block[1]) if block else {}
+
+        def each(pattern: str) -> Callable[[Any], bool]:
+            return lambda value: all(re.fullmatch(pattern, x) for x in ([value] if isinstance(value, str) else value))
+
+        rules: dict[str, Callable[[Any], bool]] = {
+            "base_model": each(r"[\w.-]+/[\w.-]+"),
+            "base_model_relation": lambda x: x in ("finetune", "adapter", "merge", "quantized"),
+            "language": each(r"[a-z]{2,3}"),
+            "license": lambda x: isinstance(x, str) and x == x.lower(),
+            "tags": lambda x: isinstance(x, list) and all(isinstance(tag, str) for tag in x),
+            "pipeline_tag": lambda x: isinstance(x, str),
+        }
+        errors = [{"message": f'"{key}" is not valid'} for key in rules if key in data and not rules[key](data[key])]
+        answer = {"errors": errors, "warnings": []}
+        self.send(400 if errors else 200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def branch(self, request: Request, repo_id: str, branch: str) -> None:
         repository = self.repository(request, repo_id)
@@ -271,7 +305,7 @@ class Handler(BaseHTTPRequestHandler):
         for file in json.loads(request.body)["files"]:
             path, there = file["path"], files.get(file["path"])
             lfs = path.endswith(".safetensors")
-            oid = None if there is None else hashlib.sha256(there).hexdigest() if lfs else blob_id(there)
+            oid = None if there is None else hash_of(path, there)
             mode = "lfs" if lfs else "regular"
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.send_json({"files": answers})
@@ -294,8 +328,11 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(request, repo_id)
         pull_request = "create_pr=1" in request.query
         self.account(request, None if pull_request else repo_id.split("/")[0])
-        files = dict(repository.commits[self.commit(repository, revision)])
+        head = self.commit(repository, revision)
+        files = dict(repository.commits[head])
         lines = [json.loads(line) for line in request.body.splitlines()]
+        if lines[0]["value"].get("parentCommit", head) != head:
+            raise Refusal(412, message="the parent commit is not the head of the branch")
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
@@ -313,24 +350,49 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def send(self, status: int, body: bytes, headers: dict[str, str], request: Request | None = None) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        cut = self.hub.cut_after
-        if cut is not None and len(body) > cut and "/resolve/" in self.path:
-            self.hub.cut_after = None
-            self.wfile.write(body[:cut])
-            self.close_connection = True
-            return
+        cut = self.hub.cut(request) if request else None
+        if cut is not None:
+            body, self.close_connection = body[:cut], True
         with contextlib.suppress(ConnectionError):  # the client may have gone
-            self.wfile.write(body)
+            for start in range(0, len(body), PIECE):
+                self.hub.wait_for_the_line(len(body[start : start + PIECE]))
+                self.wfile.write(body[start : start + PIECE])
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: `Hub.requests` keeps what came."""
+
+
+def size_of(content: bytes | Path) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def part(content: bytes | Path, begin: int, end: int) -> bytes:
+    if isinstance(content, bytes):
+        return content[begin:end]
+    with content.open("rb") as file:
+        file.seek(begin)
+        return file.read(end - begin)
+
+
+_HASHES: dict[tuple[Path, bool], str] = {}
+
+
+def hash_of(name: str, content: bytes | Path) -> str:
+    """The Hub's name for a file's content: SHA-256 of weights, git's own for others."""
+    lfs = name.endswith(".safetensors")
+    if isinstance(content, Path):
+        key = (content, lfs)
+        if key not in _HASHES:
+            _HASHES[key] = hash_of(name, content.read_bytes())
+        return _HASHES[key]
+    return hashlib.sha256(content).hexdigest() if lfs else blob_id(content)
 
 
 def blob_id(data: bytes) -> str:

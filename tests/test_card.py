@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gptq import two_layers, write_source
+from hub_server import Hub
 from huggingface_hub import ModelCard
 
 from marlin_convert.convert import Options, convert, verify_pair
@@ -43,6 +47,31 @@ def test_metadata_is_carried_over(tmp_path: Path) -> None:
         "tags": ["chat", "gptq", "marlin", "4-bit"], "base_model": "someone/model",
         "base_model_relation": "quantized", "library_name": "transformers", "pipeline_tag": "text-generation",
     }  # fmt: skip
+
+
+VALIDATE = """
+import sys
+from huggingface_hub import ModelCard
+ModelCard.load(sys.argv[1]).validate()
+"""
+
+
+@pytest.mark.parametrize("text", [None, SOURCE_CARD], ids=["no card", "a card"])
+def test_the_hubs_own_check(hub: Hub, tmp_path: Path, text: str | None) -> None:
+    """huggingface_hub's client asks the Hub, whose rules for these fields the test's server knows."""
+    card(tmp_path, text)
+    settings = {"HF_ENDPOINT": hub.url, "NO_PROXY": "*", "HF_HOME": str(tmp_path / "home")}
+
+    def validate() -> str:
+        command = [sys.executable, "-c", VALIDATE, tmp_path / "out" / "README.md"]
+        environment = {**os.environ, **settings}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stderr
+
+    assert validate() == ""
+    path = tmp_path / "out" / "README.md"
+    for wrong in ("base_model: /tmp/x", "language: english", "pipeline_tag: 3", "base_model_relation: repacked"):
+        path.write_text(f"---\nlicense: mit\n{wrong}\n---\n")
+        assert "ValueError" in validate(), wrong
 
 
 def test_the_sources_card_is_kept_below(tmp_path: Path) -> None:

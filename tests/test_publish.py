@@ -485,7 +485,6 @@ def test_the_bytes_of_a_file(tmp_path: Path) -> None:
         assert shards.files == ["model.safetensors"]
         for name, data in DATA.items():
             shards.write(name, data)
-        shards.write_index()
     header = (
         '{"__metadata__":{"format":"pt"},'
         '"broad":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},'
@@ -541,7 +540,6 @@ def test_shards_are_cut_as_transformers_does(tmp_path: Path) -> None:
     sizes = {"a": 400, "b": 600, "c": 1, "d": 5000, "e": 999, "f": 2}
     tensors = [OutTensor(name, "U8", (size,), size) for name, size in sizes.items()]
     with Shards(tmp_path, tensors, "1KB") as shards:
-        shards.write_index()
         files = shards.files
     expected = [["a", "b"], ["c", "e"], ["d"], ["f"]]
     names = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]

@@ -16,7 +16,7 @@ from hub_server import Account, Hub, Request
 
 from marlin_convert.cli import DEMO_FOLDER
 from marlin_convert.convert import Options, convert
-from marlin_convert.hub import default_name
+from marlin_convert.upload import default_name
 
 REPO = "me/model-marlin"
 TOKEN = ("--token", SECRET)
@@ -173,6 +173,41 @@ def test_a_failed_upload_is_taken_up_again(
     assert online("push", out, REPO, *TOKEN).code == 0
     assert pushed(hub) == contents(out)
     assert bool([r for r in hub.requests if r.method == "PUT"]) == (where == "/lfs/")  # not sent twice
+
+
+def test_somebody_else_commits_meanwhile(hub: Hub, out: Path, online: Callable[..., Run]) -> None:
+    """Between the look at what is there and the commit: refused by the Hub, and said."""
+    assert online("push", out, REPO, *TOKEN).code == 0
+
+    def commit_something(request: Request) -> None:
+        if "/commit/" in request.path and "notes.txt" not in pushed(hub):
+            hub.repositories[REPO].commit({**pushed(hub), "notes.txt": b"theirs"})
+
+    hub.fault = commit_something
+    (out / "README.md").write_text("A new card.")
+    assert refusal(online("push", out, REPO, *TOKEN)).startswith(
+        f"{REPO}: somebody else has committed to it meanwhile; look at what changed, and push again. "
+    )
+    assert pushed(hub)["notes.txt"] == b"theirs"
+    assert pushed(hub)["README.md"] != b"A new card."
+    assert online("push", out, REPO, *TOKEN).code == 0
+    assert (pushed(hub)["notes.txt"], pushed(hub)["README.md"]) == (b"theirs", b"A new card.")
+
+
+def test_a_hub_in_trouble(hub: Hub, out: Path, online: Callable[..., Run]) -> None:
+    """Every address answers 503 the first time."""
+    seen: set[tuple[str, str]] = set()
+
+    def fault(request: Request) -> int | None:
+        asked = (request.method, request.path)
+        first = asked not in seen
+        seen.add(asked)
+        return 503 if first else None
+
+    hub.fault = fault
+    result = online("push", out, REPO, *TOKEN)
+    assert result.code == 0, result.err
+    assert pushed(hub) == contents(out)
 
 
 def test_only_a_finished_result_is_pushed(hub: Hub, source: Source, online: Callable[..., Run]) -> None:

@@ -24,10 +24,10 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem not in 
 #: A module imports from lower floors only; within a floor, modules do not know each other.
 FLOORS = (
     ("errors", "layout", "progress", "scales"),
-    ("checkpoint", "config", "device", "repack", "stream"),
-    ("cuda", "hub", "ops", "publish", "shards"),
+    ("checkpoint", "config", "device", "hub", "repack", "stream"),
+    ("cuda", "download", "ops", "publish", "shards", "upload"),
     ("linear", "plan"),
-    ("source",),
+    ("source", "supply"),
     ("hf", "verify", "vllm"),
     ("card",),
     ("convert",),
