@@ -212,9 +212,9 @@ def verify_pair(
     source: str | Path, out: str | Path, options: Options | None = None, progress: Progress | None = None
 ) -> Verification:
     """Check an existing Marlin checkpoint `out` against its GPTQ `source`; writes `verify.json` into `out`."""
-    options, out = options or Options(), Path(out)
+    options, out, progress = options or Options(), Path(out), progress or Progress()
     device, _ = usable_device(replace(options, verify=True))
-    with opened(source, options) as (_, checkpoint), Checkpoint(out) as result:
+    with opened(source, options, progress) as (_, checkpoint), Checkpoint(out) as result:
         found = list(find_configs(result.configs).values())
         extended = bool(found) and found[0].get("checkpoint_format") == MARLIN_EXT
         plan, _ = planned(checkpoint, replace(options, format="marlin-ext" if extended else MARLIN))
@@ -232,9 +232,12 @@ def verify_pair(
 
 
 @contextlib.contextmanager
-def opened(source: str | Path, options: Options) -> Iterator[tuple[Source, Checkpoint]]:
+def opened(source: str | Path, options: Options, progress: Progress) -> Iterator[tuple[Source, Checkpoint]]:
     """Fetch `source` if it is on the Hub, all of it, and open it."""
-    origin = fetch(str(source), revision=options.revision, token=options.token, cache_dir=options.cache_dir)
+    origin = fetch(
+        str(source), revision=options.revision, token=options.token, cache_dir=options.cache_dir,
+        meanwhile=progress.meanwhile,
+    )  # fmt: skip
     with Checkpoint(origin.folder) as checkpoint:
         yield origin, checkpoint
 

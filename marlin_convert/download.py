@@ -94,11 +94,9 @@ class Remote:
         from huggingface_hub import HfApi, constants
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
         from huggingface_hub.hf_api import RepoFile
-        from huggingface_hub.utils.logging import set_verbosity_error
 
         if constants.HF_HUB_OFFLINE:
             return None
-        set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings name addresses that hold signatures
         api = HfApi(token=token)
         try:
             commit = patiently(lambda: api.model_info(repo_id, revision=revision).sha, unreachable=False)
@@ -260,10 +258,8 @@ class Remote:
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             WeakFileLock,
             build_hf_headers,
-            disable_progress_bars,
         )
 
-        disable_progress_bars()
         blob = self._storage / "blobs" / str(file.sha256)
         lock = self._storage.parent / ".locks" / self._storage.name / f"{file.sha256}.lock"
         for folder in (blob.parent, lock.parent):
@@ -274,8 +270,11 @@ class Remote:
             for last in (False, True):
                 if blob.exists():
                     return
-                with _Hashed(partial, file.size, hear) as stream:
-                    http_get(url, stream, resume_size=stream.tell(), headers=headers, expected_size=file.size)  # type: ignore[arg-type]
+                with _Hashed(partial, file.size, hear) as stream, _errors_only():
+                    http_get(
+                        url, stream, resume_size=stream.tell(), headers=headers, expected_size=file.size,  # type: ignore[arg-type]
+                        tqdm_class=_hearing(lambda _: None),
+                    )  # fmt: skip
                 if stream.sha256 == file.sha256:
                     partial.rename(blob)
                     return
@@ -351,6 +350,35 @@ class _Hashed:
         self._file.close()
 
 
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Without the warnings of huggingface_hub, which name the address that it tries again, signatures and all."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _bar(label: str, total_bytes: int) -> Hear:
+    """A bar as huggingface_hub draws them, where it would; for whoever has no other way to show progress."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    if not total_bytes:
+        return lambda nbytes: None
+    bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label)  # type: ignore[no-untyped-call]
+
+    def hear(nbytes: int) -> None:
+        bar.update(nbytes)
+        if bar.n >= total_bytes:
+            bar.close()
+
+    return hear
+
+
 def _xet() -> bool:
     from huggingface_hub.utils import is_xet_available
 
@@ -394,11 +422,17 @@ def _read_range(url: str, headers: dict[str, str], start: int, end: int) -> byte
 
 
 def fetch(
-    source: str, *, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None
+    source: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    meanwhile: Callable[[str, int], Hear] = _bar,
 ) -> Source:
     """The source's folder: itself, when it is one, else downloaded to (or found in) the shared Hub cache.
 
-    Only the weights that make up the checkpoint are downloaded, and the small files beside them. Raises SourceError
+    Only the weights that make up the checkpoint are downloaded, and the small files beside them; `meanwhile` shows it,
+    as `Progress.meanwhile` does. Raises SourceError
     when a folder is missing, HubError when the Hub does not give the repository.
     """
     if is_folder(source):
@@ -411,8 +445,9 @@ def fetch(
         with _named(source, folder := remote.fetch_small(remote.configs)):
             weights = remote.weights(folder)
         folder = remote.fetch_small()
+        hear = meanwhile("downloading", sum(map(remote.to_come, weights)))
         for name in weights:
-            remote.fetch(name, lambda _: None)
+            remote.fetch(name, hear)
         return Source(folder, source, remote.commit)
 
     with explained(source, revision):

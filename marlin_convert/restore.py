@@ -151,7 +151,7 @@ def restore(
     options, progress, started = options or Options(), progress or Progress(), time.monotonic()
     out = Path(out)
     check_free(out, force=options.force)
-    with opened(marlin, options) as (origin, checkpoint):
+    with opened(marlin, options, progress) as (origin, checkpoint):
         keep_apart(origin.folder, out)
         noted = _noted(checkpoint)
         format_, layers = marlin_layers(checkpoint, noted)

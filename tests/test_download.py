@@ -413,6 +413,53 @@ def test_room_on_the_disk(hub: Hub, repository: Source, tmp_path: Path, monkeypa
         )
 
 
+def test_a_cache_that_holds_a_part(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    """Offline, or with no network: said, and nothing is begun."""
+    assert online(REPO, tmp_path / "first", "--cache-dir", tmp_path / "cache", "--quiet").code == 0
+    next((tmp_path / "cache").rglob("model-00002-of-00004.safetensors")).unlink()
+    for where, env in (
+        ("offline mode is on (HF_HUB_OFFLINE)", {"HF_HUB_OFFLINE": "1"}),
+        ("the Hub cannot be reached", {"HF_ENDPOINT": "http://127.0.0.1:9"}),
+    ):
+        result = online(REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache", env=env)
+        expected = f"{REPO}: {where} and the cache holds only a part of it; try again with a network connection."
+        assert refusal(result) == expected
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up(
+    hub: Hub, repository: Source, small_disk: Path, online: Callable[..., Run], tmp_path: Path
+) -> None:
+    """While files come, although there was room before. Nothing that looks like a file of the cache is left there."""
+    filler = small_disk / "filler"
+
+    def fill(request: Request) -> None:
+        if whole(request) == "model-00002-of-00004.safetensors":
+            with contextlib.suppress(OSError):
+                filler.write_bytes(bytes(16_000_000))
+
+    hub.fault = fill
+    result = online(REPO, tmp_path / "out", "--cache-dir", small_disk / "cache", "--quiet")
+    assert refusal(result) == f"{REPO}: the download failed: No space left on device; run it again to resume."
+    assert not (tmp_path / "out").exists()
+    filler.unlink()
+    hub.fault = lambda _: None
+    result = online(REPO, tmp_path / "out", "--cache-dir", small_disk / "cache", "--quiet", "--verify")
+    assert (result.code, result.err) == (0, "")
+
+
 def test_progress_of_the_download(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
     lines = online(REPO, tmp_path / "out").err.splitlines()
     size = sum(p.stat().st_size for p in weights_of(repository)) / 1e6
