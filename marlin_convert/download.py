@@ -29,7 +29,16 @@ from typing import Any
 
 from .checkpoint import INDEX_SUFFIX, MAX_HEADER_BYTES, WEIGHT_SUFFIXES, Checkpoint, read_header, weight_files
 from .errors import HubError, MarlinConvertError, SourceError
-from .hub import DOWNLOAD_THREAD, checked_token, explained, interruptible, is_folder, patiently, unreachable
+from .hub import (
+    DOWNLOAD_THREAD,
+    checked_token,
+    errors_only,
+    explained,
+    interruptible,
+    is_folder,
+    patiently,
+    unreachable,
+)
 
 _FIRST_BYTES = 1 << 18  # of a weight file: most headers are shorter, and one request then is enough
 _NEAR = 1 << 16  # bytes between two tensors that are cheaper to read than another request is
@@ -270,7 +279,7 @@ class Remote:
             for last in (False, True):
                 if blob.exists():
                     return
-                with _Hashed(partial, file.size, hear) as stream, _errors_only():
+                with _Hashed(partial, file.size, hear) as stream:
                     http_get(
                         url, stream, resume_size=stream.tell(), headers=headers, expected_size=file.size,  # type: ignore[arg-type]
                         tqdm_class=_hearing(lambda _: None),
@@ -348,19 +357,6 @@ class _Hashed:
     def __exit__(self, *_: object) -> None:
         self._hasher.shutdown()
         self._file.close()
-
-
-@contextlib.contextmanager
-def _errors_only() -> Iterator[None]:
-    """Without the warnings of huggingface_hub, which name the address that it tries again, signatures and all."""
-    from huggingface_hub.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _bar(label: str, total_bytes: int) -> Hear:
@@ -575,7 +571,8 @@ class Arrivals:
                 size = 0 if self._remote.cached(file) else self._remote.files[file].size
                 with self._changed:
                     self._held[file] = size
-                path = self._remote.fetch(file, self._hear)
+                with errors_only():
+                    path = self._remote.fetch(file, self._hear)
                 with self._changed:
                     self._ready.append((file, path))
                     self._changed.notify_all()

@@ -85,13 +85,27 @@ def _folder_meant(repo_id: str) -> str:
 
 
 @contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """Without huggingface_hub's warnings, which name addresses, and with them what the Hub signed them by."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
 def explained(repo_id: str, revision: str | None, *, doing: str = "download") -> Iterator[None]:
     """Turn whatever huggingface_hub raises into one sentence that says what to do."""
     from huggingface_hub import constants, errors
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the httpx that it is built on
 
     try:
-        yield
+        with errors_only():
+            yield
     except errors.GatedRepoError:
         where = f"{constants.ENDPOINT}/{repo_id}"
         raise HubError(

@@ -76,9 +76,7 @@ def push(folder: Path, target: Target, *, token: str | None, force: bool) -> str
     create_repository(target, token=token)
     with explained(target.repo_id, target.branch, doing="upload"):
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-        from huggingface_hub.utils.logging import set_verbosity_error
 
-        set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns when nothing has changed
         api = HfApi(token=token)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         names = [p.relative_to(folder).as_posix() for p in files]
