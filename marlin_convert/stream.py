@@ -1,7 +1,8 @@
 """Working through a large checkpoint in small pieces, several at a time, in bounded memory.
 
-A layer's weights are cut into blocks of whole tile rows (16 rows of K), each of which converts on its own; plain
-tensors are cut into byte ranges. Worker threads take piece after piece and do all of it: read, compute, write.
+A layer's weights are cut into blocks of whole tile rows (16 rows of K), each of which converts on its own; with
+act-order, where a row may come from anywhere, into panels of whole tile columns (64 columns of N); plain tensors are
+cut into byte ranges. Worker threads take piece after piece and do all of it: read, compute, write.
 The system calls and the native code release Python's lock, so reading, repacking and writing overlap.
 """
 
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .layout import PACK_FACTOR, TILE_K
+from .layout import PACK_FACTOR, TILE_K, TILE_N
 
 #: Bytes of packed weights in one block: large enough that a system call costs nothing beside the copy, small enough
 #: that a block, its result and the check's scratch stay in a core's share of the last-level cache.
@@ -24,6 +25,10 @@ BLOCK_BYTES = 2 << 20
 
 #: Threads that work at a time. One more than the cores, because one of them waits for the disk.
 WORKERS = min(8, 1 + (os.cpu_count() or 1))
+
+#: Bytes of packed weights in one panel: as many as possible, since each row of a panel is read and written by a call of
+#: its own, within 600 MB for the panels of all workers, each of which holds three at the most.
+PANEL_BYTES = (600 << 20) // (3 * WORKERS)
 
 #: Rows of K that stay together: whole tile rows, and what the CUDA kernels take at the least.
 ROWS = 4 * TILE_K
@@ -50,6 +55,24 @@ class Stored(Protocol):
 def stored_blocks(layer: Stored) -> Iterator[tuple[int, int]]:
     """`row_blocks` of a layer as it is stored, of the same number of bytes whatever its bits."""
     return row_blocks(layer.stored_K, layer.stored_N * layer.bits // 4)
+
+
+def column_panels(layer: Stored) -> Iterator[tuple[int, int]]:
+    """(first column, columns) of each panel of a layer as it is stored: all its rows of so many columns."""
+    per_column = layer.stored_K * layer.bits // 8  # bytes
+    yield from _columns(layer.stored_N, -(-layer.stored_N * per_column // PANEL_BYTES))
+
+
+def strips(layer: Stored, columns: int) -> Iterator[tuple[int, int]]:
+    """(first column, columns) of the parts of a panel that are worked on one after the other, to stay in the cache."""
+    yield from _columns(columns, -(-columns * layer.stored_K * layer.bits // 8 // BLOCK_BYTES))
+
+
+def _columns(N: int, parts: int) -> Iterator[tuple[int, int]]:
+    """At least `parts` parts of N columns, if there are so many tiles; about equally wide, each of whole tiles."""
+    width = max(1, N // TILE_N // parts) * TILE_N
+    for first in range(0, N, width):
+        yield first, min(width, N - first)
 
 
 def byte_blocks(nbytes: int) -> Iterator[tuple[int, int]]:

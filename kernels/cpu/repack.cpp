@@ -22,6 +22,7 @@
 // (g, t, j, h) takes column 16j + g + 8h and of it rows 2t, 2t+8, 2t+1, 2t+9. So the bytes of r0 and r2, interleaved, are
 // the words t = 0 and t = 1 of their column, those of r1 and r3 the words t = 2 and t = 3. What is left is to bring words
 // from the order (j, h), g, t into the order g, t, (j, h).
+#include <atomic>
 #include <cstring>
 
 #include "common.h"
@@ -473,6 +474,222 @@ constexpr ArrangeFunction kArrange[] = {nullptr, arrange_plain, arrange_avx2, ar
 constexpr ArrangeFunction kArrange[] = {nullptr, arrange_plain};
 #endif
 
+// ---- Act-order: rows sorted and packed in one pass; and the inverse, compared with the source ----
+
+// Neighbouring columns of a layer, and the same ones of B. Strides are words from one row to the next.
+struct Sorting {
+  const int32_t *qweight, *perm;
+  const uint8_t* fill;
+  int64_t k, n, stride, rows, padded_n, b_stride;
+};
+
+// 16 columns; a compiler for less than 512 bits makes several registers of it.
+typedef uint32_t Columns __attribute__((vector_size(64)));
+
+#define MARLIN_INLINE inline __attribute__((always_inline))
+
+// Words in a strip's row: a strip is 64 columns of a layer as GPTQ words, its rows side by side in memory.
+constexpr int64_t kStripWords = kTileN;
+
+// Where a row's codes lie in a strip: words, and the lowest bit in each.
+struct RowPlace {
+  const uint32_t* words;
+  int shift;
+};
+template <int bits>
+MARLIN_INLINE RowPlace place_of(const uint32_t* strip, int64_t row) {
+  constexpr int kCodes = 32 / bits;
+  return {strip + row / kCodes * kStripWords, static_cast<int>(row % kCodes) * bits};
+}
+// The codes of 16 columns from `c` on. (By pointer: how vectors are returned depends on the instruction set.)
+template <int bits>
+MARLIN_INLINE void load_codes(const RowPlace& at, int64_t c, Columns* codes) {
+  std::memcpy(codes, at.words + c, sizeof *codes);
+  *codes = *codes >> at.shift & ((1u << bits) - 1);
+}
+
+// A row of words for the columns from c0 on, in which every code is padding.
+template <int bits>
+void padding_words(const Sorting& a, int64_t c0, uint32_t* words) {
+  constexpr uint32_t kMask = (1u << bits) - 1;
+  for (int64_t c = 0; c < kTileN; ++c) words[c] = (a.fill[c0 + c] & kMask) * (~0u / kMask);
+}
+
+// Of the columns from c0 on, those that are the source's; the rest is padding.
+inline int64_t own_columns(const Sorting& a, int64_t c0) { return std::max<int64_t>(0, std::min(kTileN, a.n - c0)); }
+
+// The columns from c0 on of the whole source, and a row of padding: a tile takes 16 rows from anywhere, and there they are
+// in the nearest cache, while in qweight each lies on a page of its own.
+template <int bits>
+void copy_strip(const Sorting& a, int64_t c0, uint32_t* strip) {
+  const int64_t word_rows = a.k * bits / 32, own = own_columns(a, c0);
+  uint32_t padding[kTileN];
+  padding_words<bits>(a, c0, padding);
+  for (int64_t row = 0; row < word_rows; ++row, strip += kStripWords) {
+    if (own == kTileN) {
+      std::memcpy(strip, a.qweight + row * a.stride + c0, sizeof(int32_t) * kTileN);
+    } else {
+      std::memcpy(strip, a.qweight + row * a.stride + c0, sizeof(int32_t) * own);
+      std::memcpy(strip + own, padding + own, sizeof(int32_t) * (kTileN - own));
+    }
+  }
+  std::memcpy(strip, padding, sizeof padding);
+}
+
+// Tile columns [begin, end). `pack` turns a tile's words [16 bits/32, 64] into the tile.
+template <int bits, class Pack>
+MARLIN_INLINE void pack_sorted(const Sorting& a, int32_t* B, int64_t begin, int64_t end, const Pack& pack) {
+  constexpr int kCodes = 32 / bits, kWordRows = MARLIN_TILE_K / kCodes;
+  std::vector<uint32_t> strip((a.k / kCodes + 1) * kStripWords);
+  for (int64_t column = begin; column < end; ++column) {
+    copy_strip<bits>(a, kTileN * column, strip.data());
+    for (int64_t k0 = 0; k0 < a.rows; k0 += MARLIN_TILE_K) {
+      alignas(64) uint32_t words[kWordRows][kTileN];
+      for (int row = 0; row < kWordRows; ++row) {
+        RowPlace at[kCodes];
+        for (int i = 0; i < kCodes; ++i) {
+          const int64_t k = k0 + row * kCodes + i;
+          at[i] = place_of<bits>(strip.data(), k < a.k ? a.perm[k] : a.k);
+        }
+        for (int c = 0; c < kTileN; c += 16) {
+          Columns word = {}, codes;
+          for (int i = 0; i < kCodes; ++i) {
+            load_codes<bits>(at[i], c, &codes);
+            word |= codes << (bits * i);
+          }
+          std::memcpy(&words[row][c], &word, sizeof word);
+        }
+      }
+      pack(reinterpret_cast<const int32_t*>(words), B + k0 / MARLIN_TILE_K * a.b_stride + column * kTileN * kWordRows);
+    }
+  }
+}
+
+// The first difference between B and the source in the columns from c0 on, as row * padded_n + column; or -1. `strip` is
+// that part of B as GPTQ words [rows bits/32, 64].
+template <int bits>
+int64_t locate_difference(const Sorting& a, int64_t c0, const uint32_t* strip) {
+  constexpr int kCodes = 32 / bits;
+  constexpr uint32_t kMask = (1u << bits) - 1;
+  for (int64_t k = 0; k < a.rows; ++k) {
+    for (int64_t c = c0; c < c0 + kTileN; ++c) {
+      uint32_t expected = a.fill[c] & kMask;
+      if (k < a.k && c < a.n) {
+        const int64_t row = a.perm[k];
+        expected = load(a.qweight + row / kCodes * a.stride + c) >> row % kCodes * bits & kMask;
+      }
+      if ((strip[k / kCodes * kStripWords + c - c0] >> k % kCodes * bits & kMask) != expected) return k * a.padded_n + c;
+    }
+  }
+  return -1;
+}
+
+// The first difference in the tile columns [begin, end), or -1. `unpack` turns a tile into words [16 bits/32, 64];
+// inverse[r] is where the source's row r is stored. Goes through the source in its own order, so that no code of it is
+// missed whatever `perm` says, and shares nothing with pack_sorted.
+template <int bits, class Unpack>
+MARLIN_INLINE int64_t compare_sorted(const Sorting& a, const int32_t* inverse, const int32_t* B, int64_t begin,
+                                     int64_t end, const Unpack& unpack) {
+  constexpr int kCodes = 32 / bits, kWordRows = MARLIN_TILE_K / kCodes;
+  std::vector<uint32_t> strip(a.rows / kCodes * kStripWords);
+  int64_t first = -1;
+  for (int64_t column = begin; column < end; ++column) {
+    const int64_t c0 = kTileN * column, own = own_columns(a, c0);
+    for (int64_t k0 = 0; k0 < a.rows; k0 += MARLIN_TILE_K) {
+      unpack(B + k0 / MARLIN_TILE_K * a.b_stride + column * kTileN * kWordRows,
+             reinterpret_cast<int32_t*>(strip.data() + k0 / kCodes * kStripWords));
+    }
+    uint32_t expected[kTileN];
+    padding_words<bits>(a, c0, expected);
+    Columns different = {};
+    for (int64_t row = a.k / kCodes; row < a.rows / kCodes; ++row) {
+      for (int c = 0; c < kTileN; c += 16) {
+        Columns found, padding;
+        std::memcpy(&found, &strip[row * kStripWords + c], sizeof found);
+        std::memcpy(&padding, &expected[c], sizeof padding);
+        different |= found ^ padding;
+      }
+    }
+    for (int64_t row = 0; row < a.k / kCodes; ++row) {
+      std::memcpy(expected, a.qweight + row * a.stride + c0, sizeof(int32_t) * own);
+      RowPlace at[kCodes];
+      for (int i = 0; i < kCodes; ++i) at[i] = place_of<bits>(strip.data(), inverse[row * kCodes + i]);
+      for (int c = 0; c < kTileN; c += 16) {
+        for (int i = 0; i < kCodes; ++i) {
+          Columns found, codes;
+          load_codes<bits>(at[i], c, &found);
+          load_codes<bits>({expected, bits * i}, c, &codes);
+          different |= found ^ codes;
+        }
+      }
+    }
+    uint32_t any = 0;
+    for (int i = 0; i < 16; ++i) any |= different[i];
+    if (any == 0) continue;
+    const int64_t place = locate_difference<bits>(a, c0, strip.data());
+    if (place >= 0 && (first < 0 || place < first)) first = place;
+  }
+  return first;
+}
+
+#define MARLIN_SORTED(ISA, ISA8, TARGET)                                                                        \
+  TARGET void pack_sorted_##ISA(const Sorting& a, int bits, int32_t* B, int64_t begin, int64_t end) {           \
+    if (bits == 4) {                                                                                            \
+      pack_sorted<4>(a, B, begin, end, [](const int32_t* words, int32_t* tile) TARGET {                         \
+        pack_tile_##ISA(words, words + kTileN, tile);                                                           \
+      });                                                                                                       \
+    } else {                                                                                                    \
+      pack_sorted<8>(a, B, begin, end,                                                                          \
+                     [](const int32_t* words, int32_t* tile) TARGET { pack_tile8_##ISA8(words, kTileN, tile); }); \
+    }                                                                                                           \
+  }                                                                                                             \
+  TARGET int64_t compare_sorted_##ISA(const Sorting& a, int bits, const int32_t* inverse, const int32_t* B,     \
+                                      int64_t begin, int64_t end) {                                             \
+    if (bits == 4) {                                                                                            \
+      return compare_sorted<4>(a, inverse, B, begin, end, [](const int32_t* tile, int32_t* words) TARGET {      \
+        unpack_tile_##ISA(tile, words, words + kTileN);                                                         \
+      });                                                                                                       \
+    }                                                                                                           \
+    return compare_sorted<8>(a, inverse, B, begin, end, [](const int32_t* tile, int32_t* words) TARGET {        \
+      unpack_tile8_##ISA8(tile, words, kTileN);                                                                 \
+    });                                                                                                         \
+  }
+MARLIN_SORTED(plain, plain, )
+#if MARLIN_X86
+MARLIN_SORTED(avx2, avx2, MARLIN_AVX2)
+MARLIN_SORTED(avx512, avx2, MARLIN_AVX512)
+#endif
+
+using PackSorted = void (*)(const Sorting& a, int bits, int32_t* B, int64_t begin, int64_t end);
+using CompareSorted = int64_t (*)(const Sorting& a, int bits, const int32_t* inverse, const int32_t* B, int64_t begin,
+                                  int64_t end);
+#if MARLIN_X86
+constexpr PackSorted kPackSorted[] = {nullptr, pack_sorted_plain, pack_sorted_avx2, pack_sorted_avx512};
+constexpr CompareSorted kCompareSorted[] = {nullptr, compare_sorted_plain, compare_sorted_avx2, compare_sorted_avx512};
+#else
+constexpr PackSorted kPackSorted[] = {nullptr, pack_sorted_plain};
+constexpr CompareSorted kCompareSorted[] = {nullptr, compare_sorted_plain};
+#endif
+
+// inverse[perm[k]] = k; empty unless perm holds each of 0 .. k - 1 once.
+std::vector<int32_t> inverted(const int32_t* perm, int64_t k) {
+  std::vector<int32_t> inverse(k, -1);
+  for (int64_t i = 0; i < k; ++i) {
+    if (perm[i] < 0 || perm[i] >= k || inverse[perm[i]] >= 0) return {};
+    inverse[perm[i]] = static_cast<int32_t>(i);
+  }
+  return inverse;
+}
+
+// The error of arguments that cannot be, or MARLIN_OK.
+int check(const Sorting& a, int bits, const int32_t* B) {
+  if (a.qweight == nullptr || a.perm == nullptr || a.fill == nullptr || B == nullptr) return MARLIN_ERROR_NULL;
+  if (bits != 4 && bits != 8) return MARLIN_ERROR_BITS;
+  const bool fits = a.k > 0 && a.n > 0 && a.k % (32 / bits) == 0 && a.stride >= a.n && a.rows >= a.k &&
+                    a.padded_n >= a.n && a.b_stride >= a.padded_n * MARLIN_TILE_K * bits / 32;
+  return fits && whole_tiles(a.rows, a.padded_n) ? MARLIN_OK : MARLIN_ERROR_SHAPE;
+}
+
 }  // namespace
 }  // namespace marlin
 
@@ -508,6 +725,45 @@ int marlin_cpu_arrange(const int32_t* qweight, const int32_t* perm, const uint8_
   const int64_t strips = (padded_n + kStrip - 1) / kStrip;
   parallel(strips, kLeastWords / (rows / codes * kStrip) + 1, threads,
            [=](int64_t begin, int64_t end) { function(a, bits, begin, end); });
+  return MARLIN_OK;
+}
+
+int marlin_cpu_pack_sorted(const int32_t* qweight, int64_t stride, const int32_t* perm, const uint8_t* fill, int32_t* B,
+                           int64_t b_stride, int64_t k, int64_t n, int64_t rows, int64_t padded_n, int bits, int threads,
+                           int isa) {
+  using namespace marlin;
+  const Sorting a = {qweight, perm, fill, k, n, stride, rows, padded_n, b_stride};
+  if (const int error = check(a, bits, B)) return error;
+  if (inverted(perm, k).empty()) return MARLIN_ERROR_SHAPE;
+  const int chosen = choose_isa(isa);
+  if (chosen < 0) return MARLIN_ERROR_ISA;
+  const PackSorted function = kPackSorted[chosen];
+  parallel(padded_n / kTileN, kLeastTiles / (rows / MARLIN_TILE_K) + 1, threads,
+           [&, function](int64_t begin, int64_t end) { function(a, bits, B, begin, end); });
+  return MARLIN_OK;
+}
+
+int marlin_cpu_compare_sorted(const int32_t* qweight, int64_t stride, const int32_t* perm, const uint8_t* fill,
+                              const int32_t* B, int64_t b_stride, int64_t k, int64_t n, int64_t rows, int64_t padded_n,
+                              int bits, int threads, int isa, int64_t* difference) {
+  using namespace marlin;
+  const Sorting a = {qweight, perm, fill, k, n, stride, rows, padded_n, b_stride};
+  if (difference == nullptr) return MARLIN_ERROR_NULL;
+  if (const int error = check(a, bits, B)) return error;
+  const std::vector<int32_t> inverse = inverted(perm, k);
+  if (inverse.empty()) return MARLIN_ERROR_SHAPE;
+  const int chosen = choose_isa(isa);
+  if (chosen < 0) return MARLIN_ERROR_ISA;
+  const CompareSorted function = kCompareSorted[chosen];
+  constexpr int64_t kNone = INT64_MAX;
+  std::atomic<int64_t> first{kNone};
+  parallel(padded_n / kTileN, kLeastTiles / (rows / MARLIN_TILE_K) + 1, threads,
+           [&, function](int64_t begin, int64_t end) {
+             const int64_t found = function(a, bits, inverse.data(), B, begin, end);
+             for (int64_t known = first; found >= 0 && found < known && !first.compare_exchange_weak(known, found);) {
+             }
+           });
+  *difference = first == kNone ? -1 : first.load();
   return MARLIN_OK;
 }
 
