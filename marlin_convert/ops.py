@@ -240,8 +240,8 @@ def pack_sorted(
     backend, isa_code = _choose(threads, isa)
     if isinstance(backend, _Native):
         backend.call(
-            "marlin_cpu_pack_sorted", _pointer(qweight), _stride(qweight), _pointer(perm), _pointer(fill), _pointer(out),
-            _stride(out), K, N, rows, fill.size, bits, threads, isa_code,
+            "marlin_cpu_pack_sorted", _pointer(qweight), _stride(qweight), _pointer(perm), _pointer(fill),
+            _pointer(out), _stride(out), K, N, rows, fill.size, bits, threads, isa_code,
         )  # fmt: skip
     else:
         from . import repack
@@ -276,8 +276,8 @@ def sorted_difference(
     if isinstance(backend, _Native):
         place = ctypes.c_int64()
         backend.call(
-            "marlin_cpu_compare_sorted", _pointer(qweight), _stride(qweight), _pointer(perm), _pointer(fill), _pointer(B),
-            _stride(B), K, N, rows, fill.size, bits, threads, isa_code, ctypes.byref(place),
+            "marlin_cpu_compare_sorted", _pointer(qweight), _stride(qweight), _pointer(perm), _pointer(fill),
+            _pointer(B), _stride(B), K, N, rows, fill.size, bits, threads, isa_code, ctypes.byref(place),
         )  # fmt: skip
         return None if place.value < 0 else divmod(place.value, fill.size)
     from . import repack
@@ -625,7 +625,9 @@ def _check_rows(array: Any, name: str, dtype: Any) -> None:
 
 def _stride(matrix: NDArray[Any]) -> int:
     """Elements from a row to the next."""
-    return max(matrix.strides[0] // matrix.itemsize, matrix.shape[1])  # numpy: any stride, where there is one row
+    return max(
+        int(matrix.strides[0]) // matrix.itemsize, int(matrix.shape[1])
+    )  # numpy: any stride, where there is one row
 
 
 def _check_fill(fill: NDArray[np.uint8], K: int, N: int, bits: int) -> None:

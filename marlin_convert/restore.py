@@ -9,7 +9,6 @@ checkpoints that other tools made, the settings are those that the tensors imply
 from __future__ import annotations
 
 import copy
-import os
 import re
 import shutil
 import threading
@@ -332,7 +331,7 @@ def _write_tensors(
         fill = np.zeros(columns, np.uint8)
         ops.arrange(words, natural, bits=bits, fill=fill, rows=layer.K, perm=inverse)
         # Of padding only the last tile of the layer's own rows is looked at, and taken to be as it is.
-        if layer.K < layer.stored_K:
+        if layer.stored_K > layer.K:
             last = words[layer.K * bits // 32].view(np.uint32) >> layer.K * bits % 32
             fill = (last & np.uint32(2**bits - 1)).astype(np.uint8)
         tiles = B[: -(-layer.K // TILE_K)]

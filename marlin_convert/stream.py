@@ -26,9 +26,9 @@ BLOCK_BYTES = 2 << 20
 #: Threads that work at a time. One more than the cores, because one of them waits for the disk.
 WORKERS = min(8, 1 + (os.cpu_count() or 1))
 
-#: Bytes of packed weights in one panel: as many as possible, since each row of a panel is read and written by a call of
-#: its own, within 600 MB for the panels of all workers, each of which holds three at the most.
-PANEL_BYTES = (600 << 20) // (3 * WORKERS)
+#: Bytes of packed weights in one panel. Each of its rows is read and written by a call of its own, so that it should
+#: not be small; and touching new memory costs more than anything else, so that it should not be large either.
+PANEL_BYTES = 24 << 20
 
 #: Rows of K that stay together: whole tile rows, and what the CUDA kernels take at the least.
 ROWS = 4 * TILE_K
@@ -59,20 +59,21 @@ def stored_blocks(layer: Stored) -> Iterator[tuple[int, int]]:
 
 def column_panels(layer: Stored) -> Iterator[tuple[int, int]]:
     """(first column, columns) of each panel of a layer as it is stored: all its rows of so many columns."""
-    per_column = layer.stored_K * layer.bits // 8  # bytes
-    yield from _columns(layer.stored_N, -(-layer.stored_N * per_column // PANEL_BYTES))
+    return _columns(layer, layer.stored_N, PANEL_BYTES)
 
 
 def strips(layer: Stored, columns: int) -> Iterator[tuple[int, int]]:
-    """(first column, columns) of the parts of a panel that are worked on one after the other, to stay in the cache."""
-    yield from _columns(columns, -(-columns * layer.stored_K * layer.bits // 8 // BLOCK_BYTES))
+    """(first column, columns) of the parts of a panel, each worked on as a whole, so that it stays in the cache."""
+    return _columns(layer, columns, BLOCK_BYTES)
 
 
-def _columns(N: int, parts: int) -> Iterator[tuple[int, int]]:
-    """At least `parts` parts of N columns, if there are so many tiles; about equally wide, each of whole tiles."""
-    width = max(1, N // TILE_N // parts) * TILE_N
-    for first in range(0, N, width):
-        yield first, min(width, N - first)
+def _columns(layer: Stored, columns: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Parts of so many columns of a layer: of whole tiles, about equally wide, of at most `limit` bytes or one tile."""
+    tiles, per_tile = columns // TILE_N, layer.stored_K * TILE_N * layer.bits // 8
+    parts = -(-tiles // max(1, limit // per_tile))
+    width = -(-tiles // parts) * TILE_N
+    for first in range(0, columns, width):
+        yield first, min(width, columns - first)
 
 
 def byte_blocks(nbytes: int) -> Iterator[tuple[int, int]]:

@@ -771,6 +771,27 @@ def test_read_into_beyond_the_tensor(counting: tuple[Checkpoint, Tensor], start:
     assert (buffer == 0xEE).all()
 
 
+@pytest.mark.parametrize(("first", "columns"), [(0, 100), (0, 1), (99, 1), (30, 45)])
+def test_read_columns(
+    counting: tuple[Checkpoint, Tensor], first: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, tensor = counting
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:17]], at))
+    buffer = np.full((10, columns), 0xEE, np.uint8)
+    checkpoint.read_columns(tensor, buffer, first)
+    np.testing.assert_array_equal(buffer, (np.arange(1000) % 251).reshape(10, 100)[:, first : first + columns])
+
+
+@pytest.mark.parametrize(("first", "shape"), [(-1, (10, 2)), (99, (10, 2)), (0, (10, 101)), (0, (9, 100))])
+def test_read_columns_beyond_the_tensor(
+    counting: tuple[Checkpoint, Tensor], first: int, shape: tuple[int, int]
+) -> None:
+    checkpoint, tensor = counting
+    with pytest.raises(ValueError, match=r"of \(10, 100\) were asked for"):
+        checkpoint.read_columns(tensor, np.zeros(shape, np.uint8), first)
+
+
 def test_read_into_continues_after_short_reads(
     counting: tuple[Checkpoint, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -483,11 +483,6 @@ struct Sorting {
   int64_t k, n, stride, rows, padded_n, b_stride;
 };
 
-// 16 columns; a compiler for less than 512 bits makes several registers of it.
-typedef uint32_t Columns __attribute__((vector_size(64)));
-
-#define MARLIN_INLINE inline __attribute__((always_inline))
-
 // Words in a strip's row: a strip is 64 columns of a layer as GPTQ words, its rows side by side in memory.
 constexpr int64_t kStripWords = kTileN;
 
@@ -497,16 +492,46 @@ struct RowPlace {
   int shift;
 };
 template <int bits>
-MARLIN_INLINE RowPlace place_of(const uint32_t* strip, int64_t row) {
+inline RowPlace place_of(const uint32_t* strip, int64_t row) {
   constexpr int kCodes = 32 / bits;
   return {strip + row / kCodes * kStripWords, static_cast<int>(row % kCodes) * bits};
 }
-// The codes of 16 columns from `c` on. (By pointer: how vectors are returned depends on the instruction set.)
+
+// One row of 64 words of which row i of the codes is that at at[i].
 template <int bits>
-MARLIN_INLINE void load_codes(const RowPlace& at, int64_t c, Columns* codes) {
-  std::memcpy(codes, at.words + c, sizeof *codes);
-  *codes = *codes >> at.shift & ((1u << bits) - 1);
+inline __attribute__((always_inline)) void gather_words(const RowPlace* at, uint32_t* words) {
+  typedef uint32_t Columns __attribute__((vector_size(32)));  // registers of 128 bits do as well
+  for (int c = 0; c < kTileN; c += 8) {
+    Columns word = {}, codes;
+    for (int i = 0; i < 32 / bits; ++i) {
+      std::memcpy(&codes, at[i].words + c, sizeof codes);
+      word |= (codes >> at[i].shift & ((1u << bits) - 1)) << (bits * i);
+    }
+    std::memcpy(words + c, &word, sizeof word);
+  }
 }
+template <int bits>
+void gather_plain(const RowPlace* at, uint32_t* words) { gather_words<bits>(at, words); }
+#if MARLIN_X86
+template <int bits>
+MARLIN_AVX2 void gather_avx2(const RowPlace* at, uint32_t* words) { gather_words<bits>(at, words); }
+
+template <int bits>
+MARLIN_AVX512 void gather_avx512(const RowPlace* at, uint32_t* words) {
+  constexpr int kCodes = 32 / bits;
+  __m512i turn[kCodes];
+  for (int i = 0; i < kCodes; ++i) turn[i] = _mm512_set1_epi32(bits * i - at[i].shift);  // counts modulo 32
+  for (int c = 0; c < kTileN; c += 16) {
+    __m512i word = _mm512_setzero_si512();
+    for (int i = 0; i < kCodes; ++i) {
+      const __m512i mask = _mm512_set1_epi32(static_cast<int>(((1u << bits) - 1) << bits * i));
+      // 0xca: where the mask is set the second operand, elsewhere the third.
+      word = _mm512_ternarylogic_epi32(mask, _mm512_rolv_epi32(_mm512_loadu_si512(at[i].words + c), turn[i]), word, 0xca);
+    }
+    _mm512_storeu_si512(words + c, word);
+  }
+}
+#endif
 
 // A row of words for the columns from c0 on, in which every code is padding.
 template <int bits>
@@ -536,9 +561,10 @@ void copy_strip(const Sorting& a, int64_t c0, uint32_t* strip) {
   std::memcpy(strip, padding, sizeof padding);
 }
 
-// Tile columns [begin, end). `pack` turns a tile's words [16 bits/32, 64] into the tile.
-template <int bits, class Pack>
-MARLIN_INLINE void pack_sorted(const Sorting& a, int32_t* B, int64_t begin, int64_t end, const Pack& pack) {
+// Tile columns [begin, end). `gather` makes a row of words of a tile; `pack` turns its words [16 bits/32, 64] into the tile.
+template <int bits, class Gather, class Pack>
+inline __attribute__((always_inline)) void pack_sorted(const Sorting& a, int32_t* B, int64_t begin, int64_t end,
+                                                       const Gather& gather, const Pack& pack) {
   constexpr int kCodes = 32 / bits, kWordRows = MARLIN_TILE_K / kCodes;
   std::vector<uint32_t> strip((a.k / kCodes + 1) * kStripWords);
   for (int64_t column = begin; column < end; ++column) {
@@ -551,14 +577,7 @@ MARLIN_INLINE void pack_sorted(const Sorting& a, int32_t* B, int64_t begin, int6
           const int64_t k = k0 + row * kCodes + i;
           at[i] = place_of<bits>(strip.data(), k < a.k ? a.perm[k] : a.k);
         }
-        for (int c = 0; c < kTileN; c += 16) {
-          Columns word = {}, codes;
-          for (int i = 0; i < kCodes; ++i) {
-            load_codes<bits>(at[i], c, &codes);
-            word |= codes << (bits * i);
-          }
-          std::memcpy(&words[row][c], &word, sizeof word);
-        }
+        gather(at, words[row]);
       }
       pack(reinterpret_cast<const int32_t*>(words), B + k0 / MARLIN_TILE_K * a.b_stride + column * kTileN * kWordRows);
     }
@@ -585,11 +604,12 @@ int64_t locate_difference(const Sorting& a, int64_t c0, const uint32_t* strip) {
 }
 
 // The first difference in the tile columns [begin, end), or -1. `unpack` turns a tile into words [16 bits/32, 64];
-// inverse[r] is where the source's row r is stored. Goes through the source in its own order, so that no code of it is
-// missed whatever `perm` says, and shares nothing with pack_sorted.
-template <int bits, class Unpack>
-MARLIN_INLINE int64_t compare_sorted(const Sorting& a, const int32_t* inverse, const int32_t* B, int64_t begin,
-                                     int64_t end, const Unpack& unpack) {
+// inverse[r] is where the source's row r is stored. Brings what was unpacked back into the source's own order, word by word,
+// so that no code of the source is missed.
+template <int bits, class Gather, class Unpack>
+inline __attribute__((always_inline)) int64_t compare_sorted(const Sorting& a, const int32_t* inverse, const int32_t* B,
+                                                             int64_t begin, int64_t end, const Gather& gather,
+                                                             const Unpack& unpack) {
   constexpr int kCodes = 32 / bits, kWordRows = MARLIN_TILE_K / kCodes;
   std::vector<uint32_t> strip(a.rows / kCodes * kStripWords);
   int64_t first = -1;
@@ -599,60 +619,45 @@ MARLIN_INLINE int64_t compare_sorted(const Sorting& a, const int32_t* inverse, c
       unpack(B + k0 / MARLIN_TILE_K * a.b_stride + column * kTileN * kWordRows,
              reinterpret_cast<int32_t*>(strip.data() + k0 / kCodes * kStripWords));
     }
-    uint32_t expected[kTileN];
-    padding_words<bits>(a, c0, expected);
-    Columns different = {};
-    for (int64_t row = a.k / kCodes; row < a.rows / kCodes; ++row) {
-      for (int c = 0; c < kTileN; c += 16) {
-        Columns found, padding;
-        std::memcpy(&found, &strip[row * kStripWords + c], sizeof found);
-        std::memcpy(&padding, &expected[c], sizeof padding);
-        different |= found ^ padding;
+    uint32_t padding[kTileN];
+    padding_words<bits>(a, c0, padding);
+    bool equal = true;
+    for (int64_t row = 0; row < a.rows / kCodes; ++row) {
+      alignas(64) uint32_t words[kTileN];
+      const uint32_t* found = strip.data() + row * kStripWords;
+      int64_t of_source = 0;  // columns
+      if (row < a.k / kCodes) {
+        RowPlace at[kCodes];
+        for (int i = 0; i < kCodes; ++i) at[i] = place_of<bits>(strip.data(), inverse[row * kCodes + i]);
+        gather(at, words);
+        found = words, of_source = own;
+        equal &= std::memcmp(found, a.qweight + row * a.stride + c0, sizeof(int32_t) * own) == 0;
       }
+      equal &= std::memcmp(found + of_source, padding + of_source, sizeof(int32_t) * (kTileN - of_source)) == 0;
     }
-    for (int64_t row = 0; row < a.k / kCodes; ++row) {
-      std::memcpy(expected, a.qweight + row * a.stride + c0, sizeof(int32_t) * own);
-      RowPlace at[kCodes];
-      for (int i = 0; i < kCodes; ++i) at[i] = place_of<bits>(strip.data(), inverse[row * kCodes + i]);
-      for (int c = 0; c < kTileN; c += 16) {
-        for (int i = 0; i < kCodes; ++i) {
-          Columns found, codes;
-          load_codes<bits>(at[i], c, &found);
-          load_codes<bits>({expected, bits * i}, c, &codes);
-          different |= found ^ codes;
-        }
-      }
-    }
-    uint32_t any = 0;
-    for (int i = 0; i < 16; ++i) any |= different[i];
-    if (any == 0) continue;
-    const int64_t place = locate_difference<bits>(a, c0, strip.data());
-    if (place >= 0 && (first < 0 || place < first)) first = place;
+    if (equal) continue;
+    const int64_t place = std::max<int64_t>(locate_difference<bits>(a, c0, strip.data()), 0);
+    if (first < 0 || place < first) first = place;
   }
   return first;
 }
 
-#define MARLIN_SORTED(ISA, ISA8, TARGET)                                                                        \
-  TARGET void pack_sorted_##ISA(const Sorting& a, int bits, int32_t* B, int64_t begin, int64_t end) {           \
-    if (bits == 4) {                                                                                            \
-      pack_sorted<4>(a, B, begin, end, [](const int32_t* words, int32_t* tile) TARGET {                         \
-        pack_tile_##ISA(words, words + kTileN, tile);                                                           \
-      });                                                                                                       \
-    } else {                                                                                                    \
-      pack_sorted<8>(a, B, begin, end,                                                                          \
-                     [](const int32_t* words, int32_t* tile) TARGET { pack_tile8_##ISA8(words, kTileN, tile); }); \
-    }                                                                                                           \
-  }                                                                                                             \
-  TARGET int64_t compare_sorted_##ISA(const Sorting& a, int bits, const int32_t* inverse, const int32_t* B,     \
-                                      int64_t begin, int64_t end) {                                             \
-    if (bits == 4) {                                                                                            \
-      return compare_sorted<4>(a, inverse, B, begin, end, [](const int32_t* tile, int32_t* words) TARGET {      \
-        unpack_tile_##ISA(tile, words, words + kTileN);                                                         \
-      });                                                                                                       \
-    }                                                                                                           \
-    return compare_sorted<8>(a, inverse, B, begin, end, [](const int32_t* tile, int32_t* words) TARGET {        \
-      unpack_tile8_##ISA8(tile, words, kTileN);                                                                 \
-    });                                                                                                         \
+#define MARLIN_SORTED(ISA, ISA8, TARGET)                                                                              \
+  TARGET void pack_sorted_##ISA(const Sorting& a, int bits, int32_t* B, int64_t begin, int64_t end) {                 \
+    const auto pack4 = [](const int32_t* words, int32_t* tile) TARGET { pack_tile_##ISA(words, words + kTileN, tile); }; \
+    const auto pack8 = [](const int32_t* words, int32_t* tile) TARGET { pack_tile8_##ISA8(words, kTileN, tile); };    \
+    if (bits == 4) {                                                                                                  \
+      pack_sorted<4>(a, B, begin, end, gather_##ISA<4>, pack4);                                                       \
+    } else {                                                                                                          \
+      pack_sorted<8>(a, B, begin, end, gather_##ISA<8>, pack8);                                                       \
+    }                                                                                                                 \
+  }                                                                                                                   \
+  TARGET int64_t compare_sorted_##ISA(const Sorting& a, int bits, const int32_t* inverse, const int32_t* B,           \
+                                      int64_t begin, int64_t end) {                                                   \
+    const auto unpack4 = [](const int32_t* tile, int32_t* r) TARGET { unpack_tile_##ISA(tile, r, r + kTileN); };      \
+    const auto unpack8 = [](const int32_t* tile, int32_t* r) TARGET { unpack_tile8_##ISA8(tile, r, kTileN); };        \
+    if (bits == 4) return compare_sorted<4>(a, inverse, B, begin, end, gather_##ISA<4>, unpack4);                     \
+    return compare_sorted<8>(a, inverse, B, begin, end, gather_##ISA<8>, unpack8);                                    \
   }
 MARLIN_SORTED(plain, plain, )
 #if MARLIN_X86
