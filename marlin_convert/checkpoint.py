@@ -74,7 +74,8 @@ class Checkpoint:
     named in `CONFIG_FILES`, which are parsed into `configs`.
     """
 
-    CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json")
+    #: The model's config, then those of the quantization alone: AutoGPTQ's and GPTQModel's, AutoAWQ's, AutoRound's.
+    CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -451,7 +451,7 @@ def _write_configs(checkpoint: Checkpoint, report: Restored, folder: Path, noted
             else:
                 main[key] = value
         write_json(folder / "config.json", main)
-    for name in ("quantize_config.json", "quant_config.json"):
+    for name in Checkpoint.CONFIG_FILES[1:]:
         if name in configs:
             write_json(folder / name, _with_format(configs[name], report.zero_points))
         elif not configs and name == "quantize_config.json":

@@ -637,12 +637,14 @@ def test_extra_files_are_what_is_no_weight_no_config_and_not_hidden(tmp_path: Pa
     left = [
         "pytorch_model.bin", "a.pt", "a.pth", "a.pkl", "a.ckpt", "a.gguf", "a.onnx", "tf_model.h5",
         "flax_model.msgpack", "pytorch_model.bin.index.json", "sub/other.safetensors", ".git/config", ".gitattributes",
-        "quant_config.json", "quantize_config.json",
+        "quant_config.json", "quantize_config.json", "quantization_config.json",
     ]  # fmt: skip
     write_source(tmp_path / "m", extra={**dict.fromkeys(kept, "x"), **dict.fromkeys(left, "{}")})
     with Checkpoint(tmp_path / "m") as checkpoint:
         assert list(checkpoint.extra_files) == kept
-        assert set(checkpoint.configs) == {"config.json", "quantize_config.json", "quant_config.json"}
+        assert set(checkpoint.configs) == {
+            "config.json", "quantize_config.json", "quant_config.json", "quantization_config.json"
+        }  # fmt: skip
 
 
 # ---- Other kinds of weights ----
