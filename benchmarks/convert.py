@@ -1,12 +1,12 @@
 """How fast is a conversion, beside `cp -r` of the same folder? And how much memory does it take?
 
-    python benchmarks/convert.py [--shape mistral-7b] [--runs 5] [--folder DIR] [--verify]
+    python benchmarks/convert.py [--shape mistral-7b] [--act-order] [--bits 8] [--runs 5] [--folder DIR] [--verify]
 
 Makes a checkpoint of the shape (kept in DIR for the next time), then alternates, in one run: `cp -r` and `sync`;
 the conversion; with --verify the conversion with --verify. Prints the median of the ratios, pair by pair, and the
 peak memory of the whole process; then what benchmarks/repack.py measures: the repacking alone, in memory, and its
 ratio to numpy's. Each time ends when the data is on disk. Needs about 3 times the checkpoint's
-size in DIR (4.2 GB for mistral-7b).
+size in DIR (4.2 GB for mistral-7b; 7.7 GB with 8 bits).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from shapes import SHAPES, make
@@ -49,15 +50,18 @@ def timed(command: list[str]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
+    parser.add_argument("--act-order", action="store_true", help="rows in groups of 128 in random order")
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "marlin-convert-bench")
     parser.add_argument("--verify", action="store_true", help="also time --verify")
     options = parser.parse_args()
 
-    source, copy, out = (options.folder / name for name in (options.shape, "copy", "out"))
+    title = options.shape + ("-act-order" if options.act_order else "") + ("-8-bit" if options.bits == 8 else "")
+    source, copy, out = (options.folder / folder for folder in (title, "copy", "out"))
     if not source.exists():
         print(f"making {source} …", flush=True)
-        make(source, SHAPES[options.shape])
+        make(source, replace(SHAPES[options.shape], bits=options.bits, act_order=options.act_order))
     nbytes = sum(f.stat().st_size for f in source.iterdir())
     os.sync()
     base = [sys.executable, "-m", "marlin_convert.cli"]
@@ -83,7 +87,7 @@ def main() -> None:
     for folder in (copy, out):
         shutil.rmtree(folder, ignore_errors=True)
 
-    print(f"{options.shape}: {nbytes / 1e9:.2f} GB, median of {options.runs}, {os.cpu_count()} cores")
+    print(f"{title}: {nbytes / 1e9:.2f} GB, median of {options.runs}, {os.cpu_count()} cores")
     for name, values in times.items():
         ratio = statistics.median(t / c for t, c in zip(values, times["cp -r"], strict=True))
         rate = nbytes / 1e9 / statistics.median(values)

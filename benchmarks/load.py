@@ -71,7 +71,7 @@ def plain_checkpoint(folder: Path, config: dict[str, Any], shape: Shape) -> None
     folder.mkdir(parents=True)
     weights = [(f"{name}.weight", "F16", (n, k)) for name, k, n in linears(shape)]
     others = [t for t in tensors(shape) if t[0].endswith(".weight")]
-    write(folder / "model.safetensors", [*weights, *others], np.random.default_rng(0))
+    write(folder / "model.safetensors", [*weights, *others], shape, np.random.default_rng(0))
     sizes = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "vocab_size": shape.vocabulary,
              "num_attention_heads": shape.hidden // 128, "num_key_value_heads": shape.kv // 128}  # fmt: skip
     rest = {key: value for key, value in config.items() if key != "quantization_config"}

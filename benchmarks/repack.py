@@ -4,7 +4,8 @@
 
 Prints a table: packed weights per second (GB/s, counting the bytes of `qweight` once) for each direction, instruction
 set and number of threads; then the same for packing in numpy in the customary way (codes as whole integers, a
-permutation of columns, eight shift-and-or steps), which is checked for equality with the native result.
+permutation of columns, eight shift-and-or steps), which is checked for equality with the native result. A second
+table: act-order, rows in random order sorted and packed in one pass, and compared with the source again.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,6 +111,37 @@ def main() -> None:
     console = Console()
     console.print(ops.describe())
     console.print(table)
+    if ops.native_available():
+        console.print(act_order_table(qweight, B, arguments.threads, arguments.repeats))
+
+
+def act_order_table(qweight: NDArray[np.int32], B: NDArray[np.int32], threads: list[int], repeats: int) -> Table:
+    """As `write_sorted` of convert.py does it: strip after strip, with the comparison after each."""
+    rows, N = qweight.shape
+    K = rows * layout.PACK_FACTOR
+    perm, width = np.random.default_rng(0).permutation(K).astype(np.int32), max(64, (2 << 20) // (K // 2) // 64 * 64)
+
+    def strips(function: Callable[[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]], object]) -> None:
+        for n in range(0, N, width):
+            words, part = qweight[:, n : n + width], B[:, 2 * n : 2 * (n + width)]
+            function(words, part, np.full(words.shape[1], layout.ZERO_POINT, np.uint8))
+
+    table = Table(title=f"the same with act-order, strips of {width} columns")
+    for column in ("code", "threads", "sort and pack GB/s", "compare GB/s"):
+        table.add_column(column, justify="left" if column == "code" else "right")
+    for isa in ops.available_isas():
+        for count in threads:
+
+            def pack(words: Any, part: Any, fill: Any, count: int = count, isa: str = isa) -> None:
+                ops.pack_sorted(words, part, bits=4, perm=perm, fill=fill, rows=K, threads=count, isa=isa)
+
+            def compare(words: Any, part: Any, fill: Any, count: int = count, isa: str = isa) -> None:
+                if ops.sorted_difference(part, words, bits=4, perm=perm, fill=fill, threads=count, isa=isa):
+                    raise SystemExit(f"{isa}: wrong rows")
+
+            rates = [qweight.nbytes / 1e9 / best_time(partial(strips, f), repeats) for f in (pack, compare)]
+            table.add_row(isa, str(count), *(f"{rate:.2f}" for rate in rates))
+    return table
 
 
 if __name__ == "__main__":

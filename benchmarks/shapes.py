@@ -24,6 +24,8 @@ class Shape:
     layers: int
     vocabulary: int
     files: int = 1
+    bits: int = 4
+    act_order: bool = False  # rows in groups of equal size, in random order
 
 
 SHAPES = {
@@ -50,7 +52,8 @@ def tensors(shape: Shape) -> list[tuple[str, str, tuple[int, ...]]]:
     result: list[tuple[str, str, tuple[int, ...]]] = []
     for name, k, n in linears(shape):
         g = k // GROUP_SIZE
-        result += [(f"{name}.qweight", "I32", (k // 8, n)), (f"{name}.qzeros", "I32", (g, n // 8)),
+        codes = 32 // shape.bits  # in a word
+        result += [(f"{name}.qweight", "I32", (k // codes, n)), (f"{name}.qzeros", "I32", (g, n // codes)),
                    (f"{name}.g_idx", "I32", (k,)), (f"{name}.scales", "F16", (g, n))]  # fmt: skip
     for layer in range(shape.layers):
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -74,14 +77,14 @@ def make(folder: Path, shape: Shape, seed: int = 0) -> None:
         file = f"model{suffix}.safetensors"
         part = sorted(everything[number * per_file : (number + 1) * per_file], key=lambda t: t[1] != "I32")
         weight_map.update({name: file for name, _, _ in part})
-        write(folder / file, part, rng)
+        write(folder / file, part, shape, rng)
     if shape.files > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     quantization = {
-        "bits": 4,
+        "bits": shape.bits,
         "group_size": GROUP_SIZE,
         "sym": True,
-        "desc_act": False,
+        "desc_act": shape.act_order,
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
     }
@@ -95,7 +98,7 @@ def make(folder: Path, shape: Shape, seed: int = 0) -> None:
     (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2))
 
 
-def write(path: Path, part: list[tuple[str, str, tuple[int, ...]]], rng: np.random.Generator) -> None:
+def write(path: Path, part: list[tuple[str, str, tuple[int, ...]]], shape: Shape, rng: np.random.Generator) -> None:
     header, begin = {}, 0
     for name, dtype, dims in part:
         nbytes = int(np.prod(dims, dtype=np.int64)) * (4 if dtype == "I32" else 2)
@@ -108,9 +111,10 @@ def write(path: Path, part: list[tuple[str, str, tuple[int, ...]]], rng: np.rand
         for name, dtype, dims in part:
             begin, end = header[name]["data_offsets"]
             if name.endswith("g_idx"):
-                file.write((np.arange(dims[0], dtype=np.int32) // GROUP_SIZE).tobytes())
+                g_idx = np.arange(dims[0], dtype=np.int32) // GROUP_SIZE
+                file.write((rng.permutation(g_idx) if shape.act_order else g_idx).tobytes())
             elif name.endswith("qzeros"):
-                file.write(np.full(dims, 0x77777777, np.int32).tobytes())
+                file.write(np.full(dims, 0x77777777 if shape.bits == 4 else 0x7F7F7F7F, np.int32).tobytes())
             else:
                 for start in range(begin, end, CHUNK):
                     words = rng.integers(0, 2**32, (min(CHUNK, end - start) + 3) // 4, dtype=np.uint32)

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 // Raise it with every change of a prototype or of a meaning, here and in marlin_convert/ops.py.
-#define MARLIN_CPU_ABI_VERSION 2
+#define MARLIN_CPU_ABI_VERSION 3
 
 // The layout; the same names as in layout.py.
 #define MARLIN_BITS 4
@@ -71,6 +71,22 @@ MARLIN_EXPORT int marlin_cpu_unpack(const int32_t* B, int32_t* qweight, int64_t 
 MARLIN_EXPORT int marlin_cpu_arrange(const int32_t* qweight, const int32_t* perm, const uint8_t* fill, int32_t* out,
                                      int64_t k, int64_t n, int64_t k0, int64_t rows, int64_t padded_n, int bits,
                                      int threads, int isa);
+
+// Act-order, sorted and packed in one pass: B [rows/16, padded_n bits/2] of a layer whose stored row i is the source's row
+// perm[i]; what lies beyond the source's k rows and n columns is `fill` [padded_n], a code for each column. qweight
+// [k bits/32, n] and B may be some columns of wider matrices: stride and b_stride are words from one row to the next.
+// perm [k] holds each of 0 .. k - 1 once; k is a multiple of 32/bits; rows >= k and padded_n >= n are whole tiles.
+MARLIN_EXPORT int marlin_cpu_pack_sorted(const int32_t* qweight, int64_t stride, const int32_t* perm,
+                                         const uint8_t* fill, int32_t* B, int64_t b_stride, int64_t k, int64_t n,
+                                         int64_t rows, int64_t padded_n, int bits, int threads, int isa);
+
+// Whether B is what marlin_cpu_pack_sorted makes, found out the other way round: B is unpacked, and every code of the
+// source compared with the one at its place. `difference` receives -1, or row * padded_n + column of the first code of B
+// that is not as it should be.
+MARLIN_EXPORT int marlin_cpu_compare_sorted(const int32_t* qweight, int64_t stride, const int32_t* perm,
+                                            const uint8_t* fill, const int32_t* B, int64_t b_stride, int64_t k,
+                                            int64_t n, int64_t rows, int64_t padded_n, int bits, int threads, int isa,
+                                            int64_t* difference);
 
 // Index of the first element in which a[count] and b[count] differ, or -1.
 MARLIN_EXPORT int64_t marlin_cpu_first_difference(const int32_t* a, const int32_t* b, int64_t count);

@@ -74,7 +74,8 @@ class Checkpoint:
     named in `CONFIG_FILES`, which are parsed into `configs`.
     """
 
-    CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json")
+    #: The model's config, then those of the quantization alone: AutoGPTQ's and GPTQModel's, AutoAWQ's, AutoRound's.
+    CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -131,7 +132,23 @@ class Checkpoint:
         view = buffer.reshape(-1).view(np.uint8).data
         if start < 0 or start + len(view) > tensor.nbytes:
             raise ValueError(f"{tensor.name}: bytes {start} to {start + len(view)} of {tensor.nbytes} were asked for")
-        position, fd = tensor.offset + start, self._fds[tensor.file]
+        self._read_at(tensor, tensor.offset + start, view)
+
+    def read_columns(self, tensor: Tensor, buffer: Buffer, first: int) -> None:
+        """Fill `buffer` [rows, columns] with the columns of a matrix from `first` on. Thread-safe; as `read_into`."""
+        (rows, width), (_, columns) = tensor.shape, buffer.shape
+        if buffer.shape[0] != rows or first < 0 or first + columns > width:
+            raise ValueError(f"{tensor.name}: columns {first} to {first + columns} of {tensor.shape} were asked for")
+        if columns == width:
+            self.read_into(tensor, buffer)
+            return
+        view, length = buffer.reshape(-1).view(np.uint8).data, columns * buffer.itemsize
+        for row in range(rows):
+            position = tensor.offset + (row * width + first) * buffer.itemsize
+            self._read_at(tensor, position, view[row * length : (row + 1) * length])
+
+    def _read_at(self, tensor: Tensor, position: int, view: memoryview) -> None:
+        fd = self._fds[tensor.file]
         while view:
             try:
                 count = os.preadv(fd, [view], position)

@@ -113,10 +113,7 @@ def find_configs(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
     for where, holder in (("config.json", main), ("config.json text_config", text)):
         if isinstance(holder, dict) and isinstance(holder.get("quantization_config"), dict):
             found[where] = holder["quantization_config"]
-    for name in ("quantize_config.json", "quant_config.json"):
-        if name in configs:
-            found[name] = configs[name]
-    return found
+    return found | {name: config for name, config in configs.items() if name != "config.json"}
 
 
 def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:

@@ -30,8 +30,8 @@ from .plan import V1_WORD, Layer, Plan, make_plan, span
 from .progress import BytesOnly, Progress
 from .publish import REPORT_FILE, Shards, check_free, check_space, existing, new_folder, write_json
 from .scales import ScaleFit, to_extended, to_fp16
-from .source import source_rows, stored_groups, stored_words
-from .stream import Buffers, byte_blocks, run_all, stored_blocks
+from .source import Order, order_difference, source_columns, source_rows, stored_groups, stored_order
+from .stream import Buffers, byte_blocks, column_panels, run_all, stored_blocks, strips
 from .supply import Item, Supply, counted, files_of, items
 from .upload import Target, check_target, create_repository, default_name, push
 from .verify import Verification, Verifier, code_difference, verify
@@ -341,10 +341,14 @@ def usable_device(options: Options) -> tuple[Device, str | None]:
 Packer: TypeAlias = "Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32], int], object]"
 
 
+def pack_on_cpu(words: npt.NDArray[np.int32], B: npt.NDArray[np.int32], bits: int) -> None:
+    ops.pack(words, out=B, bits=bits)
+
+
 def packer(device: Device, options: Options) -> Packer:
     """What repacks: the CPU, which keeps up with any disk, unless a GPU was asked for by name."""
     if device.kind == "cpu" or options.device == "auto":
-        return lambda words, B, bits: ops.pack(words, out=B, bits=bits)
+        return pack_on_cpu
     import torch
 
     from . import cuda
@@ -367,8 +371,11 @@ def write_tensors(
     """
     label = "converting and verifying" if verifier else "converting"
     progress.stage(label, plan.bytes_out * (2 if verifier else 1), len(plan.layers))
-    buffers, one_at_a_time = Buffers(), threading.Lock()
-    blocks_left = {layer.name: sum(1 for _ in stored_blocks(layer)) for layer in plan.layers}
+    buffers = Buffers()
+    blocks_left = {
+        layer.name: sum(1 for _ in (column_panels(layer) if layer.act_order else stored_blocks(layer)))
+        for layer in plan.layers
+    }
     counting = threading.Lock()
 
     def tasks() -> Iterator[Callable[[], None]]:
@@ -382,7 +389,8 @@ def write_tensors(
             return
         yield partial(write_groups, item)
         if item.act_order:
-            yield partial(write_sorted, item)
+            for n0, columns in column_panels(item):
+                yield partial(write_sorted, item, n0, columns)
             return
         for k0, rows in stored_blocks(item):
             yield partial(write_block, item, k0, rows)
@@ -393,32 +401,42 @@ def write_tensors(
         supply.finished(item)
 
     def write_block(layer: Layer, k0: int, rows: int) -> None:
-        write_words(layer, k0, rows, source_rows(checkpoint, layer, k0, rows, buffers))
-
-    def write_sorted(layer: Layer) -> None:
-        """Act-order: any row may come from any place, so that the layer is in memory as a whole, one at a time."""
-        with one_at_a_time:
-            words = stored_words(checkpoint, layer)
-            for k0, rows in stored_blocks(layer):
-                part = words[k0 * layer.bits // 32 : (k0 + rows) * layer.bits // 32]
-                write_words(layer, k0, rows, part)
-
-    def write_words(layer: Layer, k0: int, rows: int, words: npt.NDArray[np.int32]) -> None:
-        """Pack, check and write rows k0 … of a layer as they are stored, given as GPTQ words."""
-        shape = (rows // TILE_K, layer.B.shape[1])
-        B = buffers.array("B", shape, np.int32)
+        """Rows k0 … of a layer as they are stored."""
+        words = source_rows(checkpoint, layer, k0, rows, buffers)
+        B = buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
         pack(words, B, layer.bits)
         unpacked = ops.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
-        problem = code_difference(unpacked, words, k0, layer.bits)
+        require_equal(layer, code_difference(unpacked, words, k0, layer.bits))
+        shards.write(layer.B.name, B, k0 // TILE_K * layer.B.shape[1] * 4)
+        count(layer, B.nbytes)
+
+    def write_sorted(layer: Layer, n0: int, columns: int) -> None:
+        """Columns n0 … of a layer with act-order: any row may come from anywhere, so that all of them are needed."""
+        order, bits = stored_order(checkpoint, layer).columns(n0, columns), layer.bits
+        qweight = source_columns(checkpoint, layer, n0, columns, buffers)
+        B = buffers.array("B columns", (layer.stored_K // TILE_K, columns * bits // 2), np.int32)
+        for n, width in strips(layer, columns):
+            words, part, own = (
+                qweight[:, n : n + width],
+                B[:, n * bits // 2 :][:, : width * bits // 2],
+                order.columns(n, width),
+            )
+            sort_and_pack(words, part, own, bits, pack)
+            require_equal(layer, order_difference(part, words, own, bits, n0 + n))
+        shards.write_columns(layer.B.name, B, n0 * bits // 2)
+        count(layer, B.nbytes)
+
+    def require_equal(layer: Layer, problem: str | None) -> None:
         if problem:
             raise MarlinConvertError(
                 f"{layer.name}: repacking went wrong ({problem}); this is a bug or faulty memory, nothing was kept."
             )
-        shards.write(layer.B.name, B, k0 // TILE_K * shape[1] * 4)
+
+    def count(layer: Layer, nbytes: int) -> None:
         with counting:
             blocks_left[layer.name] -= 1
             done = blocks_left[layer.name] == 0
-        progress.advance(B.nbytes, layer.name, done=done)
+        progress.advance(nbytes, layer.name, done=done)
 
     def write_groups(layer: Layer) -> None:
         """Scales, zero points and the order of rows: small."""
@@ -449,6 +467,19 @@ def write_tensors(
 
     run_all(tasks(), on_stop=supply.stop)
     progress.end()
+
+
+def sort_and_pack(
+    qweight: npt.NDArray[np.int32], B: npt.NDArray[np.int32], order: Order, bits: int, pack: Packer
+) -> None:
+    """Columns of a layer with act-order, `qweight` [K bits/32, columns] → `B` [K'/16, columns' bits/2]."""
+    filled = B[: order.rows // TILE_K]
+    if pack is pack_on_cpu:
+        ops.pack_sorted(qweight, filled, bits=bits, perm=order.perm, fill=order.fill, rows=order.rows)
+    else:
+        words = np.ascontiguousarray(qweight)
+        pack(ops.arrange(words, bits=bits, perm=order.perm, fill=order.fill, rows=order.rows), filled, bits)
+    B[order.rows // TILE_K :] = 0
 
 
 def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method: str) -> None:

@@ -41,7 +41,7 @@ Float32Array = NDArray[np.float32]
 ScaleArray = NDArray[Any]
 _Prototype = tuple[Any, list[Any]]
 
-ABI_VERSION = 2  # MARLIN_CPU_ABI_VERSION of kernels/marlin.h
+ABI_VERSION = 3  # MARLIN_CPU_ABI_VERSION of kernels/marlin.h
 NO_NATIVE = "MARLIN_CONVERT_NO_NATIVE"
 MAX_THREADS = 1024
 LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -81,6 +81,7 @@ class _Layer(ctypes.Structure):
 _pointer_t, _size_t, _int_t = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _REPACKING: _Prototype = (_int_t, [*[_pointer_t] * 2, *[_size_t] * 2, *[_int_t] * 3])
 _ARRANGING: _Prototype = (_int_t, [*[_pointer_t] * 4, *[_size_t] * 5, *[_int_t] * 3])
+_SORTED = [_pointer_t, _size_t, *[_pointer_t] * 3, *[_size_t] * 5, *[_int_t] * 3]
 _DEQUANTIZING: _Prototype = (_int_t, [*[_pointer_t] * 2, *[_int_t] * 2])
 _PRODUCT: _Prototype = (_int_t, [_pointer_t, *[_size_t] * 2, *[_pointer_t] * 2, *[_int_t] * 2])
 _PROTOTYPES: dict[str, _Prototype] = {
@@ -88,6 +89,8 @@ _PROTOTYPES: dict[str, _Prototype] = {
     "marlin_cpu_pack": _REPACKING,
     "marlin_cpu_unpack": _REPACKING,
     "marlin_cpu_arrange": _ARRANGING,
+    "marlin_cpu_pack_sorted": (_int_t, _SORTED),
+    "marlin_cpu_compare_sorted": (_int_t, [*_SORTED, _pointer_t]),
     "marlin_cpu_first_difference": (_size_t, [*[_pointer_t] * 2, _size_t]),
     "marlin_cpu_dequantize_gptq": _DEQUANTIZING,
     "marlin_cpu_dequantize_marlin": _DEQUANTIZING,
@@ -188,19 +191,13 @@ def arrange(
     """
     factor = layout.pack_factor(bits)
     _check_array(qweight, "qweight", np.int32, 2)
-    _check_array(fill, "fill", np.uint8, 1)
     K, N = qweight.shape[0] * factor, qweight.shape[1]
     rows, k0 = operator.index(rows), operator.index(k0)
-    if not K or not N or fill.size < N:
-        raise ValueError(f"fill has shape {fill.shape}; it should be [N'] with N' at least N = {N}")
-    if int(fill.max()) >> bits:
-        raise ValueError(f"fill has {fill.max()}; a code has {bits} bits")
+    _check_fill(fill, K, N, bits)
     if rows <= 0 or rows % factor or k0 < 0 or k0 % factor:
         raise ValueError(f"rows is {rows} and k0 {k0}; both should be multiples of {factor}, rows positive")
     if perm is not None:
-        _check_array(perm, "perm", np.int32, 1)
-        if perm.size != K or int(perm.min()) < 0 or int(perm.max()) >= K:
-            raise ValueError(f"perm has shape {perm.shape}; it should be the numbers 0 .. {K - 1} in some order")
+        _check_perm(perm, K)
     out = _output(out, (rows // factor, fill.size), qweight)
     backend, isa_code = _choose(threads, isa)
     if isinstance(backend, _Native):
@@ -218,6 +215,83 @@ def arrange(
     )
     out[...] = _array(repack.pack_gptq(codes[k0 : k0 + rows], bits))
     return out
+
+
+def pack_sorted(
+    qweight: Int32Array,
+    out: Int32Array | None = None,
+    *,
+    bits: int,
+    perm: Int32Array,
+    fill: NDArray[np.uint8],
+    rows: int,
+    threads: int = 1,
+    isa: str | None = None,
+) -> Int32Array:
+    """A layer with act-order as it is stored: `pack(arrange(qweight, …))` in one pass, `B` int32 [rows/16, N' bits/2].
+
+    `qweight` int32 [K bits/32, N] holds all rows of some of the layer's columns, and `out` the same columns of B; both
+    may be views into wider arrays. `perm` int32 [K], `fill` uint8 [N'] and `rows` are as in `arrange`; rows and N' are
+    whole tiles.
+    """
+    K, N = _sorted_size(qweight, bits, perm, fill, rows)
+    shape = layout.b_shape(rows, fill.size, bits)
+    out = _output(out, shape, qweight, rows_apart=True)
+    backend, isa_code = _choose(threads, isa)
+    if isinstance(backend, _Native):
+        backend.call(
+            "marlin_cpu_pack_sorted", _pointer(qweight), _stride(qweight), _pointer(perm), _pointer(fill),
+            _pointer(out), _stride(out), K, N, rows, fill.size, bits, threads, isa_code,
+        )  # fmt: skip
+    else:
+        from . import repack
+
+        out[...] = _array(repack.pack_marlin(_arranged(qweight, bits, perm, fill, rows), bits))
+    return out
+
+
+def sorted_difference(
+    B: Int32Array,
+    qweight: Int32Array,
+    *,
+    bits: int,
+    perm: Int32Array,
+    fill: NDArray[np.uint8],
+    threads: int = 1,
+    isa: str | None = None,
+) -> tuple[int, int] | None:
+    """(row, column) of the first code of `B` that is not what `pack_sorted` should have made; None if there is none.
+
+    The arguments are those of `pack_sorted`. The native code unpacks B and looks up every code of the source in it.
+    """
+    words = layout.TILE_K // layout.pack_factor(bits)  # of B, for a column
+    _check_rows(B, "B", np.int32)
+    rows = B.shape[0] * layout.TILE_K
+    K, N = _sorted_size(qweight, bits, perm, fill, rows)
+    if B.shape[1] != fill.size * words:
+        raise ValueError(
+            f"B has shape {B.shape}; it should be [rows/16, {fill.size * words}], as fill has N' = {fill.size}"
+        )
+    backend, isa_code = _choose(threads, isa)
+    if isinstance(backend, _Native):
+        place = ctypes.c_int64()
+        backend.call(
+            "marlin_cpu_compare_sorted", _pointer(qweight), _stride(qweight), _pointer(perm), _pointer(fill),
+            _pointer(B), _stride(B), K, N, rows, fill.size, bits, threads, isa_code, ctypes.byref(place),
+        )  # fmt: skip
+        return None if place.value < 0 else divmod(place.value, fill.size)
+    from . import repack
+
+    different = repack.unpack_marlin(_tensor(B), bits) != _arranged(qweight, bits, perm, fill, rows)
+    first = different.nonzero()[:1].tolist()
+    return (first[0][0], first[0][1]) if first else None
+
+
+def _arranged(qweight: Int32Array, bits: int, perm: Int32Array, fill: NDArray[np.uint8], rows: int) -> Tensor:
+    """Codes [rows, N'] as stored, by the twin."""
+    from . import repack
+
+    return repack.arrange(repack.unpack_gptq(_tensor(qweight), bits), (rows, fill.size), _tensor(fill), _tensor(perm))
 
 
 def first_difference(a: Int32Array, b: Int32Array) -> int | None:
@@ -506,13 +580,16 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return np.asarray(tensor.contiguous().numpy())
 
 
-def _check_array(array: Any, name: str, dtype: Any, ndim: int | None = None) -> None:
+def _check_array(array: Any, name: str, dtype: Any, ndim: int | None = None, *, rows_apart: bool = False) -> None:
+    """`rows_apart`: some columns of a matrix will do, each row C-contiguous."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} is a {type(array).__name__}; it should be a numpy array")
     if array.dtype != dtype:
         raise TypeError(f"{name} has dtype {array.dtype}; it should be {np.dtype(dtype)}")
     if ndim is not None and array.ndim != ndim:
         raise ValueError(f"{name} has shape {array.shape}; it should have {ndim} dimensions")
+    if rows_apart and array.ndim == 2 and array.size and array[0].flags.c_contiguous and array.strides[0] > 0:
+        return
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} has strides {array.strides}; it should be C-contiguous")
 
@@ -541,10 +618,54 @@ def _whole_tiles(array: NDArray[Any], name: str, K: int, N: int) -> tuple[int, i
     return K, N
 
 
-def _output(out: Int32Array | None, shape: tuple[int, int], source: Int32Array) -> Int32Array:
+def _check_rows(array: Any, name: str, dtype: Any) -> None:
+    """A matrix, or some columns of one: each row C-contiguous."""
+    _check_array(array, name, dtype, 2, rows_apart=True)
+
+
+def _stride(matrix: NDArray[Any]) -> int:
+    """Elements from a row to the next."""
+    return max(
+        int(matrix.strides[0]) // matrix.itemsize, int(matrix.shape[1])
+    )  # numpy: any stride, where there is one row
+
+
+def _check_fill(fill: NDArray[np.uint8], K: int, N: int, bits: int) -> None:
+    _check_array(fill, "fill", np.uint8, 1)
+    if not K or not N or fill.size < N:
+        raise ValueError(f"fill has shape {fill.shape}; it should be [N'] with N' at least N = {N}")
+    if int(fill.max()) >> bits:
+        raise ValueError(f"fill has {fill.max()}; a code has {bits} bits")
+
+
+def _check_perm(perm: Int32Array, K: int) -> None:
+    _check_array(perm, "perm", np.int32, 1)
+    if perm.size != K or int(perm.min()) < 0 or int(perm.max()) >= K:
+        raise ValueError(f"perm has shape {perm.shape}; it should be the numbers 0 .. {K - 1} in some order")
+
+
+def _sorted_size(
+    qweight: Int32Array, bits: int, perm: Int32Array, fill: NDArray[np.uint8], rows: int
+) -> tuple[int, int]:
+    """(K, N) of `qweight` int32 [K bits/32, N], the other arguments checked."""
+    _check_rows(qweight, "qweight", np.int32)
+    K, N = qweight.shape[0] * layout.pack_factor(bits), qweight.shape[1]
+    _check_fill(fill, K, N, bits)
+    _check_perm(perm, K)
+    if np.bincount(perm, minlength=K).max() > 1:
+        raise ValueError(f"perm has a number twice; it should be the numbers 0 .. {K - 1} in some order")
+    if operator.index(rows) < K:
+        raise ValueError(f"rows is {rows}; it should be at least K = {K}")
+    layout.check_tiles(rows, fill.size)
+    return K, N
+
+
+def _output(
+    out: Int32Array | None, shape: tuple[int, int], source: Int32Array, *, rows_apart: bool = False
+) -> Int32Array:
     if out is None:
         return np.empty(shape, np.int32)
-    _check_array(out, "out", np.int32)
+    _check_array(out, "out", np.int32, rows_apart=rows_apart)
     if out.shape != shape:
         raise ValueError(f"out has shape {out.shape}; it should be {shape}")
     if not out.flags.writeable:

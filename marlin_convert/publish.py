@@ -229,6 +229,7 @@ class OutTensor:
 class _Place:
     file: str
     offset: int
+    shape: tuple[int, ...]
 
 
 class Shards:
@@ -252,6 +253,7 @@ class Shards:
         )
         self._fds: dict[str, int] = {}
         self._places: dict[str, _Place] = {}
+        self._missing: dict[str, int] = {}  # bytes, of tensors that come column by column
         # The kernel lets one writer at a time into a file, and makes the others spin: they wait here instead.
         self._turn = threading.Lock()
         self.written = 0  # bytes of tensors
@@ -283,7 +285,8 @@ class Shards:
         data_start = 8 + len(raw)
         os.truncate(fd, data_start + begin)
         for t in ordered:
-            self._places[t.name] = _Place(file, data_start + header[t.name]["data_offsets"][0])
+            self._places[t.name] = _Place(file, data_start + header[t.name]["data_offsets"][0], t.shape)
+            self._missing[t.name] = t.nbytes
 
     def write(self, name: str, data: Buffer, start: int = 0) -> None:
         """Put the bytes of `data` at byte `start` of tensor `name`. Thread-safe: places do not overlap."""
@@ -293,6 +296,24 @@ class Shards:
             _pwrite_all(fd, data.reshape(-1).view("uint8").data, position)
             self.written += data.nbytes
         _start_writeback(fd, position, data.nbytes)
+
+    def write_columns(self, name: str, data: Buffer, first: int) -> None:
+        """Put `data` [rows, columns] at the columns of matrix `name` from `first` on. Thread-safe, as `write`."""
+        place = self._places[name]
+        (rows, width), (_, columns) = place.shape, data.shape
+        if columns == width:
+            self.write(name, data)
+            return
+        fd, view, length = self._fds[place.file], data.reshape(-1).view("uint8").data, columns * data.itemsize
+        with self._turn:
+            for row in range(rows):
+                position = place.offset + (row * width + first) * data.itemsize
+                _pwrite_all(fd, view[row * length : (row + 1) * length], position)
+            self._missing[name] -= data.nbytes
+            self.written += data.nbytes
+            complete = not self._missing[name]
+        if complete:  # not before: the disk's blocks would be given out in pieces of a row's part
+            _start_writeback(fd, place.offset, rows * width * data.itemsize)
 
     def close(self) -> None:
         for fd in self._fds.values():

@@ -9,7 +9,6 @@ checkpoints that other tools made, the settings are those that the tensors imply
 from __future__ import annotations
 
 import copy
-import os
 import re
 import shutil
 import threading
@@ -43,10 +42,7 @@ from .layout import (
 )
 from .progress import Progress
 from .publish import REPORT_FILE, OutTensor, Shards, check_free, check_space, new_folder, write_json
-from .stream import Buffers, byte_blocks, row_blocks, run_all
-
-#: Bytes of weights that are brought back into the source's order of rows at once.
-CHUNK_BYTES = 32 << 20
+from .stream import Buffers, byte_blocks, column_panels, row_blocks, run_all
 
 _NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}
 
@@ -286,12 +282,17 @@ def _write_tensors(
 ) -> None:
     """Stream every tensor: read, unpack, check, write."""
     progress.stage("restoring", report.bytes_out, len(report.layers))
-    buffers, one_at_a_time = Buffers(), threading.Lock()
+    buffers, counting = Buffers(), threading.Lock()
+    panels_left = {layer.name: sum(1 for _ in column_panels(layer)) for layer in report.layers if layer.perm}
 
     def tasks() -> Iterator[Callable[[], None]]:
         for layer in report.layers:
             yield partial(write_groups, layer)
-            yield partial(write_sorted if layer.perm else write_weights, layer)
+            if layer.perm is None:
+                yield partial(write_weights, layer)
+                continue
+            for n0, columns in column_panels(layer):
+                yield partial(write_sorted, layer, n0, columns)
         for tensor in report.copies:
             for start, length in byte_blocks(tensor.nbytes):
                 yield partial(copy_block, tensor, start, length)
@@ -318,30 +319,29 @@ def _write_tensors(
             progress.advance(own * layer.N * 4, layer.name)
         progress.advance(0, layer.name, done=True)
 
-    def write_sorted(layer: MarlinLayer) -> None:
-        """Act-order: any row may come from any place, so that the layer is in memory as a whole, one at a time."""
-        perm, inverse = _permutation(checkpoint, layer)
-        factor = pack_factor(layer.bits)
-        with one_at_a_time:
-            stored = np.empty((layer.stored_K // factor, layer.stored_N), np.int32)
-            for k0, rows in row_blocks(layer.stored_K, layer.stored_N * layer.bits // 4):
-                unpacked(layer, k0, rows, stored[k0 // factor : (k0 + rows) // factor])
-            threads = os.cpu_count() or 1
-            fill = np.zeros(layer.stored_N, np.uint8)
-            chunk = max(factor, CHUNK_BYTES * 8 // layer.bits // layer.stored_N // factor * factor)
-            natural = np.empty((layer.K // factor, layer.stored_N), np.int32)
-            for k0 in range(0, layer.K, chunk):
-                rows = min(chunk, layer.K - k0)
-                part = natural[k0 // factor : (k0 + rows) // factor]
-                ops.arrange(stored, part, bits=layer.bits, fill=fill, rows=rows, k0=k0, perm=inverse, threads=threads)
-                shards.write(
-                    f"{layer.name}.qweight", np.ascontiguousarray(part[:, : layer.N]), k0 // factor * layer.N * 4
-                )
-                progress.advance(rows // factor * layer.N * 4, layer.name)
-            again = ops.arrange(natural, bits=layer.bits, fill=fill, rows=layer.K, perm=perm, threads=threads)
-            if ops.first_difference(again, stored[: layer.K // factor]) is not None:
-                raise _went_wrong(layer, "sorting the rows")
-        progress.advance(0, layer.name, done=True)
+    def write_sorted(layer: MarlinLayer, n0: int, columns: int) -> None:
+        """Columns n0 … of a layer with act-order: any row may come from anywhere, so that all of them are needed."""
+        (perm, inverse), bits = _permutation(checkpoint, layer), layer.bits
+        B = buffers.array("B columns", (layer.stored_K // TILE_K, columns * bits // 2), np.int32)
+        checkpoint.read_columns(layer.weight, B, n0 * bits // 2)
+        words = buffers.array("sorted", (layer.stored_K * bits // 32, columns), np.int32)
+        ops.unpack(B, out=words, bits=bits)
+        natural = buffers.array("natural", (layer.K * bits // 32, columns), np.int32)
+        fill = np.zeros(columns, np.uint8)
+        ops.arrange(words, natural, bits=bits, fill=fill, rows=layer.K, perm=inverse)
+        # Of padding only the last tile of the layer's own rows is looked at, and taken to be as it is.
+        if layer.stored_K > layer.K:
+            last = words[layer.K * bits // 32].view(np.uint32) >> layer.K * bits % 32
+            fill = (last & np.uint32(2**bits - 1)).astype(np.uint8)
+        tiles = B[: -(-layer.K // TILE_K)]
+        if ops.sorted_difference(tiles, natural, bits=bits, perm=perm, fill=fill) is not None:
+            raise _went_wrong(layer, "unpacking")
+        own = np.ascontiguousarray(natural[:, : layer.N - n0])
+        shards.write_columns(f"{layer.name}.qweight", own, n0)
+        with counting:
+            panels_left[layer.name] -= 1
+            done = panels_left[layer.name] == 0
+        progress.advance(own.nbytes, layer.name, done=done)
 
     def write_groups(layer: MarlinLayer) -> None:
         """Scales, zero points and g_idx: small."""
@@ -450,7 +450,7 @@ def _write_configs(checkpoint: Checkpoint, report: Restored, folder: Path, noted
             else:
                 main[key] = value
         write_json(folder / "config.json", main)
-    for name in ("quantize_config.json", "quant_config.json"):
+    for name in Checkpoint.CONFIG_FILES[1:]:
         if name in configs:
             write_json(folder / name, _with_format(configs[name], report.zero_points))
         elif not configs and name == "quantize_config.json":

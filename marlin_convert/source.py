@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from . import ops
 from .checkpoint import Checkpoint
-from .errors import MarlinConvertError, UnsupportedError
-from .layout import TILE_K, TILE_N, pack_factor, zero_point
+from .errors import UnsupportedError
+from .layout import TILE_K, TILE_N, pack_factor, tile_words, zero_point
 from .plan import Layer
 from .scales import to_extended, to_fp16
 from .stream import Buffers
@@ -34,14 +34,22 @@ def source_groups(checkpoint: Checkpoint, layer: Layer) -> Groups:
     """As the source has them; scales in the type in which they are stored. Raises UnsupportedError where it cannot
     hold them."""
     fit = to_extended if layer.extended else to_fp16
-    zeros = None if layer.sym or layer.qzeros is None else layer.zero_points(checkpoint.read(layer.qzeros))
-    perm = None
-    if layer.act_order and layer.g_idx is not None:
-        perm = np.argsort(checkpoint.read(layer.g_idx), kind="stable").astype(np.int32)
     found = fit(checkpoint.read(layer.scales), layer.scales.dtype)
     if found.problem:  # known before, but for fp16 scales that have only just come from the Hub
         raise UnsupportedError(f"{layer.name}: {found.problem}; nothing was converted.")
-    return Groups(found.scales, zeros, perm)
+    return Groups(found.scales, source_zeros(checkpoint, layer), source_perm(checkpoint, layer))
+
+
+def source_zeros(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[np.uint8] | None:
+    """Zero points [G, N], unless the layer is symmetric."""
+    return None if layer.sym or layer.qzeros is None else layer.zero_points(checkpoint.read(layer.qzeros))
+
+
+def source_perm(checkpoint: Checkpoint, layer: Layer) -> Words | None:
+    """With act-order, the source's rows sorted by group, those of a group in their own order; int32 [K]."""
+    if not layer.act_order or layer.g_idx is None:
+        return None
+    return np.argsort(checkpoint.read(layer.g_idx), kind="stable").astype(np.int32)
 
 
 def stored_groups(checkpoint: Checkpoint, layer: Layer) -> Groups:
@@ -81,32 +89,51 @@ def source_rows(checkpoint: Checkpoint, layer: Layer, k0: int, rows: int, buffer
     return words
 
 
-def stored_words(checkpoint: Checkpoint, layer: Layer) -> Words:
-    """A whole layer with act-order, its rows sorted, as GPTQ words [stored_K bits/32, stored_N].
+@dataclass(frozen=True)
+class Order:
+    """How the columns of a layer with act-order are stored: the source's row of each stored row, `perm` int32 [K], and
+    the code of padding in each column, `fill` uint8 [columns]. Rows of B from `rows` on have code 0."""
 
-    Takes twice the memory of the layer. Checked by bringing the rows back into the source's order.
-    """
-    perm = source_groups(checkpoint, layer).perm
+    perm: Words
+    fill: npt.NDArray[np.uint8]
+    rows: int
+
+    def columns(self, first: int, columns: int) -> Order:
+        return replace(self, fill=self.fill[first : first + columns])
+
+
+def stored_order(checkpoint: Checkpoint, layer: Layer) -> Order:
+    """The order of a layer with act-order, for all its columns."""
+    perm = source_perm(checkpoint, layer)
     assert perm is not None
-    factor, threads = pack_factor(layer.bits), os.cpu_count() or 1
-    qweight = np.empty(layer.qweight.shape, np.int32)
-    checkpoint.read_into(layer.qweight, qweight)
-    fill = _fill(checkpoint, layer)
-    words = ops.arrange(qweight, bits=layer.bits, fill=fill, rows=layer.stored_K, perm=perm, threads=threads)
-    inverse = np.arange(layer.stored_K, dtype=np.int32)
-    inverse[perm] = np.arange(layer.K, dtype=np.int32)
-    chunk = max(factor, CHECKED_AT_ONCE // (4 * layer.stored_N) * factor)
-    wide = np.zeros(layer.stored_N, np.uint8)
-    for k0 in range(0, layer.K, chunk):
-        rows = min(chunk, layer.K - k0)
-        again = ops.arrange(words, bits=layer.bits, fill=wide, rows=rows, k0=k0, perm=inverse, threads=threads)
-        there = qweight[k0 // factor : (k0 + rows) // factor]
-        if not np.array_equal(again[:, : layer.N], there):
-            raise MarlinConvertError(
-                f"{layer.name}: sorting the rows went wrong; this is a bug or faulty memory, nothing was kept."
-            )
-    _clear_padding(words, layer, 0)
+    return Order(perm, _fill(checkpoint, layer), _filled_rows(layer))
+
+
+def source_columns(checkpoint: Checkpoint, layer: Layer, first: int, columns: int, buffers: Buffers) -> Words:
+    """Stored columns `first` … of a layer with act-order: all rows in the source's order, as GPTQ words
+    [K bits/32, columns], without padding."""
+    own = min(columns, layer.N - first)
+    words: Words = buffers.array("qweight columns", (layer.qweight.shape[0], own), np.int32)
+    checkpoint.read_columns(layer.qweight, words, first)
     return words
+
+
+def order_difference(B: Words, qweight: Words, order: Order, bits: int, n0: int = 0) -> str | None:
+    """Where columns n0 … of a layer as stored, `B` [K'/16, columns bits/2], first differ from the source's rows
+    `qweight` [K bits/32, columns] in that order; None if nowhere."""
+    tile_rows = order.rows // TILE_K
+    place = ops.sorted_difference(B[:tile_rows], qweight, bits=bits, perm=order.perm, fill=order.fill)
+    if place is None:
+        return f"rows from {order.rows} on are not all 0" if B[tile_rows:].any() else None
+    (row, column), factor = place, pack_factor(bits)
+    tile = B[row // TILE_K, column // TILE_N * tile_words(bits) :][None, : tile_words(bits)]
+    word = ops.unpack(np.ascontiguousarray(tile), bits=bits).view(np.uint32)[row % TILE_K // factor, column % TILE_N]
+    expected = int(order.fill[column])
+    if row < order.perm.size and column < qweight.shape[1]:
+        at = int(order.perm[row])
+        expected = int(qweight.view(np.uint32)[at // factor, column]) >> at % factor * bits & 2**bits - 1
+    code = int(word) >> row % factor * bits & 2**bits - 1
+    return f"the code of row {row}, column {n0 + column} is {code}, not {expected}"
 
 
 def source_weight(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[Any]:
@@ -140,10 +167,6 @@ def weights(qweight: Words, groups: Groups, rows: npt.NDArray[Any], bits: int) -
     return bfloat
 
 
-#: Bytes of a layer that are brought back at once to check the order of its rows.
-CHECKED_AT_ONCE = 32 << 20
-
-
 def _every(bits: int) -> np.uint32:
     """1 in each code of a word."""
     return np.uint32(sum(1 << i for i in range(0, 32, bits)))
@@ -154,15 +177,20 @@ def _fill(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[np.uint8]:
     if layer.sym:
         return np.full(layer.stored_N, zero_point(layer.bits), np.uint8)
     fill = np.zeros(layer.stored_N, np.uint8)
-    zeros = source_groups(checkpoint, layer).zeros
+    zeros = source_zeros(checkpoint, layer)
     assert zeros is not None
     fill[: layer.N] = zeros[-1]
     return fill
 
 
-def _clear_padding(words: Words, layer: Layer, k0: int) -> None:
-    """Groups that are padding alone have zero point 0 where zero points are stored, hence code 0."""
+def _filled_rows(layer: Layer) -> int:
+    """Stored rows whose padding has the code `_fill`. The others are in groups of padding alone, whose zero point is 0
+    where zero points are stored, and hence their code."""
     if layer.sym or layer.stored_G == 1:
-        return
-    first = -(-layer.K // layer.stored_group_size) * layer.stored_group_size
-    words[max(0, first - k0) * layer.bits // 32 :] = 0
+        return layer.stored_K
+    return -(-layer.K // layer.stored_group_size) * layer.stored_group_size
+
+
+def _clear_padding(words: Words, layer: Layer, k0: int) -> None:
+    """Code 0 in stored rows k0 … that are groups of padding alone."""
+    words[max(0, _filled_rows(layer) - k0) * layer.bits // 32 :] = 0

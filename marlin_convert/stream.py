@@ -1,7 +1,8 @@
 """Working through a large checkpoint in small pieces, several at a time, in bounded memory.
 
-A layer's weights are cut into blocks of whole tile rows (16 rows of K), each of which converts on its own; plain
-tensors are cut into byte ranges. Worker threads take piece after piece and do all of it: read, compute, write.
+A layer's weights are cut into blocks of whole tile rows (16 rows of K), each of which converts on its own; with
+act-order, where a row may come from anywhere, into panels of whole tile columns (64 columns of N); plain tensors are
+cut into byte ranges. Worker threads take piece after piece and do all of it: read, compute, write.
 The system calls and the native code release Python's lock, so reading, repacking and writing overlap.
 """
 
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .layout import PACK_FACTOR, TILE_K
+from .layout import PACK_FACTOR, TILE_K, TILE_N
 
 #: Bytes of packed weights in one block: large enough that a system call costs nothing beside the copy, small enough
 #: that a block, its result and the check's scratch stay in a core's share of the last-level cache.
@@ -24,6 +25,10 @@ BLOCK_BYTES = 2 << 20
 
 #: Threads that work at a time. One more than the cores, because one of them waits for the disk.
 WORKERS = min(8, 1 + (os.cpu_count() or 1))
+
+#: Bytes of packed weights in one panel. Each of its rows is read and written by a call of its own, so that it should
+#: not be small; and touching new memory costs more than anything else, so that it should not be large either.
+PANEL_BYTES = 24 << 20
 
 #: Rows of K that stay together: whole tile rows, and what the CUDA kernels take at the least.
 ROWS = 4 * TILE_K
@@ -50,6 +55,25 @@ class Stored(Protocol):
 def stored_blocks(layer: Stored) -> Iterator[tuple[int, int]]:
     """`row_blocks` of a layer as it is stored, of the same number of bytes whatever its bits."""
     return row_blocks(layer.stored_K, layer.stored_N * layer.bits // 4)
+
+
+def column_panels(layer: Stored) -> Iterator[tuple[int, int]]:
+    """(first column, columns) of each panel of a layer as it is stored: all its rows of so many columns."""
+    return _columns(layer, layer.stored_N, PANEL_BYTES)
+
+
+def strips(layer: Stored, columns: int) -> Iterator[tuple[int, int]]:
+    """(first column, columns) of the parts of a panel, each worked on as a whole, so that it stays in the cache."""
+    return _columns(layer, columns, BLOCK_BYTES)
+
+
+def _columns(layer: Stored, columns: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Parts of so many columns of a layer: of whole tiles, about equally wide, of at most `limit` bytes or one tile."""
+    tiles, per_tile = columns // TILE_N, layer.stored_K * TILE_N * layer.bits // 8
+    parts = -(-tiles // max(1, limit // per_tile))
+    width = -(-tiles // parts) * TILE_N
+    for first in range(0, columns, width):
+        yield first, min(width, columns - first)
 
 
 def byte_blocks(nbytes: int) -> Iterator[tuple[int, int]]:

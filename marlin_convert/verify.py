@@ -25,8 +25,17 @@ from .layout import TILE_K, pack_factor, unpack_zeros, unpermute_scales, zero_po
 from .plan import Layer, Plan
 from .progress import Progress
 from .publish import OutTensor
-from .source import Groups, source_groups, source_rows, stored_groups, stored_words, weights
-from .stream import Buffers, byte_blocks, run_all, stored_blocks
+from .source import (
+    Groups,
+    order_difference,
+    source_columns,
+    source_groups,
+    source_rows,
+    stored_groups,
+    stored_order,
+    weights,
+)
+from .stream import Buffers, byte_blocks, column_panels, run_all, stored_blocks
 
 #: Largest relative error (Frobenius norm) between Marlin's product and the reference. fp32 accumulation stays
 #: below 1e-6; fp16 outputs and tensor-core accumulation, as on a GPU, below 5e-4.
@@ -352,21 +361,20 @@ def _check_layer(
     product = product_for(device, layer, source_groups(source, layer), g_idx, stored)
     progress.advance(sum(t.nbytes for t in layer.out) - layer.B.nbytes, layer.name)
 
-    whole = stored_words(source, layer) if layer.act_order else None
+    if layer.act_order:
+        problem = problem or _order_problem(source, result, layer, buffers)
     per_row = layer.N * layer.bits // 8  # bytes of the source
     for k0, rows in stored_blocks(layer):
         B = buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
         result.read_into(result.tensors[layer.B.name], B, k0 // TILE_K * layer.B.shape[1] * 4)
-        if whole is not None:
-            words = whole[k0 * layer.bits // 32 : (k0 + rows) * layer.bits // 32]
-        else:
+        own, words = max(0, min(rows, layer.K - k0)), None
+        if not layer.act_order:
             words = source_rows(source, layer, k0, rows, buffers)
-        unpacked = ops.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
-        problem = problem or code_difference(unpacked, words, k0, layer.bits)
-        own = max(0, min(rows, layer.K - k0))
+            unpacked = ops.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
+            problem = problem or code_difference(unpacked, words, k0, layer.bits)
         if own:
             qweight = words
-            if whole is not None or (own, layer.N) != (rows, layer.stored_N):
+            if qweight is None or (own, layer.N) != (rows, layer.stored_N):
                 qweight = buffers.array("qweight", (own * layer.bits // 32, layer.N), np.int32)
                 source.read_into(layer.qweight, qweight, k0 * per_row)
             product.add_source(k0, qweight)
@@ -378,6 +386,19 @@ def _check_layer(
         problem = f"outputs differ by {relative_error:.2e} relative to the reference (allowed: {TOLERANCE:.0e})"
     progress.advance(0, layer.name, done=True)
     return LayerCheck(layer.name, layer.K, layer.N, layer.G, exact, max_error, relative_error, problem)
+
+
+def _order_problem(source: Checkpoint, result: Checkpoint, layer: Layer, buffers: Buffers) -> str | None:
+    """Where the codes of a layer with act-order first differ; None if nowhere."""
+    order = stored_order(source, layer)
+    for n0, columns in column_panels(layer):
+        qweight = source_columns(source, layer, n0, columns, buffers)
+        B = buffers.array("B columns", (layer.stored_K // TILE_K, columns * layer.bits // 2), np.int32)
+        result.read_columns(result.tensors[layer.B.name], B, n0 * layer.bits // 2)
+        problem = order_difference(B, qweight, order.columns(n0, columns), layer.bits, n0)
+        if problem:
+            return problem
+    return None
 
 
 def _groups_difference(layer: Layer, stored: dict[str, Any], expected: Groups) -> str | None:

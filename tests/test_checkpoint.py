@@ -637,12 +637,14 @@ def test_extra_files_are_what_is_no_weight_no_config_and_not_hidden(tmp_path: Pa
     left = [
         "pytorch_model.bin", "a.pt", "a.pth", "a.pkl", "a.ckpt", "a.gguf", "a.onnx", "tf_model.h5",
         "flax_model.msgpack", "pytorch_model.bin.index.json", "sub/other.safetensors", ".git/config", ".gitattributes",
-        "quant_config.json", "quantize_config.json",
+        "quant_config.json", "quantize_config.json", "quantization_config.json",
     ]  # fmt: skip
     write_source(tmp_path / "m", extra={**dict.fromkeys(kept, "x"), **dict.fromkeys(left, "{}")})
     with Checkpoint(tmp_path / "m") as checkpoint:
         assert list(checkpoint.extra_files) == kept
-        assert set(checkpoint.configs) == {"config.json", "quantize_config.json", "quant_config.json"}
+        assert set(checkpoint.configs) == {
+            "config.json", "quantize_config.json", "quant_config.json", "quantization_config.json"
+        }  # fmt: skip
 
 
 # ---- Other kinds of weights ----
@@ -769,6 +771,27 @@ def test_read_into_beyond_the_tensor(counting: tuple[Checkpoint, Tensor], start:
     with pytest.raises(ValueError, match="of 1000"):
         checkpoint.read_into(tensor, buffer, start)
     assert (buffer == 0xEE).all()
+
+
+@pytest.mark.parametrize(("first", "columns"), [(0, 100), (0, 1), (99, 1), (30, 45)])
+def test_read_columns(
+    counting: tuple[Checkpoint, Tensor], first: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, tensor = counting
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:17]], at))
+    buffer = np.full((10, columns), 0xEE, np.uint8)
+    checkpoint.read_columns(tensor, buffer, first)
+    np.testing.assert_array_equal(buffer, (np.arange(1000) % 251).reshape(10, 100)[:, first : first + columns])
+
+
+@pytest.mark.parametrize(("first", "shape"), [(-1, (10, 2)), (99, (10, 2)), (0, (10, 101)), (0, (9, 100))])
+def test_read_columns_beyond_the_tensor(
+    counting: tuple[Checkpoint, Tensor], first: int, shape: tuple[int, int]
+) -> None:
+    checkpoint, tensor = counting
+    with pytest.raises(ValueError, match=r"of \(10, 100\) were asked for"):
+        checkpoint.read_columns(tensor, np.zeros(shape, np.uint8), first)
 
 
 def test_read_into_continues_after_short_reads(

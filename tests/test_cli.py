@@ -128,6 +128,30 @@ def test_1_a_wrong_layer_never_reaches_the_disk(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
+def test_1_a_wrong_order_of_rows_never_reaches_the_disk(
+    main: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from marlin_convert import ops
+
+    g_idx = np.random.default_rng(0).permutation(np.arange(256) // 128)
+    source = write_source(tmp_path / "source", {"a": GPTQLayer(g_idx=g_idx)}, plain={})
+    pack = ops.pack_sorted
+
+    def faulty(qweight: Any, out: Any, *, perm: Any, **rest: Any) -> Any:
+        swapped = perm.copy()
+        swapped[[3, 200]] = perm[[200, 3]]
+        return pack(qweight, out, perm=swapped, **rest)
+
+    monkeypatch.setattr("marlin_convert.convert.ops.pack_sorted", faulty)
+    result = main(source.folder, tmp_path / "out", "--quiet")
+    assert result.code == 1
+    assert "a: repacking went wrong (the code of row 3, column " in one_line(result)
+    row = int(np.argsort(g_idx, kind="stable")[3])
+    column = int(re.findall(r"column (\d+)", one_line(result))[0])
+    assert f"not {source.layers['a'].codes[row, column]});" in one_line(result)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
 BAD_ARGUMENTS = {
     "no arguments": ([], "Usage: marlin-convert"),
     "no OUT": (["source"], "Missing argument 'OUT': the folder to create (only --dry-run goes without)."),

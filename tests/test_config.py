@@ -118,6 +118,7 @@ PLACES = {
     "config.json text_config": {"config.json": {"text_config": {"quantization_config": ONE}}},
     "quantize_config.json": {"quantize_config.json": ONE},
     "quant_config.json": {"quant_config.json": ONE},
+    "quantization_config.json": {"quantization_config.json": ONE},
 }
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from gptq import quantization_config
+
+from marlin_convert.checkpoint import Checkpoint
+from marlin_convert.stream import PANEL_BYTES, WORKERS
 
 MB = 1_000_000
 
@@ -17,7 +22,9 @@ MB = 1_000_000
 PROMISED, HELD = 800 * MB, 200 * MB
 
 
-def write_large_source(folder: Path, *, K: int, N: int, rows: int, hidden: int) -> dict[str, tuple[str, list[int]]]:
+def write_large_source(
+    folder: Path, *, K: int, N: int, rows: int, hidden: int, bits: int = 4, act_order: bool = False
+) -> dict[str, tuple[str, list[int]]]:
     """One GPTQ layer of K x N and an embedding of rows x hidden, with holes in the file where the zeros are.
 
     Written by hand, header and all: no process has to hold the tensors, nor the disk. Codes, scales and the
@@ -26,13 +33,14 @@ def write_large_source(folder: Path, *, K: int, N: int, rows: int, hidden: int) 
     G = K // 128
     shapes = {
         "model.embed_tokens.weight": ("F16", [rows, hidden], 2),
-        "model.layers.0.mlp.up_proj.qweight": ("I32", [K // 8, N], 4),
-        "model.layers.0.mlp.up_proj.qzeros": ("I32", [G, N // 8], 4),
+        "model.layers.0.mlp.up_proj.qweight": ("I32", [K * bits // 32, N], 4),
+        "model.layers.0.mlp.up_proj.qzeros": ("I32", [G, N * bits // 32], 4),
+        "model.layers.0.mlp.up_proj.g_idx": ("I32", [K], 4),
         "model.layers.0.mlp.up_proj.scales": ("F16", [G, N], 2),
     }
     header, position = {}, 0
     for name, (dtype, shape, size) in shapes.items():
-        end = position + shape[0] * shape[1] * size
+        end = position + math.prod(shape) * size
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header).encode()
@@ -48,12 +56,16 @@ def write_large_source(folder: Path, *, K: int, N: int, rows: int, hidden: int) 
             file.seek(start + header[name]["data_offsets"][0] + at)
             file.write(data)
 
-        put("model.layers.0.mlp.up_proj.qzeros", b"\x77" * (G * N // 2))
+        g_idx = np.arange(K, dtype=np.int32) // 128
+        put("model.layers.0.mlp.up_proj.g_idx", (rng.permutation(g_idx) if act_order else g_idx).tobytes())
+        put("model.layers.0.mlp.up_proj.qzeros", (b"\x77" if bits == 4 else b"\x7f") * (G * N * bits // 8))
         put("model.layers.0.mlp.up_proj.scales", rng.uniform(0.001, 0.02, (G, N)).astype(np.float16).tobytes())
         for i in range(5):
-            put("model.layers.0.mlp.up_proj.qweight", rng.bytes(10_000), i * (K * N // 2 // 5))
+            put("model.layers.0.mlp.up_proj.qweight", rng.bytes(10_000), i * (K * N * bits // 8 // 5))
             put("model.embed_tokens.weight", rng.bytes(10_000), i * (rows * hidden * 2 // 5))
-    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization_config()}))
+    (folder / "config.json").write_text(
+        json.dumps({"quantization_config": quantization_config(bits=bits, desc_act=act_order)})
+    )
     return {name: (dtype, shape) for name, (dtype, shape, _) in shapes.items()}
 
 
@@ -72,6 +84,21 @@ def peak_memory(*args: object) -> int:
     command = [sys.executable, "-c", MEASURED, *map(str, args)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return int(process.stdout.splitlines()[-1]) * 1024
+
+
+@pytest.mark.parametrize(("K", "N"), [(8192, 28672), (28672, 8192)])
+def test_peak_memory_with_act_order(tmp_path: Path, K: int, N: int) -> None:
+    """At 8 bits a layer has 235 MB; a worker holds two panels of it, 25 MB each. The way back, three."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_large_source(source, K=K, N=N, rows=1000, hidden=8192, bits=8, act_order=True)
+    peak = peak_memory(source, out, "--device", "cpu", "--quiet")
+    assert peak <= PROMISED
+    assert peak <= HELD + 2 * WORKERS * PANEL_BYTES, f"{peak / MB:.0f} MB"
+    peak = peak_memory("to-gptq", out, tmp_path / "back", "--quiet")
+    assert peak <= PROMISED
+    with Checkpoint(source) as before, Checkpoint(tmp_path / "back") as after:
+        for name, tensor in before.tensors.items():
+            np.testing.assert_array_equal(after.read(after.tensors[name]), before.read(tensor))
 
 
 def test_peak_memory(tmp_path: Path) -> None:

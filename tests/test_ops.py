@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -504,6 +505,26 @@ def test_native_code_checks_again() -> None:
         assert call(words, None, words, words, *sizes[:place], value, *sizes[place + 1 :]) == 2, place
     wrong = (ctypes.c_int32 * 16)(*range(1, 17))
     assert call(words, wrong, words, words, *sizes) == 2
+    order = (ctypes.c_int32 * 16)(*range(16))
+    room, place = (ctypes.c_int32 * 1024)(), ctypes.c_int64(7)
+    arguments = [words, 64, order, words, room, 128, 16, 64, 16, 64, 4, 1, 0]
+    for name, more in [("pack", []), ("compare", [ctypes.byref(place)])]:
+        call = getattr(library, f"marlin_cpu_{name}_sorted")
+        call.argtypes = ops._PROTOTYPES[f"marlin_cpu_{name}_sorted"][1]
+        assert call(*arguments, *more) == 0
+        for at in (0, 2, 3, 4):
+            assert call(*arguments[:at], None, *arguments[at + 1 :], *more) == 1, at
+        # stride, b_stride, k, n, rows, padded_n
+        wrong = [(1, 63), (5, 127), (6, 0), (6, 12), (6, 24), (7, 0), (7, 65), (8, 8), (8, 24), (9, 32), (9, 96)]
+        for at, value in wrong:
+            assert call(*arguments[:at], value, *arguments[at + 1 :], *more) == 2, (at, value)
+        for numbers in ([*range(1, 17)], [-1, *range(1, 16)], [0, *range(15)]):
+            bad = (ctypes.c_int32 * 16)(*numbers)
+            assert call(*arguments[:2], bad, *arguments[3:], *more) == 2
+        assert call(*arguments[:10], 3, 1, 0, *more) == 4
+        assert call(*arguments[:12], 4, *more) == 3
+    assert place.value == -1
+    assert call(*arguments, None) == 1
     call = library.marlin_cpu_matmul_gptq
     call.argtypes = ops._PROTOTYPES["marlin_cpu_matmul_gptq"][1]
     address = ctypes.addressof(words)
@@ -590,6 +611,91 @@ def test_arrange(isa: str, threads: int, bits: int, K: int, N: int, padded_K: in
         np.testing.assert_array_equal(block, expected[k0 // factor : (k0 + rows) // factor])
 
 
+# Act-order in one pass: K, N of the source, and of B. K = 72 ends within a tile; 30 and 700 columns within one, too.
+SORTED_SIZES = [(64, 64, 128, 64), (72, 30, 128, 64), (200, 700, 256, 704), (2048, 192, 2048, 192)]
+
+
+def sorted_layer(K: int, N: int, rows: int, columns: int, bits: int) -> tuple[NDArray[np.int32], dict[str, Any], Any]:
+    """qweight, the arguments for `pack_sorted` beside it, and the codes [rows, columns] as they must be stored."""
+    rng = np.random.default_rng(K + N + bits)
+    codes, fill = rng.integers(0, 2**bits, (K, N)), rng.integers(0, 2**bits, columns, dtype=np.uint8)
+    perm = rng.permutation(K).astype(np.int32)
+    stored = np.tile(fill.astype(np.int64), (rows, 1))
+    stored[:K, :N] = codes[perm]
+    qweight = np.asarray(repack.pack_gptq(torch.from_numpy(codes), bits).numpy())
+    return qweight, {"bits": bits, "perm": perm, "fill": fill}, stored
+
+
+@every_isa
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("K", "N", "rows", "columns"), SORTED_SIZES)
+def test_pack_sorted(isa: str, threads: int, bits: int, K: int, N: int, rows: int, columns: int) -> None:
+    qweight, order, stored = sorted_layer(K, N, rows, columns, bits)
+    expected = twin(partial(repack.pack_marlin, bits=bits), stored)
+    B = ops.pack_sorted(qweight, rows=rows, threads=threads, isa=isa, **order)
+    np.testing.assert_array_equal(B, expected)
+    assert ops.sorted_difference(B, qweight, threads=threads, isa=isa, **order) is None
+
+
+@every_isa
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("K", "N", "rows", "columns"), SORTED_SIZES[1:3])
+def test_sorted_difference_finds_every_wrong_code(
+    isa: str, threads: int, bits: int, K: int, N: int, rows: int, columns: int
+) -> None:
+    """In the layer and in the padding; where several codes are wrong, the first in the order of B's rows."""
+    qweight, order, stored = sorted_layer(K, N, rows, columns, bits)
+    rng = np.random.default_rng(1)
+    places = [(int(rng.integers(rows)), int(rng.integers(columns))) for _ in range(40)]
+    places += [(0, 0), (rows - 1, columns - 1), (K - 1, N - 1), (K, 0), (0, N)]
+    for row, column in places:
+        wrong = stored.copy()
+        wrong[row, column] ^= 1 << int(rng.integers(bits))
+        B = twin(partial(repack.pack_marlin, bits=bits), wrong)
+        assert ops.sorted_difference(B, qweight, threads=threads, isa=isa, **order) == (row, column)
+    for row, column in places:
+        stored[row, column] ^= 1
+    B = twin(partial(repack.pack_marlin, bits=bits), stored)
+    assert ops.sorted_difference(B, qweight, threads=threads, isa=isa, **order) == min(places)
+
+
+@every_isa
+@pytest.mark.parametrize("bits", [4, 8])
+def test_some_columns_of_wider_matrices(isa: str, bits: int) -> None:
+    """Nothing beside them is read or written."""
+    K, N, rows, columns = 200, 700, 256, 704
+    qweight, order, stored = sorted_layer(K, N, rows, columns, bits)
+    expected = twin(partial(repack.pack_marlin, bits=bits), stored)
+    B = np.full_like(expected, 0x55555555)
+    for first, width in [(0, 64), (128, 192), (640, 64)]:
+        some = order | {"fill": order["fill"][first : first + width]}
+        words = qweight[:, first : first + width]
+        part = B[:, first * bits // 2 : (first + width) * bits // 2]
+        assert ops.pack_sorted(words, part, rows=rows, isa=isa, **some) is part
+        assert ops.sorted_difference(part, words, isa=isa, **some) is None
+    done = np.zeros(columns, bool)
+    done[[*range(64), *range(128, 320), *range(640, 704)]] = True
+    done = np.repeat(done, bits // 2)
+    np.testing.assert_array_equal(B[:, done], expected[:, done])
+    assert (B[:, ~done] == 0x55555555).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sorted_by_the_twin(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ops.NO_NATIVE, "1")
+    qweight, order, stored = sorted_layer(72, 30, 128, 64, bits)
+    B = ops.pack_sorted(qweight, rows=128, **order)
+    np.testing.assert_array_equal(B, twin(partial(repack.pack_marlin, bits=bits), stored))
+    assert ops.sorted_difference(B, qweight, **order) is None
+    for row, column in [(0, 0), (71, 29), (127, 63)]:
+        wrong = stored.copy()
+        wrong[row, column] ^= 1
+        B = twin(partial(repack.pack_marlin, bits=bits), wrong)
+        assert ops.sorted_difference(B, qweight, **order) == (row, column)
+
+
 def test_arrange_by_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ops.NO_NATIVE, "1")
     qweight, fill = random_words(8, 30), np.full(64, 9, np.uint8)
@@ -666,12 +772,35 @@ def test_weights_and_products(
         (lambda: arranged(k0=-8), "k0 -8"),
         (lambda: arranged(perm=np.arange(1, 129, dtype=np.int32)), r"perm has shape \(128,\); .* 0 .. 127"),
         (lambda: arranged(perm=np.arange(64, dtype=np.int32)), r"perm has shape \(64,\)"),
+        (lambda: sorted_(fill=np.full(64, 16, np.uint8)), "fill has 16; a code has 4 bits"),
+        (lambda: sorted_(perm=np.zeros(128, np.int32)), "perm has a number twice"),
+        (lambda: sorted_(perm=np.arange(64, dtype=np.int32)), r"perm has shape \(64,\)"),
+        (lambda: sorted_(rows=112), "rows is 112; it should be at least K = 128"),
+        (lambda: sorted_(rows=136), "K is 136; it should be a positive multiple of 16"),
+        (lambda: sorted_(fill=np.zeros(96, np.uint8)), "N is 96; it should be a positive multiple of 64"),
+        (lambda: sorted_(out=np.zeros((8, 64), np.int32)), r"out has shape \(8, 64\); it should be \(8, 128\)"),
+        (lambda: sorted_(qweight=WORDS[:, ::2]), "qweight has strides .*; it should be C-contiguous"),
+        (lambda: sorted_(qweight=WORDS[::-1]), "qweight has strides .*; it should be C-contiguous"),
+        (
+            lambda: ops.sorted_difference(
+                np.zeros((8, 64), np.int32), WORDS, bits=4, perm=ORDER, fill=np.zeros(64, np.uint8)
+            ),
+            r"B has shape \(8, 64\); it should be \[rows/16, 128\]",
+        ),
         (lambda: ops.dequantize_gptq(WORDS, HALVES, zeros=np.zeros((2, 64), np.uint8)), r"zeros has shape \(2, 64\)"),
     ],
 )
 def test_arguments_of_the_extended_format(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+ORDER = np.arange(128, dtype=np.int32)
+
+
+def sorted_(**changed: Any) -> Any:
+    arguments = {"qweight": WORDS, "bits": 4, "rows": 128, "fill": np.zeros(64, np.uint8), "perm": ORDER, **changed}
+    return ops.pack_sorted(**arguments)
 
 
 def arranged(**changed: Any) -> Any:

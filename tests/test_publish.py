@@ -525,6 +525,19 @@ def test_pieces_go_where_they_belong(tmp_path: Path) -> None:
         np.testing.assert_array_equal(opened.get_tensor("x"), np.zeros(5))
 
 
+def test_columns_go_where_they_belong(tmp_path: Path) -> None:
+    whole = np.arange(1000, dtype=np.int32).reshape(10, 100)
+    tensors = [OutTensor("x", "U8", (5,), 5), OutTensor("a", "I32", (10, 100), 4000), OutTensor("b", "F16", (2, 3), 12)]
+    with Shards(tmp_path, tensors, "5GB") as shards:
+        for first, columns in [(60, 40), (0, 25), (25, 35)]:
+            shards.write_columns("a", np.ascontiguousarray(whole[:, first : first + columns]), first)
+        shards.write_columns("b", np.array([[1, 2, 3], [4, 5, 6]], np.float16), 0)
+    with safe_open(tmp_path / "model.safetensors", "np") as opened:
+        np.testing.assert_array_equal(opened.get_tensor("a"), whole)
+        np.testing.assert_array_equal(opened.get_tensor("b"), [[1, 2, 3], [4, 5, 6]])
+        np.testing.assert_array_equal(opened.get_tensor("x"), np.zeros(5))
+
+
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))

@@ -242,6 +242,28 @@ def test_checkpoints_that_others_made(tmp_path: Path, settings: dict[str, Any], 
     assert (tmp_path / "gptq" / "README.md").read_text() == "theirs"
 
 
+@pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json", "quantization_config.json"])
+@pytest.mark.parametrize("format_", ["marlin", "marlin-ext"])
+def test_every_config_of_the_source_is_replaced_and_restored(tmp_path: Path, file: str, format_: str) -> None:
+    """AutoRound writes quantization_config.json. No file of the result may say what its tensors are no longer."""
+    config = quantization_config(autoround_version="0.16.1", checkpoint_format=None)
+    source = write_source(
+        tmp_path / "source", quantization=config, extra={file: json.dumps(config), "vocab/quant_config.json": "{}"}
+    )
+    before = {p.name: json.loads(p.read_text()) for p in source.folder.glob("*.json")}
+    convert(source.folder, tmp_path / "out", Options(device="cpu", format=format_))
+    result = {p.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
+    assert set(result) == {"config.json", "quantize_config.json", "marlin_convert.json"}
+    wanted = format_.replace("-", "_")
+    assert result["config.json"]["quantization_config"] == result["quantize_config.json"]
+    assert result["quantize_config.json"]["checkpoint_format"] == wanted
+    restore(tmp_path / "out", tmp_path / "back")
+    after = {p.name: json.loads(p.read_text()) for p in (tmp_path / "back").glob("*.json")}
+    assert after.pop("marlin_convert.json")
+    assert after == before
+    assert (tmp_path / "back" / "vocab" / "quant_config.json").read_text() == "{}"
+
+
 def test_nothing_to_restore(tmp_path: Path, source: Source) -> None:
     with pytest.raises(UnsupportedError, match="not a Marlin checkpoint"):
         restore(source.folder, tmp_path / "out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marlin_convert import stream
-from marlin_convert.stream import Buffers, byte_blocks, row_blocks, run_all
+from marlin_convert.stream import Buffers, byte_blocks, column_panels, row_blocks, run_all, strips
 
 
 @given(st.integers(1, 600), st.integers(1, 500))
@@ -33,6 +34,40 @@ def test_row_blocks_of_known_layers() -> None:
     assert list(row_blocks(8192, 28672))[:3] == [(0, 128), (128, 128), (256, 128)]
     assert list(row_blocks(8192, 28672))[-1] == (8064, 128)
     assert list(row_blocks(4096, 4096)) == [(0, 1024), (1024, 1024), (2048, 1024), (3072, 1024)]
+
+
+@dataclass
+class Stored:
+    stored_K: int
+    stored_N: int
+    bits: int = 4
+
+
+@given(st.integers(1, 300), st.integers(1, 500), st.sampled_from([4, 8]))
+def test_panels_and_strips_cover_every_column_once(eight_tile_rows: int, tiles: int, bits: int) -> None:
+    layer = Stored(128 * eight_tile_rows, 64 * tiles, bits)
+    per_column = layer.stored_K * bits // 8
+    for limit, parts, width in [
+        (stream.PANEL_BYTES, list(column_panels(layer)), layer.stored_N),
+        (stream.BLOCK_BYTES, list(strips(layer, 64 * (tiles // 2 + 1))), 64 * (tiles // 2 + 1)),
+    ]:
+        assert [n for first, columns in parts for n in range(first, first + columns)] == list(range(width))
+        assert all(first % 64 == 0 and columns % 64 == 0 and columns > 0 for first, columns in parts)
+        assert all(columns * per_column <= limit or columns == 64 for _, columns in parts)
+        assert len(parts) <= width * per_column / limit * 2 + 1
+
+
+def test_panels_of_known_layers() -> None:
+    """24 MiB: a whole layer of Mistral-7B's attention, half of its down_proj, a fifth of Llama-70B's."""
+    assert list(column_panels(Stored(4096, 4096))) == [(0, 4096)]
+    assert list(column_panels(Stored(14336, 4096))) == [(0, 2048), (2048, 2048)]
+    assert list(column_panels(Stored(28672, 8192))) == [
+        (0, 1664),
+        (1664, 1664),
+        (3328, 1664),
+        (4992, 1664),
+        (6656, 1536),
+    ]
 
 
 @given(st.integers(0, 40_000_000))

@@ -160,6 +160,48 @@ def test_layers_side_by_side(tmp_path: Path) -> None:
     assert_restored(source, tmp_path / "back")
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("panel", "strip"), [(1, 1), (60_000, 20_000), (10**9, 20_000)])
+def test_act_order_in_many_panels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, panel: int, strip: int
+) -> None:
+    """One tile column at a time; several; strips within one panel: the seams are where a wrong offset would show."""
+    monkeypatch.setattr("marlin_convert.stream.PANEL_BYTES", panel)
+    monkeypatch.setattr("marlin_convert.stream.BLOCK_BYTES", strip)
+    stored = asymmetric({"K": 352, "N": 1000, "bits": bits, "group_size": 32})
+    layers = {
+        NAME: GPTQLayer(K=352, N=1000, bits=bits, group_size=32, stored_zero=stored, g_idx=shuffled(352, 32)),
+        "lm_head": GPTQLayer(
+            K=384, N=704, bits=bits, group_size=64, stored_zero=2 ** (bits - 1) - 1, g_idx=shuffled(384, 64)
+        ),
+    }
+    quantization = quantization_config(bits=bits, group_size=32, sym=False, desc_act=True)
+    source = write_source(tmp_path / "source", layers, quantization=quantization)
+    report = convert(source.folder, tmp_path / "out", CPU)
+    assert report.verification is not None
+    assert report.verification.ok
+    assert_exact(source, tmp_path / "out")
+    restore(tmp_path / "out", tmp_path / "back")
+    assert_restored(source, tmp_path / "back")
+
+
+def test_another_packer_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the rows are sorted on the CPU and packed there."""
+    layer = GPTQLayer(K=352, N=200, group_size=32, g_idx=shuffled(352, 32))
+    quantization = quantization_config(group_size=32, desc_act=True)
+    source = write_source(tmp_path / "source", {NAME: layer}, quantization=quantization)
+    convert(source.folder, tmp_path / "ours", CPU)
+
+    def other(words: Any, B: Any, bits: int) -> None:
+        B[...] = repack.gptq_to_marlin(torch.from_numpy(words), bits).numpy()
+
+    monkeypatch.setattr("marlin_convert.convert.packer", lambda *_: other)
+    convert(source.folder, tmp_path / "theirs", CPU)
+    ours, theirs = (load_file(tmp_path / x / "model.safetensors") for x in ("ours", "theirs"))
+    for name, tensor in ours.items():
+        assert torch.equal(theirs[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
 @pytest.mark.parametrize("value", [1e5, 1e-9])
 def test_scales_beyond_fp16_stay_bf16(tmp_path: Path, value: float) -> None:
     scales = np.full((2, 256), 0.01)
