@@ -182,7 +182,7 @@ class Remote:
         size, fd = self.files[name].size, os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
         def read(start: int, end: int) -> None:
-            os.pwrite(fd, _read_range(url, headers, start, end), start)
+            os.pwrite(fd, _read_range(self.repo_id, url, headers, start, end), start)
 
         try:
             read(0, min(size, _FIRST_BYTES))
@@ -397,20 +397,27 @@ def _hearing(hear: Hear) -> type[Any]:
     return Hearing
 
 
-def _read_range(url: str, headers: dict[str, str], start: int, end: int) -> bytes:
-    """Bytes `start` to `end` of a file on the Hub; huggingface_hub tries again when the network or the Hub fails."""
+def _read_range(repo_id: str, url: str, headers: dict[str, str], start: int, end: int) -> bytes:
+    """Bytes `start` to `end` of a file on the Hub. Raises HubError where Range requests are not answered."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
+    from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
 
     if start == end:
         return b""
     asked = {**headers, "range": f"bytes={start}-{end - 1}"}
-    response = http_backoff("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True)
-    hf_raise_for_status(response)
-    content: bytes = response.content
-    if len(content) != end - start:
-        raise OSError(0, "the Hub does not answer Range requests")
-    return content
+
+    def read() -> bytes:
+        with http_stream_backoff("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+            hf_raise_for_status(response)
+            if response.status_code != 206:  # all of the file would come
+                raise HubError(
+                    f"{repo_id}: {constants.ENDPOINT} does not answer Range requests, by which its headers are read; "
+                    "download the repository first (`hf download`) and give its folder."
+                )
+            content: bytes = response.read()
+            return content
+
+    return patiently(read)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 PIECE = 1 << 18  # bytes that are sent at a time
+LFS = True  # whether weights are LFS objects
+RANGES = True  # whether Range requests are answered
 
 
 @dataclass
@@ -213,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         entries = []
         for name, content in files.items():
             entry = {"type": "file", "path": name, "size": size_of(content), "oid": hash_of(name, content)}
-            if name.endswith(".safetensors"):  # the Hub keeps weights as LFS objects
+            if is_lfs(name):
                 entry["lfs"] = {"oid": hash_of(name, content), "size": size_of(content), "pointerSize": 130}
             entries.append(entry)
         self.send_json([e for e in entries if str(e["path"]).startswith(folder)])
@@ -230,9 +232,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "EntryNotFound", "Entry not found")
         etag, size = hash_of(file, content), size_of(content)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if file.endswith(".safetensors"):
+        if is_lfs(file):
             headers |= {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(size)}
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "") if RANGES else None
         begin, end = (int(match[1]), min(int(match[2] or size) + 1, size)) if match else (0, size)
         if match:
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
@@ -304,7 +306,7 @@ class Handler(BaseHTTPRequestHandler):
         answers = []
         for file in json.loads(request.body)["files"]:
             path, there = file["path"], files.get(file["path"])
-            lfs = path.endswith(".safetensors")
+            lfs = is_lfs(path)
             oid = None if there is None else hash_of(path, there)
             mode = "lfs" if lfs else "regular"
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
@@ -369,6 +371,11 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: `Hub.requests` keeps what came."""
 
 
+def is_lfs(name: str) -> bool:
+    """Whether the Hub keeps a file as an LFS object, as it does with all but the smallest weights."""
+    return LFS and name.endswith(".safetensors")
+
+
 def size_of(content: bytes | Path) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
@@ -386,7 +393,7 @@ _HASHES: dict[tuple[Path, bool], str] = {}
 
 def hash_of(name: str, content: bytes | Path) -> str:
     """The Hub's name for a file's content: SHA-256 of weights, git's own for others."""
-    lfs = name.endswith(".safetensors")
+    lfs = is_lfs(name)
     if isinstance(content, Path):
         key = (content, lfs)
         if key not in _HASHES:

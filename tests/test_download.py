@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import numpy as np
 import pytest
 import torch
@@ -323,6 +324,33 @@ def test_a_slow_hub(hub: Hub, source: Source, online: Callable[..., Run], tmp_pa
     patience = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
     result = online(REPO, tmp_path / "out", "--quiet", "--verify", env=patience)
     assert (result.code, result.err) == (0, "")
+
+
+def test_weights_in_git(
+    hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Very small ones may be no LFS objects; the Hub has no SHA-256 of them, and huggingface_hub fetches them."""
+    monkeypatch.setattr(hub_server, "LFS", False)
+    result = online(REPO, tmp_path / "out", "--verify")
+    assert result.code == 0, result.err
+    size = sum(p.stat().st_size for p in weights_of(repository)) / 1e6
+    assert f"downloading: done, {size:.1f} MB in " in result.err
+    assert not [line for line in result.err.splitlines() if "%" in line and "|" in line]  # no bars of its own
+    result = online(REPO, tmp_path / "low", "--quiet", "--low-disk")
+    assert result.code == 0, result.err
+
+
+def test_a_server_without_ranges(
+    hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is read of the whole file that comes instead."""
+    monkeypatch.setattr(hub_server, "RANGES", False)
+    expected = (
+        f"{REPO}: {hub.url} does not answer Range requests, by which its headers are read; download the repository "
+        "first (`hf download`) and give its folder."
+    )
+    assert refusal(online(REPO, tmp_path / "out")) == expected
+    assert refusal(online(REPO, "--dry-run")) == expected
 
 
 def test_weights_that_no_index_names_stay(
