@@ -141,6 +141,20 @@ class Hub:
         self._thread.join()
 
 
+def at_first(status: int) -> Callable[[Request], int | None]:
+    """A `fault`: every address answers `status` the first time."""
+    seen: set[tuple[str, str]] = set()
+
+    def fault(request: Request) -> int | None:
+        asked = (request.method, request.path)
+        if asked in seen:
+            return None
+        seen.add(asked)
+        return status
+
+    return fault
+
+
 class Refusal(Exception):
     def __init__(self, status: int, code: str = "", message: str = "", body: bytes = b"") -> None:
         self.status, self.code, self.message, self.body = status, code, message, body

@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import Run, refusal
 from gptq import GPTQLayer, Source, two_layers, write_source
-from hub_server import Hub, Request
+from hub_server import Hub, Request, at_first
 
 from marlin_convert import convert, publish
 from marlin_convert.convert import Options, check_room, looked_at, make_plan
@@ -283,15 +283,7 @@ def test_content_of_another_hash(
 def test_a_hub_in_trouble(hub: Hub, source: Source, online: Callable[..., Run], tmp_path: Path) -> None:
     """Every address answers 503 the first time."""
     hub.add(REPO, source.folder)
-    seen: set[tuple[str, str]] = set()
-
-    def fault(request: Request) -> int | None:
-        asked = (request.method, request.path)
-        first = asked not in seen
-        seen.add(asked)
-        return 503 if first else None
-
-    hub.fault = fault
+    hub.fault = at_first(503)
     result = online(REPO, tmp_path / "out", "--quiet", "--verify")
     assert (result.code, result.err) == (0, "")
 

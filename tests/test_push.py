@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import SECRET, Run, refusal
 from gptq import Source, two_layers, write_source
-from hub_server import Account, Hub, Request
+from hub_server import Account, Hub, Request, at_first
 
 from marlin_convert.cli import DEMO_FOLDER
 from marlin_convert.convert import Options, convert
@@ -196,15 +196,7 @@ def test_somebody_else_commits_meanwhile(hub: Hub, out: Path, online: Callable[.
 
 def test_a_hub_in_trouble(hub: Hub, out: Path, online: Callable[..., Run]) -> None:
     """Every address answers 503 the first time."""
-    seen: set[tuple[str, str]] = set()
-
-    def fault(request: Request) -> int | None:
-        asked = (request.method, request.path)
-        first = asked not in seen
-        seen.add(asked)
-        return 503 if first else None
-
-    hub.fault = fault
+    hub.fault = at_first(503)
     result = online("push", out, REPO, *TOKEN)
     assert result.code == 0, result.err
     assert pushed(hub) == contents(out)
