@@ -22,17 +22,17 @@ from .card import CARD_FILE, Made, model_card, tell_verification, write_card
 from .checkpoint import Checkpoint, Tensor
 from .config import MARLIN, MARLIN_EXT, find_configs, marlin_ext_settings, marlin_model_config, marlin_settings
 from .device import CPU, Device, pick_device
-from .download import Arrivals, Source, fetch, looked_into
+from .download import Source, fetch, looked_into
 from .errors import DeviceError, HubError, MarlinConvertError, OutputError, SourceError, UnsupportedError
 from .hub import is_folder
 from .layout import TILE_K, pack_zeros, permute_scales, unpack_zeros, unpermute_scales
 from .plan import V1_WORD, Layer, Plan, make_plan, span
 from .progress import BytesOnly, Progress
-from .publish import REPORT_FILE, Shards, check_free, check_space, existing, new_folder, write_json
+from .publish import REPORT_FILE, Shards, check_free, new_folder, write_json
 from .scales import ScaleFit, to_extended, to_fp16
 from .source import Order, order_difference, source_columns, source_rows, stored_groups, stored_order
 from .stream import Buffers, byte_blocks, column_panels, run_all, stored_blocks, strips
-from .supply import Item, Supply, counted, files_of, items
+from .supply import Item, Supply, arrivals, check_room, counted
 from .upload import Target, check_target, create_repository, default_name, push
 from .verify import Verification, Verifier, code_difference, verify
 
@@ -144,14 +144,14 @@ def convert(
             raise AlreadyMarlin(f"{source} already is a Marlin checkpoint; there is nothing to convert.")
         report = Report(origin, out, device, plan, ops.describe(), remark, rounding)
         report.source_quantization = _source_quantization(checkpoint, plan)
-        check_room(checkpoint, plan, origin, out, options)
+        check_room(_bytes_needed(checkpoint, plan), checkpoint, origin, out, low_disk=options.low_disk)
         if options.target:
             create_repository(options.target, token=options.token)
         origin.bring_small_files()
         with new_folder(out, force=options.force) as folder:
             with (
                 Shards(folder, plan.out_tensors, options.max_shard_size) as shards,
-                _weights(checkpoint, plan, origin, out, options, shards, progress) as weights,
+                arrivals(checkpoint, plan, origin, shards, progress, low_disk=options.low_disk) as weights,
                 _early_verifier(checkpoint, plan, folder, device, options, progress) as verifier,
             ):
                 report.files = shards.files
@@ -537,56 +537,6 @@ def _bytes_needed(checkpoint: Checkpoint, plan: Plan) -> int:
             )
         small += path.stat().st_size
     return plan.bytes_out + small + (16 << 20)  # headers, index, reports, and the file system's own needs
-
-
-def check_room(checkpoint: Checkpoint, plan: Plan, origin: Source, out: Path, options: Options) -> None:
-    """Raise OutputError unless the disks have room for the result, and for what is to be fetched beside it."""
-    result = _bytes_needed(checkpoint, plan)
-    coming = [] if origin.remote is None else [origin.remote.to_come(file) for file in checkpoint.weight_files]
-    if origin.remote is None or not any(coming):
-        check_space(out.parent, result)
-        return
-    largest, whole = max(coming), sum(coming)
-    if not _one_disk(origin.remote.cache, out):
-        check_space(out.parent, result)
-        held = min(whole, 2 * largest) if options.low_disk else whole
-        advice = "" if options.low_disk else ", or use --low-disk"
-        check_space(origin.remote.cache, held, "what is downloaded takes", advice)
-        return
-    small = result + largest
-    if options.low_disk:
-        check_space(out.parent, small, "the result and a part of the source take")
-    else:
-        advice = f", or use --low-disk, which takes {small / 1e9:.2f} GB" if small < result + whole else ""
-        check_space(out.parent, result + whole, "the result and the download of the source take", advice)
-
-
-def _one_disk(cache: Path, out: Path) -> bool:
-    return existing(cache).stat().st_dev == existing(out.parent).stat().st_dev
-
-
-def _weights(
-    checkpoint: Checkpoint, plan: Plan, origin: Source, out: Path, options: Options, shards: Shards, progress: Progress
-) -> contextlib.AbstractContextManager[Arrivals | None]:
-    """The weight files that are still on the Hub, on their way; None where all are here.
-
-    With `low_disk`, a file is fetched when it has room within what the result takes and one more file of the source;
-    on a disk of its own, the cache holds two files.
-    """
-    remote = origin.remote
-    if remote is None:
-        return contextlib.nullcontext()
-    hear = progress.meanwhile("downloading", sum(map(remote.to_come, checkpoint.weight_files)))
-    largest = max(remote.files[file].size for file in checkpoint.weight_files)
-    one_disk = _one_disk(remote.cache, out)
-
-    def room(nbytes: int) -> bool:
-        limit, used = (plan.bytes_out + largest, shards.written) if one_disk else (2 * largest, 0)
-        return weights.held + nbytes + used <= limit
-
-    together = [files_of(item) for item in items(plan)]
-    weights = Arrivals(remote, checkpoint.weight_files, together, hear, room if options.low_disk else None)
-    return weights
 
 
 @contextlib.contextmanager

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeAlias
 
 from .checkpoint import Checkpoint, Tensor
-from .download import Arrivals
+from .download import Arrivals, Source
 from .plan import Layer, Plan
+from .progress import Progress
+from .publish import Shards, check_space, existing
 
 #: What is converted, or copied, as one.
 Item: TypeAlias = "Layer | Tensor"
@@ -25,6 +29,56 @@ def files_of(item: Item) -> set[str]:
 def items(plan: Plan) -> list[Item]:
     """All layers, then all tensors that are copied."""
     return [*plan.layers, *plan.copies]
+
+
+def check_room(result: int, checkpoint: Checkpoint, origin: Source, out: Path, *, low_disk: bool) -> None:
+    """Raise OutputError unless the disks have room for the result, of `result` bytes at `out`, and for what is to be
+    fetched beside it."""
+    remote = origin.remote
+    coming = [] if remote is None else [remote.to_come(file) for file in checkpoint.weight_files]
+    if remote is None or not any(coming):
+        check_space(out.parent, result)
+        return
+    largest, whole = max(coming), sum(coming)
+    if not _one_disk(remote.cache, out):
+        check_space(out.parent, result)
+        held = min(whole, 2 * largest) if low_disk else whole
+        check_space(remote.cache, held, "what is downloaded takes", "" if low_disk else ", or use --low-disk")
+        return
+    small = result + largest
+    if low_disk:
+        check_space(out.parent, small, "the result and a part of the source take")
+    else:
+        advice = f", or use --low-disk, which takes {small / 1e9:.2f} GB" if small < result + whole else ""
+        check_space(out.parent, result + whole, "the result and the download of the source take", advice)
+
+
+def _one_disk(cache: Path, out: Path) -> bool:
+    return existing(cache).stat().st_dev == existing(out).stat().st_dev
+
+
+def arrivals(
+    checkpoint: Checkpoint, plan: Plan, origin: Source, shards: Shards, progress: Progress, *, low_disk: bool
+) -> contextlib.AbstractContextManager[Arrivals | None]:
+    """The weight files that are still on the Hub, on their way; None where all are here.
+
+    With `low_disk`, a file is fetched when it has room within what the result (`shards`) takes in the end and one more
+    file of the source; on a disk of its own, the cache holds two files.
+    """
+    remote = origin.remote
+    if remote is None:
+        return contextlib.nullcontext()
+    largest = max(remote.files[file].size for file in checkpoint.weight_files)
+    one_disk = _one_disk(remote.cache, shards.folder)
+
+    def room(nbytes: int) -> bool:
+        limit, used = (plan.bytes_out + largest, shards.written) if one_disk else (2 * largest, 0)
+        return weights.held + nbytes + used <= limit
+
+    hear = progress.meanwhile("downloading", sum(map(remote.to_come, checkpoint.weight_files)))
+    together = [files_of(item) for item in items(plan)]
+    weights = Arrivals(remote, checkpoint.weight_files, together, hear, room if low_disk else None)
+    return weights
 
 
 class Supply:

@@ -7,6 +7,7 @@ for a file.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,9 +28,10 @@ from conftest import Run, refusal
 from gptq import GPTQLayer, Source, two_layers, write_source
 from hub_server import Hub, Request, at_first
 
-from marlin_convert import convert, publish
-from marlin_convert.convert import Options, check_room, looked_at, make_plan
+from marlin_convert import publish, supply
+from marlin_convert.convert import Options, looked_at
 from marlin_convert.errors import OutputError
+from marlin_convert.supply import check_room
 
 REPO = "someone/large-gptq"
 MB = 1e6
@@ -406,26 +408,28 @@ def test_room_on_the_disk(hub: Hub, repository: Source, tmp_path: Path, monkeypa
     remote = Remote(REPO, None, "0" * 40, None, tmp_path / "cache", files)
     source, largest = sum(f.size for f in files.values()), max(f.size for f in files.values())
     with looked_at(repository.folder, Options()) as (origin, checkpoint):
-        origin = convert.replace(origin, remote=remote)
-        plan = make_plan(checkpoint)
-        result = convert._bytes_needed(checkpoint, plan)
+        origin, result = dataclasses.replace(origin, remote=remote), 8_000_000
+
+        def check(*, low_disk: bool) -> None:
+            check_room(result, checkpoint, origin, tmp_path / "out", low_disk=low_disk)
+
         needed: list[int] = []
-        monkeypatch.setattr(convert, "check_space", lambda folder, nbytes, *_: needed.append(nbytes))
+        monkeypatch.setattr(supply, "check_space", lambda folder, nbytes, *_: needed.append(nbytes))
         for one_disk, low_disk, expected in (
             (True, False, [result + source]),
             (True, True, [result + largest]),
             (False, False, [result, source]),
             (False, True, [result, 2 * largest]),
         ):
-            monkeypatch.setattr(convert, "_one_disk", lambda cache, out, one=one_disk: one)
-            check_room(checkpoint, plan, origin, tmp_path / "out", Options(low_disk=low_disk))
+            monkeypatch.setattr(supply, "_one_disk", lambda cache, out, one=one_disk: one)
+            check(low_disk=low_disk)
             assert needed == expected
             needed.clear()
         monkeypatch.undo()
         monkeypatch.setattr(publish.shutil, "disk_usage", lambda _: type("Usage", (), {"free": result + largest + 5}))
-        check_room(checkpoint, plan, origin, tmp_path / "out", Options(low_disk=True))
+        check(low_disk=True)
         with pytest.raises(OutputError) as error:
-            check_room(checkpoint, plan, origin, tmp_path / "out", Options())
+            check(low_disk=False)
         assert error.value.message == (
             f"{tmp_path}: the result and the download of the source take {(result + source) / 1e9:.2f} GB and "
             f"{(result + largest + 5) / 1e9:.2f} GB are free; make room or choose another disk, or use --low-disk, "
