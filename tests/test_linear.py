@@ -216,3 +216,14 @@ def test_extended_product(kind: str, dtype: torch.dtype, monkeypatch: pytest.Mon
         error = float((y.double() - reference).norm() / reference.norm())
         assert error <= {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}[dtype]
     assert torch.equal(module.dequantize(torch.float32).double(), W)
+
+
+@pytest.mark.parametrize("kind", ["act-order", "padded and everything"])
+def test_act_order_adds_in_the_sources_order(kind: str) -> None:
+    """fp16 sums depend on the order of their terms: the layer gives the very bits of the plain linear layer."""
+    module, W = extended(GPTQLayer(**{"K": 384, "N": 256, **EXTENDED[kind]}))
+    x = torch.randn(32, W.shape[0], generator=torch.Generator().manual_seed(0)).to(module.scale_dtype)
+    plain = torch.nn.functional.linear(x, W.to(x.dtype).t().contiguous())
+    assert torch.equal(module(x), plain)
+    order = module.marlin_perm.long()  # the stored order would add otherwise: the test sees the difference
+    assert not torch.equal(torch.nn.functional.linear(x[:, order], W[order].to(x.dtype).t().contiguous()), plain)
