@@ -193,8 +193,8 @@ def _reference(
 ) -> Tensor:  # fmt: skip
     """x · W + bias with W dequantized in x's dtype, rounded once, BLOCK_COLUMNS of it at a time.
 
-    W goes back to the source's order of rows, not x to the stored one: fp16 sums depend on the order of their terms, and
-    these are to be the sums of a plain linear layer with the same weights.
+    W goes back to the source's order of rows, not x to the stored one: fp16 sums depend on the order of their terms,
+    and these are to be the sums of a plain linear layer with the same weights.
     """
     _say_slow(str(x.device.type))
     natural = None if perm is None else torch.argsort(perm)  # natural[k]: the stored row that is the source's row k
