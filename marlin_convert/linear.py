@@ -177,7 +177,8 @@ def _linear(
     bits: int, in_features: int, out_features: int,
 ) -> Tensor:  # fmt: skip
     if x.device.type == "cuda":
-        if zeros is None and perm is None and bits == 4 and (in_features, out_features) == (x.shape[-1], s.shape[1]):
+        whole = (in_features, out_features) == (B.shape[0] * TILE_K, s.shape[1])  # no padding
+        if zeros is None and perm is None and bits == 4 and whole:
             return cuda.matmul(x, B, s, bias)
         product: Any = cuda.matmul
         result: Tensor = product(

@@ -199,6 +199,24 @@ def test_the_reference_agrees_with_the_twin() -> None:
     )
 
 
+@pytest.mark.parametrize(("K", "N"), [(576, 576), (576, 1536), (256, 72), (200, 96), (256, 576)])
+def test_kernels_are_told_the_size_of_a_padded_layer(K: int, N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the extended format K is padded to 128 and N to 64: either alone is enough. The "GPU" is a fake tensor's."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    told: list[tuple[int, int]] = []
+
+    def matmul(x: torch.Tensor, B: torch.Tensor, s: torch.Tensor, *_: Any, **sizes: Any) -> torch.Tensor:
+        told.append((sizes.get("in_features", B.shape[0] * 16), sizes.get("out_features", s.shape[1])))
+        return x.new_empty(*x.shape[:-1], N)
+
+    monkeypatch.setattr(cuda, "matmul", matmul)
+    with FakeTensorMode():
+        layer = MarlinLinear(K, N, group_size=64, extended=True, device="cuda")
+        layer(torch.empty(3, K, dtype=torch.float16, device="cuda"))
+    assert told == [(K, N)]
+
+
 # ---- The extended format ----
 
 
