@@ -4,10 +4,10 @@
 
 Makes a GPTQ checkpoint of the shape with random contents, converts it, and writes an fp16 checkpoint of the same
 architecture with as many layers and bytes: each half as wide and as high (both kept in DIR for the next time). Then
-loads each in turn, every time in a new process: `marlin_convert.load` and `AutoModelForCausalLM.from_pretrained`.
-Imports do not count, files are in the page cache. On a CPU every page of every tensor is touched before the clock
-stops: tensors that are only mapped would cost nothing. Prints medians, and the ratio of the seconds per byte, pair by
-pair. As a third, `safetensors.torch.load_file` of the Marlin weights, without a model.
+loads them in pairs, every time in a new process: `marlin_convert.load` and `AutoModelForCausalLM.from_pretrained`, now
+the one first, now the other. Imports do not count, files are in the page cache. On a CPU every page of every tensor is
+touched before the clock stops: tensors that are only mapped would cost nothing. Prints medians, and the ratio of the
+seconds per byte, pair by pair. As a third, `safetensors.torch.load_file` of the Marlin weights, without a model.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ if device == "cuda":
     torch.zeros(1, device=device)
     from marlin_convert import cuda
     cuda.device_info(0)
+print("ready", flush=True)
+sys.stdin.readline()
 started = time.perf_counter()
 if kind == "marlin":
     state = marlin_convert.hf.load(folder, device=device).state_dict()
@@ -78,6 +80,28 @@ def plain_checkpoint(folder: Path, config: dict[str, Any], shape: Shape) -> None
     (folder / "config.json").write_text(json.dumps({**rest, **sizes}))
 
 
+def load_each(folders: dict[str, Path], device: str, *, backwards: bool) -> dict[str, float]:
+    """Seconds of one load of each kind, in processes that have imported everything before the first one loads."""
+    processes = {
+        kind: subprocess.Popen(
+            [sys.executable, "-c", LOAD, kind, str(folder), device], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True,
+        )
+        for kind, folder in folders.items()
+    }  # fmt: skip
+    for process in processes.values():
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            raise SystemExit("a process could not start")
+    seconds = {}
+    for kind in reversed(folders) if backwards else folders:
+        output, _ = processes[kind].communicate("go\n")
+        if processes[kind].returncode:
+            raise SystemExit(f"{kind} could not be loaded")
+        seconds[kind] = float(output)
+    return {kind: seconds[kind] for kind in folders}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[name for name in SHAPES if SHAPES[name].files == 1], default="mistral-7b")
@@ -102,15 +126,11 @@ def main() -> None:
 
     times: dict[str, list[float]] = {kind: [] for kind in folders}
     for run in range(options.runs + 1):  # the first one warms the page cache and does not count
-        for kind, folder in folders.items():
-            command = [sys.executable, "-c", LOAD, kind, str(folder), options.device]
-            process = subprocess.run(command, capture_output=True, text=True, check=False)
-            if process.returncode:
-                raise SystemExit(process.stderr)
-            if run:
-                times[kind].append(float(process.stdout.split()[-1]))
+        seconds = load_each(folders, options.device, backwards=run % 2 == 1)
         if run:
-            print(f"run {run}: " + ", ".join(f"{kind} {t[-1]:.2f} s" for kind, t in times.items()), flush=True)
+            print(f"run {run}: " + ", ".join(f"{kind} {t:.2f} s" for kind, t in seconds.items()), flush=True)
+            for kind, t in seconds.items():
+                times[kind].append(t)
 
     print(f"{options.shape} on {options.device}, median of {options.runs}, {os.cpu_count()} cores")
     for kind, values in times.items():

@@ -10,7 +10,8 @@ rounded once to fp16; no code of the converter takes part in it. Three things mu
 - perplexity: equal to three digits, that is, to 0.05 %,
 - greedy continuation of the prompt: the same tokens.
 
-Long texts take long on a CPU: `--tokens` takes only the beginning.
+Long texts take long on a CPU: `--tokens` takes only the beginning. `--context` is the tokens in a window, the rows of
+each product: on a GPU, many rows are left to cuBLAS after dequantizing, few are computed by Marlin's own kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ import marlin_convert
 
 LOGITS_BOUND = 2e-3
 PERPLEXITY_BOUND = 5e-4
-CONTEXT = 512
 
 
 def numbers(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -104,7 +104,7 @@ def prove(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.gptq)
     text = options.text.read_text(encoding="utf-8")
     tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : options.tokens]
-    windows = [w for w in tokens.to(options.device).split(CONTEXT, dim=1) if w.shape[1] > 1]
+    windows = [w for w in tokens.to(options.device).split(options.context, dim=1) if w.shape[1] > 1]
 
     reference = reference_model(options.gptq, dtype).to(options.device).eval()
     model = marlin_convert.load(options.marlin, dtype=dtype, device=options.device).eval()
@@ -129,6 +129,7 @@ def prove(options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "tokens": scored,
+        "context": options.context,
         "logits_relative_error": math.sqrt(difference / size),
         "perplexity_reference": perplexities[0],
         "perplexity_marlin": perplexities[1],
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--tokens", type=int, default=None, help="use only so many tokens of the text")
+    parser.add_argument("--context", type=int, default=512, help="tokens in a window (default: 512)")
     parser.add_argument("--prompt", default="In the beginning")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -179,7 +181,7 @@ def main() -> None:
     for column in ("", "source, dequantized", "Marlin"):
         table.add_column(column)
     table.add_row(
-        f"perplexity, {result['tokens']} tokens",
+        f"perplexity, {result['tokens']} tokens in windows of {result['context']}",
         f"{result['perplexity_reference']:.4f}",
         f"{result['perplexity_marlin']:.4f}",
     )

@@ -177,7 +177,8 @@ def _linear(
     bits: int, in_features: int, out_features: int,
 ) -> Tensor:  # fmt: skip
     if x.device.type == "cuda":
-        if zeros is None and perm is None and bits == 4 and (in_features, out_features) == (x.shape[-1], s.shape[1]):
+        whole = (in_features, out_features) == (B.shape[0] * TILE_K, s.shape[1])  # no padding
+        if zeros is None and perm is None and bits == 4 and whole:
             return cuda.matmul(x, B, s, bias)
         product: Any = cuda.matmul
         result: Tensor = product(
@@ -191,16 +192,21 @@ def _reference(
     x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, zeros: Tensor | None, perm: Tensor | None,
     bits: int, in_features: int, out_features: int,
 ) -> Tensor:  # fmt: skip
-    """x · W + bias with W dequantized in x's dtype, rounded once, BLOCK_COLUMNS of it at a time."""
+    """x · W + bias with W dequantized in x's dtype, rounded once, BLOCK_COLUMNS of it at a time.
+
+    W goes back to the source's order of rows, not x to the stored one: fp16 sums depend on the order of their terms,
+    and these are to be the sums of a plain linear layer with the same weights.
+    """
     _say_slow(str(x.device.type))
-    rows = x if perm is None else x[..., perm.long()]  # in the order of the stored rows
+    natural = None if perm is None else torch.argsort(perm)  # natural[k]: the stored row that is the source's row k
     blocks = []
     for n0 in range(0, out_features, BLOCK_COLUMNS):
         n1, end = min(n0 + BLOCK_COLUMNS, s.shape[1]), min(n0 + BLOCK_COLUMNS, out_features)
         block_zeros = None if zeros is None else zeros[:, n0 * bits // 32 : n1 * bits // 32]
         W = _weight(B[:, n0 * bits // 2 : n1 * bits // 2], s[:, n0:n1], block_zeros, bits, x.dtype)
-        W = W[:in_features, : end - n0].t().contiguous()  # as nn.Linear has it, so that the sums are the same
-        blocks.append(nn.functional.linear(rows, W, None if bias is None else bias[n0:end]))
+        W = W[:in_features, : end - n0]
+        W = (W if natural is None else W[natural]).t().contiguous()  # as nn.Linear has it: the sums are the same
+        blocks.append(nn.functional.linear(x, W, None if bias is None else bias[n0:end]))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 

@@ -45,14 +45,18 @@ class Piece:
         return self.scales.shape[0]
 
 
+def needed(settings: LayerSettings) -> set[str]:
+    """The tensors that a layer has (keys of EXTENDED_NAMES)."""
+    extras = {"zeros": not settings.sym, "perm": settings.desc_act}
+    return {"weight", "scales"} | {what for what, there in extras.items() if there}
+
+
 def whole(name: str, settings: LayerSettings, tensors: dict[str, Tensor]) -> Piece:
     """A layer as the checkpoint has it; `tensors` by what they are (the keys of EXTENDED_NAMES).
 
     Raises ValueError when they do not fit the settings.
     """
-    wanted = (
-        {"weight", "scales"} | ({"zeros"} if not settings.sym else set()) | ({"perm"} if settings.desc_act else set())
-    )
+    wanted = needed(settings)
     if set(tensors) != wanted:
         raise ValueError(
             f"{name}: it has {', '.join(sorted(tensors)) or 'no tensors'}; {', '.join(sorted(wanted))} needed"

@@ -3,8 +3,9 @@
 vLLM finds it by its entry point (group `vllm.general_plugins`) when both packages are installed; nothing is imported by
 hand. For vLLM 0.26 to 0.33. Nothing is repacked at load: what the checkpoint holds is what the kernel takes.
 
-Columns and rows are cut for tensor parallelism as `shards` does it: a piece is right, or loading stops and says why.
-fp16 scales are cast to the activations' dtype, as vLLM does for GPTQ. Mixtures of experts are refused.
+Columns and rows are cut for tensor parallelism as `shards` does it, while the layers arrive: a piece is right, or
+loading stops and says why. fp16 scales are cast to the activations' dtype, as vLLM does for GPTQ. Experts are stacked
+for vLLM's fused product; those that it cannot compute are refused by name.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -36,9 +40,9 @@ from .shards import Piece
 
 NAME = "marlin_convert"
 _MIN_CAPABILITY = 80
-#: Classes of vLLM that hold a mixture's experts.
-_EXPERTS = {"RoutedExperts", "FusedMoE"}
 _SHARDS = {"q": 0, "k": 1, "v": 2}
+#: Blocks of the experts' kernel on each multiprocessor: its workspace has a lock for each.
+_BLOCKS_OF_EXPERTS = 4
 #: What the kernel calls codes of so many bits, by whether they have zero points of their own.
 _TYPES = {
     (4, False): scalar_types.uint4b8, (8, False): scalar_types.uint8b128, (4, True): scalar_types.uint4,
@@ -58,6 +62,7 @@ class MarlinCheckpointConfig(QuantizationConfig):  # type: ignore[misc]
         self.settings = read_marlin_settings(config)
         self.layers = dict(self.settings.layers)
         self.quantized: set[str] = set()
+        self.biases: set[str] = set()  # layers with a bias, quantized or not
 
     def __repr__(self) -> str:
         return f"MarlinCheckpointConfig({self.settings.format}, {self.settings.default}, {len(self.layers)} exceptions)"
@@ -94,12 +99,14 @@ class MarlinCheckpointConfig(QuantizationConfig):  # type: ignore[misc]
         names = set(get_safetensors_params_metadata(model_name, revision=revision))
         ending = ".marlin_qweight" if self.settings.format == "marlin_ext" else ".B"
         self.quantized = {name.removesuffix(ending) for name in names if name.endswith(ending)}
+        self.biases = {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
         if not self.quantized:
             raise ValueError(f"{model_name}: the settings say {self.settings.format}, and no tensor ends in {ending}")
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename layers as vLLM's model does."""
         self.quantized = set(hf_to_vllm_mapper.apply_list(sorted(self.quantized)))
+        self.biases = set(hf_to_vllm_mapper.apply_list(sorted(self.biases)))
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def parts(self, prefix: str) -> list[str]:
@@ -113,12 +120,9 @@ class MarlinCheckpointConfig(QuantizationConfig):  # type: ignore[misc]
         return self.layers.get(name, self.settings.default)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if _EXPERTS & {c.__name__ for c in type(layer).__mro__}:
+        if isinstance(layer, RoutedExperts):
             if any(name.startswith(f"{prefix}.") for name in self.quantized):
-                raise ValueError(
-                    f"{prefix}: this plugin does not read quantized mixtures of experts yet; load the GPTQ checkpoint, "
-                    "which vLLM repacks itself (`marlin-convert to-gptq` restores it)"
-                )
+                return MarlinExpertsMethod(self, prefix, layer)
             return None
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
             return None
@@ -149,12 +153,7 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
 
     def __init__(self, config: MarlinCheckpointConfig, names: list[str]) -> None:
         self.config, self.names = config, names
-        self.settings = [config.layer(name) for name in names]
-        for name, settings in zip(names, self.settings, strict=True):
-            if (settings.bits, not settings.sym) not in _TYPES:
-                raise ValueError(f"{name}: vLLM's Marlin kernel has no {settings.bits}-bit codes with zero points")
-            if settings.group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
-                raise ValueError(f"{name}: vLLM's Marlin kernel has no groups of {settings.group_size}")
+        self.settings = [_supported(name, config.layer(name)) for name in names]
 
     def create_weights(
         self,
@@ -175,49 +174,45 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
                     f"{self.names[0]}: fused in the checkpoint, it cannot be split over tensor-parallel ranks; use one"
                 )
             widths = [sum(widths)]
-        self.pieces: list[dict[str, Tensor]] = [{} for _ in widths]
         self.widths, self.ranks, self.dtype = widths, ranks, params_dtype
         self.own_K, self.all_K = input_size_per_partition, input_size
-        for what, name in (EXTENDED_NAMES if self.config.settings.format == "marlin_ext" else ORIGINAL_NAMES).items():
-            dtype = params_dtype if what == "scales" else torch.int32
-            parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-            parameter.weight_loader = self._loader(what)  # type: ignore[attr-defined]
-            layer.register_parameter(name, parameter)
+        self.arrived = [
+            _Arriving(name, settings, partial(self._cut, layer, part))
+            for part, (name, settings) in enumerate(zip(self.names, self.settings, strict=True))
+        ]
 
-    def _loader(self, what: str) -> Callable[..., None]:
-        def load(parameter: nn.Parameter, loaded: Tensor, shard: Any = None, *_: Any, **__: Any) -> None:
-            part = 0 if shard is None else shard
+        def load(param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: Any = None, *_: Any, **__: Any) -> None:
+            part = 0 if loaded_shard_id is None else loaded_shard_id
             if isinstance(part, str):
                 part = _SHARDS.get(part, -1)
-            if not isinstance(part, int) or not 0 <= part < len(self.pieces):
-                raise ValueError(f"a part named {shard!r} of a layer of {len(self.pieces)} parts")
-            self.pieces[part][what] = loaded.to(parameter.device)
+            if not isinstance(part, int) or not 0 <= part < len(self.arrived):
+                raise ValueError(f"a part named {loaded_shard_id!r} of a layer of {len(self.arrived)} parts")
+            self.arrived[part].take(param, loaded_weight)
 
-        return load
+        _stand_ins(layer, self.config, "", load)
+
+    def _cut(self, layer: Any, part: int, piece: Piece) -> Piece:
+        """This rank's piece of a layer."""
+        name, widths, ranks, own_K, all_K = self.names[part], self.widths, self.ranks, self.own_K, self.all_K
+        rank = _rank(layer) if ranks > 1 or own_K != all_K else 0
+        if own_K != all_K:
+            piece = shards.rows(name, piece, rank * own_K, own_K)
+        elif own_K != piece.K:
+            raise ValueError(f"{name}: it has {piece.K} rows, the model {own_K}")
+        replicas = getattr(layer, "num_kv_head_replicas", 1) if part else 1  # of the heads of k and v
+        if ranks > 1:
+            piece = shards.columns(name, piece, rank // replicas * widths[part], widths[part])
+        elif isinstance(layer, ParallelLMHead):
+            piece = shards.columns(name, piece, 0, widths[part])  # the vocabulary, as vLLM pads it
+        elif widths[part] != piece.N:
+            raise ValueError(f"{name}: it has {piece.N} columns, the model {widths[part]}")
+        return _cast(name, piece, self.dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Cut this rank's pieces and join what one call of the kernel can do; nothing is repacked."""
-        widths, ranks, own_K, all_K = self.widths, self.ranks, self.own_K, self.all_K
-        rank = _rank(layer) if ranks > 1 or own_K != all_K else 0
-        pieces = []
-        for part, (name, settings) in enumerate(zip(self.names, self.settings, strict=True)):
-            piece = shards.whole(name, settings, self.pieces[part])
-            if own_K != all_K:
-                piece = shards.rows(name, piece, rank * own_K, own_K)
-            elif own_K != piece.K:
-                raise ValueError(f"{name}: it has {piece.K} rows, the model {own_K}")
-            replicas = getattr(layer, "num_kv_head_replicas", 1) if part else 1  # of the heads of k and v
-            if ranks > 1:
-                piece = shards.columns(name, piece, rank // replicas * widths[part], widths[part])
-            elif isinstance(layer, ParallelLMHead):
-                piece = shards.columns(name, piece, 0, widths[part])  # the vocabulary, as vLLM pads it
-            elif widths[part] != piece.N:
-                raise ValueError(f"{name}: it has {piece.N} columns, the model {widths[part]}")
-            pieces.append(self._cast(name, piece, self.dtype))
-        for name in (*ORIGINAL_NAMES.values(), *EXTENDED_NAMES.values()):
-            if hasattr(layer, name):
-                delattr(layer, name)
-        self.pieces = []
+        """Join what one call of the kernel can do; nothing is repacked."""
+        pieces = [arriving.piece() for arriving in self.arrived]
+        self.arrived = []
+        _remove_stand_ins(layer, "")
         bias, products, column = getattr(layer, "bias", None), [], 0
         for number, piece in enumerate(shards.join(pieces)):
             device = piece.weight.device
@@ -239,13 +234,6 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         self.workspace = marlin_make_workspace_new(pieces[0].weight.device)
         self.nothing = torch.empty(0, dtype=torch.int32, device=pieces[0].weight.device)
 
-    @staticmethod
-    def _cast(name: str, piece: Piece, dtype: torch.dtype) -> Piece:
-        scales = piece.scales.to(dtype)
-        if not torch.isfinite(scales).all() or ((scales == 0) & (piece.scales != 0)).any():
-            raise ValueError(f"{name}: its {piece.scales.dtype} scales do not fit {dtype}; load with --dtype bfloat16")
-        return replace(piece, scales=scales)
-
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] of this rank → [..., N of this rank]."""
         results = []
@@ -263,15 +251,205 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
                 output_size_per_partition=product.stored_N,
                 input_size_per_partition=product.stored_K,
                 bias=None if bias is None else getattr(layer, f"marlin{product.number}_bias"),
-                **(dict.fromkeys(_EMPTY, self.nothing)),
+                **dict.fromkeys(_EMPTY, self.nothing),
                 **_FIXED,
             )
             results.append(y[..., : product.N] if product.stored_N != product.N else y)
         return results[0] if len(results) == 1 else torch.cat(results, -1)
 
 
+class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
+    """The experts of one block: stacked, and computed by vLLM's fused Marlin product."""
+
+    def __init__(self, config: MarlinCheckpointConfig, prefix: str, layer: Any) -> None:
+        super().__init__(layer.moe_config)
+        self.config, self.prefix = config, prefix
+        #: What the checkpoint calls the gate, up and down of an expert, by what vLLM calls them.
+        self.parts = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
+        experts = range(self.moe.num_logical_experts)
+        if not self.moe.is_act_and_mul or getattr(layer, "swiglu_limit", None) is not None:
+            self._refuse("experts without a gate, or with a limit on it")
+        names = {self._name(number, shard) for number in experts for shard in self.parts}
+        found = {name for name in config.quantized if name.startswith(f"{prefix}.")}
+        if names != found:
+            odd = min(names ^ found)
+            why = "is not quantized" if odd in names else "is not one of them"
+            raise ValueError(f"{prefix}: vLLM computes its experts as one layer, and {odd} {why}")
+        if names & config.biases:
+            self._refuse(f"experts with biases ({min(names & config.biases)})")
+        if self.moe.moe_parallel_config.use_all2all_kernels:
+            self._refuse("experts spread over data-parallel ranks")
+        kinds = {replace(config.layer(name), source_group_size=None) for name in sorted(names)}
+        self.settings = kinds.pop()
+        if kinds:
+            self._refuse("experts of different settings in one block")
+        if self.settings.desc_act:
+            self._refuse("experts with act-order")
+        if self.settings.in_features is not None or self.settings.out_features is not None:
+            self._refuse("experts that are stored padded")
+        _supported(prefix, self.settings)
+
+    def _name(self, number: int, shard: str) -> str:
+        return f"{self.prefix}.{number}.{self.parts[shard]}"
+
+    def _refuse(self, what: str) -> None:
+        raise ValueError(
+            f"{self.prefix}: this plugin does not run {what}; load the GPTQ checkpoint, which vLLM repacks itself "
+            "(`marlin-convert to-gptq` restores it)"
+        )
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **_: Any,
+    ) -> None:
+        """Register a stand-in for each kind of tensor; their loaders keep what this rank needs of its experts."""
+        self.hidden, self.own, self.dtype = hidden_size, intermediate_size_per_partition, params_dtype
+        self.arrived: dict[tuple[int, str], _Arriving] = {}
+        self.count = num_experts
+
+        def load(
+            param: nn.Parameter,
+            loaded_weight: Tensor,
+            weight_name: str = "",
+            shard_id: str = "",
+            expert_id: int = 0,
+            return_success: bool = False,
+        ) -> bool | None:
+            local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+            if local >= 0:
+                if (local, shard_id) not in self.arrived:
+                    name = self._name(expert_id, shard_id)
+                    cut = partial(self._cut, layer, name, shard_id)
+                    self.arrived[local, shard_id] = _Arriving(name, self.settings, cut)
+                self.arrived[local, shard_id].take(param, loaded_weight)
+            return local >= 0 if return_success else None
+
+        for prefix in ("w13_", "w2_"):
+            _stand_ins(layer, self.config, prefix, load)
+
+    def _cut(self, layer: Any, name: str, shard: str, piece: Piece) -> Piece:
+        """This rank's piece of one expert's gate, up or down."""
+        ranks, rank = layer.moe_config.tp_size, layer.moe_config.tp_rank
+        K, N = (self.own * ranks, self.hidden) if shard == "w2" else (self.hidden, self.own * ranks)
+        if (piece.K, piece.N) != (K, N):
+            raise ValueError(f"{name}: it is {piece.K} x {piece.N}, the model {K} x {N}")
+        way = shards.rows if shard == "w2" else shards.columns
+        return _cast(name, way(name, piece, rank * self.own, self.own), self.dtype)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Stack the experts; nothing is repacked."""
+        for number in range(self.count):
+            for shard, part in self.parts.items():
+                if (number, shard) not in self.arrived:
+                    raise ValueError(f"{self.prefix}: the checkpoint has no {part} for one of its experts")
+        pieces = {key: arriving.piece() for key, arriving in self.arrived.items()}
+        self.arrived = {}
+        first = [shards.join([pieces[number, "w1"], pieces[number, "w3"]])[0] for number in range(self.count)]
+        second = [pieces[number, "w2"] for number in range(self.count)]
+        for prefix, stack in (("w13_", first), ("w2_", second)):
+            _remove_stand_ins(layer, prefix)
+            for what in ("weight", "scales", "zeros"):
+                tensors = [getattr(piece, what) for piece in stack]
+                value = None if tensors[0] is None else nn.Parameter(torch.stack(tensors), requires_grad=False)
+                layer.register_parameter(f"marlin_{prefix}{what}", value)
+        self.workspace = marlin_make_workspace_new(first[0].weight.device, _BLOCKS_OF_EXPERTS)
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: `apply` knows its tensors itself."""
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """x [T, H]; topk_weights, topk_ids [T, k] → [T, H], to be summed over tensor-parallel ranks by vLLM."""
+        result: Tensor = _multiply_experts(
+            hidden_states=x,
+            w1=layer.marlin_w13_weight,
+            w2=layer.marlin_w2_weight,
+            bias1=None,
+            bias2=None,
+            w1_scale=layer.marlin_w13_scales,
+            w2_scale=layer.marlin_w2_scales,
+            w1_zeros=layer.marlin_w13_zeros,
+            w2_zeros=layer.marlin_w2_zeros,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            quant_type_id=_TYPES[self.settings.bits, not self.settings.sym].id,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            global_num_experts=layer.global_num_experts,
+            activation=layer.activation,
+            expert_map=layer.expert_map,
+            workspace=self.workspace,
+        )
+        return result
+
+
+# ---- Loading ----
+
+
+class _Arriving:
+    """A layer whose tensors come one by one; this rank's piece of it is cut as soon as all are there."""
+
+    def __init__(self, name: str, settings: LayerSettings, cut: Callable[[Piece], Piece]) -> None:
+        self.name, self.settings, self.cut = name, settings, cut
+        self.tensors: dict[str, Tensor] = {}
+        self.done: Piece | None = None
+
+    def take(self, parameter: nn.Parameter, loaded: Tensor) -> None:
+        self.tensors[parameter.what] = loaded.to(parameter.device)  # type: ignore[attr-defined]
+        if self.tensors.keys() == shards.needed(self.settings):
+            self.done, self.tensors = self.piece(), {}
+
+    def piece(self) -> Piece:
+        """Raises ValueError while a tensor is missing."""
+        return self.done or self.cut(shards.whole(self.name, self.settings, self.tensors))
+
+
+def _stand_ins(layer: nn.Module, config: MarlinCheckpointConfig, prefix: str, load: Callable[..., Any]) -> None:
+    """Parameters under the names of the checkpoint's tensors, for vLLM's loader to find; `load` takes what comes."""
+    for what, name in (EXTENDED_NAMES if config.settings.format == "marlin_ext" else ORIGINAL_NAMES).items():
+        parameter = nn.Parameter(torch.empty(0, dtype=torch.int32), requires_grad=False)
+        parameter.weight_loader, parameter.what = load, what  # type: ignore[attr-defined]
+        layer.register_parameter(prefix + name, parameter)
+
+
+def _remove_stand_ins(layer: nn.Module, prefix: str) -> None:
+    for name in (*ORIGINAL_NAMES.values(), *EXTENDED_NAMES.values()):
+        if hasattr(layer, prefix + name):
+            delattr(layer, prefix + name)
+
+
+def _supported(name: str, settings: LayerSettings) -> LayerSettings:
+    """Raises ValueError for what vLLM's kernel lacks."""
+    if (settings.bits, not settings.sym) not in _TYPES:
+        raise ValueError(f"{name}: vLLM's Marlin kernel has no {settings.bits}-bit codes with zero points")
+    if settings.group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
+        raise ValueError(f"{name}: vLLM's Marlin kernel has no groups of {settings.group_size}")
+    return settings
+
+
+def _cast(name: str, piece: Piece, dtype: torch.dtype) -> Piece:
+    scales = piece.scales.to(dtype)
+    if not torch.isfinite(scales).all() or ((scales == 0) & (piece.scales != 0)).any():
+        raise ValueError(f"{name}: its {piece.scales.dtype} scales do not fit {dtype}; load with --dtype bfloat16")
+    return replace(piece, scales=scales)
+
+
+# ---- Calls of vLLM ----
+
 # The helper's arguments change between vLLM's versions: g_idx and what goes with it are no longer there in 0.33.
 _multiply = apply_gptq_marlin_linear
+_multiply_experts = fused_marlin_moe
 _parameters = inspect.signature(apply_gptq_marlin_linear).parameters
 _EMPTY = tuple(name for name in ("g_idx", "g_idx_sort_indices") if name in _parameters)
 _FIXED = {"is_k_full": True} if "is_k_full" in _parameters else {}

@@ -74,6 +74,8 @@ EXTENDED = {
     "act-order": {"group_size": 128, "g_idx": shuffled(384, 128)},
     "bf16 scales": {"scale_dtype": torch.bfloat16},
     "padded": {"K": 200, "N": 96, "group_size": 32},
+    "padded rows": {"K": 200, "N": 128, "group_size": 32},
+    "padded columns": {"K": 256, "N": 96, "group_size": 32},
     "padded and everything": {
         "K": 352, "N": 104, "bits": 8, "group_size": 32, "g_idx": shuffled(352, 32), "stored_zero": points(11, 104, 8),
         "scale_dtype": torch.bfloat16,

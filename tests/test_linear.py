@@ -199,6 +199,24 @@ def test_the_reference_agrees_with_the_twin() -> None:
     )
 
 
+@pytest.mark.parametrize(("K", "N"), [(576, 576), (576, 1536), (256, 72), (200, 96), (256, 576)])
+def test_kernels_are_told_the_size_of_a_padded_layer(K: int, N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the extended format K is padded to 128 and N to 64: either alone is enough. The "GPU" is a fake tensor's."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    told: list[tuple[int, int]] = []
+
+    def matmul(x: torch.Tensor, B: torch.Tensor, s: torch.Tensor, *_: Any, **sizes: Any) -> torch.Tensor:
+        told.append((sizes.get("in_features", B.shape[0] * 16), sizes.get("out_features", s.shape[1])))
+        return x.new_empty(*x.shape[:-1], N)
+
+    monkeypatch.setattr(cuda, "matmul", matmul)
+    with FakeTensorMode():
+        layer = MarlinLinear(K, N, group_size=64, extended=True, device="cuda")
+        layer(torch.empty(3, K, dtype=torch.float16, device="cuda"))
+    assert told == [(K, N)]
+
+
 # ---- The extended format ----
 
 
@@ -216,3 +234,14 @@ def test_extended_product(kind: str, dtype: torch.dtype, monkeypatch: pytest.Mon
         error = float((y.double() - reference).norm() / reference.norm())
         assert error <= {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}[dtype]
     assert torch.equal(module.dequantize(torch.float32).double(), W)
+
+
+@pytest.mark.parametrize("kind", ["act-order", "padded and everything"])
+def test_act_order_adds_in_the_sources_order(kind: str) -> None:
+    """fp16 sums depend on the order of their terms: the layer gives the very bits of the plain linear layer."""
+    module, W = extended(GPTQLayer(**{"K": 384, "N": 256, **EXTENDED[kind]}))
+    x = torch.randn(32, W.shape[0], generator=torch.Generator().manual_seed(0)).to(module.scale_dtype)
+    plain = torch.nn.functional.linear(x, W.to(x.dtype).t().contiguous())
+    assert torch.equal(module(x), plain)
+    order = module.marlin_perm.long()  # the stored order would add otherwise: the test sees the difference
+    assert not torch.equal(torch.nn.functional.linear(x[:, order], W[order].to(x.dtype).t().contiguous()), plain)

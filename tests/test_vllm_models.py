@@ -1,0 +1,109 @@
+"""Whole models of vLLM's own classes on a CPU: configuration, loader and tensor parallelism as they are, one process
+for each of 1, 2 and 4 ranks. Every rank's layers against those of the plain fp16 model, which vLLM itself has cut.
+
+The kernels need a GPU: references decode what they would be given. `vllm_worker` is what each rank runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layers import points, shuffled
+from models import BLOCKS, llama, make, mixtral, qwen3_moe
+from transformers import PretrainedConfig, Qwen2Config
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+
+WORKER = Path(__file__).parent / "vllm_worker.py"
+SECONDS = 600
+
+
+#: Four ranks have a group of 128 rows each, and two heads.
+SIZES = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
+
+
+def qwen2() -> Qwen2Config:
+    settings = llama(**SIZES).to_diff_dict()
+    settings.pop("model_type")
+    return Qwen2Config(**settings)
+
+
+ORDER = {"group_size": 64, "g_idx": shuffled(512, 64)}
+#: (model, which layers, how they are quantized); the first must be a mixture of experts.
+MODELS: dict[str, tuple[PretrainedConfig, str, dict[str, Any]]] = {
+    "Mixtral": (mixtral(**SIZES), BLOCKS, {}),
+    "Mixtral, one group": (mixtral(**SIZES), BLOCKS, {"group_size": -1}),
+    "Mixtral, act-order": (mixtral(**SIZES), BLOCKS, ORDER),
+    "Qwen3-MoE, 8 bits": (qwen3_moe(**SIZES, moe_intermediate_size=512), BLOCKS, {"bits": 8, "group_size": 32}),
+    "Llama": (llama(**SIZES), BLOCKS, {}),
+    "Llama, one group, head": (llama(**SIZES), f"{BLOCKS}|^lm_head$", {"group_size": -1}),
+    "Llama, heads shared by ranks": (llama(**{**SIZES, "num_key_value_heads": 2}), BLOCKS, {"group_size": 64}),
+    "Llama, asymmetric": (llama(**SIZES), BLOCKS, {"group_size": 64, "stored_zero": points(8, 512, 4)}),
+    "Llama, act-order": (llama(**SIZES), BLOCKS, ORDER),
+    "Qwen2, biases": (qwen2(), BLOCKS, {}),
+}
+EXPERTS_REFUSED = "experts: this plugin does not run experts with act-order; load the GPTQ checkpoint"
+ROWS_REFUSED = "act-order, whose rows cannot be split over tensor-parallel ranks"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """MARLIN and DENSE of each model."""
+    base = tmp_path_factory.mktemp("models")
+    pairs = []
+    for number, (config, which, layer) in enumerate(MODELS.values()):
+        (base / str(number)).mkdir()
+        pairs.append(make(base / str(number), config, which, **layer))
+    return [str(folder) for pair in pairs for folder in (pair.out, pair.dense)]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def ranks(request: pytest.FixtureRequest, folders: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(number of ranks, what each found: for each model the errors of its layers, or why it was refused)."""
+    count, results = request.param, tmp_path_factory.mktemp("results")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(count), port, str(results / str(rank)), *folders],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    try:
+        for worker in workers:
+            _, messages = worker.communicate(timeout=SECONDS)
+            assert worker.returncode == 0, messages[-3000:]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    return count, [json.loads((results / str(rank)).read_text()) for rank in range(count)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_rank_has_its_piece(ranks: Any, name: str) -> None:
+    count, found = ranks
+    config, which, _ = MODELS[name]
+    for result in (of_rank[list(MODELS).index(name)] for of_rank in found):
+        if "act-order" in name and ("Mixtral" in name or count > 1):
+            assert (EXPERTS_REFUSED if "Mixtral" in name else ROWS_REFUSED) in result
+            continue
+        assert isinstance(result, dict), result
+        mixture = hasattr(config, "num_experts_per_tok")
+        kinds = ["qkv_proj", "o_proj", *(["routed_experts"] if mixture else ["gate_up_proj", "down_proj"])]
+        wanted = sorted(2 * kinds + ["lm_head"] * ("lm_head" in which))
+        assert sorted(layer.rpartition(".")[2] for layer in result) == wanted
+        assert max(result.values()) < 1e-9, result
