@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint, Tensor
 from .config import MARLIN, MARLIN_EXT, GPTQSettings, LayerSettings, parse_settings
 from .errors import SourceError, UnsupportedError
 from .layout import (
+    BITS,
     EXT_BITS,
     GROUP_SIZES,
     MIN_K,
@@ -43,6 +44,8 @@ GPTQ_PARTS = ("qweight", "scales", "qzeros", "g_idx")
 _SCALE_DTYPES = ("F16", "BF16", "F32")
 #: What `--format` may be: the original format where every layer fits it, one of the two, or nothing.
 FORMATS = ("auto", MARLIN, "marlin-ext")
+#: A linear of one expert in a mixture: Mixtral's, Qwen's, DeepSeek's.
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 #: How zero points are stored: all at the middle; one less, each number by itself or the word as a whole; as they are.
 SYMMETRIC, V1_NIBBLE, V1_WORD, V2 = "symmetric", "v1, each number less one", "v1, each word less one", "v2"
 #: `--zero-points`: how to read a v1 checkpoint in which a zero point is 0, where its writer is not known.
@@ -206,6 +209,21 @@ class Plan:
     def lm_head(self) -> bool:
         """Whether the output head is quantized."""
         return any(layer.name.split(".")[-1] == "lm_head" for layer in self.layers)
+
+    @property
+    def vllm_refuses(self) -> dict[str, list[str]]:
+        """What vLLM's Marlin kernel, or this project's plugin for vLLM, does not take → the layers that have it."""
+        found: dict[str, list[str]] = {}
+        for layer in self.layers:
+            lacks = {
+                "quantized mixtures of experts": _EXPERT.search(layer.name) is not None,
+                "groups of 16": layer.stored_group_size == TILE_K,
+                "8 bits with zero points": layer.bits != BITS and not layer.sym,
+            }
+            for what, has in lacks.items():
+                if has:
+                    found.setdefault(what, []).append(layer.name)
+        return found
 
     def require_convertible(self) -> None:
         """Raise UnsupportedError that names every refused layer, one line for each cause."""
@@ -651,6 +669,7 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "group_size": None if plan.extended else plan.group_size,
         "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
         if plan.extended else [],
+        "vllm_refuses": [{"what": what, "layers": names} for what, names in plan.vllm_refuses.items()],
         "layers": [
             {"name": x.name, "K": x.K, "N": x.N, "bits": x.bits, "group_size": x.group_size, "sym": x.sym,
              "desc_act": x.act_order, "stored_K": x.stored_K, "stored_N": x.stored_N,

@@ -903,6 +903,34 @@ def test_plan_of_a_70b_model_reads_zero_points_only(tmp_path: Path, monkeypatch:
     assert plan.bytes_in == position
 
 
+# ---- Engines ----
+
+
+def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
+    """The same as its plugin refuses when it loads (test_vllm.py). Experts, whichever the format."""
+    layers = {
+        "model.layers.0.mlp.experts.10.up_proj": GPTQLayer(),
+        "model.layers.0.mlp.shared_expert.up_proj": GPTQLayer(),
+        "a": GPTQLayer(K=128, N=64, group_size=16),
+        "b": GPTQLayer(K=144, N=64, group_size=48),
+        "c": GPTQLayer(bits=8, stored_zero=np.arange(512).reshape(2, 256) % 200),
+        "d": GPTQLayer(bits=8, stored_zero=127),
+        "e": GPTQLayer(stored_zero=np.arange(512).reshape(2, 256) % 15),
+    }
+    write_source(tmp_path / "m", layers, quantization=quantization_config(sym=False))
+    with Checkpoint(tmp_path / "m") as checkpoint:
+        plan = make_plan(checkpoint, "auto")
+        original = make_plan(checkpoint, "marlin")
+    assert {x.name for x in plan.layers} == layers.keys()
+    assert plan.vllm_refuses == {
+        "quantized mixtures of experts": ["model.layers.0.mlp.experts.10.up_proj"],
+        "groups of 16": ["a", "b"],
+        "8 bits with zero points": ["c"],
+    }
+    assert {"what": "groups of 16", "layers": ["a", "b"]} in plan_as_dict(plan, "s")["vllm_refuses"]
+    assert list(original.vllm_refuses) == ["quantized mixtures of experts"]
+
+
 # ---- For scripts ----
 
 
@@ -924,6 +952,7 @@ def test_plan_as_dict(tmp_path: Path) -> None:
              "action": "convert"}
         ],
         "why_extended": [],
+        "vllm_refuses": [],
         "refused": [{"reason": "8-bit weights; the original format has 4 bits only", "layers": ["b"]}],
         "notes": [
             {"note": "checkpoint_format gptq stores zero point 8 as 7, here it is 8; read as symmetric",
