@@ -355,6 +355,7 @@ class _Judged:
         self.layer = self._measure()
         if self.layer is not None:
             self.layer = self._sized_by_g_idx(self.layer)
+            self._note_group_size(self.layer)
             self._check_format(self.layer)
             act_order = self._check_g_idx(self.layer)
             zeros = self._check_zero_points(self.layer)
@@ -402,13 +403,6 @@ class _Judged:
         if self.settings.bits not in (None, bits):
             self.notes.append(
                 f"the config says {self.settings.bits} bits, the tensors are {bits}-bit; the tensors count"
-            )
-        said = self.settings.group_size
-        if said is not None and (-(-K // said) if said > 0 else 1) != G:
-            self.notes.append(
-                f"the config says group_size {said}, the tensors have "
-                + (f"{K / G:g} rows in a group" if G > 1 else "one group over all rows")
-                + "; the tensors count"
             )
         if bias is not None and bias.shape != (N,):
             raise SourceError(f"{self.name}: bias {list(bias.shape)} does not match N = {N}.")
@@ -461,15 +455,24 @@ class _Judged:
             self.misfits.append(f"N = {layer.N} is not a multiple of {MIN_N}")
 
     def _sized_by_g_idx(self, layer: Layer) -> Layer:
-        """Where shapes allow two group sizes (1024 rows in 8 groups: of 128, or of 144 and a rest), g_idx tells."""
-        said = self.settings.group_size
-        if layer.g_idx is None or layer.g_idx.shape != (layer.K,) or not said or said < 1:
+        """Where there is a g_idx, it tells the size of the groups: all but the last have as many rows as the first."""
+        if layer.g_idx is None or layer.G == 1:
             return layer
-        if layer.G > 1 and -(-layer.K // said) == layer.G and said != layer.group_rows:
-            g_idx = self.checkpoint.read(layer.g_idx)
-            if np.array_equal(g_idx, np.arange(layer.K) // said) or int((g_idx == 0).sum()) == said:
-                return replace(layer, group_rows=said)
-        return layer
+        g_idx = self.checkpoint.read(layer.g_idx)
+        if g_idx.min() < 0 or g_idx.max() >= layer.G:
+            return layer
+        sizes = np.bincount(g_idx, minlength=layer.G)
+        regular = (sizes[:-1] == sizes[0]).all() and 0 < sizes[-1] <= sizes[0]
+        return replace(layer, group_rows=int(sizes[0])) if regular else layer
+
+    def _note_group_size(self, layer: Layer) -> None:
+        said = self.settings.group_size
+        if said is None or (said == layer.group_rows if layer.G > 1 else not 0 < said < layer.K):
+            return
+        found = (
+            f"{layer.group_rows or layer.K / layer.G:g} rows in a group" if layer.G > 1 else "one group over all rows"
+        )
+        self.notes.append(f"the config says group_size {said}, the tensors have {found}; the tensors count")
 
     def _check_g_idx(self, layer: Layer) -> bool:
         """Whether the layer has act-order."""

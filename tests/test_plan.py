@@ -303,6 +303,25 @@ def test_short_last_group_that_looks_like_groups_of_128(tmp_path: Path) -> None:
     assert_refused(plan, "groups of 144 with a short last one (K = 1024)")
 
 
+@pytest.mark.parametrize(("K", "group_size"), [(288, 96), (72, 16), (600, 256), (1024, 144)])
+@pytest.mark.parametrize("order", [False, True])
+def test_g_idx_tells_the_size_of_groups(tmp_path: Path, K: int, group_size: int, order: bool) -> None:
+    """The config says 128, and by the shapes alone that may be so: 288 rows in 3 groups."""
+    groups = np.arange(K) // group_size
+    layer = GPTQLayer(
+        K=K, N=64, group_size=group_size, g_idx=np.random.default_rng(0).permutation(groups) if order else groups
+    )
+    write_source(tmp_path / "m", {"a": layer})
+    with Checkpoint(tmp_path / "m") as checkpoint:
+        plan = make_plan(checkpoint, "auto")
+    assert plan.refusals == {}
+    assert (plan.layers[0].group_rows, plan.layers[0].act_order) == (group_size, order)
+    assert (
+        f"the config says group_size 128, the tensors have {group_size} rows in a group; the tensors count"
+        in plan.notes
+    )
+
+
 def test_groups_that_do_not_divide_K(tmp_path: Path) -> None:
     layer = GPTQLayer(K=512, group_size=128)
     tensors = {**layer.tensors("layer"), "layer.scales": torch.ones(3, 256), "layer.qzeros": layer_zeros(3, 256)}
