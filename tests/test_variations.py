@@ -135,6 +135,12 @@ def test_every_kind(tmp_path: Path, kind: str, order: bool, asym: bool) -> None:
     assert_exact(source, tmp_path / "out")
     if not original:
         assert_published(source, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    kinds = {"B", "s", "marlin_qweight", "marlin_scales", "marlin_qzeros", "marlin_perm"}
+    plain = source.plain | ({f"{NAME}.bias": source.layers[NAME].bias_tensor} if asym else {})
+    assert {name for name in found if name.rpartition(".")[2] not in kinds} == plain.keys()
+    for name, tensor in plain.items():  # the bias too: as it is, neither permuted nor padded
+        assert torch.equal(found[name], tensor), name
     assert verify_pair(source.folder, tmp_path / "out", Options(device="cpu")).ok
     restore(tmp_path / "out", tmp_path / "back")
     assert_restored(source, tmp_path / "back")
