@@ -193,7 +193,8 @@ def _engines(plan: Plan, made: Made) -> list[tuple[str, str]]:
     """Engines that load this very result, and how."""
     repo = made.repo_id or _SOME_REPOSITORY
     rows = [("engine", "how"), ("with `pip install marlin-convert`:", "")]
-    rows.append(("vLLM 0.26 to 0.33", f"`vllm serve {repo}`"))
+    refused = ", ".join(plan.vllm_refuses)
+    rows.append(("vLLM 0.26 to 0.33", f"no: it refuses {refused}" if refused else f"`vllm serve {repo}`"))
     rows.append(("Transformers 5", f'`import marlin_convert; model = marlin_convert.load("{repo}")`'))
     if not plan.extended:
         rows += [("without it:", ""), *_old_engines(plan, made, repo)]

@@ -285,10 +285,14 @@ def planned(checkpoint: Checkpoint, options: Options) -> tuple[Plan, float]:
 
 
 def _read_scales(checkpoint: Checkpoint, plan: Plan) -> dict[str, ScaleFit]:
-    """What becomes of each layer's scales, without the scales themselves."""
+    """What becomes of each layer's scales, without the scales themselves: those of a 70B model are 1 GB."""
     fit = to_extended if plan.extended else to_fp16
-    fits = {layer.name: fit(checkpoint.read(layer.scales), layer.scales.dtype) for layer in plan.layers}
-    return {name: replace(found, scales=found.scales[:0]) for name, found in fits.items()}
+
+    def fitted(layer: Layer) -> ScaleFit:
+        found = fit(checkpoint.read(layer.scales), layer.scales.dtype)
+        return replace(found, scales=found.scales[:0].copy())  # not a view, which would keep them all
+
+    return {layer.name: fitted(layer) for layer in plan.layers}
 
 
 def _scale_problems(fits: dict[str, ScaleFit]) -> dict[str, list[str]]:

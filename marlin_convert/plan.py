@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint, Tensor
 from .config import MARLIN, MARLIN_EXT, GPTQSettings, LayerSettings, parse_settings
 from .errors import SourceError, UnsupportedError
 from .layout import (
+    BITS,
     EXT_BITS,
     GROUP_SIZES,
     MIN_K,
@@ -43,6 +44,8 @@ GPTQ_PARTS = ("qweight", "scales", "qzeros", "g_idx")
 _SCALE_DTYPES = ("F16", "BF16", "F32")
 #: What `--format` may be: the original format where every layer fits it, one of the two, or nothing.
 FORMATS = ("auto", MARLIN, "marlin-ext")
+#: A linear of one expert in a mixture: Mixtral's, Qwen's, DeepSeek's.
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 #: How zero points are stored: all at the middle; one less, each number by itself or the word as a whole; as they are.
 SYMMETRIC, V1_NIBBLE, V1_WORD, V2 = "symmetric", "v1, each number less one", "v1, each word less one", "v2"
 #: `--zero-points`: how to read a v1 checkpoint in which a zero point is 0, where its writer is not known.
@@ -207,6 +210,21 @@ class Plan:
         """Whether the output head is quantized."""
         return any(layer.name.split(".")[-1] == "lm_head" for layer in self.layers)
 
+    @property
+    def vllm_refuses(self) -> dict[str, list[str]]:
+        """What vLLM's Marlin kernel, or this project's plugin for vLLM, does not take → the layers that have it."""
+        found: dict[str, list[str]] = {}
+        for layer in self.layers:
+            lacks = {
+                "quantized mixtures of experts": _EXPERT.search(layer.name) is not None,
+                "groups of 16": layer.stored_group_size == TILE_K,
+                "8 bits with zero points": layer.bits != BITS and not layer.sym,
+            }
+            for what, has in lacks.items():
+                if has:
+                    found.setdefault(what, []).append(layer.name)
+        return found
+
     def require_convertible(self) -> None:
         """Raise UnsupportedError that names every refused layer, one line for each cause."""
         if not self.refusals:
@@ -337,6 +355,7 @@ class _Judged:
         self.layer = self._measure()
         if self.layer is not None:
             self.layer = self._sized_by_g_idx(self.layer)
+            self._note_group_size(self.layer)
             self._check_format(self.layer)
             act_order = self._check_g_idx(self.layer)
             zeros = self._check_zero_points(self.layer)
@@ -384,13 +403,6 @@ class _Judged:
         if self.settings.bits not in (None, bits):
             self.notes.append(
                 f"the config says {self.settings.bits} bits, the tensors are {bits}-bit; the tensors count"
-            )
-        said = self.settings.group_size
-        if said is not None and (-(-K // said) if said > 0 else 1) != G:
-            self.notes.append(
-                f"the config says group_size {said}, the tensors have "
-                + (f"{K / G:g} rows in a group" if G > 1 else "one group over all rows")
-                + "; the tensors count"
             )
         if bias is not None and bias.shape != (N,):
             raise SourceError(f"{self.name}: bias {list(bias.shape)} does not match N = {N}.")
@@ -443,15 +455,24 @@ class _Judged:
             self.misfits.append(f"N = {layer.N} is not a multiple of {MIN_N}")
 
     def _sized_by_g_idx(self, layer: Layer) -> Layer:
-        """Where shapes allow two group sizes (1024 rows in 8 groups: of 128, or of 144 and a rest), g_idx tells."""
-        said = self.settings.group_size
-        if layer.g_idx is None or layer.g_idx.shape != (layer.K,) or not said or said < 1:
+        """Where there is a g_idx, it tells the size of the groups: all but the last have as many rows as the first."""
+        if layer.g_idx is None or layer.G == 1:
             return layer
-        if layer.G > 1 and -(-layer.K // said) == layer.G and said != layer.group_rows:
-            g_idx = self.checkpoint.read(layer.g_idx)
-            if np.array_equal(g_idx, np.arange(layer.K) // said) or int((g_idx == 0).sum()) == said:
-                return replace(layer, group_rows=said)
-        return layer
+        g_idx = self.checkpoint.read(layer.g_idx)
+        if g_idx.min() < 0 or g_idx.max() >= layer.G:
+            return layer
+        sizes = np.bincount(g_idx, minlength=layer.G)
+        regular = (sizes[:-1] == sizes[0]).all() and 0 < sizes[-1] <= sizes[0]
+        return replace(layer, group_rows=int(sizes[0])) if regular else layer
+
+    def _note_group_size(self, layer: Layer) -> None:
+        said = self.settings.group_size
+        if said is None or (said == layer.group_rows if layer.G > 1 else not 0 < said < layer.K):
+            return
+        found = (
+            f"{layer.group_rows or layer.K / layer.G:g} rows in a group" if layer.G > 1 else "one group over all rows"
+        )
+        self.notes.append(f"the config says group_size {said}, the tensors have {found}; the tensors count")
 
     def _check_g_idx(self, layer: Layer) -> bool:
         """Whether the layer has act-order."""
@@ -651,6 +672,7 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "group_size": None if plan.extended else plan.group_size,
         "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
         if plan.extended else [],
+        "vllm_refuses": [{"what": what, "layers": names} for what, names in plan.vllm_refuses.items()],
         "layers": [
             {"name": x.name, "K": x.K, "N": x.N, "bits": x.bits, "group_size": x.group_size, "sym": x.sym,
              "desc_act": x.act_order, "stored_K": x.stored_K, "stored_N": x.stored_N,

@@ -49,11 +49,8 @@ if TYPE_CHECKING:
     from .verify import Verification
 
 FORMAT_NAMES = {"marlin": "original Marlin format", "marlin_ext": "extended Marlin format"}
-#: Engines that read each format; see the README's table.
-READERS = {
-    "marlin": "vLLM and Transformers with marlin-convert, and vLLM 0.3.3 to 0.10.0, AutoGPTQ, TGI",
-    "marlin_ext": "vLLM and Transformers with marlin-convert",
-}
+#: Engines that read each format beside vLLM and Transformers with marlin-convert; see the README's table.
+OTHER_READERS = {"marlin": "vLLM 0.3.3 to 0.10.0, AutoGPTQ, TGI", "marlin_ext": None}
 
 #: Seconds between plain progress lines when the output is no terminal.
 PLAIN_INTERVAL = 5.0
@@ -275,12 +272,18 @@ class Screen:
             f"{len(plan.dropped)} dropped (g_idx, qzeros)"
         )
         self._say(f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out")
-        self._format(plan)
+        if not plan.refusals:
+            self._format(plan)
         self._notes(plan)
 
     def _format(self, plan: Plan) -> None:
         """Which format, why, and who reads it."""
-        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {READERS[plan.format]} read")
+        refused, others = plan.vllm_refuses, OTHER_READERS[plan.format]
+        engines = ("Transformers" if refused else "vLLM and Transformers") + " with marlin-convert"
+        read = f"{engines}, and {others} read" if others else f"{engines} {'reads' if refused else 'read'}"
+        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {read}")
+        for what, names in refused.items():
+            self._say(f"  vLLM refuses {what}: {', '.join(names) if self.verbose else span(names)}")
         if plan.extended:
             for reason, names in plan.misfits.items():
                 self._say(f"  because {escape(reason)}: {', '.join(names) if self.verbose else span(names)}")
@@ -352,7 +355,11 @@ class Screen:
             self._say(f"[yellow]note[/] no prompt was continued: {escape(missing)}")
         files = ", ".join(report.files) if len(report.files) < 3 else f"{len(report.files)} weight files"
         self._say(f"where: {escape(str(report.out))} ({files})")
-        self._say(f"load:  vllm serve {escape(str(report.out))}   (vLLM 0.26 to 0.33, with marlin-convert installed)")
+        where = escape(str(report.out))
+        if plan.vllm_refuses:
+            self._say(f"load:  marlin_convert.load({where!r})   (Transformers 5)")
+        else:
+            self._say(f"load:  vllm serve {where}   (vLLM 0.26 to 0.33, with marlin-convert installed)")
         if report.pushed:
             self._say(f"hub:   {escape(report.pushed)}")
         if report.remark:

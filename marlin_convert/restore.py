@@ -152,6 +152,7 @@ def restore(
         noted = _noted(checkpoint)
         format_, layers = marlin_layers(checkpoint, noted)
         owned = {t.name for x in layers for t in (x.weight, x.scales, x.zeros, x.perm) if t is not None}
+        owned |= _stray_g_idx(checkpoint, layers)
         copies = [t for t in checkpoint.tensors.values() if t.name not in owned]
         taken = {t.name for x in layers for t in x.out.values()} & {t.name for t in copies}
         if taken:
@@ -261,6 +262,18 @@ def _layer(
         name, settings, K, N, stored_K, stored_N, G, weight, scales, zeros, perm,
         dtype if dtype in _NUMPY else scales.dtype, noted.get("g_idx", True) is not False or perm is not None,
     )  # fmt: skip
+
+
+def _stray_g_idx(checkpoint: Checkpoint, layers: list[MarlinLayer]) -> set[str]:
+    """Names of g_idx that AutoGPTQ left beside a layer's Marlin tensors, and that say what is so without them."""
+    found = {layer: checkpoint.tensors.get(f"{layer.name}.g_idx") for layer in layers if layer.perm is None}
+    return {
+        tensor.name
+        for layer, tensor in found.items()
+        if tensor is not None
+        and tensor.dtype in ("I32", "I64")
+        and np.array_equal(checkpoint.read(tensor), np.arange(layer.K) // layer.group_size)
+    }
 
 
 def _in_order(layers: list[MarlinLayer], copies: list[Tensor]) -> list[OutTensor]:

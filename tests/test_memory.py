@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from gptq import quantization_config
 
 from marlin_convert.checkpoint import Checkpoint
+from marlin_convert.convert import Options, planned
 from marlin_convert.stream import PANEL_BYTES, WORKERS
 
 MB = 1_000_000
@@ -84,6 +86,30 @@ def peak_memory(*args: object) -> int:
     command = [sys.executable, "-c", MEASURED, *map(str, args)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return int(process.stdout.splitlines()[-1]) * 1024
+
+
+def test_scales_are_not_gathered(tmp_path: Path) -> None:
+    """Before anything is written, every layer's scales are looked at: one layer at a time, 1 MB each here."""
+    layers, K, N = 200, 8192, 8192
+    header, position = {}, 0
+    for i in range(layers):
+        for part, dtype, shape, size in [("qweight", "I32", [K // 8, N], 4), ("scales", "F16", [K // 128, N], 2)]:
+            end = position + math.prod(shape) * size
+            header[f"layers.{i}.{part}"] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
+            position = end
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        os.truncate(file.fileno(), file.tell() + position)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization_config()}))
+    with Checkpoint(tmp_path) as checkpoint:
+        tracemalloc.start()
+        plan, _ = planned(checkpoint, Options())
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert len(plan.layers) == layers
+    assert peak < 20 * MB, f"{peak / MB:.0f} MB"
 
 
 @pytest.mark.parametrize(("K", "N"), [(8192, 28672), (28672, 8192)])

@@ -303,6 +303,25 @@ def test_short_last_group_that_looks_like_groups_of_128(tmp_path: Path) -> None:
     assert_refused(plan, "groups of 144 with a short last one (K = 1024)")
 
 
+@pytest.mark.parametrize(("K", "group_size"), [(288, 96), (72, 16), (600, 256), (1024, 144)])
+@pytest.mark.parametrize("order", [False, True])
+def test_g_idx_tells_the_size_of_groups(tmp_path: Path, K: int, group_size: int, order: bool) -> None:
+    """The config says 128, and by the shapes alone that may be so: 288 rows in 3 groups."""
+    groups = np.arange(K) // group_size
+    layer = GPTQLayer(
+        K=K, N=64, group_size=group_size, g_idx=np.random.default_rng(0).permutation(groups) if order else groups
+    )
+    write_source(tmp_path / "m", {"a": layer})
+    with Checkpoint(tmp_path / "m") as checkpoint:
+        plan = make_plan(checkpoint, "auto")
+    assert plan.refusals == {}
+    assert (plan.layers[0].group_rows, plan.layers[0].act_order) == (group_size, order)
+    assert (
+        f"the config says group_size 128, the tensors have {group_size} rows in a group; the tensors count"
+        in plan.notes
+    )
+
+
 def test_groups_that_do_not_divide_K(tmp_path: Path) -> None:
     layer = GPTQLayer(K=512, group_size=128)
     tensors = {**layer.tensors("layer"), "layer.scales": torch.ones(3, 256), "layer.qzeros": layer_zeros(3, 256)}
@@ -903,6 +922,34 @@ def test_plan_of_a_70b_model_reads_zero_points_only(tmp_path: Path, monkeypatch:
     assert plan.bytes_in == position
 
 
+# ---- Engines ----
+
+
+def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
+    """The same as its plugin refuses when it loads (test_vllm.py). Experts, whichever the format."""
+    layers = {
+        "model.layers.0.mlp.experts.10.up_proj": GPTQLayer(),
+        "model.layers.0.mlp.shared_expert.up_proj": GPTQLayer(),
+        "a": GPTQLayer(K=128, N=64, group_size=16),
+        "b": GPTQLayer(K=144, N=64, group_size=48),
+        "c": GPTQLayer(bits=8, stored_zero=np.arange(512).reshape(2, 256) % 200),
+        "d": GPTQLayer(bits=8, stored_zero=127),
+        "e": GPTQLayer(stored_zero=np.arange(512).reshape(2, 256) % 15),
+    }
+    write_source(tmp_path / "m", layers, quantization=quantization_config(sym=False))
+    with Checkpoint(tmp_path / "m") as checkpoint:
+        plan = make_plan(checkpoint, "auto")
+        original = make_plan(checkpoint, "marlin")
+    assert {x.name for x in plan.layers} == layers.keys()
+    assert plan.vllm_refuses == {
+        "quantized mixtures of experts": ["model.layers.0.mlp.experts.10.up_proj"],
+        "groups of 16": ["a", "b"],
+        "8 bits with zero points": ["c"],
+    }
+    assert {"what": "groups of 16", "layers": ["a", "b"]} in plan_as_dict(plan, "s")["vllm_refuses"]
+    assert list(original.vllm_refuses) == ["quantized mixtures of experts"]
+
+
 # ---- For scripts ----
 
 
@@ -924,6 +971,7 @@ def test_plan_as_dict(tmp_path: Path) -> None:
              "action": "convert"}
         ],
         "why_extended": [],
+        "vllm_refuses": [],
         "refused": [{"reason": "8-bit weights; the original format has 4 bits only", "layers": ["b"]}],
         "notes": [
             {"note": "checkpoint_format gptq stores zero point 8 as 7, here it is 8; read as symmetric",

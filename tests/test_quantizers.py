@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import published
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -181,49 +182,8 @@ def test_the_converted_weights_are_the_quantizers(converted: tuple[str, Path]) -
 def test_the_published_format_says_the_same(converted: tuple[str, Path]) -> None:
     """Read from docs/format.md, without any code of the package."""
     name, out = converted
-    tensors = load_file(out / "model.safetensors")
-    for layer in layers_of(name):
-        np.testing.assert_array_equal(published(tensors, layer, bits_of(name, layer)), definition(name, layer))
-
-
-def published(tensors: dict[str, npt.NDArray[Any]], layer: str, bits: int) -> npt.NDArray[np.float64]:
-    """The weight [K, N] that the tensors of an extended checkpoint stand for."""
-    K, N = LAYERS[layer]
-    scales, qzeros, perm = (tensors.get(f"{layer}.marlin_{kind}") for kind in ("scales", "qzeros", "perm"))
-    assert scales is not None
-    G, columns = scales.shape
-    rows = -(-K // 128) * 128
-    words = tensors[f"{layer}.marlin_qweight"].view(np.uint32).astype(np.int64)
-    tiles = words.reshape(rows // 16, columns // 64, 32 * bits)
-    codes = np.empty((rows, columns), np.int64)
-    for word in range(32 * bits):
-        for p in range(32 // bits):
-            if bits == 4:
-                (lane, j), row, column = divmod(word, 4), (p >> 2), 8 * (p >> 1 & 1)
-            else:
-                lane, j, row, column = word // 8, word % 8 // 2, (p >> 1), 8 * (word % 2)
-            row, column = 2 * (lane % 4) + 8 * (p & 1) + row, 16 * j + lane // 4 + column
-            codes[row::16, column::64] = tiles[:, :, word] >> bits * p & 2**bits - 1
-
-    natural = np.empty_like(scales, np.float64)
-    for run in range(0, columns, 64 if G > 1 else 32):
-        for i in range(8 if G > 1 else 4):
-            for j in range(8):
-                source = i + 8 * j if G > 1 else 2 * i + (0, 1, 8, 9, 16, 17, 24, 25)[j]
-                natural[:, run + source] = scales[:, run + 8 * i + j]
-
-    zeros = np.full((G, columns), 2 ** (bits - 1))
-    if qzeros is not None:
-        stored = numbers(qzeros, bits).transpose(0, 2, 1).reshape(G, columns // 64, 8, 8)
-        order = (0, 2, 4, 6, 1, 3, 5, 7) if bits == 4 else (0, 2, 1, 3, 4, 6, 5, 7)  # 8 bits: two runs of four
-        new = np.empty_like(stored)
-        new[..., order] = stored
-        zeros = new.transpose(0, 1, 3, 2).reshape(G, columns)
-
-    groups = np.arange(K) // (rows // G)
-    weight = np.empty((K, N))
-    weight[np.arange(K) if perm is None else perm] = ((codes[:K] - zeros[groups]) * natural[groups])[:, :N]
-    return weight
+    for layer, weight in published.read(out).items():
+        np.testing.assert_array_equal(weight, definition(name, layer))
 
 
 def test_everything_else_is_as_in_the_source(converted: tuple[str, Path]) -> None:

@@ -242,6 +242,27 @@ def test_checkpoints_that_others_made(tmp_path: Path, settings: dict[str, Any], 
     assert (tmp_path / "gptq" / "README.md").read_text() == "theirs"
 
 
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_a_stray_g_idx(tmp_path: Path, group_size: int) -> None:
+    """AutoGPTQ once left it beside B and s, and could not load what it had saved. One with another order is refused."""
+    layer, folder = GPTQLayer(K=256, group_size=group_size), tmp_path / "marlin"
+    folder.mkdir()
+    tensors = {
+        f"{NAME}.B": repack.pack_marlin(torch.from_numpy(layer.codes)),
+        f"{NAME}.s": repack.permute_scales(layer.scale_tensor),
+        f"{NAME}.g_idx": torch.from_numpy(layer.groups.astype(np.int32)),
+    }
+    settings = {"is_marlin_format": True, "bits": 4, "group_size": group_size}
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    restore(folder, tmp_path / "gptq")
+    assert_same_tensors(tmp_path / "gptq", layer.tensors(NAME))
+    tensors[f"{NAME}.g_idx"] = torch.from_numpy(shuffled(256, 128).astype(np.int32))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=r"it holds .*g_idx beside that layer's Marlin tensors"):
+        restore(folder, tmp_path / "other")
+
+
 @pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json", "quantization_config.json"])
 @pytest.mark.parametrize("format_", ["marlin", "marlin-ext"])
 def test_every_config_of_the_source_is_replaced_and_restored(tmp_path: Path, file: str, format_: str) -> None:

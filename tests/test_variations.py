@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import published
 import pytest
 import torch
 from gptq import GPTQLayer, Source, pack_columns, quantization_config, write_source
@@ -68,6 +69,14 @@ def assert_exact(source: Source, out: Path, v2: bool = False) -> None:
         np.testing.assert_array_equal(found[name].double().numpy(), expected_weight(layer, v2), err_msg=name)
 
 
+def assert_published(source: Source, out: Path) -> None:
+    """The same by a reader that knows docs/format.md and nothing else."""
+    found = published.read(out)
+    assert sorted(found) == sorted(source.layers)
+    for name, layer in source.layers.items():
+        np.testing.assert_array_equal(found[name], expected_weight(layer), err_msg=name)
+
+
 def assert_restored(source: Source, back: Path) -> None:
     expected = {k: v for name, layer in source.layers.items() for k, v in layer.tensors(name).items()} | source.plain
     found = {k: v for file in sorted(back.glob("*.safetensors")) for k, v in load_file(file).items()}
@@ -124,6 +133,14 @@ def test_every_kind(tmp_path: Path, kind: str, order: bool, asym: bool) -> None:
     assert report.verification is not None
     assert report.verification.worst < 1e-3
     assert_exact(source, tmp_path / "out")
+    if not original:
+        assert_published(source, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    kinds = {"B", "s", "marlin_qweight", "marlin_scales", "marlin_qzeros", "marlin_perm"}
+    plain = source.plain | ({f"{NAME}.bias": source.layers[NAME].bias_tensor} if asym else {})
+    assert {name for name in found if name.rpartition(".")[2] not in kinds} == plain.keys()
+    for name, tensor in plain.items():  # the bias too: as it is, neither permuted nor padded
+        assert torch.equal(found[name], tensor), name
     assert verify_pair(source.folder, tmp_path / "out", Options(device="cpu")).ok
     restore(tmp_path / "out", tmp_path / "back")
     assert_restored(source, tmp_path / "back")
@@ -156,6 +173,7 @@ def test_layers_side_by_side(tmp_path: Path) -> None:
         },
     }  # fmt: skip
     assert "torch_dtype" in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert_published(source, tmp_path / "out")
     restore(tmp_path / "out", tmp_path / "back")
     assert_restored(source, tmp_path / "back")
 
@@ -211,6 +229,7 @@ def test_scales_beyond_fp16_stay_bf16(tmp_path: Path, value: float) -> None:
     assert report.plan.format == "marlin_ext"
     assert load_file(tmp_path / "out" / "model.safetensors")[f"{NAME}.marlin_scales"].dtype == torch.bfloat16
     assert_exact(source, tmp_path / "out")
+    assert_published(source, tmp_path / "out")
     restore(tmp_path / "out", tmp_path / "back")
     assert_restored(source, tmp_path / "back")
 
