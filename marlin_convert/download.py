@@ -5,6 +5,7 @@ Everything lands in the shared cache of huggingface_hub, where it finds it the n
     models--org--name/snapshots/<commit>/<file>                 a link to the file's content
     models--org--name/blobs/<sha256>                            the content of a weight file
     models--org--name/blobs/<sha256>.marlin-convert.incomplete  what has come of it; the next run goes on from there
+    models--org--name/blobs/<sha256>.marlin-convert.passing     says that it is there only until it is converted
 
 huggingface_hub begins a file anew when a run was interrupted, and does not compare what came with the file's hash. So
 weights are streamed into the cache here, by its own routine for a piece of a file, and enter it only with the right
@@ -43,7 +44,7 @@ from .hub import (
 _FIRST_BYTES = 1 << 18  # of a weight file: most headers are shorter, and one request then is enough
 _NEAR = 1 << 16  # bytes between two tensors that are cheaper to read than another request is
 _REQUESTS = 16  # at a time
-_PARTIAL = ".marlin-convert.incomplete"
+_PARTIAL, _PASSING = ".marlin-convert.incomplete", ".marlin-convert.passing"
 
 #: Hears of bytes that have come: how many more (fewer, where some must come again).
 Hear = Callable[[int], None]
@@ -301,6 +302,23 @@ class Remote:
         blob = pointer.resolve()
         pointer.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)
+        self._note(name).unlink(missing_ok=True)
+
+    def passing(self, name: str) -> bool:
+        """Whether a file is in the cache, or half of it, only because it was to be converted and removed: a run that
+        was interrupted left it."""
+        return self._note(name).exists()
+
+    def set_passing(self, name: str, passing: bool) -> None:
+        note = self._note(name)
+        if passing:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+        else:
+            note.unlink(missing_ok=True)
+
+    def _note(self, name: str) -> Path:
+        return self._storage / "blobs" / f"{self.files[name].sha256 or name.replace('/', '--')}{_PASSING}"
 
 
 class _Hashed:
@@ -538,9 +556,10 @@ class Arrivals:
             for file, path in arrivals:   # waits for the next one
                 ...
 
-    With `room`, they are removed from the cache as soon as they are given back (`release`), if they were fetched here,
-    and a file is fetched only when `room(nbytes)` says that so many more bytes have room beside those `held`; or when
-    nothing can be given back without it, as the sets of files that are needed at once (`together`) tell.
+    With `room`, they are removed from the cache as soon as they are given back (`release`), if they were fetched here or
+    by a run like this that was interrupted. A file is then fetched only when `room(nbytes)` says that so many more bytes
+    have room beside those `held`; or when nothing can be given back without it, as the sets of files that are needed at
+    once (`together`) tell.
     """
 
     def __init__(
@@ -555,7 +574,7 @@ class Arrivals:
             last = max(order[file] for file in group)
             for file in group:
                 self._until[file] = max(self._until[file], last)
-        self._held: dict[str, int] = {}  # by file, on its way or arrived: bytes that were fetched for it
+        self._held: dict[str, int] = {}  # by file, on its way or arrived: its bytes, if it is to be removed
         self._ready: list[tuple[str, Path]] = []
         self._error: BaseException | None = None
         self._stopped = False
@@ -564,7 +583,7 @@ class Arrivals:
 
     @property
     def held(self) -> int:
-        """Bytes that were fetched here and are still in the cache."""
+        """Bytes in the cache that will be removed."""
         with self._changed:
             return sum(self._held.values())
 
@@ -575,11 +594,12 @@ class Arrivals:
                     time.sleep(0.02)
                 if self._stopped:
                     return
-                size = 0 if self._remote.cached(file) else self._remote.files[file].size
+                passing = self._room is not None and (self._remote.passing(file) or not self._remote.cached(file))
+                self._remote.set_passing(file, passing)
                 with self._changed:
-                    self._held[file] = size
+                    self._held[file] = self._remote.files[file].size if passing else 0
                 with errors_only():
-                    path = self._remote.fetch(file, self._hear)
+                    path = self._remote.fetch(file, self._heard)
                 with self._changed:
                     self._ready.append((file, path))
                     self._changed.notify_all()
@@ -587,6 +607,11 @@ class Arrivals:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+
+    def _heard(self, nbytes: int) -> None:
+        if self._stopped:
+            raise HubError("the download was stopped.")  # nobody waits for it any more
+        self._hear(nbytes)
 
     def _has_room(self, number: int) -> bool:
         if self._room is None or self._room(self._remote.to_come(self._files[number])):
@@ -610,8 +635,8 @@ class Arrivals:
     def release(self, file: str) -> None:
         """Nothing more is needed of a file that has arrived."""
         with self._changed:
-            fetched = self._held.pop(file)
-        if self._room is not None and fetched:
+            passing = self._held.pop(file)
+        if passing:
             self._remote.remove(file)
 
     def stop(self) -> None:

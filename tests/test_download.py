@@ -167,6 +167,31 @@ def test_low_disk_leaves_what_was_there(
     assert disk.weights().keys() == {sha256(path) for path in others}
 
 
+def test_low_disk_interrupted(
+    hub: Hub, repository: Source, disk: Disk, online: Callable[..., Run], tmp_path: Path
+) -> None:
+    """What a killed run left in the cache, the next one takes, and removes."""
+    arrived = threading.Event()
+
+    def hold_the_last(request: Request) -> None:
+        if whole(request) == "model-00004-of-00004.safetensors" and not arrived.is_set():
+            arrived.set()
+            time.sleep(3)
+
+    hub.fault = hold_the_last
+    with program(hub, tmp_path, "--low-disk") as process:
+        assert arrived.wait(30)
+        process.kill()
+    left = disk.weights().keys()
+    assert left
+    hub.requests.clear()
+    result = online(REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache", "--low-disk", "--quiet", "--verify")
+    assert (result.code, result.err) == (0, "")
+    fetched = {sha256(repository.folder / name) for name in map(whole, hub.requests) if name}
+    assert not fetched & {name for name in left if name != sha256(weights_of(repository)[-1])}
+    assert disk.weights() == {}
+
+
 def test_low_disk_is_for_the_hub(source: Source, run: Callable[..., Run], tmp_path: Path) -> None:
     result = run(source.folder, tmp_path / "out", "--low-disk")
     assert result.code == 3
