@@ -556,10 +556,10 @@ class Arrivals:
             for file, path in arrivals:   # waits for the next one
                 ...
 
-    With `room`, they are removed from the cache as soon as they are given back (`release`), if they were fetched here or
-    by a run like this that was interrupted. A file is then fetched only when `room(nbytes)` says that so many more bytes
-    have room beside those `held`; or when nothing can be given back without it, as the sets of files that are needed at
-    once (`together`) tell.
+    With `room`, they are removed from the cache as soon as they are given back (`release`), if they were fetched here,
+    or by a run like this that was interrupted. A file is then fetched only when `room(nbytes)` says that so many more
+    bytes have room beside those `held`; or when nothing can be given back without it, as the sets of files that are
+    needed at once (`together`) tell.
     """
 
     def __init__(
