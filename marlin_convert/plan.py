@@ -44,8 +44,8 @@ GPTQ_PARTS = ("qweight", "scales", "qzeros", "g_idx")
 _SCALE_DTYPES = ("F16", "BF16", "F32")
 #: What `--format` may be: the original format where every layer fits it, one of the two, or nothing.
 FORMATS = ("auto", MARLIN, "marlin-ext")
-#: A linear of one expert in a mixture: Mixtral's, Qwen's, DeepSeek's.
-_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+#: A linear of one expert in a mixture, Mixtral's, Qwen's or DeepSeek's, up to its number.
+_EXPERTS = re.compile(r"(.*\.)?experts\.(?=\d+\.)")
 #: How zero points are stored: all at the middle; one less, each number by itself or the word as a whole; as they are.
 SYMMETRIC, V1_NIBBLE, V1_WORD, V2 = "symmetric", "v1, each number less one", "v1, each word less one", "v2"
 #: `--zero-points`: how to read a v1 checkpoint in which a zero point is 0, where its writer is not known.
@@ -214,11 +214,21 @@ class Plan:
     def vllm_refuses(self) -> dict[str, list[str]]:
         """What vLLM's Marlin kernel, or this project's plugin for vLLM, does not take → the layers that have it."""
         found: dict[str, list[str]] = {}
+        blocks = {layer.name: match[0] for layer in self.layers if (match := _EXPERTS.match(layer.name))}
+        kinds: dict[str, set[LayerSettings]] = {}
         for layer in self.layers:
+            if layer.name in blocks:
+                kind = replace(layer.settings, source_group_size=None)
+                kinds.setdefault(blocks[layer.name], set()).add(kind)
+        for layer in self.layers:
+            expert = layer.name in blocks
             lacks = {
-                "quantized mixtures of experts": _EXPERT.search(layer.name) is not None,
                 "groups of 16": layer.stored_group_size == TILE_K,
                 "8 bits with zero points": layer.bits != BITS and not layer.sym,
+                "experts of different settings in one block": expert and len(kinds[blocks[layer.name]]) > 1,
+                "experts with act-order": expert and layer.act_order,
+                "experts that are stored padded": expert and (layer.stored_K, layer.stored_N) != (layer.K, layer.N),
+                "experts with biases": expert and layer.bias is not None,
             }
             for what, has in lacks.items():
                 if has:

@@ -926,10 +926,16 @@ def test_plan_of_a_70b_model_reads_zero_points_only(tmp_path: Path, monkeypatch:
 
 
 def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
-    """The same as its plugin refuses when it loads (test_vllm.py). Experts, whichever the format."""
+    """The same as its plugin refuses when it loads (test_vllm.py)."""
+    order = np.random.default_rng(0).permutation(np.arange(256) // 128)
     layers = {
-        "model.layers.0.mlp.experts.10.up_proj": GPTQLayer(),
-        "model.layers.0.mlp.shared_expert.up_proj": GPTQLayer(),
+        "l.0.experts.0.up_proj": GPTQLayer(),
+        "l.0.experts.10.up_proj": GPTQLayer(),
+        "l.0.shared_experts.up_proj": GPTQLayer(group_size=64, bias=True),
+        "l.1.experts.0.up_proj": GPTQLayer(),
+        "l.1.experts.1.up_proj": GPTQLayer(group_size=64),
+        "l.2.experts.0.up_proj": GPTQLayer(g_idx=order, bias=True),
+        "l.3.experts.0.up_proj": GPTQLayer(N=72),
         "a": GPTQLayer(K=128, N=64, group_size=16),
         "b": GPTQLayer(K=144, N=64, group_size=48),
         "c": GPTQLayer(bits=8, stored_zero=np.arange(512).reshape(2, 256) % 200),
@@ -939,15 +945,16 @@ def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
     write_source(tmp_path / "m", layers, quantization=quantization_config(sym=False))
     with Checkpoint(tmp_path / "m") as checkpoint:
         plan = make_plan(checkpoint, "auto")
-        original = make_plan(checkpoint, "marlin")
     assert {x.name for x in plan.layers} == layers.keys()
     assert plan.vllm_refuses == {
-        "quantized mixtures of experts": ["model.layers.0.mlp.experts.10.up_proj"],
         "groups of 16": ["a", "b"],
         "8 bits with zero points": ["c"],
+        "experts of different settings in one block": ["l.1.experts.0.up_proj", "l.1.experts.1.up_proj"],
+        "experts with act-order": ["l.2.experts.0.up_proj"],
+        "experts with biases": ["l.2.experts.0.up_proj"],
+        "experts that are stored padded": ["l.3.experts.0.up_proj"],
     }
     assert {"what": "groups of 16", "layers": ["a", "b"]} in plan_as_dict(plan, "s")["vllm_refuses"]
-    assert list(original.vllm_refuses) == ["quantized mixtures of experts"]
 
 
 # ---- For scripts ----
