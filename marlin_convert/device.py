@@ -92,7 +92,7 @@ def pick_device(request: str) -> Device:
         if request == "auto":
             return CPU
         raise DeviceError(
-            f"--device {request}: {error.message}; convert with --device cpu, which needs no GPU."
+            f"--device {request}: {error.message}; give --device cpu, which needs no GPU."
         ) from None
     if match[1] is not None:
         index = int(match[1])

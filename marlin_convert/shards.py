@@ -1,8 +1,9 @@
 """Pieces of Marlin layers: what one rank of a tensor-parallel engine holds, and layers side by side as one product.
 
 Tiles are cut along whole tiles only, scales and zero points along whole groups, so that every piece is again a Marlin
-layer, with no repacking. What cannot be cut so is refused with ValueError: a piece is right, or there is none. The one
-thing that changes is the order of scales when a rank is left with a single group (see `layout`).
+layer, with no repacking; it is a copy, so that the whole can be freed. What cannot be cut so is refused with
+ValueError: a piece is right, or there is none. The one thing that changes is the order of scales when a rank is left
+with a single group (see `layout`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 from . import layout, repack
 from .config import LayerSettings
 from .layout import EXT_K, TILE_K, TILE_N
+
+CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def columns(name: str, piece: Piece, first: int, count: int) -> Piece:
     def cut(tensor: Tensor, per_column: float) -> Tensor:
         begin, end = int(first * per_column), int((first + stored) * per_column)
         part = tensor[:, begin : min(end, tensor.shape[1])]
-        return torch.nn.functional.pad(part, (0, end - begin - part.shape[1])).contiguous()
+        return torch.nn.functional.pad(part, (0, end - begin - part.shape[1])).clone(memory_format=CONTIGUOUS)
 
     return replace(
         piece,
@@ -124,7 +127,7 @@ def rows(name: str, piece: Piece, first: int, count: int) -> Piece:
         )
 
     def of_groups(tensor: Tensor) -> Tensor:
-        return tensor[first // group : (first + count) // group].contiguous() if group else tensor
+        return tensor[first // group : (first + count) // group].clone() if group else tensor
 
     scales = of_groups(piece.scales)
     if piece.G > 1 and scales.shape[0] == 1:
@@ -132,7 +135,7 @@ def rows(name: str, piece: Piece, first: int, count: int) -> Piece:
     return replace(
         piece,
         K=count,
-        weight=piece.weight[first // TILE_K : (first + count) // TILE_K].contiguous(),
+        weight=piece.weight[first // TILE_K : (first + count) // TILE_K].clone(),
         scales=scales,
         zeros=None if piece.zeros is None else of_groups(piece.zeros),
     )

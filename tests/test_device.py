@@ -165,14 +165,14 @@ def test_a_number_that_is_not_there(machine: Callable[..., Run], tmp_path: Path)
 )
 def test_a_driver_that_fails(machine: Callable[..., Run], tmp_path: Path, error: str, text: str) -> None:
     assert refused(machine(A100, device="cuda", error=error), tmp_path) == (
-        f"--device cuda: the NVIDIA driver answers: {text}; convert with --device cpu, which needs no GPU."
+        f"--device cuda: the NVIDIA driver answers: {text}; give --device cpu, which needs no GPU."
     )
     assert machine(A100, error=error, options=("--json",)).json()["device"] == "cpu"
 
 
 def test_a_driver_without_gpus(machine: Callable[..., Run], tmp_path: Path) -> None:
     assert refused(machine(device="cuda:0"), tmp_path) == (
-        "--device cuda:0: the NVIDIA driver shows no GPU; convert with --device cpu, which needs no GPU."
+        "--device cuda:0: the NVIDIA driver shows no GPU; give --device cpu, which needs no GPU."
     )
     result = machine()
     assert result.code == 0
@@ -190,7 +190,7 @@ def test_a_library_that_is_no_driver(run: Callable[..., Run], source: Source, tm
     assert asked.code == 5
     assert asked.err == (
         "marlin-convert: --device cuda: no NVIDIA driver is installed (libcuda.so.1 was not found); "
-        "convert with --device cpu, which needs no GPU.\n"
+        "give --device cpu, which needs no GPU.\n"
     )
     result = run(source.folder, tmp_path / "out", env=env)
     assert result.code == 0

@@ -76,6 +76,19 @@ def test_rows(ranks: int, kind: dict[str, Any]) -> None:
         assert torch.equal(weight_of(piece), weight[first : first + count])
 
 
+@pytest.mark.parametrize("kind", [*KINDS, {"group": 64, "order": True}])
+def test_pieces_keep_nothing_of_the_whole_in_memory(kind: dict[str, Any]) -> None:
+    whole, _ = layer(512, 256, **kind)
+    pieces = [shards.columns("x", whole, 128, 128)]
+    if whole.perm is None:
+        pieces.append(shards.rows("x", whole, 256, 256))
+    for piece in pieces:
+        for what in ("weight", "scales", "zeros"):
+            tensor = getattr(piece, what)
+            if tensor is not None and tensor is not getattr(whole, what):
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes, what
+
+
 def test_one_group_left_on_a_rank_changes_the_order_of_its_scales() -> None:
     """With G = 1 every reader takes the other permutation: new[8i + j] = old[2i + (0, 1, 8, 9, 16, 17, 24, 25)[j]]."""
     whole, _ = layer(256, 64)

@@ -1,11 +1,12 @@
 """One tensor-parallel rank of vLLM on a CPU: whole models of both kinds through vLLM's own loader, layer beside layer.
 
-    python tests/vllm_worker.py RANK RANKS PORT RESULT MARLIN DENSE [MARLIN DENSE …]
+    python tests/vllm_worker.py RANK RANKS PORT tensors|experts RESULT MARLIN DENSE [MARLIN DENSE …]
 
 MARLIN is loaded through the plugin, DENSE is the same model with fp16 weights, cut by vLLM itself. Every layer of the
 plugin gets random activations of its rank. Its product, of a reference in the kernel's place, is compared with that of
 the plain layer: RESULT gets the relative errors as JSON, or the message of the ValueError that refused the checkpoint.
-The first model must be a mixture of experts: vLLM makes their process group only then.
+With `experts`, ranks share out whole experts. The first model must be a mixture: vLLM makes their process group only
+then.
 """
 
 from __future__ import annotations
@@ -60,11 +61,18 @@ def multiply(**a: Any) -> Tensor:
     return y
 
 
-def experts(x: Tensor, first: list[Tensor], second: list[Tensor], weights: Tensor, ids: Tensor) -> Tensor:
-    """x [T, H] through its experts: W of gate and up [H, 2I], of down [I, H]; weights, ids [T, k]."""
+def experts(
+    x: Tensor, first: list[Tensor], second: list[Tensor], weights: Tensor, ids: Tensor, own: Tensor | None
+) -> Tensor:
+    """x [T, H] through its experts: W of gate and up [H, 2I], of down [I, H]; weights, ids [T, k]; `own` [experts] says
+    which of this rank's each one is, or -1.
+    """
     y = torch.zeros(x.shape, dtype=torch.float64)
+    local = ids if own is None else own.long()[ids]
     for token in range(x.shape[0]):
-        for weight, number in zip(weights[token].tolist(), ids[token].tolist(), strict=True):
+        for weight, number in zip(weights[token].tolist(), local[token].tolist(), strict=True):
+            if number < 0:
+                continue
             gate, up = (x[token].double() @ first[number]).chunk(2)
             y[token] += weight * ((nn.functional.silu(gate) * up) @ second[number])
     return y
@@ -82,8 +90,7 @@ def multiply_experts(**a: Any) -> Tensor:
         ]
 
     assert a["activation"].value == "silu"
-    assert a["expert_map"] is None
-    return experts(a["hidden_states"], stack("w1"), stack("w2"), a["topk_weights"], a["topk_ids"])
+    return experts(a["hidden_states"], stack("w1"), stack("w2"), a["topk_weights"], a["topk_ids"], a["expert_map"])
 
 
 plugin._multiply, plugin._multiply_experts = multiply, multiply_experts
@@ -93,7 +100,7 @@ plugin.marlin_make_workspace_new = lambda device, blocks=1: torch.zeros(blocks, 
 def load(folder: str, ranks: int) -> nn.Module:
     config = EngineArgs(
         model=folder, skip_tokenizer_init=True, dtype="float16", enforce_eager=True, max_model_len=128,
-        tensor_parallel_size=ranks,
+        tensor_parallel_size=ranks, enable_expert_parallel=sys.argv[4] == "experts",
     ).create_engine_config()  # fmt: skip
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized():
@@ -136,15 +143,16 @@ def compare(marlin: str, dense: str, ranks: int) -> dict[str, float] | str:
             assert isinstance(layer, RoutedExperts)
             first, second = ([W.double().T for W in stack] for stack in (other.w13_weight, other.w2_weight))
             x = torch.randn(5, first[0].shape[0], generator=generator).half()
-            ids = torch.rand(5, len(first), generator=generator).argsort(1)[:, :2]
+            ids = torch.rand(5, layer.global_num_experts, generator=generator).argsort(1)[:, :2]
             weights = torch.rand(5, 2, generator=generator)
-            expected = experts(x, first, second, weights, ids)
+            expected = experts(x, first, second, weights, ids, other.expert_map)
+            assert len(first) == layer.global_num_experts // (ranks if sys.argv[4] == "experts" else 1)
             errors[name] = error(method.apply(layer, x, weights, ids), expected)
     return errors
 
 
 def main() -> None:
-    ranks, result, folders = int(sys.argv[2]), Path(sys.argv[4]), sys.argv[5:]
+    ranks, result, folders = int(sys.argv[2]), Path(sys.argv[5]), sys.argv[6:]
     pairs = zip(folders[::2], folders[1::2], strict=True)
     result.write_text(json.dumps([compare(*pair, ranks) for pair in pairs]))
 
