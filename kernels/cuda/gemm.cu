@@ -16,7 +16,8 @@ struct Config {
   int threads, block_m, block_n, block_k;
   int stage_bytes, extra_bytes;  // of shared memory: each pipeline stage, and beside the stages
   int most_stages, stage_multiple;
-  int box_columns;  // hopper: columns of weights that one copy takes
+  int line_bytes;  // hopper: of the lines that weights are copied as
+  int piece_k;     // rows of K whose groups a stage holds at once
   int bits;
   bool extended;  // takes zero points and groups below 128
 };
@@ -35,6 +36,7 @@ Config generic() {
           S::kMaxStages,
           1,
           0,
+          S::KT * MARLIN_TILE_K,
           S::BITS,
           S::kExtended};
 }
@@ -52,9 +54,10 @@ Config hopper() {
           S::kExtraBytes,
           S::kMaxStages,
           S::WK,
-          S::kBoxColumns,
-          4,
-          false};
+          S::kLineBytes,
+          S::kBlockK,
+          S::BITS,
+          S::kExtended};
 }
 
 // Ascending in block_m within each kind. A path for another architecture is another kind here: a kernel that takes
@@ -86,6 +89,25 @@ const Config kConfigs[] = {
     generic<GemmShape<2, 1, 4, 2, 4, 8, true>>(),  // 20:   16 x 256
     generic<GemmShape<4, 2, 4, 1, 4, 8, true>>(),  // 21:   64 x 256
     generic<GemmShape<4, 4, 2, 1, 4, 8, true>>(),  // 22:  128 x 128
+    // The extended ones on Hopper.
+    hopper<HopperShape<1, 2, 1, 2, 4, true>>(),   // 23:    8 x 128
+    hopper<HopperShape<1, 4, 1, 2, 4, true>>(),   // 24:    8 x 256
+    hopper<HopperShape<2, 2, 1, 2, 4, true>>(),   // 25:   16 x 128
+    hopper<HopperShape<2, 4, 1, 2, 4, true>>(),   // 26:   16 x 256
+    hopper<HopperShape<4, 2, 1, 2, 4, true>>(),   // 27:   32 x 128
+    hopper<HopperShape<4, 4, 1, 2, 4, true>>(),   // 28:   32 x 256
+    hopper<HopperShape<8, 2, 1, 2, 4, true>>(),   // 29:   64 x 128
+    hopper<HopperShape<8, 2, 2, 1, 4, true>>(),   // 30:   64 x 256
+    hopper<HopperShape<16, 1, 2, 1, 4, true>>(),  // 31:  128 x 128
+    hopper<HopperShape<1, 2, 1, 2, 8, true>>(),   // 32:    8 x 128, and so on with 8 bits
+    hopper<HopperShape<1, 4, 1, 2, 8, true>>(),   // 33:    8 x 256
+    hopper<HopperShape<2, 2, 1, 2, 8, true>>(),   // 34:   16 x 128
+    hopper<HopperShape<2, 4, 1, 2, 8, true>>(),   // 35:   16 x 256
+    hopper<HopperShape<4, 2, 1, 2, 8, true>>(),   // 36:   32 x 128
+    hopper<HopperShape<4, 4, 1, 2, 8, true>>(),   // 37:   32 x 256
+    hopper<HopperShape<8, 2, 1, 2, 8, true>>(),   // 38:   64 x 128
+    hopper<HopperShape<8, 2, 2, 1, 8, true>>(),   // 39:   64 x 256
+    hopper<HopperShape<16, 1, 2, 1, 8, true>>(),  // 40:  128 x 128
 };
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kSomeHopper = 13;  // the index of a Hopper one
@@ -193,13 +215,14 @@ int resident_clusters(const Config& c, int size, const Device& facts, int device
 // 80GB (6 layers, 1 to 1024 rows, each configuration and split; docs/kernels.md): there its choice was 0.6% slower than
 // the best on average and 8% at most.
 //   time = launch + max(time to read memory, steps of the busiest SM * time of a step) + time to add up partial sums
-bool lay_out(const Config& c, int split, bool forced, int64_t M, int64_t N, int64_t K, const Device& facts, int device,
-             Plan* plan) {
+bool lay_out(const Config& c, int split, bool forced, int64_t M, const marlin_cuda_weights_t& w, const Device& facts,
+             int device, Plan* plan) {
   constexpr double kLaunch = 2.3;         // us
   constexpr double kMemory = 3.0e6;       // bytes per us from device memory
   constexpr double kSm = 61.9e3;          // bytes per us into one SM
   constexpr double kStep = 0.31;          // us of a step at least: its chain of dependent instructions,
   constexpr double kStepOutput = 5.9e-6;  //   and us for each output of the tile
+  constexpr double kGroup = 0.05, kGroupOutput = 0.5e-6;  //   and for each further group in it
   constexpr double kGenericStep = 0.4, kGenericProduct = 0.7e-6;  // the generic kernel's step: us, and us a product
   constexpr double kClusterRank = 0.77;                           // us for each block of a cluster
   constexpr double kClusterKb = 0.074;                            // us for each KB of a tile's sums, in a cluster
@@ -209,14 +232,17 @@ bool lay_out(const Config& c, int split, bool forced, int64_t M, int64_t N, int6
   constexpr double kMisaligned = 16.3;  // us when ranges end inside tiles: a block then has two tiles' ends
   constexpr double kSharedKb = 0.064;   // us for each KB of a tile's sums and block that shares it
 
+  const int64_t N = w.N, K = w.K;
   const int64_t steps = ceil_div(K, c.block_k), slabs_m = ceil_div(M, c.block_m), slabs_n = ceil_div(N, c.block_n);
   const int64_t tiles = slabs_m * slabs_n, units = tiles * steps;
   if (units > 0x3fffffff) return false;
   const int64_t rows = std::min<int64_t>(M, c.block_m);
   const double tile_kb = c.block_m * c.block_n * 4 / 1024.0;
   const double weight_bytes = c.bits / 8.0;
-  const double step_bytes = c.block_k * (c.block_n * weight_bytes + rows * 2) + c.block_n * 2;
-  const double read = (K * N * weight_bytes + K * N / 64.0 + M * K * 2.0 + M * N * 2.0) / kMemory;
+  const double group_bytes = 2 + (w.zeros == nullptr ? 0 : weight_bytes);  // for each column
+  const int64_t groups = w.G == 1 ? 1 : std::max<int64_t>(1, c.block_k * w.G / K);  // in a step
+  const double step_bytes = c.block_k * (c.block_n * weight_bytes + rows * 2) + groups * c.block_n * group_bytes;
+  const double read = (K * N * weight_bytes + w.G * N * group_bytes + M * K * 2.0 + M * N * 2.0) / kMemory;
 
   int64_t blocks, per_block = steps, busiest;  // a cluster's range is its tile's
   double ends;
@@ -250,7 +276,8 @@ bool lay_out(const Config& c, int split, bool forced, int64_t M, int64_t N, int6
     if (blocks > kMaxBlocks) return false;
   }
   const double outputs = static_cast<double>(c.block_m) * c.block_n;
-  const double least = c.hopper ? kStep + kStepOutput * outputs : kGenericStep + kGenericProduct * outputs * c.block_k;
+  const double least = c.hopper ? kStep + kStepOutput * outputs + (groups - 1) * (kGroup + kGroupOutput * outputs)
+                                : kGenericStep + kGenericProduct * outputs * c.block_k;
   const double step = std::max(step_bytes / kSm, least);
   *plan = Plan{&c,
                stages_of(c, facts),
@@ -272,16 +299,14 @@ bool needs_extended(const marlin_cuda_weights_t& w) {
 // Takes the fastest of what `variant` leaves open. `device` is current.
 int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& facts, int device, int variant,
               Plan* best) {
-  const int64_t N = weights.N, K = weights.K;
   const Variant wanted(variant);
   if (variant < 0 || variant >> 16 != 0 || wanted.config > kConfigCount || wanted.split >= kSplits)
     return MARLIN_CUDA_ERROR_VARIANT;
   const bool hopper_built = has_hopper(facts, device), extended = needs_extended(weights);
-  const bool on_hopper = hopper_built && !extended;
   // Of those that fit the weights, the candidates; a variant may also ask for the others.
   const auto fits = [&](const Config& c) { return c.bits == weights.bits && (c.extended || !extended); };
   const auto candidate = [&](const Config& c) {
-    return fits(c) && c.hopper == on_hopper && c.extended == extended && stages_of(c, facts) >= 2 * c.stage_multiple;
+    return fits(c) && c.hopper == hopper_built && c.extended == extended && stages_of(c, facts) >= 2 * c.stage_multiple;
   };
   int block_m = kMostRows;  // the smallest that takes all rows, or the largest
   for (const Config& c : kConfigs)
@@ -294,7 +319,7 @@ int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& fac
     for (int split = 1; split < kSplits; split++) {
       Plan plan;
       if ((wanted.split != 0 && wanted.split != split) ||
-          !lay_out(c, split, wanted.split != 0, M, N, K, facts, device, &plan))
+          !lay_out(c, split, wanted.split != 0, M, weights, facts, device, &plan))
         continue;
       if (!found || plan.microseconds < best->microseconds) *best = plan;
       found = true;
@@ -315,9 +340,17 @@ int check_rows(int64_t M) {
   return M <= 0 || M > kLimit ? MARLIN_CUDA_ERROR_SHAPE : MARLIN_OK;
 }
 
-// Describes a matrix to the copy engine: `inner` x `outer` elements, `pitch` bytes between rows, copied in boxes.
-int describe(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64_t inner, int64_t outer, int64_t pitch,
-             int box_inner, int box_outer, CUtensorMapSwizzle swizzle) {
+// A tensor as the copy engine sees it, the innermost dimension first, and the box that one copy takes.
+struct Layout {
+  CUtensorMapDataType type;
+  cuuint32_t rank;
+  cuuint64_t sizes[3];    // in elements
+  cuuint64_t pitches[2];  // bytes between neighbours of all dimensions but the innermost
+  cuuint32_t box[3];
+  CUtensorMapSwizzle swizzle;
+};
+
+int describe(CUtensorMap* map, const void* data, const Layout& layout) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -334,13 +367,10 @@ int describe(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
   }();
   if (encode == nullptr) return cudaErrorInsufficientDriver;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(inner), static_cast<cuuint64_t>(outer)};
-  const cuuint64_t pitches[1] = {static_cast<cuuint64_t>(pitch)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_inner), static_cast<cuuint32_t>(box_outer)};
-  const cuuint32_t every[2] = {1, 1};
-  const CUresult result =
-      encode(map, type, 2, const_cast<void*>(data), sizes, pitches, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const cuuint32_t every[3] = {1, 1, 1};
+  const CUresult result = encode(map, layout.type, layout.rank, const_cast<void*>(data), layout.sizes, layout.pitches,
+                                 layout.box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, layout.swizzle,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? MARLIN_OK : cudaErrorInvalidValue;
 }
 
@@ -428,7 +458,7 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
   arguments.group_shift = 31;
   if (w.G > 1)
     for (arguments.group_shift = 4; 1 << arguments.group_shift < group_size;) arguments.group_shift++;
-  arguments.subgroups = w.G == 1 || group_size >= 64 ? 1 : 64 / group_size;
+  arguments.subgroups = w.G == 1 || group_size >= c.piece_k ? 1 : c.piece_k / group_size;
   arguments.steps = plan.steps;
   arguments.slabs_m = plan.slabs_m;
   arguments.units = plan.units;
@@ -438,11 +468,23 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
 
   CUtensorMap weights_map, activations_map;
   if (c.hopper) {
-    // A row of tiles as N elements of 8 bytes: a tile is 64 of them, and the order of bytes stays.
-    MARLIN_RETURN_IF_ERROR(describe(&weights_map, CU_TENSOR_MAP_DATA_TYPE_INT64, w.B, w.N, w.K / MARLIN_TILE_K,
-                                    w.N * 8, c.box_columns, c.block_k / MARLIN_TILE_K, CU_TENSOR_MAP_SWIZZLE_NONE));
-    MARLIN_RETURN_IF_ERROR(describe(&activations_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, x.A, w.in_features, x.M,
-                                    x.lda * 2, 64, c.block_m, CU_TENSOR_MAP_SWIZZLE_128B));
+    // A row of tiles as lines, of elements of 8 bytes; what matters is that the order of bytes stays.
+    const auto line = static_cast<cuuint32_t>(c.line_bytes), row_bytes = static_cast<cuuint32_t>(w.N * 2 * w.bits);
+    const Layout tiles = {CU_TENSOR_MAP_DATA_TYPE_INT64,
+                          3,
+                          {line / 8, row_bytes / line, static_cast<cuuint64_t>(w.K / MARLIN_TILE_K)},
+                          {line, row_bytes},
+                          {line / 8, static_cast<cuuint32_t>(c.block_n * 2 * c.bits) / line,
+                           static_cast<cuuint32_t>(c.block_k / MARLIN_TILE_K)},
+                          line == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE};
+    const Layout rows = {CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                         2,
+                         {static_cast<cuuint64_t>(w.in_features), static_cast<cuuint64_t>(x.M)},
+                         {static_cast<cuuint64_t>(x.lda * 2)},
+                         {64, static_cast<cuuint32_t>(c.block_m)},
+                         CU_TENSOR_MAP_SWIZZLE_128B};
+    MARLIN_RETURN_IF_ERROR(describe(&weights_map, w.B, tiles));
+    MARLIN_RETURN_IF_ERROR(describe(&activations_map, x.A, rows));
   }
   void* parameters[] = {&arguments, &weights_map, &activations_map};
   cudaLaunchConfig_t launch = {};

@@ -18,6 +18,7 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 GENERIC = range(1, 6)
 HOPPER = range(6, 15)
 EXTENDED = {4: range(15, 19), 8: range(19, 23)}  # by bits
+HOPPER_EXTENDED = {4: range(23, 32), 8: range(32, 41)}
 CLUSTERS = range(1, 9)
 RANGES = 9
 WHOLE = 10
