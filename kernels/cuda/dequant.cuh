@@ -89,10 +89,13 @@ template <>
 struct Codes<__half, 4> {
   static __device__ __forceinline__ uint32_t zero(uint32_t z) { return (0xe400u | z) * 0x10001u; }
   static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
+    constexpr uint32_t kSixteenth = 0x2c002c00;  // 1 / 16
+    constexpr uint32_t k960 = 0x63806380;        // -(1024 + zero) + 960 = -(1024 / 16 + zero)
+    const uint32_t upper = q[0] >> 8;
     a[0] = add_half2(and_or<0x000f000f, 0x64006400>(q[0]), z0);
-    a[1] = add_half2(and_or<0x000f000f, 0x64006400>(q[0] >> 8), z1);
-    a[2] = add_half2(and_or<0x000f000f, 0x64006400>(q[0] >> 4), z0);
-    a[3] = add_half2(and_or<0x000f000f, 0x64006400>(q[0] >> 12), z1);
+    a[1] = add_half2(and_or<0x000f000f, 0x64006400>(upper), z1);
+    a[2] = fma_half2(and_or<0x00f000f0, 0x64006400>(q[0]), kSixteenth, add_half2(z0, k960));
+    a[3] = fma_half2(and_or<0x00f000f0, 0x64006400>(upper), kSixteenth, add_half2(z1, k960));
   }
 };
 
@@ -114,8 +117,8 @@ struct Codes<__half, 8> {
   static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
     a[0] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[0]), z0);
     a[1] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[1]), z1);
-    a[2] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[0] >> 8), z0);
-    a[3] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[1] >> 8), z1);
+    a[2] = add_half2(__byte_perm(q[0], 0x64646464, 0x4341), z0);
+    a[3] = add_half2(__byte_perm(q[1], 0x64646464, 0x4341), z1);
   }
 };
 

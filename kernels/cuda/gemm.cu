@@ -17,9 +17,8 @@ struct Config {
   int stage_bytes, extra_bytes;  // of shared memory: each pipeline stage, and beside the stages
   int most_stages, stage_multiple;
   int line_bytes;  // hopper: of the lines that weights are copied as
-  int piece_k;     // rows of K whose groups a stage holds at once
-  int bits;
-  bool extended;  // takes zero points and groups below 128
+  int bits, group;  // group: rows of one, 128 also for G == 1; 0: any
+  bool extended;    // takes zero points, 8 bits and groups below 128
 };
 
 template <typename S>
@@ -36,8 +35,8 @@ Config generic() {
           S::kMaxStages,
           1,
           0,
-          S::KT * MARLIN_TILE_K,
           S::BITS,
+          S::kExtended ? 0 : MARLIN_CUDA_GROUP_SIZE,
           S::kExtended};
 }
 
@@ -55,13 +54,19 @@ Config hopper() {
           S::kMaxStages,
           S::WK,
           S::kLineBytes,
-          S::kBlockK,
           S::BITS,
+          S::GROUP,
           S::kExtended};
 }
 
 // Ascending in block_m within each kind. A path for another architecture is another kind here: a kernel that takes
 // GemmArguments, its entries in this table, and its question beside `has_hopper`.
+#define MARLIN_HOPPER(BITS, GROUP)                                                                              \
+  hopper<HopperShape<1, 2, 1, 2, true, BITS, GROUP>>(), hopper<HopperShape<1, 4, 1, 2, true, BITS, GROUP>>(),   \
+      hopper<HopperShape<2, 2, 1, 2, true, BITS, GROUP>>(), hopper<HopperShape<2, 4, 1, 2, true, BITS, GROUP>>(), \
+      hopper<HopperShape<4, 2, 1, 2, true, BITS, GROUP>>(), hopper<HopperShape<4, 4, 1, 2, true, BITS, GROUP>>(), \
+      hopper<HopperShape<8, 2, 1, 2, true, BITS, GROUP>>(), hopper<HopperShape<8, 2, 2, 1, true, BITS, GROUP>>(), \
+      hopper<HopperShape<16, 1, 2, 1, true, BITS, GROUP>>(),
 const Config kConfigs[] = {
     // GemmShape<MB, WM, WN, WK, KT>: eight warps each. Few rows leave warps for more of N and K.
     generic<GemmShape<1, 1, 4, 2, 4>>(),  // 1:    8 x 256
@@ -89,25 +94,15 @@ const Config kConfigs[] = {
     generic<GemmShape<2, 1, 4, 2, 4, 8, true>>(),  // 20:   16 x 256
     generic<GemmShape<4, 2, 4, 1, 4, 8, true>>(),  // 21:   64 x 256
     generic<GemmShape<4, 4, 2, 1, 4, 8, true>>(),  // 22:  128 x 128
-    // The extended ones on Hopper.
-    hopper<HopperShape<1, 2, 1, 2, 4, true>>(),   // 23:    8 x 128
-    hopper<HopperShape<1, 4, 1, 2, 4, true>>(),   // 24:    8 x 256
-    hopper<HopperShape<2, 2, 1, 2, 4, true>>(),   // 25:   16 x 128
-    hopper<HopperShape<2, 4, 1, 2, 4, true>>(),   // 26:   16 x 256
-    hopper<HopperShape<4, 2, 1, 2, 4, true>>(),   // 27:   32 x 128
-    hopper<HopperShape<4, 4, 1, 2, 4, true>>(),   // 28:   32 x 256
-    hopper<HopperShape<8, 2, 1, 2, 4, true>>(),   // 29:   64 x 128
-    hopper<HopperShape<8, 2, 2, 1, 4, true>>(),   // 30:   64 x 256
-    hopper<HopperShape<16, 1, 2, 1, 4, true>>(),  // 31:  128 x 128
-    hopper<HopperShape<1, 2, 1, 2, 8, true>>(),   // 32:    8 x 128, and so on with 8 bits
-    hopper<HopperShape<1, 4, 1, 2, 8, true>>(),   // 33:    8 x 256
-    hopper<HopperShape<2, 2, 1, 2, 8, true>>(),   // 34:   16 x 128
-    hopper<HopperShape<2, 4, 1, 2, 8, true>>(),   // 35:   16 x 256
-    hopper<HopperShape<4, 2, 1, 2, 8, true>>(),   // 36:   32 x 128
-    hopper<HopperShape<4, 4, 1, 2, 8, true>>(),   // 37:   32 x 256
-    hopper<HopperShape<8, 2, 1, 2, 8, true>>(),   // 38:   64 x 128
-    hopper<HopperShape<8, 2, 2, 1, 8, true>>(),   // 39:   64 x 256
-    hopper<HopperShape<16, 1, 2, 1, 8, true>>(),  // 40:  128 x 128
+    // The extended ones on Hopper, for each kind of weights.
+    MARLIN_HOPPER(4, 128)  // 23 .. 31, as 6 .. 14
+    MARLIN_HOPPER(4, 64)   // 32 ..
+    MARLIN_HOPPER(4, 32)   // 41 ..
+    MARLIN_HOPPER(4, 16)   // 50 ..
+    MARLIN_HOPPER(8, 128)  // 59 ..
+    MARLIN_HOPPER(8, 64)   // 68 ..
+    MARLIN_HOPPER(8, 32)   // 77 ..
+    MARLIN_HOPPER(8, 16)   // 86 .. 94
 };
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kSomeHopper = 13;  // the index of a Hopper one
@@ -304,7 +299,10 @@ int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& fac
     return MARLIN_CUDA_ERROR_VARIANT;
   const bool hopper_built = has_hopper(facts, device), extended = needs_extended(weights);
   // Of those that fit the weights, the candidates; a variant may also ask for the others.
-  const auto fits = [&](const Config& c) { return c.bits == weights.bits && (c.extended || !extended); };
+  const int64_t group = weights.G == 1 ? MARLIN_CUDA_GROUP_SIZE : weights.K / weights.G;
+  const auto fits = [&](const Config& c) {
+    return c.bits == weights.bits && (c.group == 0 || c.group == group) && (c.extended || !extended);
+  };
   const auto candidate = [&](const Config& c) {
     return fits(c) && c.hopper == hopper_built && c.extended == extended && stages_of(c, facts) >= 2 * c.stage_multiple;
   };
@@ -458,7 +456,7 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
   arguments.group_shift = 31;
   if (w.G > 1)
     for (arguments.group_shift = 4; 1 << arguments.group_shift < group_size;) arguments.group_shift++;
-  arguments.subgroups = w.G == 1 || group_size >= c.piece_k ? 1 : c.piece_k / group_size;
+  arguments.subgroups = w.G == 1 || group_size >= 64 ? 1 : 64 / group_size;
   arguments.steps = plan.steps;
   arguments.slabs_m = plan.slabs_m;
   arguments.units = plan.units;

@@ -74,7 +74,7 @@ struct GemmArguments {
   int M, N, K;
   int in_features, out_features;  // columns of A and of C
   bool bf16_scales;
-  int subgroups;  // extended: groups that a warp's 64 rows of a step meet: 1, 2 or 4; hopper.cuh: its 128, 1 .. 8
+  int subgroups;  // extended, gemm_kernel: groups that a warp's 64 rows of a step meet: 1, 2 or 4
   int64_t lda;          // elements between rows of A
   int groups;           // G
   int group_shift;      // log2 of the rows in a group; 31 when G == 1

@@ -32,10 +32,11 @@
 
 namespace marlin {
 
-template <int MB_, int J_, int WN_, int WK_, int BITS_ = 4, bool EXTENDED = false>
+template <int MB_, int J_, int WN_, int WK_, bool EXTENDED = false, int BITS_ = 4, int GROUP_ = 128>
 struct HopperShape {
+  static constexpr bool kExtended = EXTENDED;  // takes zero points, 8 bits and groups below 128
   static constexpr int BITS = BITS_;
-  static constexpr bool kExtended = EXTENDED;  // as GemmShape's
+  static constexpr int GROUP = GROUP_;  // rows of a group in a step: 16, 32, 64 or 128
   static constexpr int MB = MB_, J = J_, WN = WN_, WK = WK_;
   static constexpr int kConsumers = 128 * WN * WK;   // threads that multiply
   static constexpr int kThreads = kConsumers + 128;  // and a warpgroup of which one thread copies
@@ -48,11 +49,22 @@ struct HopperShape {
   static constexpr int kBlockK = 128;
   static constexpr int KT = kBlockK / MARLIN_TILE_K;
 
+  // wgmma takes 16 rows of K: a round.
+  static constexpr int kRounds = GROUP / 16;       // in a group
+  static constexpr int kSubgroups = KT / kRounds;  // groups in a step
+
   // With many rows the tensor cores are the limit and a warp prepares the next step before the last wgmmas of this one
   // end; with few, memory is, and a stage is better given back at once.
   static constexpr bool kAhead = MB >= 8;
 
-  // A lane's words of a round (16 rows of K), and how many rounds ahead they are loaded: all of a step's, or as many as
+  // Sets of sums of a group: with two, a group's are scaled while the next group is multiplied. And rounds under way at
+  // once, each with registers of its own for the decoded words; more than the sets of sums allow are of no use.
+  static constexpr int kParts = kSubgroups > 1 && MB * J <= 8 ? 2 : 1;
+  static constexpr int kMostDepth = J == 4 ? (MB < 4 ? 3 : 2) : 4;
+  static constexpr int kDepth =
+      kMostDepth < kParts * kRounds ? kMostDepth : (kParts * kRounds > 2 ? kParts * kRounds : 2);
+
+  // A lane's words of a round, and how many rounds ahead they are loaded: all of a step's, or as many as
   // the registers beside the sums allow.
   static constexpr int kWords = J * BITS / 4;
   static constexpr int kWordRegisters = MB * J < 16 ? 32 : J == 4 ? 8 : 16;
@@ -62,8 +74,7 @@ struct HopperShape {
   static constexpr int kBoxBytes = kBlockM * 128;  // [kBlockM][64] 16-bit activations
   static constexpr int kActivationBytes = 2 * kBoxBytes;
   static constexpr int kTileBytes = BITS * 128;
-  static constexpr int kWeightBytes = KT * kBlockN / MARLIN_TILE_N * kTileBytes;  // [KT][kBlockN / 64] tiles
-  static constexpr int kSubgroups = EXTENDED ? KT : 1;                            // groups in a step, at most
+  static constexpr int kWeightBytes = KT * kBlockN / MARLIN_TILE_N * kTileBytes;     // [KT][kBlockN / 64] tiles
   static constexpr int kScaleBytes = kBlockN * 2;                                 // of a group
   static constexpr int kZeroBytes = EXTENDED ? kBlockN * BITS / 8 : 0;            // of a group
   static constexpr int kStageBytes =
@@ -86,7 +97,7 @@ struct HopperShape {
   static constexpr int kBarrierBytes = 2 * 8 * kMaxStages;
   static constexpr int kExtraBytes = kSumBytes + 16 + kBarrierBytes + 1024;  // 1024: to align the first stage
   static_assert(MB % kRoundMB == 0, "rounds are whole");
-  static_assert(EXTENDED || BITS == 4, "8 bits are an extension");
+  static_assert(EXTENDED || (BITS == 4 && GROUP == 128), "8 bits and small groups are extensions");
   static_assert(WK * kBlockM * kSumPitch * 4 <= 2 * WK * kStageBytes, "a cluster's sums fit into the shortest ring");
 };
 
@@ -299,19 +310,19 @@ __device__ __forceinline__ void fill_ring(const GemmArguments& p, const Work& wo
     const uint32_t stage = ring.stages + slot * S::kStageBytes;
     const int column0 = slab_n * S::kBlockN;
     const int columns = min(S::kBlockN, p.N - column0);
-    const int subgroups = S::kExtended ? p.subgroups : 1;
     const int scale_bytes = columns * 2, zero_bytes = S::kExtended && p.zeros != nullptr ? columns * S::BITS / 8 : 0;
     const uint32_t full = ring.full + 8 * slot;
     mbarrier_wait(ring.vacant + 8 * slot, parity);
-    mbarrier_expect(full, S::kActivationBytes + S::kWeightBytes + subgroups * (scale_bytes + zero_bytes));
+    mbarrier_expect(full, S::kActivationBytes + S::kWeightBytes + S::kSubgroups * (scale_bytes + zero_bytes));
     copy_weights(stage + S::kActivationBytes, weights_map, column0 / S::kLineColumns, step * KT, full);
     copy_box(stage, activations_map, step * S::kBlockK, row0, full);
     copy_box(stage + S::kBoxBytes, activations_map, step * S::kBlockK + 64, row0, full);
     const uint32_t scales = stage + S::kActivationBytes + S::kWeightBytes;
     const uint32_t zeros = scales + S::kSubgroups * S::kScaleBytes;
-    for (int i = 0; i < subgroups; i++) {
-      // Beyond K any valid group will do.
-      const int64_t group = p.groups > 1 ? min(step * subgroups + i, p.groups - 1) : 0;
+#pragma unroll
+    for (int i = 0; i < S::kSubgroups; i++) {
+      // With one scale for each column there is group 0 alone; beyond K any group will do.
+      const int64_t group = min(step * S::kSubgroups + i, p.groups - 1);
       copy_bytes(scales + i * S::kScaleBytes, p.s + group * p.N + column0, scale_bytes, full);
       if (S::kExtended && p.zeros != nullptr)
         copy_bytes(zeros + i * S::kZeroBytes, static_cast<const char*>(p.zeros) + (group * p.N + column0) * S::BITS / 8,
@@ -347,15 +358,12 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
                             tile_column * (8 * BITS) + g * BITS + (BITS == 8 ? subtile / 2 * 4 : 0);
 
   float sum[J][MB][4];   // outputs: [sub-tile][8-row block][register of the fragment]
-  float part[J][MB][4];  // the same, of the current group, not yet scaled
+  float part[S::kParts][J][MB][4];  // the same, of a group, not yet scaled
   uint32_t zero[2 * J];  // extended: what takes the zero points of the columns g + 8 i of the sub-tiles away
   if constexpr (S::kExtended) {
 #pragma unroll
     for (int i = 0; i < 2 * J; i++) zero[i] = Codes<T, BITS>::zero(1 << (BITS - 1));
   }
-  // Whether a group of the step starts with this round; the first one's always does.
-  const auto starts_group = [&](int kt) { return S::kExtended && p.subgroups >= KT / (kt & -kt); };
-
   // The warpgroups along K take turns. The number of stages is a multiple of WK, so a slot belongs to one warpgroup,
   // which must be: a parity tells one pass over the ring from the next only, and copies may land out of order, so a
   // warpgroup that met a slot one pass early, before its previous copy landed, would take it for full.
@@ -377,14 +385,14 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
         for (int c = 0; c < 4; c++) sum[j][i][c] = 0.0f;
 
     uint32_t words[S::kRoundsAhead][S::kWords];
-    uint32_t a[2][J][4];
+    uint32_t a[S::kDepth][J][4];
     const auto load_round = [&](int from_slot, int kt) {
       load_words<S::kWords>(words[kt % S::kRoundsAhead],
                             from_slot * S::kStageBytes + weights_at + kt * (S::kWeightBytes / KT));
     };
     const auto load_zeros = [&](int from_slot, int sub) {
       if constexpr (S::kExtended) {
-        if (p.zeros == nullptr) return;
+        if (p.zeros == nullptr) return;  // zero[] stays as it was made
         constexpr int kZeroWords = BITS == 8 && J == 4 ? 2 : 1;
         uint32_t packed[kZeroWords];
         load_words<kZeroWords>(packed, from_slot * S::kStageBytes + zeros_at + sub * S::kZeroBytes);
@@ -398,9 +406,9 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
 #pragma unroll
       for (int j = 0; j < J; j++) {
         if constexpr (S::kExtended)
-          Codes<T, BITS>::word(from + j * (BITS / 4), zero[2 * j], zero[2 * j + 1], a[kt % 2][j]);
+          Codes<T, BITS>::word(from + j * (BITS / 4), zero[2 * j], zero[2 * j + 1], a[kt % S::kDepth][j]);
         else
-          Dequant<T>::word(from[j], a[kt % 2][j]);
+          Dequant<T>::word(from[j], a[kt % S::kDepth][j]);
       }
     };
     const auto load_stage = [&](int from_slot, uint32_t with_parity) {
@@ -410,8 +418,9 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       for (int kt = 0; kt < S::kRoundsAhead; kt++) load_round(from_slot, kt);
     };
     float scale[2 * J];  // of the columns g + 8 i of the sub-tiles
-    const auto load_group = [&](uint32_t at, bool grouped) {
-      if (grouped) {
+    const auto load_group = [&](uint32_t stage, int sub) {
+      const uint32_t at = stage + scales_at + sub * S::kScaleBytes;
+      if (S::kSubgroups > 1 || p.groups > 1) {
         load_scales<J>(scale, at + g * 16 + subtile * 4, p.bf16_scales);
       } else {
 #pragma unroll
@@ -423,23 +432,27 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
         }
       }
     };
-    const auto finish_group = [&]() {
-      wgmma_wait<0>();
+    // Waits until a group's sums are there. `rounds`: how many younger ones may be under way.
+    const auto wait_for_group = [&](int sub, auto rounds) {
+      wgmma_wait<decltype(rounds)::value>();
 #pragma unroll
       for (int j = 0; j < J; j++)
 #pragma unroll
         for (int i = 0; i < MB; i++)
 #pragma unroll
-          for (int c = 0; c < 4; c++) asm volatile("" : "+f"(part[j][i][c])::"memory");  // not to be read earlier
+          for (int c = 0; c < 4; c++)
+            asm volatile("" : "+f"(part[sub % S::kParts][j][i][c])::"memory");  // not to be read earlier
     };
-    const auto add_group = [&]() {
+    const auto add_group = [&](int sub) {
 #pragma unroll
       for (int j = 0; j < J; j++)
 #pragma unroll
         for (int i = 0; i < MB; i++)
 #pragma unroll
-          for (int c = 0; c < 4; c++) sum[j][i][c] += scale[2 * j + c / 2] * part[j][i][c];
+          for (int c = 0; c < 4; c++) sum[j][i][c] += scale[2 * j + c / 2] * part[sub % S::kParts][j][i][c];
     };
+    // Rounds under way while a set of sums is read: none, or the group that has the other set.
+    constexpr int kBeside = (S::kParts - 1) * S::kRounds < S::kDepth ? (S::kParts - 1) * S::kRounds : S::kDepth - 1;
     bool loaded = false;  // the words of this step, and the first of them decoded, by the step before
     for (; mine < end; mine += WK) {
       if (!S::kAhead || !loaded) {
@@ -448,29 +461,34 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       }
       const uint32_t stage = slot * S::kStageBytes;
       const uint64_t operand = operand_descriptor(ring.stages + stage);
-      uint32_t group_at = stage + scales_at;
 #pragma unroll
       for (int kt = 0; kt < KT; kt++) {
-        const bool starts = kt == 0 || starts_group(kt);
-        if (kt >= 2) wgmma_wait<1>();  // the wgmmas that read a[kt % 2] are done
+        const int sub = kt / S::kRounds;
+        const bool starts = kt % S::kRounds == 0;
+        if (kt >= S::kDepth) wgmma_wait<S::kDepth - 1>();  // the wgmmas that read a[kt % kDepth] are done
         if (kt > 0) {
-          if (starts) load_zeros(slot, kt * p.subgroups / KT);
+          if (starts) load_zeros(slot, sub);
           decode(kt);
-          if (starts) {
-            load_group(group_at, true);
-            finish_group();
-            add_group();
-            group_at += S::kScaleBytes;
-          }
+        }
+        if (starts && sub >= S::kParts) {  // the set of sums is that of an earlier group
+          load_group(stage, sub - S::kParts);
+          wait_for_group(sub, Constant<kBeside>());
+          add_group(sub);
         }
         if (kt + S::kRoundsAhead < KT) load_round(slot, kt + S::kRoundsAhead);
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < J; j++)
-          wgmma<T, MB>(part[j], a[kt % 2][j], operand + kt / 4 * (S::kBoxBytes / 16) + kt % 4 * 2, !starts);
+          wgmma<T, MB>(part[sub % S::kParts][j], a[kt % S::kDepth][j],
+                       operand + kt / 4 * (S::kBoxBytes / 16) + kt % 4 * 2, !starts);
         wgmma_commit();
       }
-      load_group(group_at, p.groups > 1);
+      if (S::kParts > 1) {
+        load_group(stage, S::kSubgroups - 2);
+        wait_for_group(S::kSubgroups - 2, Constant<kBeside>());
+        add_group(S::kSubgroups - 2);
+      }
+      load_group(stage, S::kSubgroups - 1);
       int next_slot = slot + WK;
       uint32_t next_parity = parity;
       if (next_slot >= p.stages) {
@@ -480,12 +498,12 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       loaded = mine + WK < end;
       if (S::kAhead && loaded) {  // while the last wgmmas run; their stage is still taken, so there are at least two
         load_stage(next_slot, next_parity);
-        wgmma_wait<1>();
+        wgmma_wait<(KT - 1) % S::kDepth>();  // those that read a[0]
         decode(0);
       }
-      finish_group();
+      wait_for_group(S::kSubgroups - 1, Constant<0>());
       mbarrier_arrive(ring.vacant + 8 * slot);
-      add_group();
+      add_group(S::kSubgroups - 1);
       slot = next_slot;
       parity = next_parity;
     }

@@ -161,7 +161,7 @@ def run_splits(library, config: int, layer: Layer, a: torch.Tensor, bias: torch.
     return ran
 
 
-@pytest.mark.parametrize("config", [*GENERIC, *HOPPER, *HOPPER_EXTENDED[4]])
+@pytest.mark.parametrize("config", [*GENERIC, *HOPPER, *HOPPER_EXTENDED[4, GROUP]])
 def test_every_configuration_and_split(library, config):
     """Also those that the library would not choose here: ragged in M, N and K, tiles shared by many blocks."""
     if config not in GENERIC and not on_hopper():
@@ -177,7 +177,7 @@ def test_every_configuration_and_split(library, config):
 @pytest.mark.parametrize("stages", [2, 3, 4, 5, 6, 8, 10])
 def test_stages(library, stages):
     ran = 0
-    for bits, hopper in ((4, (*HOPPER, *HOPPER_EXTENDED[4])), (8, HOPPER_EXTENDED[8])):
+    for bits, hopper in ((4, (*HOPPER, *HOPPER_EXTENDED[4, GROUP])), (8, HOPPER_EXTENDED[8, GROUP])):
         layer = Layer(4096, 1024, 32, bits=bits)
         weight = layer.weight()
         for config in [*(GENERIC if bits == 4 else EXTENDED[8]), *(hopper if on_hopper() else [])]:
@@ -295,17 +295,24 @@ def test_extended(library, size, zeros, bits, dtype):
                     assert_close(out, a, weight, bias)
 
 
-@pytest.mark.parametrize("config", [*HOPPER_EXTENDED[4], *HOPPER_EXTENDED[8]])
-@pytest.mark.parametrize("size", GROUP_SIZES)
-def test_extended_every_hopper_configuration_and_split(library, size, config):
+@pytest.mark.parametrize(
+    ("bits", "size", "config"),
+    [
+        (bits, size, config)
+        for bits in (4, 8)
+        for size in GROUP_SIZES
+        for config in HOPPER_EXTENDED[bits, GROUP if size < 0 else size]
+    ],
+)
+def test_extended_every_hopper_configuration_and_split(library, bits, size, config):
     """With and without zero points, clusters too; also those that the library would not choose here."""
     if not on_hopper():
         pytest.skip("a configuration for compute capability 9.0")
     for k, n in ((64, 64), (1152, 448), (4096, 320)):
-        if size == 128 and k == 64:
+        if k <= size:  # one group, which is another configuration's
             continue
         for zeros in (False, True):
-            layer = Layer(k, n, groups_of(k, size), bits=4 if config in HOPPER_EXTENDED[4] else 8, zeros=zeros)
+            layer = Layer(k, n, groups_of(k, size), bits=bits, zeros=zeros)
             for dtype in (FP16, BF16):
                 for m in (1, 17, 131):
                     a, bias = activations(m, k, dtype), torch.randn(n, device="cuda").to(dtype)
@@ -473,6 +480,7 @@ def test_errors(library):
         (-8, {"device": -1}), (-9, {"variant": 200}), (-9, {"variant": -1}), (-9, {"variant": 1 << 20}),
         (-9, {"variant": variant(1, 0, 2)}), (-9, {"variant": variant(1, 15)}),
         (-9, {"variant": variant(19)}), (-9, {"variant": variant(1), "zeros": x["C"]}), (-10, {"bits": 3}),
+        (-9, {"variant": variant(HOPPER_EXTENDED[4, 64][0])}),
     ]  # fmt: skip
 
     def call(change: dict) -> int:
