@@ -14,7 +14,8 @@ graphs whose launches rotate through weights larger than L2, in microseconds. Co
     chosen   what marlin_cuda_choose says is faster: g (gemm) or d (deq+mm)
     marlin, machete   vLLM's, when vllm can be imported; 4 bits in groups of 128 only
 
---weights are BITS:GROUP_SIZE, with a z where zero points are stored; a group size of -1 is one scale for each column.
+--weights are BITS:GROUP_SIZE, with a z where zero points are stored and an a for act-order, which takes a gather of the
+activations' columns before each gemm; a group size of -1 is one scale for each column.
 """
 
 from __future__ import annotations
@@ -54,17 +55,18 @@ class Kind:
 
     bits: int
     group_size: int
-    zeros: bool
+    zeros: bool = False
+    act_order: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Kind:
-        match = re.fullmatch(r"([48]):(16|32|64|128|-1)(z?)", text)
+        match = re.fullmatch(r"([48]):(16|32|64|128|-1)(z?)(a?)", text)
         if not match:
-            raise argparse.ArgumentTypeError(f"{text} is not BITS:GROUP_SIZE or BITS:GROUP_SIZEz, such as 8:32z")
-        return cls(int(match[1]), int(match[2]), bool(match[3]))
+            raise argparse.ArgumentTypeError(f"{text} is not BITS:GROUP_SIZE with z, a or both, such as 8:32z")
+        return cls(int(match[1]), int(match[2]), bool(match[3]), bool(match[4]))
 
     def __str__(self) -> str:
-        return f"{self.bits}:{self.group_size}{'z' * self.zeros}"
+        return f"{self.bits}:{self.group_size}{'z' * self.zeros}{'a' * self.act_order}"
 
     def groups(self, k: int) -> int:
         return 1 if self.group_size < 0 else k // self.group_size
@@ -75,12 +77,13 @@ class Kind:
 
 @dataclass(frozen=True)
 class Layer:
-    """Random stored weights on the GPU. B [K / 16, N bits / 2], s [G, N] fp16, zeros [G, N bits / 32] or None."""
+    """Random stored weights on the GPU: B [K / 16, N bits / 2], s [G, N] fp16; zeros [G, N bits / 32], perm [K]."""
 
     kind: Kind
     B: torch.Tensor
     s: torch.Tensor
     zeros: torch.Tensor | None
+    perm: torch.Tensor | None
     fields: Weights
 
     @classmethod
@@ -91,8 +94,9 @@ class Layer:
         groups = kind.groups(k)
         b, s = words(k // 16, n * kind.bits // 2), (torch.rand(groups, n, device="cuda") * 0.01).half()
         zeros = words(groups, n * kind.bits // 32) if kind.zeros else None
-        pointers = b.data_ptr(), s.data_ptr(), None if zeros is None else zeros.data_ptr(), None
-        return cls(kind, b, s, zeros, Weights(*pointers, k, n, groups, k, n, kind.bits, 0))
+        perm = torch.randperm(k, device="cuda").int() if kind.act_order else None
+        pointers = [None if x is None else x.data_ptr() for x in (b, s, zeros, perm)]
+        return cls(kind, b, s, zeros, perm, Weights(*pointers, k, n, groups, k, n, kind.bits, 0))
 
 
 class Library:
@@ -107,17 +111,27 @@ class Library:
         lib.marlin_cuda_workspace_bytes.argtypes = [i32]
         lib.marlin_cuda_workspace_bytes.restype = size
         lib.marlin_cuda_choose.argtypes = [weights, i64, i32]
+        lib.marlin_cuda_gather.argtypes = [p, p, p, i64, i64, i64, i64, i32, p]
         lib.marlin_cuda_dequantize.argtypes = [weights, p, i32, i32, p]
         lib.marlin_cuda_stream_read.argtypes = [p, i64, p, i32, p]
         lib.marlin_cuda_error_string.restype = ctypes.c_char_p
         size = lib.marlin_cuda_workspace_bytes(0)
         self.workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
+        self.ordered = torch.empty(
+            64 << 20, dtype=torch.half, device="cuda"
+        )  # gathered activations: 2048 rows of 32768
 
     def check(self, code: int) -> None:
         if code:
             raise RuntimeError(f"{code}: {self.lib.marlin_cuda_error_string(code).decode()}")
 
     def gemm(self, x: torch.Tensor, layer: Layer, y: torch.Tensor, variant: int) -> None:
+        if layer.perm is not None:
+            m, k = x.shape
+            ordered = self.ordered[: m * k].view(m, k)
+            pointers = x.data_ptr(), layer.perm.data_ptr(), ordered.data_ptr()
+            self.check(self.lib.marlin_cuda_gather(*pointers, m, x.stride(0), k, k, 0, stream()))
+            x = ordered
         pointers = x.data_ptr(), 0, y.data_ptr(), self.workspace.data_ptr()
         product = PRODUCT.pack(*pointers, self.workspace.numel(), stream(), *x.shape[:1], x.stride(0), 0, 0, variant, 0)
         self.check(self.lib.marlin_cuda_gemm(layer.fields, product))

@@ -18,15 +18,24 @@
 // each adds up a part of the outputs from all of them.
 //
 // A step is 128 rows of K: one group, and two swizzled boxes of 64. Warpgroups: WN along N, WK along K; those along K
-// take turns, one stage each.
+// take turns, one stage each. The words of all eight tiles of a step are loaded together where registers allow, and up
+// to four tiles are under way at once.
+//
+// Extended weights (kExtended): the stage has the scales and zero points of each of the step's groups. The size of a
+// group is a parameter of the template, so that a step is one straight line of code; as a condition at run time it made
+// a step a third longer, since nothing moves across a branch. A group begins with a wgmma that does not add to its
+// sums. Meanwhile the sums of the group before are scaled, which have registers of their own where there are few; where
+// they take most registers, the end of each group is waited for.
 //
 // Which columns a warp decodes. A warp of the warpgroup supplies 16 of wgmma's 64 rows, one sub-tile. With J = 4 warp w
-// takes the whole tile w of four neighbouring ones, 16 bytes a lane, for four wgmmas (sub-tile j of all four tiles
-// each); with J = 1 it takes word w of a single tile for one. Sums take 4 J MB registers, twice; J falls as M grows to
-// keep them at 128.
+// takes the whole tile w of four neighbouring ones, 16 bytes a lane (8 bits: 32), for four wgmmas (sub-tile j of all
+// four tiles each); with J = 1 it takes word w of a single tile for one. Sums take 4 J MB registers, twice; J falls as
+// M grows to keep them at 128.
 #pragma once
 
 #include <cuda.h>
+
+#include <algorithm>
 
 #include "gemm.cuh"
 
@@ -49,32 +58,33 @@ struct HopperShape {
   static constexpr int kBlockK = 128;
   static constexpr int KT = kBlockK / MARLIN_TILE_K;
 
-  // wgmma takes 16 rows of K: a round.
-  static constexpr int kRounds = GROUP / 16;       // in a group
-  static constexpr int kSubgroups = KT / kRounds;  // groups in a step
+  static constexpr int kGroupTiles = GROUP / MARLIN_TILE_K;  // along K
+  static constexpr int kSubgroups = KT / kGroupTiles;        // groups in a step
 
   // With many rows the tensor cores are the limit and a warp prepares the next step before the last wgmmas of this one
   // end; with few, memory is, and a stage is better given back at once.
   static constexpr bool kAhead = MB >= 8;
 
-  // Sets of sums of a group: with two, a group's are scaled while the next group is multiplied. And rounds under way at
-  // once, each with registers of its own for the decoded words; more than the sets of sums allow are of no use.
+  // Sets of sums of a group: with two, a group's are scaled while the next group is multiplied. And tiles along K under
+  // way at once, each with registers of its own for the decoded words; more than the sets of sums allow are of no use,
+  // and with them nvcc 13.0 waits for each wgmma (C7513).
   static constexpr int kParts = kSubgroups > 1 && MB * J <= 8 ? 2 : 1;
   static constexpr int kMostDepth = J == 4 ? (MB < 4 ? 3 : 2) : 4;
-  static constexpr int kDepth =
-      kMostDepth < kParts * kRounds ? kMostDepth : (kParts * kRounds > 2 ? kParts * kRounds : 2);
+  static constexpr int kDepth = std::min(kMostDepth, std::max(2, kParts * kGroupTiles));
+  // Tiles under way while a set of sums is read: none, or those of the group that has the other set.
+  static constexpr int kBeside = std::min((kParts - 1) * kGroupTiles, kDepth - 1);
 
-  // A lane's words of a round, and how many rounds ahead they are loaded: all of a step's, or as many as
-  // the registers beside the sums allow.
+  // A lane's words of a tile along K, and how many tiles ahead they are loaded: all of a step's, or as many as the
+  // registers beside the sums allow.
   static constexpr int kWords = J * BITS / 4;
   static constexpr int kWordRegisters = MB * J < 16 ? 32 : J == 4 ? 8 : 16;
-  static constexpr int kRoundsAhead = kWordRegisters / kWords < KT ? kWordRegisters / kWords : KT;
+  static constexpr int kTilesAhead = std::min(KT, kWordRegisters / kWords);
 
   // A stage in shared memory, in bytes. Swizzled boxes start at multiples of 1024.
   static constexpr int kBoxBytes = kBlockM * 128;  // [kBlockM][64] 16-bit activations
   static constexpr int kActivationBytes = 2 * kBoxBytes;
   static constexpr int kTileBytes = BITS * 128;
-  static constexpr int kWeightBytes = KT * kBlockN / MARLIN_TILE_N * kTileBytes;     // [KT][kBlockN / 64] tiles
+  static constexpr int kWeightBytes = KT * kBlockN / MARLIN_TILE_N * kTileBytes;  // [KT][kBlockN / 64] tiles
   static constexpr int kScaleBytes = kBlockN * 2;                                 // of a group
   static constexpr int kZeroBytes = EXTENDED ? kBlockN * BITS / 8 : 0;            // of a group
   static constexpr int kStageBytes =
@@ -357,9 +367,9 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
   const uint32_t zeros_at = ring.stages + S::kActivationBytes + S::kWeightBytes + S::kSubgroups * S::kScaleBytes +
                             tile_column * (8 * BITS) + g * BITS + (BITS == 8 ? subtile / 2 * 4 : 0);
 
-  float sum[J][MB][4];   // outputs: [sub-tile][8-row block][register of the fragment]
+  float sum[J][MB][4];              // outputs: [sub-tile][8-row block][register of the fragment]
   float part[S::kParts][J][MB][4];  // the same, of a group, not yet scaled
-  uint32_t zero[2 * J];  // extended: what takes the zero points of the columns g + 8 i of the sub-tiles away
+  uint32_t zero[2 * J];             // extended: takes the zero points of the columns g + 8 i of the sub-tiles away
   if constexpr (S::kExtended) {
 #pragma unroll
     for (int i = 0; i < 2 * J; i++) zero[i] = Codes<T, BITS>::zero(1 << (BITS - 1));
@@ -384,10 +394,10 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
 #pragma unroll
         for (int c = 0; c < 4; c++) sum[j][i][c] = 0.0f;
 
-    uint32_t words[S::kRoundsAhead][S::kWords];
+    uint32_t words[S::kTilesAhead][S::kWords];
     uint32_t a[S::kDepth][J][4];
-    const auto load_round = [&](int from_slot, int kt) {
-      load_words<S::kWords>(words[kt % S::kRoundsAhead],
+    const auto load_tile = [&](int from_slot, int kt) {
+      load_words<S::kWords>(words[kt % S::kTilesAhead],
                             from_slot * S::kStageBytes + weights_at + kt * (S::kWeightBytes / KT));
     };
     const auto load_zeros = [&](int from_slot, int sub) {
@@ -402,7 +412,7 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       }
     };
     const auto decode = [&](int kt) {
-      const uint32_t* const from = words[kt % S::kRoundsAhead];
+      const uint32_t* const from = words[kt % S::kTilesAhead];
 #pragma unroll
       for (int j = 0; j < J; j++) {
         if constexpr (S::kExtended)
@@ -415,7 +425,7 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       mbarrier_wait(ring.full + 8 * from_slot, with_parity);
       load_zeros(from_slot, 0);
 #pragma unroll
-      for (int kt = 0; kt < S::kRoundsAhead; kt++) load_round(from_slot, kt);
+      for (int kt = 0; kt < S::kTilesAhead; kt++) load_tile(from_slot, kt);
     };
     float scale[2 * J];  // of the columns g + 8 i of the sub-tiles
     const auto load_group = [&](uint32_t stage, int sub) {
@@ -432,9 +442,9 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
         }
       }
     };
-    // Waits until a group's sums are there. `rounds`: how many younger ones may be under way.
-    const auto wait_for_group = [&](int sub, auto rounds) {
-      wgmma_wait<decltype(rounds)::value>();
+    // Waits until a group's sums are there; `younger`: how many tiles' wgmmas may still be under way.
+    const auto wait_for_group = [&](int sub, auto younger) {
+      wgmma_wait<decltype(younger)::value>();
 #pragma unroll
       for (int j = 0; j < J; j++)
 #pragma unroll
@@ -451,8 +461,6 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
 #pragma unroll
           for (int c = 0; c < 4; c++) sum[j][i][c] += scale[2 * j + c / 2] * part[sub % S::kParts][j][i][c];
     };
-    // Rounds under way while a set of sums is read: none, or the group that has the other set.
-    constexpr int kBeside = (S::kParts - 1) * S::kRounds < S::kDepth ? (S::kParts - 1) * S::kRounds : S::kDepth - 1;
     bool loaded = false;  // the words of this step, and the first of them decoded, by the step before
     for (; mine < end; mine += WK) {
       if (!S::kAhead || !loaded) {
@@ -463,8 +471,8 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       const uint64_t operand = operand_descriptor(ring.stages + stage);
 #pragma unroll
       for (int kt = 0; kt < KT; kt++) {
-        const int sub = kt / S::kRounds;
-        const bool starts = kt % S::kRounds == 0;
+        const int sub = kt / S::kGroupTiles;
+        const bool starts = kt % S::kGroupTiles == 0;
         if (kt >= S::kDepth) wgmma_wait<S::kDepth - 1>();  // the wgmmas that read a[kt % kDepth] are done
         if (kt > 0) {
           if (starts) load_zeros(slot, sub);
@@ -472,10 +480,10 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
         }
         if (starts && sub >= S::kParts) {  // the set of sums is that of an earlier group
           load_group(stage, sub - S::kParts);
-          wait_for_group(sub, Constant<kBeside>());
+          wait_for_group(sub, Constant<S::kBeside>());
           add_group(sub);
         }
-        if (kt + S::kRoundsAhead < KT) load_round(slot, kt + S::kRoundsAhead);
+        if (kt + S::kTilesAhead < KT) load_tile(slot, kt + S::kTilesAhead);
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < J; j++)
@@ -485,7 +493,7 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       }
       if (S::kParts > 1) {
         load_group(stage, S::kSubgroups - 2);
-        wait_for_group(S::kSubgroups - 2, Constant<kBeside>());
+        wait_for_group(S::kSubgroups - 2, Constant<S::kBeside>());
         add_group(S::kSubgroups - 2);
       }
       load_group(stage, S::kSubgroups - 1);
