@@ -76,8 +76,8 @@ struct Dequant<__nv_bfloat16> {
 //
 //   fp16          1024 + c - (1024 + zero): both below 2048, spacing 1
 //   bf16, 4 bits   128 + c - (128 + zero)
-//   bf16, 8 bits  7 bits of mantissa do not hold a code, so it goes through fp32: 2^23 + c - (2^23 + zero), whose upper
-//                 half is the bf16, exact since it has eight bits at most
+//   bf16, 8 bits  7 bits of mantissa do not hold a code, so its upper bit goes apart: (128 + c % 128) - (256 or 128)
+//                 is c - 128, then (c - 128) + (128 - zero); each fits eight bits
 //
 // `zero(z)` makes that register. `word` decodes the fragment of a sub-tile: its columns g and g + 8 have the zero
 // points z0 and z1. With 8 bits a sub-tile has two words of a lane, one for each column: bytes 0, 2 are rows 2t, 2t+1,
@@ -89,10 +89,13 @@ template <>
 struct Codes<__half, 4> {
   static __device__ __forceinline__ uint32_t zero(uint32_t z) { return (0xe400u | z) * 0x10001u; }
   static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
+    constexpr uint32_t kSixteenth = 0x2c002c00;  // 1 / 16
+    constexpr uint32_t k960 = 0x63806380;        // -(1024 + zero) + 960 = -(1024 / 16 + zero)
+    const uint32_t upper = q[0] >> 8;
     a[0] = add_half2(and_or<0x000f000f, 0x64006400>(q[0]), z0);
-    a[1] = add_half2(and_or<0x000f000f, 0x64006400>(q[0] >> 8), z1);
-    a[2] = add_half2(and_or<0x000f000f, 0x64006400>(q[0] >> 4), z0);
-    a[3] = add_half2(and_or<0x000f000f, 0x64006400>(q[0] >> 12), z1);
+    a[1] = add_half2(and_or<0x000f000f, 0x64006400>(upper), z1);
+    a[2] = fma_half2(and_or<0x00f000f0, 0x64006400>(q[0]), kSixteenth, add_half2(z0, k960));
+    a[3] = fma_half2(and_or<0x00f000f0, 0x64006400>(upper), kSixteenth, add_half2(z1, k960));
   }
 };
 
@@ -114,27 +117,29 @@ struct Codes<__half, 8> {
   static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
     a[0] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[0]), z0);
     a[1] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[1]), z1);
-    a[2] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[0] >> 8), z0);
-    a[3] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[1] >> 8), z1);
+    a[2] = add_half2(__byte_perm(q[0], 0x64646464, 0x4341), z0);
+    a[3] = add_half2(__byte_perm(q[1], 0x64646464, 0x4341), z1);
   }
 };
 
 template <>
 struct Codes<__nv_bfloat16, 8> {
-  static __device__ __forceinline__ uint32_t zero(uint32_t z) { return 0xcb000000u | z; }
-  // Bytes LOW and LOW + 2 of q.
-  template <int LOW>
+  static __device__ __forceinline__ uint32_t zero(uint32_t z) {
+    const float left = 8388736.0f - __uint_as_float(0x4b000000u | z);  // (2^23 + 128) - (2^23 + z), exact
+    return __byte_perm(__float_as_uint(left), 0, 0x3232);
+  }
+  // Bytes 0 and 2 of q.
   static __device__ __forceinline__ uint32_t pair(uint32_t q, uint32_t z) {
-    const float minus = __uint_as_float(z);
-    const float low = __uint_as_float(__byte_perm(q, 0x4b000000, 0x7540 + LOW)) + minus;
-    const float high = __uint_as_float(__byte_perm(q, 0x4b000000, 0x7542 + LOW)) + minus;
-    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+    constexpr uint32_t kOne = 0x3f803f80;
+    uint32_t minus;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(minus) : "r"(q), "n"(0x00800080), "n"(0xc380c380));  // (q & b) ^ c
+    return fma_bfloat2(fma_bfloat2(and_or<0x007f007f, 0x43004300>(q), kOne, minus), kOne, z);
   }
   static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
-    a[0] = pair<0>(q[0], z0);
-    a[1] = pair<0>(q[1], z1);
-    a[2] = pair<1>(q[0], z0);
-    a[3] = pair<1>(q[1], z1);
+    a[0] = pair(q[0], z0);
+    a[1] = pair(q[1], z1);
+    a[2] = pair(q[0] >> 8, z0);
+    a[3] = pair(q[1] >> 8, z1);
   }
 };
 

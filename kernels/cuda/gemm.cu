@@ -1,6 +1,7 @@
 // gemm.cu: which instance of which kernel runs, how the work is split, and the launch.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 
 #include "device.h"
 #include "gemm.cuh"
@@ -16,9 +17,10 @@ struct Config {
   int threads, block_m, block_n, block_k;
   int stage_bytes, extra_bytes;  // of shared memory: each pipeline stage, and beside the stages
   int most_stages, stage_multiple;
-  int box_columns;  // hopper: columns of weights that one copy takes
+  int line_bytes;  // hopper: of the lines that weights are copied as
   int bits;
-  bool extended;  // takes zero points and groups below 128
+  int group;      // rows that share a scale; 128 is also for G == 1; 0: any number
+  bool extended;  // takes zero points, 8 bits and groups below 128
 };
 
 template <typename S>
@@ -36,6 +38,7 @@ Config generic() {
           1,
           0,
           S::BITS,
+          S::kExtended ? 0 : MARLIN_CUDA_GROUP_SIZE,
           S::kExtended};
 }
 
@@ -52,13 +55,26 @@ Config hopper() {
           S::kExtraBytes,
           S::kMaxStages,
           S::WK,
-          S::kBoxColumns,
-          4,
-          false};
+          S::kLineBytes,
+          S::BITS,
+          S::GROUP,
+          S::kExtended};
 }
 
-// Ascending in block_m within each kind. A path for another architecture is another kind here: a kernel that takes
-// GemmArguments, its entries in this table, and its question beside `has_hopper`.
+// The Hopper kernel for the extended weights of BITS and GROUP; with 4 bits, wide slabs also for more rows.
+#define MARLIN_HOPPER(BITS, GROUP)                          \
+  hopper<HopperShape<1, 2, 1, 2, true, BITS, GROUP>>(),     \
+      hopper<HopperShape<1, 4, 1, 2, true, BITS, GROUP>>(), \
+      hopper<HopperShape<2, 2, 1, 2, true, BITS, GROUP>>(), \
+      hopper<HopperShape<4, 2, 1, 2, true, BITS, GROUP>>(), \
+      hopper<HopperShape<8, 2, 1, 2, true, BITS, GROUP>>(), \
+      hopper<HopperShape<8, 2, 2, 1, true, BITS, GROUP>>(), \
+      hopper<HopperShape<16, 1, 2, 1, true, BITS, GROUP>>()
+#define MARLIN_HOPPER_WIDE(GROUP) \
+  hopper<HopperShape<2, 4, 1, 2, true, 4, GROUP>>(), hopper<HopperShape<4, 4, 1, 2, true, 4, GROUP>>()
+
+// A path for another architecture is another kind here: a kernel that takes GemmArguments, its entries in this table,
+// and its question beside `has_hopper`.
 const Config kConfigs[] = {
     // GemmShape<MB, WM, WN, WK, KT>: eight warps each. Few rows leave warps for more of N and K.
     generic<GemmShape<1, 1, 4, 2, 4>>(),  // 1:    8 x 256
@@ -86,6 +102,15 @@ const Config kConfigs[] = {
     generic<GemmShape<2, 1, 4, 2, 4, 8, true>>(),  // 20:   16 x 256
     generic<GemmShape<4, 2, 4, 1, 4, 8, true>>(),  // 21:   64 x 256
     generic<GemmShape<4, 4, 2, 1, 4, 8, true>>(),  // 22:  128 x 128
+    // The extended ones on Hopper.
+    MARLIN_HOPPER(4, 128), MARLIN_HOPPER_WIDE(128),  // 23 .. 31
+    MARLIN_HOPPER(4, 64), MARLIN_HOPPER_WIDE(64),    // 32 .. 40
+    MARLIN_HOPPER(4, 32), MARLIN_HOPPER_WIDE(32),    // 41 .. 49
+    MARLIN_HOPPER(4, 16), MARLIN_HOPPER_WIDE(16),    // 50 .. 58
+    MARLIN_HOPPER(8, 128),                           // 59 .. 65
+    MARLIN_HOPPER(8, 64),                            // 66 .. 72
+    MARLIN_HOPPER(8, 32),                            // 73 .. 79
+    MARLIN_HOPPER(8, 16),                            // 80 .. 86
 };
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kSomeHopper = 13;  // the index of a Hopper one
@@ -130,6 +155,7 @@ struct Plan {
   int stages, split, blocks;
   int steps, slabs_m, units, units_per_block;
   double microseconds;  // predicted
+  double slowdown;      // of the tensor cores by small groups and zero points, predicted
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -189,37 +215,45 @@ int resident_clusters(const Config& c, int size, const Device& facts, int device
 // Lays out `split` for one configuration and predicts its time; false if it cannot be done, or, unless `forced`, should
 // not.
 //
-// The prediction is good enough to order the candidates, no more. Its constants were fitted to 372 timings on one H100
-// 80GB (6 layers, 1 to 1024 rows, each configuration and split; docs/kernels.md): there its choice was 0.6% slower than
-// the best on average and 8% at most.
-//   time = launch + max(time to read memory, steps of the busiest SM * time of a step) + time to add up partial sums
-bool lay_out(const Config& c, int split, bool forced, int64_t M, int64_t N, int64_t K, const Device& facts, int device,
-             Plan* plan) {
-  constexpr double kLaunch = 2.3;         // us
-  constexpr double kMemory = 3.0e6;       // bytes per us from device memory
-  constexpr double kSm = 61.9e3;          // bytes per us into one SM
-  constexpr double kStep = 0.31;          // us of a step at least: its chain of dependent instructions,
-  constexpr double kStepOutput = 5.9e-6;  //   and us for each output of the tile
-  constexpr double kGenericStep = 0.4, kGenericProduct = 0.7e-6;  // the generic kernel's step: us, and us a product
-  constexpr double kClusterRank = 0.77;                           // us for each block of a cluster
-  constexpr double kClusterKb = 0.074;                            // us for each KB of a tile's sums, in a cluster
-  constexpr double kWave = 3.7;                                   // us for each further wave of blocks
-  constexpr double kWhole = 0.76;                                 // us at the end of a tile that is not shared
-  constexpr double kShared = 1.5;                                 // us when tiles are shared through the workspace
-  constexpr double kMisaligned = 16.3;  // us when ranges end inside tiles: a block then has two tiles' ends
-  constexpr double kSharedKb = 0.064;   // us for each KB of a tile's sums and block that shares it
+// The prediction is good enough to order the candidates, no more. Its constants for Hopper were fitted to 4160 timings
+// on one H100 80GB (4 layers, 8 kinds of weights, 1 to 512 rows, each configuration and split; docs/kernels.md): there
+// its choice was 0.9% slower than the best on average and 11% at most.
+//   time = launch + (reading ^ 4 + stepping ^ 4) ^ (1/4) + time to add up partial sums
+//   reading = time to read memory, stepping = steps of the busiest SM * time of a step: the longer hides the other,
+//   but not where they are about equal
+bool lay_out(const Config& c, int split, bool forced, int64_t M, const marlin_cuda_weights_t& w, const Device& facts,
+             int device, Plan* plan) {
+  constexpr double kLaunch = 3.5;     // us, with the end of a tile
+  constexpr double kMemory = 3.2e6;   // bytes per us from device memory
+  constexpr double kStep = 0.09;      // us of a step: for its chain of dependent instructions,
+  constexpr double kColumn = 6.3e-4;  //   for each column of the tile,
+  constexpr double kOutput = 3.6e-5;  //   for each output,
+  constexpr double kGroup = 0.076, kGroupOutput = 2.7e-6;  // for each further group in it, and each output,
+  constexpr double kZeroPoints = 0.023;                    // and for the zero points of each group
+  constexpr double kGenericStep = 0.4, kGenericProduct = 0.7e-6;  // the generic kernel's step: us, and us a product,
+  constexpr double kSm = 61.9e3;                                  // but no more bytes per us into an SM
+  constexpr double kClusterRank = 0.56;                           // us for each block of a cluster
+  constexpr double kClusterKb = 0.023;                            // us for each KB of a tile's sums, in a cluster
+  constexpr double kWave = 4.4;                                   // us for each further wave of blocks
+  constexpr double kShared = 0.44, kSharedKb = 0.043;  // us when blocks share tiles through the workspace, and for each
+                                                       // KB of a tile's sums and block that shares it
+  constexpr double kMisaligned = 1.3, kMisalignedKb = 0.19;  // us when ranges end inside tiles, a block then has two
+                                                             // tiles' ends, and for each KB of sums
 
+  const int64_t N = w.N, K = w.K;
   const int64_t steps = ceil_div(K, c.block_k), slabs_m = ceil_div(M, c.block_m), slabs_n = ceil_div(N, c.block_n);
   const int64_t tiles = slabs_m * slabs_n, units = tiles * steps;
   if (units > 0x3fffffff) return false;
   const int64_t rows = std::min<int64_t>(M, c.block_m);
   const double tile_kb = c.block_m * c.block_n * 4 / 1024.0;
   const double weight_bytes = c.bits / 8.0;
-  const double step_bytes = c.block_k * (c.block_n * weight_bytes + rows * 2) + c.block_n * 2;
-  const double read = (K * N * weight_bytes + K * N / 64.0 + M * K * 2.0 + M * N * 2.0) / kMemory;
+  const double group_bytes = 2 + (w.zeros == nullptr ? 0 : weight_bytes);  // for each column
+  const int64_t groups = w.G == 1 ? 1 : std::max<int64_t>(1, c.block_k * w.G / K);  // in a step
+  const double step_bytes = c.block_k * (c.block_n * weight_bytes + rows * 2) + groups * c.block_n * group_bytes;
+  const double reading = (K * N * weight_bytes + w.G * N * group_bytes + M * K * 2.0 + M * N * 2.0) / kMemory;
 
   int64_t blocks, per_block = steps, busiest;  // a cluster's range is its tile's
-  double ends;
+  double ends = 0;
   if (split <= kMostCluster) {
     if (!c.hopper || split > steps) return false;
     const int64_t resident = resident_clusters(c, split, facts, device);
@@ -233,25 +267,26 @@ bool lay_out(const Config& c, int split, bool forced, int64_t M, int64_t N, int6
       blocks = std::min<int64_t>(tiles, facts.multiprocessors);
       per_block = 0;
       busiest = ceil_div(tiles, blocks) * steps;
-      ends = kWhole * ceil_div(tiles, blocks);
     } else {
       // Ranges scatter the blocks over the matrices; with many rows, activations then fall out of L2.
       constexpr int kMostSlabs = 4;
       if (slabs_m > kMostSlabs && !forced) return false;
       busiest = per_block = ceil_div(units, facts.multiprocessors);
       blocks = ceil_div(units, per_block);
-      ends = kWhole * (per_block / steps);
       if (per_block % steps != 0) {
         const bool aligned = steps % per_block == 0;
         const double sharing = static_cast<double>(ceil_div(steps, per_block) + (aligned ? 0 : 1));
-        ends = kShared + (aligned ? 0 : kMisaligned) + kSharedKb * tile_kb * sharing;
+        ends = kShared + kSharedKb * tile_kb * sharing + (aligned ? 0 : kMisaligned + kMisalignedKb * tile_kb);
       }
     }
     if (blocks > kMaxBlocks) return false;
   }
   const double outputs = static_cast<double>(c.block_m) * c.block_n;
-  const double least = c.hopper ? kStep + kStepOutput * outputs : kGenericStep + kGenericProduct * outputs * c.block_k;
-  const double step = std::max(step_bytes / kSm, least);
+  const double plain = kStep + kColumn * c.block_n + kOutput * outputs;
+  const double step =
+      c.hopper ? plain + (groups - 1) * (kGroup + kGroupOutput * outputs) + (w.zeros ? groups * kZeroPoints : 0)
+               : std::max(step_bytes / kSm, kGenericStep + kGenericProduct * outputs * c.block_k);
+  const double stepping = busiest * step, reading2 = reading * reading, stepping2 = stepping * stepping;
   *plan = Plan{&c,
                stages_of(c, facts),
                split,
@@ -260,7 +295,8 @@ bool lay_out(const Config& c, int split, bool forced, int64_t M, int64_t N, int6
                static_cast<int>(slabs_m),
                static_cast<int>(units),
                static_cast<int>(per_block),
-               kLaunch + std::max(read, busiest * step) + ends};
+               kLaunch + std::sqrt(std::sqrt(reading2 * reading2 + stepping2 * stepping2)) + ends,
+               c.hopper ? step / plain : 1};
   return blocks <= 0x7fffffff;
 }
 
@@ -272,16 +308,17 @@ bool needs_extended(const marlin_cuda_weights_t& w) {
 // Takes the fastest of what `variant` leaves open. `device` is current.
 int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& facts, int device, int variant,
               Plan* best) {
-  const int64_t N = weights.N, K = weights.K;
   const Variant wanted(variant);
   if (variant < 0 || variant >> 16 != 0 || wanted.config > kConfigCount || wanted.split >= kSplits)
     return MARLIN_CUDA_ERROR_VARIANT;
   const bool hopper_built = has_hopper(facts, device), extended = needs_extended(weights);
-  const bool on_hopper = hopper_built && !extended;
   // Of those that fit the weights, the candidates; a variant may also ask for the others.
-  const auto fits = [&](const Config& c) { return c.bits == weights.bits && (c.extended || !extended); };
+  const int64_t group = weights.G == 1 ? MARLIN_CUDA_GROUP_SIZE : weights.K / weights.G;
+  const auto fits = [&](const Config& c) {
+    return c.bits == weights.bits && (c.group == 0 || c.group == group) && (c.extended || !extended);
+  };
   const auto candidate = [&](const Config& c) {
-    return fits(c) && c.hopper == on_hopper && c.extended == extended && stages_of(c, facts) >= 2 * c.stage_multiple;
+    return fits(c) && c.hopper == hopper_built && c.extended == extended && stages_of(c, facts) >= 2 * c.stage_multiple;
   };
   int block_m = kMostRows;  // the smallest that takes all rows, or the largest
   for (const Config& c : kConfigs)
@@ -294,7 +331,7 @@ int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& fac
     for (int split = 1; split < kSplits; split++) {
       Plan plan;
       if ((wanted.split != 0 && wanted.split != split) ||
-          !lay_out(c, split, wanted.split != 0, M, N, K, facts, device, &plan))
+          !lay_out(c, split, wanted.split != 0, M, weights, facts, device, &plan))
         continue;
       if (!found || plan.microseconds < best->microseconds) *best = plan;
       found = true;
@@ -315,9 +352,17 @@ int check_rows(int64_t M) {
   return M <= 0 || M > kLimit ? MARLIN_CUDA_ERROR_SHAPE : MARLIN_OK;
 }
 
-// Describes a matrix to the copy engine: `inner` x `outer` elements, `pitch` bytes between rows, copied in boxes.
-int describe(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64_t inner, int64_t outer, int64_t pitch,
-             int box_inner, int box_outer, CUtensorMapSwizzle swizzle) {
+// A tensor as the copy engine sees it, the innermost dimension first, and the box that one copy takes.
+struct Layout {
+  CUtensorMapDataType type;
+  cuuint32_t rank;
+  cuuint64_t sizes[3];    // in elements
+  cuuint64_t pitches[2];  // bytes between neighbours of all dimensions but the innermost
+  cuuint32_t box[3];
+  CUtensorMapSwizzle swizzle;
+};
+
+int describe(CUtensorMap* map, const void* data, const Layout& layout) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -334,13 +379,10 @@ int describe(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
   }();
   if (encode == nullptr) return cudaErrorInsufficientDriver;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(inner), static_cast<cuuint64_t>(outer)};
-  const cuuint64_t pitches[1] = {static_cast<cuuint64_t>(pitch)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_inner), static_cast<cuuint32_t>(box_outer)};
-  const cuuint32_t every[2] = {1, 1};
-  const CUresult result =
-      encode(map, type, 2, const_cast<void*>(data), sizes, pitches, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const cuuint32_t every[3] = {1, 1, 1};
+  const CUresult result = encode(map, layout.type, layout.rank, const_cast<void*>(data), layout.sizes, layout.pitches,
+                                 layout.box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, layout.swizzle,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? MARLIN_OK : cudaErrorInvalidValue;
 }
 
@@ -367,8 +409,8 @@ int marlin_cuda_choose(const marlin_cuda_weights_t* weights, int64_t M, int devi
   MARLIN_RETURN_IF_ERROR(check_weights(weights));
   MARLIN_RETURN_IF_ERROR(check_rows(M));
   // Fitted like the constants of lay_out. Dequantizing reads half a byte (or one) and writes two for each weight.
-  // cuBLAS reaches 690 TFLOP/s on large products, the Hopper kernel 540 (2 M N K flops, in flops per us). The generic
-  // kernel uses mma.sync, which has about half of the rate on Hopper and most of it elsewhere.
+  // cuBLAS reaches 690 TFLOP/s on large products, the Hopper kernel 540 with groups of 128 (2 M N K flops, in flops per
+  // us). The generic kernel uses mma.sync, which has about half of the rate on Hopper and most of it elsewhere.
   constexpr double kLaunches = 4.0, kDequantize = 2.45e6, kCublas = 690e6, kHopper = 540e6, kGeneric = 250e6;
   Device facts;
   MARLIN_RETURN_IF_ERROR(find_device(device, &facts));
@@ -377,7 +419,8 @@ int marlin_cuda_choose(const marlin_cuda_weights_t* weights, int64_t M, int devi
   Plan plan;
   MARLIN_RETURN_IF_ERROR(make_plan(M, *weights, facts, device, 0, &plan));
   const double size = static_cast<double>(weights->N) * weights->K, flops = 2.0 * M * size;
-  const double own = std::max(plan.microseconds, flops / (plan.config->hopper ? kHopper : kGeneric));
+  const double rate = plan.config->hopper ? kHopper / plan.slowdown : kGeneric;
+  const double own = std::max(plan.microseconds, flops / rate);
   const double other = kLaunches + (2 + weights->bits / 8.0) * size / kDequantize + flops / kCublas;
   return own <= other ? MARLIN_CUDA_USE_GEMM : MARLIN_CUDA_USE_DEQUANTIZE;
 }
@@ -438,11 +481,23 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
 
   CUtensorMap weights_map, activations_map;
   if (c.hopper) {
-    // A row of tiles as N elements of 8 bytes: a tile is 64 of them, and the order of bytes stays.
-    MARLIN_RETURN_IF_ERROR(describe(&weights_map, CU_TENSOR_MAP_DATA_TYPE_INT64, w.B, w.N, w.K / MARLIN_TILE_K,
-                                    w.N * 8, c.box_columns, c.block_k / MARLIN_TILE_K, CU_TENSOR_MAP_SWIZZLE_NONE));
-    MARLIN_RETURN_IF_ERROR(describe(&activations_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, x.A, w.in_features, x.M,
-                                    x.lda * 2, 64, c.block_m, CU_TENSOR_MAP_SWIZZLE_128B));
+    // A row of tiles as lines, of elements of 8 bytes; what matters is that the order of bytes stays.
+    const auto line = static_cast<cuuint32_t>(c.line_bytes), row_bytes = static_cast<cuuint32_t>(w.N * 2 * w.bits);
+    const Layout tiles = {CU_TENSOR_MAP_DATA_TYPE_INT64,
+                          3,
+                          {line / 8, row_bytes / line, static_cast<cuuint64_t>(w.K / MARLIN_TILE_K)},
+                          {line, row_bytes},
+                          {line / 8, static_cast<cuuint32_t>(c.block_n * 2 * c.bits) / line,
+                           static_cast<cuuint32_t>(c.block_k / MARLIN_TILE_K)},
+                          line == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE};
+    const Layout rows = {CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                         2,
+                         {static_cast<cuuint64_t>(w.in_features), static_cast<cuuint64_t>(x.M)},
+                         {static_cast<cuuint64_t>(x.lda * 2)},
+                         {64, static_cast<cuuint32_t>(c.block_m)},
+                         CU_TENSOR_MAP_SWIZZLE_128B};
+    MARLIN_RETURN_IF_ERROR(describe(&weights_map, w.B, tiles));
+    MARLIN_RETURN_IF_ERROR(describe(&activations_map, x.A, rows));
   }
   void* parameters[] = {&arguments, &weights_map, &activations_map};
   cudaLaunchConfig_t launch = {};

@@ -18,9 +18,9 @@
 //   activations need no bf16 scales.
 //
 // Eight bits, zero points, groups of 16, 32 and 64
-//   The extended instances of the kernel (GemmShape::kExtended) do all of these, with two differences: Codes takes the
-//   place of Dequant, so that a register for each of a lane's eight columns takes the zero point away; and a warp's
-//   piece of a step, 64 rows, has one, two or four rows of scales (`subgroups`), after each of which sums are scaled.
+//   The extended instances of the kernels (kExtended) do all of these, with two differences: Codes takes the place of
+//   Dequant, so that a register for each of a lane's columns takes the zero point away; and sums are scaled after each
+//   group. Here, a warp's piece of a step, 64 rows, has one, two or four rows of scales (`subgroups`).
 //
 // Padding, act-order
 //   Rows from in_features on meet activations of zero, which the copies put there; columns from out_features on are not
@@ -74,7 +74,7 @@ struct GemmArguments {
   int M, N, K;
   int in_features, out_features;  // columns of A and of C
   bool bf16_scales;
-  int subgroups;        // extended: groups that a warp's 64 rows of a step meet: 1, 2 or 4
+  int subgroups;  // extended, gemm_kernel: groups that a warp's 64 rows of a step meet: 1, 2 or 4
   int64_t lda;          // elements between rows of A
   int groups;           // G
   int group_shift;      // log2 of the rows in a group; 31 when G == 1

@@ -18,22 +18,34 @@
 // each adds up a part of the outputs from all of them.
 //
 // A step is 128 rows of K: one group, and two swizzled boxes of 64. Warpgroups: WN along N, WK along K; those along K
-// take turns, one stage each.
+// take turns, one stage each. The words of all eight tiles of a step are loaded together where registers allow, and up
+// to four tiles are under way at once.
+//
+// Extended weights (kExtended): the stage has the scales and zero points of each of the step's groups. The size of a
+// group is a parameter of the template, so that a step is one straight line of code; as a condition at run time it made
+// a step a third longer, since nothing moves across a branch. A group begins with a wgmma that does not add to its
+// sums. Meanwhile the sums of the group before are scaled, which have registers of their own where there are few; where
+// they take most registers, the end of each group is waited for.
 //
 // Which columns a warp decodes. A warp of the warpgroup supplies 16 of wgmma's 64 rows, one sub-tile. With J = 4 warp w
-// takes the whole tile w of four neighbouring ones, 16 bytes a lane, for four wgmmas (sub-tile j of all four tiles
-// each); with J = 1 it takes word w of a single tile for one. Sums take 4 J MB registers, twice; J falls as M grows to
-// keep them at 128.
+// takes the whole tile w of four neighbouring ones, 16 bytes a lane (8 bits: 32), for four wgmmas (sub-tile j of all
+// four tiles each); with J = 1 it takes word w of a single tile for one. Sums take 4 J MB registers, twice; J falls as
+// M grows to keep them at 128.
 #pragma once
 
 #include <cuda.h>
+
+#include <algorithm>
 
 #include "gemm.cuh"
 
 namespace marlin {
 
-template <int MB_, int J_, int WN_, int WK_>
+template <int MB_, int J_, int WN_, int WK_, bool EXTENDED = false, int BITS_ = 4, int GROUP_ = 128>
 struct HopperShape {
+  static constexpr bool kExtended = EXTENDED;  // takes zero points, 8 bits and groups below 128
+  static constexpr int BITS = BITS_;
+  static constexpr int GROUP = GROUP_;  // rows of a group in a step: 16, 32, 64 or 128
   static constexpr int MB = MB_, J = J_, WN = WN_, WK = WK_;
   static constexpr int kConsumers = 128 * WN * WK;   // threads that multiply
   static constexpr int kThreads = kConsumers + 128;  // and a warpgroup of which one thread copies
@@ -46,17 +58,41 @@ struct HopperShape {
   static constexpr int kBlockK = 128;
   static constexpr int KT = kBlockK / MARLIN_TILE_K;
 
+  static constexpr int kGroupTiles = GROUP / MARLIN_TILE_K;  // along K
+  static constexpr int kSubgroups = KT / kGroupTiles;        // groups in a step
+
   // With many rows the tensor cores are the limit and a warp prepares the next step before the last wgmmas of this one
   // end; with few, memory is, and a stage is better given back at once.
   static constexpr bool kAhead = MB >= 8;
 
+  // Sets of sums of a group: with two, a group's are scaled while the next group is multiplied. And tiles along K under
+  // way at once, each with registers of its own for the decoded words; more than the sets of sums allow are of no use,
+  // and with them nvcc 13.0 waits for each wgmma (C7513).
+  static constexpr int kParts = kSubgroups > 1 && MB * J <= 8 ? 2 : 1;
+  static constexpr int kMostDepth = J == 4 ? (MB < 4 ? 3 : 2) : 4;
+  static constexpr int kDepth = std::min(kMostDepth, std::max(2, kParts * kGroupTiles));
+  // Tiles under way while a set of sums is read: none, or those of the group that has the other set.
+  static constexpr int kBeside = std::min((kParts - 1) * kGroupTiles, kDepth - 1);
+
+  // A lane's words of a tile along K, and how many tiles ahead they are loaded: all of a step's, or as many as the
+  // registers beside the sums allow.
+  static constexpr int kWords = J * BITS / 4;
+  static constexpr int kWordRegisters = MB * J < 16 ? 32 : J == 4 ? 8 : 16;
+  static constexpr int kTilesAhead = std::min(KT, kWordRegisters / kWords);
+
   // A stage in shared memory, in bytes. Swizzled boxes start at multiples of 1024.
   static constexpr int kBoxBytes = kBlockM * 128;  // [kBlockM][64] 16-bit activations
   static constexpr int kActivationBytes = 2 * kBoxBytes;
-  static constexpr int kWeightBytes = KT * kBlockN * 8;  // [KT][kBlockN / 64] tiles
-  static constexpr int kScaleBytes = kBlockN * 2;
-  static constexpr int kStageBytes = (kActivationBytes + kWeightBytes + kScaleBytes + 1023) / 1024 * 1024;
-  static constexpr int kBoxColumns = kBlockN < 256 ? kBlockN : 256;  // a box has at most 256 elements on a side
+  static constexpr int kTileBytes = BITS * 128;
+  static constexpr int kWeightBytes = KT * kBlockN / MARLIN_TILE_N * kTileBytes;  // [KT][kBlockN / 64] tiles
+  static constexpr int kScaleBytes = kBlockN * 2;                                 // of a group
+  static constexpr int kZeroBytes = EXTENDED ? kBlockN * BITS / 8 : 0;            // of a group
+  static constexpr int kStageBytes =
+      (kActivationBytes + kWeightBytes + kSubgroups * (kScaleBytes + kZeroBytes) + 1023) / 1024 * 1024;
+  // One copy takes a step's weights: a row of tiles as lines of 512 bytes, a tile of 4 bits each, or with 8 bits as
+  // swizzled lines of 128 (see weight_offset).
+  static constexpr int kLineBytes = BITS == 4 ? 512 : 128;
+  static constexpr int kLineColumns = kLineBytes * MARLIN_TILE_N / kTileBytes;
 
   // For the end of a tile, as in GemmShape.
   static constexpr int kSumPitch = kBlockN + 4;
@@ -71,6 +107,7 @@ struct HopperShape {
   static constexpr int kBarrierBytes = 2 * 8 * kMaxStages;
   static constexpr int kExtraBytes = kSumBytes + 16 + kBarrierBytes + 1024;  // 1024: to align the first stage
   static_assert(MB % kRoundMB == 0, "rounds are whole");
+  static_assert(EXTENDED || (BITS == 4 && GROUP == 128), "8 bits and small groups are extensions");
   static_assert(WK * kBlockM * kSumPitch * 4 <= 2 * WK * kStageBytes, "a cluster's sums fit into the shortest ring");
 };
 
@@ -113,11 +150,12 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       "l"(map), "r"(x), "r"(y), "r"(barrier)
       : "memory");
 }
-__device__ __forceinline__ void copy_box_once(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
+__device__ __forceinline__ void copy_weights(uint32_t to, const CUtensorMap* map, int line, int tile_row,
+                                             uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
-      "%3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(kEvictFirst)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(0), "r"(line), "r"(tile_row), "r"(barrier), "l"(kEvictFirst)
       : "memory");
 }
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
@@ -179,9 +217,16 @@ MARLIN_WGMMA_BOTH(16, "128",
 #undef MARLIN_WGMMA
 #undef MARLIN_D4
 
-// J words of a tile, neighbours within a lane's 16 bytes.
-template <int J>
-__device__ __forceinline__ void load_words(uint32_t (&v)[J], uint32_t from);
+// Words of a tile, neighbours within a lane's 16 bytes; eight of them in two swizzled halves.
+template <int WORDS>
+__device__ __forceinline__ void load_words(uint32_t (&v)[WORDS], uint32_t from);
+template <>
+__device__ __forceinline__ void load_words<8>(uint32_t (&v)[8], uint32_t from) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[4]), "=r"(v[5]), "=r"(v[6]), "=r"(v[7])
+               : "r"(from ^ 16));
+}
 template <>
 __device__ __forceinline__ void load_words<4>(uint32_t (&v)[4], uint32_t from) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from));
@@ -194,6 +239,18 @@ template <>
 __device__ __forceinline__ void load_words<1>(uint32_t (&v)[1], uint32_t from) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v[0]) : "r"(from));
 }
+// Where in a tile the words stand that a lane reads for the sub-tiles from `subtile` on, in bytes.
+//
+// A lane owns 16 bytes with 4 bits, four for each sub-tile, and 32 with 8 bits, eight for each. With 32 bytes from lane
+// to lane, eight lanes that read 16 bytes each would meet only every other bank. So the copy engine swizzles: the
+// 16-byte piece p of line r, of 128 bytes, stands at p ^ (r % 8).
+template <int BITS>
+__device__ __forceinline__ int weight_offset(int lane, int subtile) {
+  if (BITS == 4) return lane * 16 + subtile * 4;
+  const int line = lane / 4, piece = lane % 4 * 2 + subtile / 2;
+  return line * 128 + (piece ^ line) * 16 + subtile % 2 * 8;
+}
+
 // The scales of two columns for each of J sub-tiles.
 template <int J>
 __device__ __forceinline__ void load_scales(float (&scale)[2 * J], uint32_t from, bool bf16) {
@@ -262,18 +319,25 @@ __device__ __forceinline__ void fill_ring(const GemmArguments& p, const Work& wo
   for (int unit = work.begin; unit < work.end; unit++) {
     const uint32_t stage = ring.stages + slot * S::kStageBytes;
     const int column0 = slab_n * S::kBlockN;
-    const int scale_bytes = min(S::kBlockN, p.N - column0) * 2;
+    const int columns = min(S::kBlockN, p.N - column0);
+    const int scale_bytes = columns * 2, zero_bytes = S::kExtended && p.zeros != nullptr ? columns * S::BITS / 8 : 0;
+    const uint32_t full = ring.full + 8 * slot;
     mbarrier_wait(ring.vacant + 8 * slot, parity);
-    mbarrier_expect(ring.full + 8 * slot, S::kActivationBytes + S::kWeightBytes + scale_bytes);
+    mbarrier_expect(full, S::kActivationBytes + S::kWeightBytes + S::kSubgroups * (scale_bytes + zero_bytes));
+    copy_weights(stage + S::kActivationBytes, weights_map, column0 / S::kLineColumns, step * KT, full);
+    copy_box(stage, activations_map, step * S::kBlockK, row0, full);
+    copy_box(stage + S::kBoxBytes, activations_map, step * S::kBlockK + 64, row0, full);
+    const uint32_t scales = stage + S::kActivationBytes + S::kWeightBytes;
+    const uint32_t zeros = scales + S::kSubgroups * S::kScaleBytes;
 #pragma unroll
-    for (int i = 0; i < S::kBlockN / S::kBoxColumns; i++)
-      copy_box_once(stage + S::kActivationBytes + i * (KT * S::kBoxColumns * 8), weights_map,
-                    column0 + i * S::kBoxColumns, step * KT, ring.full + 8 * slot);
-    copy_box(stage, activations_map, step * S::kBlockK, row0, ring.full + 8 * slot);
-    copy_box(stage + S::kBoxBytes, activations_map, step * S::kBlockK + 64, row0, ring.full + 8 * slot);
-    const int group = p.groups > 1 ? step : 0;  // a step is a group
-    copy_bytes(stage + S::kActivationBytes + S::kWeightBytes, p.s + static_cast<int64_t>(group) * p.N + column0,
-               scale_bytes, ring.full + 8 * slot);
+    for (int i = 0; i < S::kSubgroups; i++) {
+      // With one scale for each column there is group 0 alone; beyond K any group will do.
+      const int64_t group = min(step * S::kSubgroups + i, p.groups - 1);
+      copy_bytes(scales + i * S::kScaleBytes, p.s + group * p.N + column0, scale_bytes, full);
+      if (S::kExtended && p.zeros != nullptr)
+        copy_bytes(zeros + i * S::kZeroBytes, static_cast<const char*>(p.zeros) + (group * p.N + column0) * S::BITS / 8,
+                   zero_bytes, full);
+    }
     if (++slot == p.stages) {
       slot = 0;
       parity ^= 1;
@@ -290,20 +354,26 @@ __device__ __forceinline__ void fill_ring(const GemmArguments& p, const Work& wo
 // A warpgroup: multiplies the units that are its own, and with the others of the block ends the tiles.
 template <typename T, typename S>
 __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& work, const Ring<S>& ring, int warp) {
-  constexpr int MB = S::MB, J = S::J, WN = S::WN, WK = S::WK, KT = S::KT;
+  constexpr int MB = S::MB, J = S::J, WN = S::WN, WK = S::WK, KT = S::KT, BITS = S::BITS;
   const int tid = threadIdx.x, lane = tid % 32;
   const int wn = warp / 4 % WN, wk = warp / (4 * WN);
   const int g = lane / 4, t = lane % 4;
   const int first_subtile = (wn * 4 + warp % 4) * J;  // of the J neighbouring sub-tiles that this warp decodes
-  const int tile_column = first_subtile / 4;
-  constexpr int kBoxTiles = S::kBoxColumns / MARLIN_TILE_N;
-  const uint32_t weights_at = ring.stages + S::kActivationBytes + tile_column / kBoxTiles * (KT * S::kBoxColumns * 8) +
-                              tile_column % kBoxTiles * 512 + lane * 16 + first_subtile % 4 * 4;
+  const int tile_column = first_subtile / 4, subtile = first_subtile % 4;
+  const uint32_t weights_at =
+      ring.stages + S::kActivationBytes + tile_column * S::kTileBytes + weight_offset<BITS>(lane, subtile);
   const uint32_t scales_at = ring.stages + S::kActivationBytes + S::kWeightBytes + tile_column * 128;
+  // The lane's word of zero points for its columns g + 8 i, or with 8 bits its two; only those of the sub-tiles count.
+  const uint32_t zeros_at = ring.stages + S::kActivationBytes + S::kWeightBytes + S::kSubgroups * S::kScaleBytes +
+                            tile_column * (8 * BITS) + g * BITS + (BITS == 8 ? subtile / 2 * 4 : 0);
 
-  float sum[J][MB][4];   // outputs: [sub-tile][8-row block][register of the fragment]
-  float part[J][MB][4];  // the same, of the current group, not yet scaled
-
+  float sum[J][MB][4];              // outputs: [sub-tile][8-row block][register of the fragment]
+  float part[S::kParts][J][MB][4];  // the same, of a group, not yet scaled
+  uint32_t zero[2 * J];             // extended: takes the zero points of the columns g + 8 i of the sub-tiles away
+  if constexpr (S::kExtended) {
+#pragma unroll
+    for (int i = 0; i < 2 * J; i++) zero[i] = Codes<T, BITS>::zero(1 << (BITS - 1));
+  }
   // The warpgroups along K take turns. The number of stages is a multiple of WK, so a slot belongs to one warpgroup,
   // which must be: a parity tells one pass over the ring from the next only, and copies may land out of order, so a
   // warpgroup that met a slot one pass early, before its previous copy landed, would take it for full.
@@ -324,17 +394,72 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
 #pragma unroll
         for (int c = 0; c < 4; c++) sum[j][i][c] = 0.0f;
 
-    uint32_t words[KT][J];
-    uint32_t a[2][J][4];
-    const auto load_stage = [&](int from_slot, uint32_t with_parity) {
-      mbarrier_wait(ring.full + 8 * from_slot, with_parity);
+    uint32_t words[S::kTilesAhead][S::kWords];
+    uint32_t a[S::kDepth][J][4];
+    const auto load_tile = [&](int from_slot, int kt) {
+      load_words<S::kWords>(words[kt % S::kTilesAhead],
+                            from_slot * S::kStageBytes + weights_at + kt * (S::kWeightBytes / KT));
+    };
+    const auto load_zeros = [&](int from_slot, int sub) {
+      if constexpr (S::kExtended) {
+        if (p.zeros == nullptr) return;  // zero[] stays as it was made
+        constexpr int kZeroWords = BITS == 8 && J == 4 ? 2 : 1;
+        uint32_t packed[kZeroWords];
+        load_words<kZeroWords>(packed, from_slot * S::kStageBytes + zeros_at + sub * S::kZeroBytes);
+        if (J < 4) packed[0] >>= BITS == 4 ? subtile * 4 : subtile % 2 * 8;
 #pragma unroll
-      for (int kt = 0; kt < KT; kt++)
-        load_words<J>(words[kt], from_slot * S::kStageBytes + weights_at + kt * (S::kBoxColumns * 8));
+        for (int i = 0; i < 2 * J; i++) zero[i] = Codes<T, BITS>::zero(zero_of<BITS>(packed, i));
+      }
     };
     const auto decode = [&](int kt) {
+      const uint32_t* const from = words[kt % S::kTilesAhead];
 #pragma unroll
-      for (int j = 0; j < J; j++) Dequant<T>::word(words[kt][j], a[kt % 2][j]);
+      for (int j = 0; j < J; j++) {
+        if constexpr (S::kExtended)
+          Codes<T, BITS>::word(from + j * (BITS / 4), zero[2 * j], zero[2 * j + 1], a[kt % S::kDepth][j]);
+        else
+          Dequant<T>::word(from[j], a[kt % S::kDepth][j]);
+      }
+    };
+    const auto load_stage = [&](int from_slot, uint32_t with_parity) {
+      mbarrier_wait(ring.full + 8 * from_slot, with_parity);
+      load_zeros(from_slot, 0);
+#pragma unroll
+      for (int kt = 0; kt < S::kTilesAhead; kt++) load_tile(from_slot, kt);
+    };
+    float scale[2 * J];  // of the columns g + 8 i of the sub-tiles
+    const auto load_group = [&](uint32_t stage, int sub) {
+      const uint32_t at = stage + scales_at + sub * S::kScaleBytes;
+      if (S::kSubgroups > 1 || p.groups > 1) {
+        load_scales<J>(scale, at + g * 16 + subtile * 4, p.bf16_scales);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2 * J; i++) {
+          const int column = subtile * 16 + g + 8 * i;
+          unsigned short bits;
+          asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(at + scale_index(column, true) * 2));
+          scale[i] = scale_to_float(bits, p.bf16_scales);
+        }
+      }
+    };
+    // Waits until a group's sums are there; `younger`: how many tiles' wgmmas may still be under way.
+    const auto wait_for_group = [&](int sub, auto younger) {
+      wgmma_wait<decltype(younger)::value>();
+#pragma unroll
+      for (int j = 0; j < J; j++)
+#pragma unroll
+        for (int i = 0; i < MB; i++)
+#pragma unroll
+          for (int c = 0; c < 4; c++)
+            asm volatile("" : "+f"(part[sub % S::kParts][j][i][c])::"memory");  // not to be read earlier
+    };
+    const auto add_group = [&](int sub) {
+#pragma unroll
+      for (int j = 0; j < J; j++)
+#pragma unroll
+        for (int i = 0; i < MB; i++)
+#pragma unroll
+          for (int c = 0; c < 4; c++) sum[j][i][c] += scale[2 * j + c / 2] * part[sub % S::kParts][j][i][c];
     };
     bool loaded = false;  // the words of this step, and the first of them decoded, by the step before
     for (; mine < end; mine += WK) {
@@ -346,26 +471,32 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       const uint64_t operand = operand_descriptor(ring.stages + stage);
 #pragma unroll
       for (int kt = 0; kt < KT; kt++) {
-        if (kt >= 2) wgmma_wait<1>();  // the wgmmas that read a[kt % 2] are done
-        if (kt > 0) decode(kt);
+        const int sub = kt / S::kGroupTiles;
+        const bool starts = kt % S::kGroupTiles == 0;
+        if (kt >= S::kDepth) wgmma_wait<S::kDepth - 1>();  // the wgmmas that read a[kt % kDepth] are done
+        if (kt > 0) {
+          if (starts) load_zeros(slot, sub);
+          decode(kt);
+        }
+        if (starts && sub >= S::kParts) {  // the set of sums is that of an earlier group
+          load_group(stage, sub - S::kParts);
+          wait_for_group(sub, Constant<S::kBeside>());
+          add_group(sub);
+        }
+        if (kt + S::kTilesAhead < KT) load_tile(slot, kt + S::kTilesAhead);
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < J; j++)
-          wgmma<T, MB>(part[j], a[kt % 2][j], operand + kt / 4 * (S::kBoxBytes / 16) + kt % 4 * 2, kt > 0);
+          wgmma<T, MB>(part[sub % S::kParts][j], a[kt % S::kDepth][j],
+                       operand + kt / 4 * (S::kBoxBytes / 16) + kt % 4 * 2, !starts);
         wgmma_commit();
       }
-      float scale[2 * J];  // of the columns g + 8 i of the sub-tiles
-      if (p.groups > 1) {
-        load_scales<J>(scale, stage + scales_at + g * 16 + first_subtile % 4 * 4, p.bf16_scales);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 2 * J; i++) {
-          const int column = first_subtile % 4 * 16 + g + 8 * i;
-          unsigned short bits;
-          asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(stage + scales_at + scale_index(column, true) * 2));
-          scale[i] = scale_to_float(bits, p.bf16_scales);
-        }
+      if (S::kParts > 1) {
+        load_group(stage, S::kSubgroups - 2);
+        wait_for_group(S::kSubgroups - 2, Constant<S::kBeside>());
+        add_group(S::kSubgroups - 2);
       }
+      load_group(stage, S::kSubgroups - 1);
       int next_slot = slot + WK;
       uint32_t next_parity = parity;
       if (next_slot >= p.stages) {
@@ -375,23 +506,12 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       loaded = mine + WK < end;
       if (S::kAhead && loaded) {  // while the last wgmmas run; their stage is still taken, so there are at least two
         load_stage(next_slot, next_parity);
-        wgmma_wait<1>();
+        wgmma_wait<(KT - 1) % S::kDepth>();  // those that read a[0]
         decode(0);
       }
-      wgmma_wait<0>();
-#pragma unroll
-      for (int j = 0; j < J; j++)
-#pragma unroll
-        for (int i = 0; i < MB; i++)
-#pragma unroll
-          for (int c = 0; c < 4; c++) asm volatile("" : "+f"(part[j][i][c])::"memory");  // not to be read earlier
+      wait_for_group(S::kSubgroups - 1, Constant<0>());
       mbarrier_arrive(ring.vacant + 8 * slot);
-#pragma unroll
-      for (int j = 0; j < J; j++)
-#pragma unroll
-        for (int i = 0; i < MB; i++)
-#pragma unroll
-          for (int c = 0; c < 4; c++) sum[j][i][c] += scale[2 * j + c / 2] * part[j][i][c];
+      add_group(S::kSubgroups - 1);
       slot = next_slot;
       parity = next_parity;
     }

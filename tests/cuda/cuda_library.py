@@ -18,6 +18,10 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 GENERIC = range(1, 6)
 HOPPER = range(6, 15)
 EXTENDED = {4: range(15, 19), 8: range(19, 23)}  # by bits
+HOPPER_EXTENDED = {  # by bits and rows of a group; 128 also takes one group over all rows
+    **{(4, size): range(23 + 9 * i, 32 + 9 * i) for i, size in enumerate((128, 64, 32, 16))},
+    **{(8, size): range(59 + 7 * i, 66 + 7 * i) for i, size in enumerate((128, 64, 32, 16))},
+}
 CLUSTERS = range(1, 9)
 RANGES = 9
 WHOLE = 10

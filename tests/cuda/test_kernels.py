@@ -15,6 +15,7 @@ from cuda_library import (  # noqa: E402
     EXTENDED,
     GENERIC,
     HOPPER,
+    HOPPER_EXTENDED,
     RANGES,
     WHOLE,
     CudaError,
@@ -144,44 +145,52 @@ def test_largest_shape(library):
             assert_close(out[:, columns], a, (layer.code[:, columns].double() - 8) * scales)
 
 
-@pytest.mark.parametrize("config", [*GENERIC, *HOPPER])
+def run_splits(library, config: int, layer: Layer, a: torch.Tensor, bias: torch.Tensor, clusters: bool) -> int:
+    """One configuration with every split that it can do, against float64; how many these are."""
+    weight, ran = layer.weight(), 0
+    for split in (*CLUSTERS, RANGES, WHOLE) if clusters else (RANGES, WHOLE):
+        out = poisoned(a.shape[0], layer.n, a.dtype)
+        try:
+            library.gemm(a, layer.b, layer.s, out, bias, variant(config, 0, split), **layer.rest)
+        except CudaError as error:
+            if error.code != -9 or split not in CLUSTERS:  # more blocks than steps, or than fit
+                raise
+            continue
+        assert_close(out, a, weight, bias)
+        ran += 1
+    return ran
+
+
+@pytest.mark.parametrize("config", [*GENERIC, *HOPPER, *HOPPER_EXTENDED[4, GROUP]])
 def test_every_configuration_and_split(library, config):
     """Also those that the library would not choose here: ragged in M, N and K, tiles shared by many blocks."""
-    if config in HOPPER and not on_hopper():
+    if config not in GENERIC and not on_hopper():
         pytest.skip("a configuration for compute capability 9.0")
-    splits = [*CLUSTERS, RANGES, WHOLE] if config in HOPPER else [RANGES, WHOLE]
     for dtype in (FP16, BF16):
         for k, n, groups in ((64, 64, 1), (1088, 320, 1), (1152, 448, 9), (4096, 512, 32), (2048, 4096, 16)):
             layer = Layer(k, n, groups)
-            weight = layer.weight()
             for m in (1, 17, 130, 257):
                 a, bias = activations(m, k, dtype), torch.randn(n, device="cuda").to(dtype)
-                for split in splits:
-                    try:
-                        out = library.gemm(a, layer.b, layer.s, poisoned(m, n, dtype), bias, variant(config, 0, split))
-                    except CudaError as error:
-                        if error.code != -9 or split not in CLUSTERS:  # more blocks than steps, or than fit
-                            raise
-                        continue
-                    assert_close(out, a, weight, bias)
+                assert run_splits(library, config, layer, a, bias, config not in GENERIC) >= 2
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 5, 6, 8, 10])
 def test_stages(library, stages):
-    layer = Layer(4096, 1024, 32)
-    weight = layer.weight()
     ran = 0
-    for config in [*GENERIC, *(HOPPER if on_hopper() else [])]:
-        for split in (RANGES, WHOLE):
-            a = activations(9, 4096, FP16)
-            try:
-                out = library.gemm(a, layer.b, layer.s, poisoned(9, 1024, FP16), None, variant(config, stages, split))
-            except CudaError as error:
-                if error.code != -9:  # more stages than fit, or not a number that the configuration can use
-                    raise
-                continue
-            assert_close(out, a, weight)
-            ran += 1
+    for bits, hopper in ((4, (*HOPPER, *HOPPER_EXTENDED[4, GROUP])), (8, HOPPER_EXTENDED[8, GROUP])):
+        layer = Layer(4096, 1024, 32, bits=bits)
+        weight = layer.weight()
+        for config in [*(GENERIC if bits == 4 else EXTENDED[8]), *(hopper if on_hopper() else [])]:
+            for split in (RANGES, WHOLE):
+                a, out, choice = activations(9, 4096, FP16), poisoned(9, 1024, FP16), variant(config, stages, split)
+                try:
+                    library.gemm(a, layer.b, layer.s, out, None, choice, **layer.rest)
+                except CudaError as error:
+                    if error.code != -9:  # more stages than fit, or not a number that the configuration can use
+                        raise
+                    continue
+                assert_close(out, a, weight)
+                ran += 1
     assert ran or stages > 8
 
 
@@ -286,6 +295,30 @@ def test_extended(library, size, zeros, bits, dtype):
                     assert_close(out, a, weight, bias)
 
 
+@pytest.mark.parametrize(
+    ("bits", "size", "config"),
+    [
+        (bits, size, config)
+        for bits in (4, 8)
+        for size in GROUP_SIZES
+        for config in HOPPER_EXTENDED[bits, GROUP if size < 0 else size]
+    ],
+)
+def test_extended_every_hopper_configuration_and_split(library, bits, size, config):
+    """With and without zero points, clusters too; also those that the library would not choose here."""
+    if not on_hopper():
+        pytest.skip("a configuration for compute capability 9.0")
+    for k, n in ((64, 64), (1152, 448), (4096, 320)):
+        if k <= size:  # one group, which is another configuration's
+            continue
+        for zeros in (False, True):
+            layer = Layer(k, n, groups_of(k, size), bits=bits, zeros=zeros)
+            for dtype in (FP16, BF16):
+                for m in (1, 17, 131):
+                    a, bias = activations(m, k, dtype), torch.randn(n, device="cuda").to(dtype)
+                    assert run_splits(library, config, layer, a, bias, True) >= 2
+
+
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("size", GROUP_SIZES)
@@ -327,10 +360,14 @@ def test_gather(library, m):
 def test_extended_equal_bits_every_time(library, m, bits):
     layer = Layer(14336, 1024, 448, bits=bits, zeros=True)
     a = activations(m, 14336, FP16)
-    first = library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), **layer.rest)
-    assert_close(first, a, layer.weight())
-    for _ in range(50):
-        assert torch.equal(first, library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), **layer.rest))
+
+    def call(choice: int) -> torch.Tensor:
+        return library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), None, choice, **layer.rest)
+
+    for choice in (0, variant(0, 0, RANGES)):
+        first = call(choice)
+        assert_close(first, a, layer.weight())
+        assert all(torch.equal(first, call(choice)) for _ in range(50))
     assert not library.workspace[:COUNTER_BYTES].any()
 
 
@@ -443,6 +480,7 @@ def test_errors(library):
         (-8, {"device": -1}), (-9, {"variant": 200}), (-9, {"variant": -1}), (-9, {"variant": 1 << 20}),
         (-9, {"variant": variant(1, 0, 2)}), (-9, {"variant": variant(1, 15)}),
         (-9, {"variant": variant(19)}), (-9, {"variant": variant(1), "zeros": x["C"]}), (-10, {"bits": 3}),
+        (-9, {"variant": variant(HOPPER_EXTENDED[4, 64][0])}),
     ]  # fmt: skip
 
     def call(change: dict) -> int:
