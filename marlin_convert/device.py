@@ -91,9 +91,7 @@ def pick_device(request: str) -> Device:
     except DeviceError as error:
         if request == "auto":
             return CPU
-        raise DeviceError(
-            f"--device {request}: {error.message}; give --device cpu, which needs no GPU."
-        ) from None
+        raise DeviceError(f"--device {request}: {error.message}; give --device cpu, which needs no GPU.") from None
     if match[1] is not None:
         index = int(match[1])
         if index >= len(devices):
