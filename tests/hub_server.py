@@ -127,7 +127,8 @@ class Hub:
         """Sleep as long as `nbytes` keep a line of this `rate` busy, behind what others send."""
         if self.rate:
             with self._line:
-                self._free_at = max(self._free_at, time.monotonic()) + nbytes / self.rate
+                # What a sleep took too long is made good, as a line's buffers do it.
+                self._free_at = max(self._free_at, time.monotonic() - 0.1) + nbytes / self.rate
                 until = self._free_at
             time.sleep(max(0.0, until - time.monotonic()))
 
