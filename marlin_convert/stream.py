@@ -26,9 +26,10 @@ BLOCK_BYTES = 2 << 20
 #: Threads that work at a time. One more than the cores, because one of them waits for the disk.
 WORKERS = min(8, 1 + (os.cpu_count() or 1))
 
-#: Bytes of packed weights in one panel. Each of its rows is read and written by a call of its own, so that it should
-#: not be small; and touching new memory costs more than anything else, so that it should not be large either.
-PANEL_BYTES = 24 << 20
+#: Bytes of packed weights in one panel. A layer in one panel is written as a whole; of several, each row of a panel is
+#: read and written by a call of its own, which takes the system twice the time. Each worker holds up to three buffers
+#: of this size, no larger than its layers: together 600 MiB at most.
+PANEL_BYTES = min(64 << 20, (600 << 20) // (3 * WORKERS))
 
 #: Rows of K that stay together: whole tile rows, and what the CUDA kernels take at the least.
 ROWS = 4 * TILE_K

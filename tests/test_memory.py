@@ -114,7 +114,7 @@ def test_scales_are_not_gathered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("K", "N"), [(8192, 28672), (28672, 8192)])
 def test_peak_memory_with_act_order(tmp_path: Path, K: int, N: int) -> None:
-    """At 8 bits a layer has 235 MB; a worker holds two panels of it, 25 MB each. The way back, three."""
+    """At 8 bits a layer has 235 MB; a worker holds two panels of it, 67 MB each at most. The way back, three."""
     source, out = tmp_path / "source", tmp_path / "out"
     write_large_source(source, K=K, N=N, rows=1000, hidden=8192, bits=8, act_order=True)
     peak = peak_memory(source, out, "--device", "cpu", "--quiet")

@@ -57,8 +57,9 @@ def test_panels_and_strips_cover_every_column_once(eight_tile_rows: int, tiles: 
         assert len(parts) <= width * per_column / limit * 2 + 1
 
 
-def test_panels_of_known_layers() -> None:
-    """24 MiB: a whole layer of Mistral-7B's attention, half of its down_proj, a fifth of Llama-70B's."""
+def test_panels_of_known_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 24 MiB: a whole layer of Mistral-7B's attention, half of its down_proj, a fifth of Llama-70B's."""
+    monkeypatch.setattr(stream, "PANEL_BYTES", 24 << 20)
     assert list(column_panels(Stored(4096, 4096))) == [(0, 4096)]
     assert list(column_panels(Stored(14336, 4096))) == [(0, 2048), (2048, 2048)]
     assert list(column_panels(Stored(28672, 8192))) == [
