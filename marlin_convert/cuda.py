@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from torch import library as torch_library
 
 from .device import MIN_CAPABILITY, Device, cuda_devices
 from .errors import DeviceError
@@ -90,7 +91,7 @@ PRODUCT = struct.Struct("@PPPPNPqqiiii")
 
 
 @cache
-def library() -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
     """`_cuda.so`, loaded and checked: built, of this version, with a driver that is new enough and a GPU that suits.
 
     Raises DeviceError that says which of these is missing and what to do.
@@ -160,7 +161,7 @@ def _run(lib: ctypes.CDLL, function: str, *arguments: object) -> None:
 @cache
 def device_info(index: int) -> DeviceInfo:
     """What the library knows of GPU `index`. Raises DeviceError if Marlin cannot run on it."""
-    lib, info = library(), DeviceInfo()
+    lib, info = load_library(), DeviceInfo()
     _run(lib, "marlin_cuda_device_info", index, ctypes.byref(info))
     capability = (info.capability_major, info.capability_minor)
     if capability < MIN_CAPABILITY:
@@ -175,7 +176,7 @@ def device_info(index: int) -> DeviceInfo:
 def available() -> bool:
     """Whether the kernels can run here: library, driver and a GPU of compute capability 8.0 or newer are there."""
     try:
-        library()
+        load_library()
         return torch.cuda.is_available() and any(d.suits_marlin for d in cuda_devices())
     except DeviceError:
         return False
@@ -183,7 +184,7 @@ def available() -> bool:
 
 def torch_device(device: Device) -> torch.device:
     """The torch device of `device`, checked to be one that the kernels run on."""
-    library()
+    load_library()
     if not torch.cuda.is_available():
         raise DeviceError(
             f"this torch ({torch.__version__}) was built without CUDA or does not work with the driver; "
@@ -303,7 +304,7 @@ class _Layer:
         self.gathers = perm is not None or rows % 8 != 0
         # The product of activations that marlin_cuda_gather made.
         self.gathered = Weights(*pointers, K, N, G, K, columns, bits, _DTYPES[s.dtype])
-        self.library = _ready(self.index)
+        self.kernels = _ready(self.index)
         self.dequantizing_pays: dict[int, bool] = {}  # by M
 
 
@@ -400,7 +401,7 @@ def matmul(
     M = a.numel() // layer.in_features
     pays = layer.dequantizing_pays.get(M)
     if pays is None:
-        pays = layer.dequantizing_pays[M] = M > 0 and _choose(layer.library, layer.weights, M, layer.index)
+        pays = layer.dequantizing_pays[M] = M > 0 and _choose(layer.kernels, layer.weights, M, layer.index)
     if not pays:
         return _product(layer, a, bias, 0)
     _check_activations(a, bias, layer.in_features, layer.out_features)
@@ -436,12 +437,12 @@ def _product(layer: _Layer, a: T, bias: T | None, variant: int) -> T:
             rows = rows.contiguous()
         gathered = a.new_empty((M, layer.K))
         _run(
-            layer.library, "marlin_cuda_gather",
+            layer.kernels, "marlin_cuda_gather",
             rows.data_ptr(), layer.perm, gathered.data_ptr(), M, rows.stride(0), in_features, layer.K, index, stream,
         )  # fmt: skip
         address, lda, weights = gathered.data_ptr(), layer.K, layer.gathered
     _, workspace, nbytes = _workspace(index, stream)
-    status = layer.library.marlin_cuda_gemm(
+    status = layer.kernels.marlin_cuda_gemm(
         weights,
         PRODUCT.pack(
             address, 0 if bias is None else bias.data_ptr(), out.data_ptr(), workspace, nbytes, stream, M, lda, dtype,
@@ -450,19 +451,19 @@ def _product(layer: _Layer, a: T, bias: T | None, variant: int) -> T:
     )  # fmt: skip
     if status:
         where = f"M = {M}, N = {layer.N}, K = {layer.K}"
-        raise RuntimeError(f"gemm of {where}: {_text(layer.library, status)} ({status})")
+        raise RuntimeError(f"gemm of {where}: {_text(layer.kernels, status)} ({status})")
     return out
 
 
 @cache
 def _ready(index: int) -> ctypes.CDLL:
     device_info(index)
-    return library()
+    return load_library()
 
 
 @cache
 def _workspace_bytes(index: int) -> int:
-    return int(library().marlin_cuda_workspace_bytes(index))
+    return int(load_library().marlin_cuda_workspace_bytes(index))
 
 
 @cache
@@ -520,14 +521,14 @@ def _dequantize(layer: _Layer, dtype: torch.dtype) -> T:
     W = torch.empty((layer.in_features, layer.out_features), dtype=dtype, device=layer.device)
     stream = torch._C._cuda_getCurrentRawStream(layer.index)
     _run(
-        layer.library, "marlin_cuda_dequantize", layer.weights, W.data_ptr(), _DTYPES[dtype], layer.index, stream
+        layer.kernels, "marlin_cuda_dequantize", layer.weights, W.data_ptr(), _DTYPES[dtype], layer.index, stream
     )  # fmt: skip
     return W
 
 
 # ---- Operators ----
 
-_operators = torch.library.Library("marlin_convert", "DEF")  # type: ignore[no-untyped-call]
+_operators = torch_library.Library("marlin_convert", "DEF")  # type: ignore[no-untyped-call]
 _LAYER = "Tensor? zeros=None, Tensor? perm=None, *, int bits=4, int? in_features=None, int? out_features=None"
 for _signature in (
     f"gemm(Tensor a, Tensor B, Tensor s, Tensor? bias=None, {_LAYER}, int variant=0) -> Tensor",
@@ -542,7 +543,7 @@ _operators.impl("unpack", unpack, "CUDA")  # type: ignore[no-untyped-call]
 _operators.impl("dequantize", dequantize, "CUDA")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("marlin_convert::gemm", lib=_operators)  # type: ignore[untyped-decorator]
+@torch_library.register_fake("marlin_convert::gemm", lib=_operators)  # type: ignore[untyped-decorator]
 def _(
     a: T, B: T, s: T, bias: T | None = None, zeros: T | None = None, perm: T | None = None, *,
     bits: int = 4, in_features: int | None = None, out_features: int | None = None, variant: int = 0,
@@ -552,19 +553,19 @@ def _(
     return a.new_empty((*a.shape[:-1], columns))
 
 
-@torch.library.register_fake("marlin_convert::repack", lib=_operators)  # type: ignore[untyped-decorator]
+@torch_library.register_fake("marlin_convert::repack", lib=_operators)  # type: ignore[untyped-decorator]
 def _(qweight: T, *, bits: int = 4) -> T:
     K, N = _stored_size("qweight", qweight, bits, gptq=True)
     return qweight.new_empty((K // TILE_K, N * TILE_K // pack_factor(bits)))
 
 
-@torch.library.register_fake("marlin_convert::unpack", lib=_operators)  # type: ignore[untyped-decorator]
+@torch_library.register_fake("marlin_convert::unpack", lib=_operators)  # type: ignore[untyped-decorator]
 def _(B: T, *, bits: int = 4) -> T:
     K, N = _stored_size("B", B, bits)
     return B.new_empty((K // pack_factor(bits), N))
 
 
-@torch.library.register_fake("marlin_convert::dequantize", lib=_operators)  # type: ignore[untyped-decorator]
+@torch_library.register_fake("marlin_convert::dequantize", lib=_operators)  # type: ignore[untyped-decorator]
 def _(
     B: T, s: T, dtype: torch.dtype, zeros: T | None = None, perm: T | None = None, *,
     bits: int = 4, in_features: int | None = None, out_features: int | None = None,

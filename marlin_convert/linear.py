@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import library as torch_library
 
 from . import cuda, ops, repack
 from .layout import EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K, TILE_N, unpack_zeros
@@ -243,7 +244,7 @@ class _Forward(torch.autograd.Function):
         raise NotImplementedError("MarlinLinear is for inference: it has no gradient. Train the unquantized model.")
 
 
-_library = torch.library.Library("marlin_convert", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library = torch_library.Library("marlin_convert", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "linear(Tensor x, Tensor B, Tensor s, Tensor? bias, Tensor? zeros, Tensor? perm, int bits, int in_features, "
     "int out_features) -> Tensor"
@@ -252,7 +253,7 @@ _library.impl("linear", _linear, "CUDA")  # type: ignore[no-untyped-call]
 _library.impl("linear", _linear, "CPU")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("marlin_convert::linear", lib=_library)  # type: ignore[untyped-decorator]
+@torch_library.register_fake("marlin_convert::linear", lib=_library)  # type: ignore[untyped-decorator]
 def _(
     x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, zeros: Tensor | None, perm: Tensor | None,
     bits: int, in_features: int, out_features: int,

@@ -487,16 +487,16 @@ def _plain(W: Tensor, scales: ScaleArray) -> ScaleArray:
 class _Native:
     """The loaded library."""
 
-    library: ctypes.CDLL
+    native: ctypes.CDLL
     isas: tuple[str, ...]
 
     def call(self, function: str, *arguments: Any) -> None:
-        code = getattr(self.library, function)(*arguments)
+        code = getattr(self.native, function)(*arguments)
         if code:  # the arguments were checked, so this is a bug in this file
             raise RuntimeError(f"{function} failed with code {code}: {_ERRORS.get(code, 'unknown')}")
 
     def first_difference(self, a: ctypes.c_void_p, b: ctypes.c_void_p, count: int) -> int:
-        return int(self.library.marlin_cpu_first_difference(a, b, count))
+        return int(self.native.marlin_cpu_first_difference(a, b, count))
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from marlin_convert.verify import TOLERANCE, product_for, verify
 
 @pytest.fixture(autouse=True)
 def loaded_afresh() -> Iterator[None]:
-    cuda.library.cache_clear()
+    cuda.load_library.cache_clear()
     yield
-    cuda.library.cache_clear()
+    cuda.load_library.cache_clear()
 
 
 def library(folder: Path, body: str) -> Path:
@@ -55,7 +55,7 @@ def test_constants_are_those_of_the_header() -> None:
 def test_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
     with pytest.raises(DeviceError, match=re.escape("the CUDA kernels are not built")):
-        cuda.library()
+        cuda.load_library()
     assert not cuda.available()
 
 
@@ -63,14 +63,14 @@ def test_not_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_cuda.so").write_text("not a library")
     monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
     with pytest.raises(DeviceError, match="the CUDA kernels cannot be loaded"):
-        cuda.library()
+        cuda.load_library()
 
 
 @pytest.mark.parametrize("body", ["int x;", "int marlin_cuda_abi_version(void) { return 999; }"])
 def test_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     monkeypatch.setattr(cuda, "LIBRARY", library(tmp_path, body))
     with pytest.raises(DeviceError, match="of another version"):
-        cuda.library()
+        cuda.load_library()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_what_the_driver_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """ + "".join(f"int marlin_cuda_{name}(void) {{ return 1; }}\n" for name in functions)
     monkeypatch.setattr(cuda, "LIBRARY", library(tmp_path, body))
     with pytest.raises(DeviceError, match=text):
-        cuda.library()
+        cuda.load_library()
 
 
 def test_shapes_without_a_gpu() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gptq import GPTQLayer
 from layers import EXTENDED, extended
+from torch import library as torch_library
 
 import marlin_convert
 from marlin_convert import cuda, linear, repack
@@ -161,7 +162,7 @@ def test_compiled_and_as_an_operator() -> None:
         x = torch.randn(rows, 384).half()
         assert torch.equal(compiled(x), module(x))
     arguments = (x, module.B, module.s, module.bias.half(), None, None, 4, 384, 512)
-    torch.library.opcheck(torch.ops.marlin_convert.linear.default, arguments)
+    torch_library.opcheck(torch.ops.marlin_convert.linear.default, arguments)
 
 
 def test_no_gradient_rather_than_a_wrong_one() -> None:

@@ -74,7 +74,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
 
 @pytest.fixture(scope="module", params=[(1, "tensors"), (2, "tensors"), (4, "tensors"), (2, "experts")], ids=str)
 def ranks(request: pytest.FixtureRequest, folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(number of ranks, what each found: by model the errors of its layers, or why it was refused)."""
+    """(number of ranks, what they share out, what each found: by model its layers' errors, or why it was refused)."""
     (count, shared), results = request.param, tmp_path_factory.mktemp("results")
     names = [name for name in MODELS if shared == "tensors" or mixture(name)]
     models = [str(folder) for name in names for folder in folders[name]]
@@ -99,13 +99,13 @@ def ranks(request: pytest.FixtureRequest, folders: Any, tmp_path_factory: pytest
             worker.kill()
             worker.communicate()
     found = [json.loads((results / str(rank)).read_text()) for rank in range(count)]
-    return count, [dict(zip(names, of_rank, strict=True)) for of_rank in found]
+    return count, shared, [dict(zip(names, of_rank, strict=True)) for of_rank in found]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_rank_has_its_piece(ranks: Any, name: str) -> None:
-    count, found = ranks
-    if name not in found[0]:
+    count, shared, found = ranks
+    if shared == "experts" and not mixture(name):
         pytest.skip("vLLM shares out the experts of mixtures only")
     for result in (of_rank[name] for of_rank in found):
         if "act-order" in name and (mixture(name) or count > 1):

@@ -22,6 +22,7 @@ os.environ |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP"
 import torch
 import vllm.platforms
 from torch import Tensor, nn
+from torch import library as torch_library
 from vllm.platforms.cpu import CpuPlatform
 
 vllm.platforms._current_platform = CpuPlatform()  # without a GPU, vLLM built for CUDA finds no platform at all
@@ -37,7 +38,7 @@ from marlin_convert import repack  # noqa: E402
 from marlin_convert import vllm as plugin  # noqa: E402
 
 if not hasattr(torch.ops._C, "silu_and_mul"):  # vLLM's library is for GPUs; 0.26 looks the name up, nothing calls it
-    library = torch.library.Library("_C", "FRAGMENT")
+    library = torch_library.Library("_C", "FRAGMENT")
     library.define("silu_and_mul(Tensor! out, Tensor input) -> ()")
 
 

@@ -25,6 +25,7 @@ from models import (
     relative,
     tokens,
 )
+from torch import library as torch_library
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import marlin_convert
@@ -119,7 +120,7 @@ def test_operator() -> None:
     module, _ = plain()
     x, bias = torch.randn(3, 512, device="cuda").half(), module.bias.half()
     arguments = (x, module.B, module.s, bias, None, None, 4, 512, 768)
-    torch.library.opcheck(torch.ops.marlin_convert.linear.default, arguments)
+    torch_library.opcheck(torch.ops.marlin_convert.linear.default, arguments)
     assert torch.equal(torch.ops.marlin_convert.linear(*arguments), module.half()(x))
 
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch import library as torch_library
 
 from marlin_convert import cuda, repack
 
@@ -139,7 +140,7 @@ def test_operators_pass_opcheck(name: str) -> None:
     B = cuda.repack(qweight)
     a, bias = torch.randn(3, K, device="cuda").half(), torch.randn(N, device="cuda").half()
     arguments = {"gemm": (a, B, s, bias), "repack": (qweight,), "unpack": (B,), "dequantize": (B, s, torch.float16)}
-    torch.library.opcheck(getattr(torch.ops.marlin_convert, name).default, arguments[name])
+    torch_library.opcheck(getattr(torch.ops.marlin_convert, name).default, arguments[name])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -224,7 +225,7 @@ def test_extended_layers(bits: int, size: int) -> None:
                 if rows == 500:
                     inputs = (a.contiguous(), layer["B"], layer["s"], None, layer["zeros"], layer["perm"])
                     sizes = {"bits": bits, "in_features": rows, "out_features": columns}
-                    torch.library.opcheck(torch.ops.marlin_convert.gemm.default, inputs, sizes)
+                    torch_library.opcheck(torch.ops.marlin_convert.gemm.default, inputs, sizes)
 
 
 def test_packing_8_bits_is_exact() -> None:
