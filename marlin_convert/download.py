@@ -209,17 +209,13 @@ class Remote:
     # ---- weights
 
     @property
-    def _storage(self) -> Path:
+    def storage(self) -> Path:
+        """The repository's folder in the cache."""
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
         cache = self.cache_dir or Path(constants.HF_HUB_CACHE)
         return Path(cache).expanduser() / repo_folder_name(repo_id=self.repo_id, repo_type="model")
-
-    @property
-    def cache(self) -> Path:
-        """The folder whose disk the files go to."""
-        return self._storage
 
     def cached(self, name: str) -> bool:
         """Whether the cache has the content of a file."""
@@ -227,8 +223,8 @@ class Remote:
 
     def _cached_path(self, name: str) -> Path | None:
         sha256 = self.files[name].sha256
-        places = [self._storage / "snapshots" / self.commit / name]
-        places += [self._storage / "blobs" / sha256] if sha256 else []
+        places = [self.storage / "snapshots" / self.commit / name]
+        places += [self.storage / "blobs" / sha256] if sha256 else []
         return next((place.resolve() for place in places if place.exists()), None)
 
     def to_come(self, name: str) -> int:
@@ -236,7 +232,7 @@ class Remote:
         if self.cached(name):
             return 0
         file = self.files[name]
-        partial = self._storage / "blobs" / f"{file.sha256}{_PARTIAL}"
+        partial = self.storage / "blobs" / f"{file.sha256}{_PARTIAL}"
         return file.size - (min(file.size, partial.stat().st_size) if partial.exists() else 0)
 
     def fetch(self, name: str, hear: Hear) -> Path:
@@ -270,8 +266,8 @@ class Remote:
             build_hf_headers,
         )
 
-        blob = self._storage / "blobs" / str(file.sha256)
-        lock = self._storage.parent / ".locks" / self._storage.name / f"{file.sha256}.lock"
+        blob = self.storage / "blobs" / str(file.sha256)
+        lock = self.storage.parent / ".locks" / self.storage.name / f"{file.sha256}.lock"
         for folder in (blob.parent, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
         partial = blob.with_name(f"{blob.name}{_PARTIAL}")
@@ -298,7 +294,7 @@ class Remote:
 
     def remove(self, name: str) -> None:
         """Take a file out of the cache again."""
-        pointer = self._storage / "snapshots" / self.commit / name
+        pointer = self.storage / "snapshots" / self.commit / name
         blob = pointer.resolve()
         pointer.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)
@@ -318,7 +314,7 @@ class Remote:
             note.unlink(missing_ok=True)
 
     def _note(self, name: str) -> Path:
-        return self._storage / "blobs" / f"{self.files[name].sha256 or name.replace('/', '--')}{_PASSING}"
+        return self.storage / "blobs" / f"{self.files[name].sha256 or name.replace('/', '--')}{_PASSING}"
 
 
 class _Hashed:
