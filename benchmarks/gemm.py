@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from marlin_convert.cuda import PRODUCT, Weights
+from marlin_convert.native.cuda import PRODUCT, Weights
 
 LAYERS = {  # K, N
     "mistral-gate-up": (4096, 28672),

@@ -38,7 +38,7 @@ from transformers.utils import is_accelerate_available, logging
 logging.set_verbosity_error(); logging.disable_progress_bar()
 if device == "cuda":
     torch.zeros(1, device=device)
-    from marlin_convert import cuda
+    from marlin_convert.native import cuda
     cuda.device_info(0)
 print("ready", flush=True)
 sys.stdin.readline()

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from marlin_convert import layout, ops
+from marlin_convert.formats import layout
+from marlin_convert.native import ops
 
 
 def numpy_permutation() -> NDArray[np.int64]:

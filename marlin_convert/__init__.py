@@ -6,15 +6,15 @@ are first asked for.
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .hf import load as load
-    from .linear import MarlinLinear as MarlinLinear
+from ._version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .engines.linear import MarlinLinear as MarlinLinear
+    from .engines.transformers_quantizer import load as load
 
 __all__ = ["MarlinLinear", "__version__", "load"]
 
-_LATE = {"MarlinLinear": "linear", "load": "hf"}
+_LATE = {"MarlinLinear": "engines.linear", "load": "engines.transformers_quantizer"}
 
 
 def __getattr__(name: str) -> Any:

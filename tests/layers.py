@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from gptq import GPTQLayer
 
-from marlin_convert import repack
-from marlin_convert.linear import MarlinLinear
+from marlin_convert.engines.linear import MarlinLinear
+from marlin_convert.native import repack
 
 
 def zero_points(layer: GPTQLayer) -> Any:

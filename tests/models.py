@@ -20,8 +20,8 @@ from layers import extended, weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
-from marlin_convert.cli import DEMO_FOLDER
-from marlin_convert.convert import Options, convert
+from marlin_convert.cli.commands import DEMO_FOLDER
+from marlin_convert.conversion.convert import Options, convert
 
 #: Public-domain text that the demo's model has not seen.
 SAMPLE = Path(__file__).parent / "data" / "kjv_sample.txt"

@@ -21,14 +21,15 @@ import torch
 from conftest import Run
 from gptq import GPTQLayer, Source, two_layers, write_source
 
-from marlin_convert import bench as b
-from marlin_convert import cli, repack
-from marlin_convert.bench import Cell, Limits, Machine, Peer, Report, Rig, Shape, Speed, Weights
-from marlin_convert.convert import Options, convert
+from marlin_convert.bench import products as b
+from marlin_convert.bench.products import Cell, Limits, Machine, Peer, Report, Rig, Shape, Speed, Weights
+from marlin_convert.cli import commands as cli
+from marlin_convert.cli.output import Bars, PlainLines, Plot, Screen
+from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.device import CPU, Device
 from marlin_convert.errors import DeviceError, MarlinConvertError, OutputError, SourceError, UnsupportedError
+from marlin_convert.native import repack
 from marlin_convert.progress import Progress
-from marlin_convert.render import Bars, PlainLines, Plot, Screen
 
 MACHINE = Machine(
     "cuda:0", "NVIDIA H100 [80GB]", "9.0", 132, 50 << 20, 80 << 30, "580.1", {"torch": "2.13.0", "python": "3.11"},
@@ -391,7 +392,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
 
 def test_peers_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("marlin_convert.bench.util.find_spec", lambda name: None)
+    monkeypatch.setattr("marlin_convert.bench.products.util.find_spec", lambda name: None)
     assert b.find_peers() == (
         [], {"vllm is not installed": ["--compare"], "humming-kernels is not installed": ["--compare"]}
     )  # fmt: skip

@@ -24,7 +24,8 @@ class Project:
         for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
             self.write(name, (ROOT / name).read_text())
         self.write("README.md", "# marlin-convert\n")
-        self.write("marlin_convert/__init__.py", '__version__ = "1.2.3"\n')
+        self.write("marlin_convert/__init__.py", "")
+        self.write("marlin_convert/_version.py", '__version__ = "1.2.3"\n')
         self.write("marlin_convert/data/example.json", "{}\n")
         self.write("kernels/marlin.h", "")
         self.write("kernels/cpu/repack.cpp", "")
@@ -181,7 +182,7 @@ def test_only_what_is_older_than_its_sources_is_rebuilt(project: Project) -> Non
     assert built() == (1, 1)
     assert built() == (1, 1)
     shutil.rmtree(project.root / "marlin_convert", ignore_errors=True)
-    project.write("marlin_convert/__init__.py", '__version__ = "1.2.3"\n')
+    project.write("marlin_convert/_version.py", '__version__ = "1.2.3"\n')
     assert built() == (1, 1)
     assert project.libraries() == ["_cpu.so", "_cuda.so"]
     touch("kernels/cpu/common.h")

@@ -13,7 +13,7 @@ from gptq import two_layers, write_source
 from hub_server import Hub
 from huggingface_hub import ModelCard
 
-from marlin_convert.convert import Options, convert, verify_pair
+from marlin_convert.conversion.convert import Options, convert, verify_pair
 
 SOURCE_CARD = """---
 license: llama3

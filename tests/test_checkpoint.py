@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.torch import save_file
 
-from marlin_convert.checkpoint import Checkpoint, Tensor
+from marlin_convert.checkpoint.reader import Checkpoint, Tensor
 from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
 
 

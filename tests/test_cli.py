@@ -24,7 +24,7 @@ from conftest import Run
 from gptq import GPTQLayer, Source, quantization_config, two_layers, write_source
 
 import marlin_convert
-from marlin_convert import cli
+from marlin_convert.cli import commands as cli
 from marlin_convert.errors import EXIT_CODES
 
 PROGRAM = [sys.executable, "-m", "marlin_convert.cli"]
@@ -135,7 +135,7 @@ def test_0_already_marlin(run: Callable[..., Run], source: Source, tmp_path: Pat
 def test_1_a_wrong_layer_never_reaches_the_disk(
     main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from marlin_convert import ops
+    from marlin_convert.native import ops
 
     pack = ops.pack
 
@@ -144,7 +144,7 @@ def test_1_a_wrong_layer_never_reaches_the_disk(
         out[0, 0] ^= 1
         return out
 
-    monkeypatch.setattr("marlin_convert.convert.ops.pack", faulty)
+    monkeypatch.setattr("marlin_convert.conversion.convert.ops.pack", faulty)
     result = main(source.folder, tmp_path / "out", "--quiet")
     assert result.code == 1
     assert "repacking went wrong" in one_line(result)
@@ -155,7 +155,7 @@ def test_1_a_wrong_layer_never_reaches_the_disk(
 def test_1_a_wrong_order_of_rows_never_reaches_the_disk(
     main: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from marlin_convert import ops
+    from marlin_convert.native import ops
 
     g_idx = np.random.default_rng(0).permutation(np.arange(256) // 128)
     source = write_source(tmp_path / "source", {"a": GPTQLayer(g_idx=g_idx)}, plain={})
@@ -166,7 +166,7 @@ def test_1_a_wrong_order_of_rows_never_reaches_the_disk(
         swapped[[3, 200]] = perm[[200, 3]]
         return pack(qweight, out, perm=swapped, **rest)
 
-    monkeypatch.setattr("marlin_convert.convert.ops.pack_sorted", faulty)
+    monkeypatch.setattr("marlin_convert.conversion.convert.ops.pack_sorted", faulty)
     result = main(source.folder, tmp_path / "out", "--quiet")
     assert result.code == 1
     assert "a: repacking went wrong (the code of row 3, column " in one_line(result)
@@ -280,7 +280,7 @@ def _break(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("marlin_convert.convert.make_plan", broken)
+    monkeypatch.setattr("marlin_convert.conversion.convert.make_plan", broken)
 
 
 def test_70_bug(main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +403,7 @@ def test_json_when_verification_fails_while_converting(
     main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "marlin_convert.convert.copy_extra_files", lambda _, folder: flip_bit(folder / "model.safetensors")
+        "marlin_convert.conversion.convert.copy_extra_files", lambda _, folder: flip_bit(folder / "model.safetensors")
     )
     result = main(source.folder, tmp_path / "out", "--verify", "--json")
     assert result.code == document(result)["exit_code"] == 7
@@ -557,7 +557,7 @@ HEAVY = ("torch", "transformers", "numpy", "rich", "huggingface_hub", "safetenso
 def heavy_imports(*args: object) -> set[str]:
     """Which of the heavy packages a run of the program has imported by its end."""
     code = (
-        "import sys\nfrom marlin_convert.cli import main\n"
+        "import sys\nfrom marlin_convert.cli.commands import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         f"print('loaded:', *({HEAVY!r} & sys.modules.keys() if 0 else [m for m in {HEAVY!r} if m in sys.modules]))"
     )
@@ -602,7 +602,7 @@ def test_plain_lines_in_a_log(run: Callable[..., Run], source: Source, tmp_path:
 def test_plain_lines_on_the_way(
     main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("marlin_convert.render.PLAIN_INTERVAL", 0)
+    monkeypatch.setattr("marlin_convert.cli.output.PLAIN_INTERVAL", 0)
     lines = main(source.folder, tmp_path / "out").err.splitlines()[1:-1]
     pattern = (
         r"converting: (\d+) %, (\d)/2 layers, [\d.]+ k?B of 152\.1 kB, [\d.]+ [kMG]?B/s, \d+ s left, model\.[\w.]+"
@@ -647,7 +647,8 @@ class Terminal:
 
 SLOW = """
 import sys, threading, time
-from marlin_convert import cli, convert
+from marlin_convert.cli import commands as cli
+from marlin_convert.conversion import convert
 write, one_at_a_time = convert.Shards.write, threading.Lock()
 def slow(*args, **kw):
     with one_at_a_time:

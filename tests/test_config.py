@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from marlin_convert.config import (
+from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
+from marlin_convert.formats.config import (
     GPTQSettings,
     LayerSettings,
     find_configs,
@@ -17,7 +18,6 @@ from marlin_convert.config import (
     parse_settings,
     read_marlin_settings,
 )
-from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
 
 
 def parse(**raw: Any) -> GPTQSettings:

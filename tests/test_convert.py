@@ -12,7 +12,7 @@ from gptq import GPTQLayer, Source, marlin_codes, marlin_scales, quantization_co
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from marlin_convert.convert import AlreadyMarlin, Options, convert, verify_pair
+from marlin_convert.conversion.convert import AlreadyMarlin, Options, convert, verify_pair
 from marlin_convert.errors import OutputError, UnsupportedError
 
 
@@ -69,7 +69,7 @@ def test_converts_exactly(tmp_path: Path, changes: dict[str, object]) -> None:
 
 def test_many_blocks_in_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one tile row each: the seams between blocks are where a wrong offset would show."""
-    monkeypatch.setattr("marlin_convert.stream.BLOCK_BYTES", 1)
+    monkeypatch.setattr("marlin_convert.conversion.blocks.BLOCK_BYTES", 1)
     plain = {"x": torch.arange(40, dtype=torch.int16)}
     source = write_source(tmp_path / "source", {"a": GPTQLayer(K=512, N=512)}, plain)
     assert convert(source.folder, tmp_path / "out", Options(verify=True, device="cpu")).verification

@@ -15,15 +15,15 @@ import torch
 from gptq import GPTQLayer, write_source
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from marlin_convert import cuda, repack
-from marlin_convert.checkpoint import Checkpoint
-from marlin_convert.convert import Options, convert, packer
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.conversion.convert import Options, convert, packer
+from marlin_convert.conversion.layer_reader import Groups
+from marlin_convert.conversion.plan import make_plan
+from marlin_convert.conversion.verify import TOLERANCE, product_for, verify
 from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
-from marlin_convert.layout import permute_scales
-from marlin_convert.plan import make_plan
-from marlin_convert.source import Groups
-from marlin_convert.verify import TOLERANCE, product_for, verify
+from marlin_convert.formats.layout import permute_scales
+from marlin_convert.native import cuda, repack
 
 
 @pytest.fixture(autouse=True)

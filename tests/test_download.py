@@ -28,10 +28,11 @@ from conftest import Run, refusal
 from gptq import GPTQLayer, Source, two_layers, write_source
 from hub_server import Hub, Request, at_first
 
-from marlin_convert import publish, supply
-from marlin_convert.convert import Options, looked_at
+from marlin_convert.checkpoint import writer as publish
+from marlin_convert.conversion import supply
+from marlin_convert.conversion.convert import Options, looked_at
+from marlin_convert.conversion.supply import check_room
 from marlin_convert.errors import OutputError
-from marlin_convert.supply import check_room
 
 REPO = "someone/large-gptq"
 MB = 1e6
@@ -427,7 +428,7 @@ def test_a_folder_that_was_meant(hub: Hub, online: Callable[..., Run], tmp_path:
 
 def test_room_on_the_disk(hub: Hub, repository: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is needed is known beforehand, for each mode; on one disk, and with the cache on another."""
-    from marlin_convert.download import Remote, RemoteFile
+    from marlin_convert.hub.download import Remote, RemoteFile
 
     files = {p.name: RemoteFile(p.stat().st_size, "0" * 64, False) for p in weights_of(repository)}
     remote = Remote(REPO, None, "0" * 40, None, tmp_path / "cache", files)

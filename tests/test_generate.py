@@ -20,10 +20,10 @@ from models import PROMPT, SAMPLE, dequantized_demo, perplexity, relative
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import marlin_convert
-from marlin_convert import hf
-from marlin_convert.cli import DEMO_FOLDER
-from marlin_convert.convert import Options, convert
-from marlin_convert.generate import Sampling, generate
+from marlin_convert.cli.commands import DEMO_FOLDER
+from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.engines import transformers_quantizer as hf
+from marlin_convert.engines.generate import Sampling, generate
 
 CPU = Options(device="cpu")
 

@@ -22,9 +22,10 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import GPTQConfig
 
 import marlin_convert
-from marlin_convert import cuda, hf
+from marlin_convert.engines import transformers_quantizer as hf
+from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.errors import DeviceError, SourceError, UnsupportedError
-from marlin_convert.linear import MarlinLinear
+from marlin_convert.native import cuda
 
 
 def marlin_layers(model: torch.nn.Module) -> set[str]:

@@ -18,8 +18,8 @@ from conftest import SECRET, Run, refusal
 from gptq import GPTQLayer, Source, two_layers, write_source
 from hub_server import Hub, Request
 
-from marlin_convert.download import fetch
 from marlin_convert.errors import SourceError
+from marlin_convert.hub.download import fetch
 
 REPO = "someone/model-gptq"
 #: Beside the weights: what travels, and what is never fetched.

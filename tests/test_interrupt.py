@@ -17,7 +17,7 @@ import pytest
 from gptq import Source, two_layers, write_source
 from test_convert import assert_equal_to_source
 
-from marlin_convert.convert import Options, convert
+from marlin_convert.conversion.convert import Options, convert
 
 CPU, FORCE = Options(device="cpu"), Options(device="cpu", force=True)
 
@@ -25,7 +25,9 @@ CPU, FORCE = Options(device="cpu"), Options(device="cpu", force=True)
 # pool of workers down (in a worker), or by SIGUSR1.
 DRIVER = """
 import os, signal, sys, threading
-from marlin_convert import cli, convert, publish, stream, verify
+from marlin_convert.cli import commands as cli
+from marlin_convert.conversion import convert, blocks as stream, verify
+from marlin_convert.checkpoint import writer as publish
 
 released = threading.Event()
 signal.signal(signal.SIGUSR1, lambda *_: released.set())
@@ -188,7 +190,8 @@ def test_after_the_rename_the_new_result_is_there(tmp_path: Path, number: signal
 def test_an_interrupt_while_arguments_are_read_is_no_traceback(source: Source, tmp_path: Path) -> None:
     """Ctrl-C can come before anything has begun."""
     code = (
-        "import os, signal, sys\nfrom marlin_convert import cli, hub\n"
+        "import os, signal, sys\nfrom marlin_convert.cli import commands as cli\n"
+        "import os, signal, sys\nfrom marlin_convert.hub import client as hub\n"
         "cli._options = lambda **_: os.kill(os.getpid(), signal.SIGINT)\n"
         "cli.main(sys.argv[1:])"
     )

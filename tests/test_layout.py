@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlin_convert import layout
+from marlin_convert.formats import layout
 
 HEADER = Path(__file__).parent.parent / "kernels" / "marlin.h"
 

@@ -15,9 +15,10 @@ from layers import EXTENDED, extended
 from torch import library as torch_library
 
 import marlin_convert
-from marlin_convert import cuda, linear, repack
+from marlin_convert.engines import linear
+from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.errors import DeviceError
-from marlin_convert.linear import MarlinLinear
+from marlin_convert.native import cuda, repack
 
 
 def original(**changes: Any) -> tuple[GPTQLayer, MarlinLinear]:

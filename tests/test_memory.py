@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from gptq import quantization_config
 
-from marlin_convert.checkpoint import Checkpoint
-from marlin_convert.convert import Options, planned
-from marlin_convert.stream import PANEL_BYTES, WORKERS
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.conversion.blocks import PANEL_BYTES, WORKERS
+from marlin_convert.conversion.convert import Options, planned
 
 MB = 1_000_000
 
@@ -75,7 +75,7 @@ def write_large_source(
 MEASURED = """
 import sys
 from pathlib import Path
-from marlin_convert import cli
+from marlin_convert.cli import commands as cli
 cli.main(sys.argv[1:])
 print([line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")][0])
 """

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from marlin_convert import layout, ops, repack
+from marlin_convert.formats import layout
+from marlin_convert.native import ops, repack
 
 HEADER = Path(__file__).parent.parent / "kernels" / "marlin.h"
 ISAS = ("plain", "avx2", "avx512")
@@ -370,7 +371,8 @@ def test_importing_and_packing_does_not_import_torch() -> None:
     program = """if True:
         import sys
         import numpy as np
-        from marlin_convert import layout, ops, repack
+        from marlin_convert.formats import layout
+        from marlin_convert.native import ops, repack
         if ops.native_available():
             ops.pack(np.zeros((2, 64), np.int32))
         assert "torch" not in sys.modules

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import marlin_convert
-from marlin_convert.convert import Options, convert
+from marlin_convert.conversion.convert import Options, convert
 
 ROOT = Path(__file__).parent.parent
 DEMO = Path(marlin_convert.__file__).parent / "data" / "demo"

@@ -20,9 +20,9 @@ from conftest import Run
 from gptq import Source
 from safetensors import safe_open
 
-from marlin_convert import publish
+from marlin_convert.checkpoint import writer as publish
+from marlin_convert.checkpoint.writer import REPORT_FILE, OutTensor, Shards, check_space, clear_leftovers, new_folder
 from marlin_convert.errors import OutputError
-from marlin_convert.publish import REPORT_FILE, OutTensor, Shards, check_space, clear_leftovers, new_folder
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -215,7 +215,7 @@ class NoRenameat2:
 
 
 def test_force_where_folders_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("marlin_convert.publish._libc", NoRenameat2())
+    monkeypatch.setattr("marlin_convert.checkpoint.writer._libc", NoRenameat2())
     out = tmp_path / "out"
     old = earlier_result(out)
     write_new(out, force=True)
@@ -247,7 +247,7 @@ def hidden_folders(parent: Path) -> list[Path]:
 KILLED = """
 import os, sys
 from pathlib import Path
-from marlin_convert.publish import new_folder
+from marlin_convert.checkpoint.writer import new_folder
 with new_folder(Path(sys.argv[1]), force=True) as folder:
     (folder / "weights").write_text("half")
     os.kill(os.getpid(), 9)
@@ -370,11 +370,11 @@ def test_free_space_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_conversion_checks_the_space_before_it_writes(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from marlin_convert.convert import Options, convert
+    from marlin_convert.conversion.convert import Options, convert
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 100_000))  # the tensors take 152,077 bytes
-    monkeypatch.setattr("marlin_convert.convert.new_folder", None)
+    monkeypatch.setattr("marlin_convert.conversion.convert.new_folder", None)
     with pytest.raises(OutputError, match=r"0\.00 GB are free; make room"):
         convert(source.folder, tmp_path / "out", Options(device="cpu"))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
@@ -384,7 +384,7 @@ def test_a_conversion_checks_the_space_before_it_writes(
 def test_a_disk_that_fails_while_writing(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    from marlin_convert.convert import Options, convert
+    from marlin_convert.conversion.convert import Options, convert
 
     def fail(*_: object) -> int:
         raise OSError(number, os.strerror(number))

@@ -14,9 +14,9 @@ from conftest import SECRET, Run, refusal
 from gptq import Source, two_layers, write_source
 from hub_server import Account, Hub, Request, at_first
 
-from marlin_convert.cli import DEMO_FOLDER
-from marlin_convert.convert import Options, convert
-from marlin_convert.upload import default_name
+from marlin_convert.cli.commands import DEMO_FOLDER
+from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.hub.upload import default_name
 
 REPO = "me/model-marlin"
 TOKEN = ("--token", SECRET)

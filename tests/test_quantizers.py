@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from marlin_convert.config import read_marlin_settings
-from marlin_convert.convert import Options, convert
-from marlin_convert.repack import dequantize_layer
+from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.formats.config import read_marlin_settings
+from marlin_convert.native.repack import dequantize_layer
 
 DATA = Path(__file__).parent / "data" / "quantizers"
 LAYERS = {

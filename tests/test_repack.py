@@ -6,7 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlin_convert import layout, repack
+from marlin_convert.formats import layout
+
+# One tile of codes (k*n + 3*k + n//5) % 16, k = 0..15, n = 0..63. Worked out apart from the formula: from the registers
+from marlin_convert.native import repack
 
 # One tile of codes (k*n + 3*k + n//5) % 16, k = 0..15, n = 0..63. Worked out apart from the formula: from the registers
 # that the mma.m16n8k16 instruction assigns to a lane (b0, b1 = rows 2t, 2t+1 and b2, b3 = rows 2t+8, 2t+9 of column g),

@@ -13,10 +13,10 @@ import torch
 from gptq import GPTQLayer, Source, pack_columns, plain_tensors, quantization_config, two_layers, write_source
 from safetensors.torch import load_file, save_file
 
-from marlin_convert import repack
-from marlin_convert.convert import Options, convert
+from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import OutputError, SourceError, UnsupportedError
-from marlin_convert.restore import restore
+from marlin_convert.native import repack
 
 NAME = "model.layers.0.mlp.down_proj"
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlin_convert.scales import to_extended, to_fp16
+from marlin_convert.formats.scales import to_extended, to_fp16
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 EVERY = pytest.mark.parametrize("dtype", TORCH)

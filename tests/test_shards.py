@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from marlin_convert import repack, shards
-from marlin_convert.config import LayerSettings
-from marlin_convert.shards import Piece
+from marlin_convert.engines import tensor_parallel as shards
+from marlin_convert.engines.tensor_parallel import Piece
+from marlin_convert.formats.config import LayerSettings
+from marlin_convert.native import repack
 
 
 def layer(

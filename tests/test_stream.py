@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlin_convert import stream
-from marlin_convert.stream import Buffers, byte_blocks, column_panels, row_blocks, run_all, strips
+from marlin_convert.conversion import blocks as stream
+from marlin_convert.conversion.blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all, strips
 
 
 @given(st.integers(1, 600), st.integers(1, 500))

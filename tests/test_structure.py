@@ -1,4 +1,4 @@
-"""The order of the modules, and what is imported when: the command line must answer at once, and converting on a CPU
+"""The order of the rooms, and what is imported when: the command line must answer at once, and converting on a CPU
 must not load what only other devices and other formats need.
 """
 
@@ -16,96 +16,109 @@ import pytest
 from gptq import Source
 
 import marlin_convert
-from marlin_convert import ops
+from marlin_convert.native import ops
 
 PACKAGE = Path(marlin_convert.__file__).parent
-MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__")}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.name not in ("__init__.py", "__main__.py")
+}
 
-#: A module imports from lower floors only; within a floor, modules do not know each other.
-FLOORS = (
-    ("errors", "layout", "progress", "scales"),
-    ("checkpoint", "config", "device", "hub", "repack", "stream"),
-    ("cuda", "download", "ops", "publish", "shards", "upload"),
-    ("linear", "plan"),
-    ("source", "supply"),
-    ("hf", "verify", "vllm"),
-    ("card",),
-    ("convert",),
-    ("bench", "generate", "restore"),
-    ("tokens",),
-    ("render",),
-    ("cli",),
-)
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+#: Who may import whom: a room from those that stand below it, and any module from its own room or the ground. The
+#: ground are the modules of no room, but for the doors, which only pass names on.
+ROOMS = (("cli",), ("bench",), ("engines",), ("conversion",), ("native", "hub"), ("formats", "checkpoint"), ("ground",))
+LEVEL = {room: level for level, rooms in enumerate(reversed(ROOMS)) for room in rooms}
+DOORS = {"hf", "vllm"}
 
 HEAVY = ("torch", "transformers", "numpy", "rich", "huggingface_hub", "safetensors", "tqdm")
 
 
-def own_imports(path: Path) -> Iterator[str]:
-    """Modules of this package that the file imports anywhere: at the top, inside functions, for types only."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            if node.level:
-                yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-            elif node.module and node.module.split(".")[0] == "marlin_convert":
-                yield from node.module.split(".")[1:2] or [alias.name for alias in node.names]
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("marlin_convert."))
+def room(module: str) -> str:
+    """The room that a module, named from the package on, belongs to."""
+    first, _, rest = module.partition(".")
+    return first if rest else "ground"
 
 
-def imports_at_the_top(path: Path) -> set[str]:
-    """What importing the file imports: first names of packages, own modules with a dot before them; without what only
-    type checkers see."""
+def statements(name: str, everywhere: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements of a module: all of them, or those that run when it is imported (neither inside functions nor
+    for type checkers only)."""
+
+    def visit(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        late = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if everywhere or not (late or for_types):
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child)
+
+    yield from visit(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+
+
+def imported(name: str, everywhere: bool) -> set[str]:
+    """Full names that a module imports, from this package or another: `a.b` for `import a.b`, and both `a.b` and
+    `a.b.c` for `from a.b import c`, which may be a module as well."""
+    parents = ["marlin_convert", *name.split(".")]
     found: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            return
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            return
+    for node in statements(name, everywhere):
         if isinstance(node, ast.Import):
-            found.update(alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found.update("." * node.level + name.split(".")[0] for name in names)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text(encoding="utf-8")))
+            found |= {alias.name for alias in node.names}
+        elif not node.level:
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+        else:
+            base = (
+                ".".join([*parents[: -node.level], *filter(None, [node.module])]) if node.level else node.module or ""
+            )
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
-def test_every_module_has_a_floor() -> None:
-    assert MODULES.keys() == FLOOR.keys()
-    assert sum(map(len, FLOORS)) == len(FLOOR)
+def own_imports(name: str, everywhere: bool = True) -> set[str]:
+    """Modules of this package that module `name` imports."""
+    return {other.removeprefix("marlin_convert.") for other in imported(name, everywhere)} & MODULES.keys()
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_a_module_imports_from_lower_floors_only(name: str) -> None:
-    used = {n for n in own_imports(MODULES[name]) if n in MODULES}
-    wrong = {n for n in used if FLOOR[n] >= FLOOR[name]}
-    assert not wrong, f"{name} (floor {FLOOR[name]}) imports {sorted((n, FLOOR[n]) for n in wrong)}"
+def test_every_module_stands_in_a_room() -> None:
+    assert {room(name) for name in MODULES} == LEVEL.keys()
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - DOORS))
+def test_a_room_imports_from_lower_rooms_only(name: str) -> None:
+    wrong = {
+        other for other in own_imports(name) if room(other) != room(name) and LEVEL[room(other)] >= LEVEL[room(name)]
+    }
+    assert not wrong, f"{name} imports {sorted(wrong)}"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Inside a room as well: following imports never comes back."""
+    arrows = {name: own_imports(name) for name in MODULES}
+    left = dict(arrows)
+    while free := {name for name, used in left.items() if not used & left.keys()}:
+        left = {name: used for name, used in left.items() if name not in free}
+    assert not left
 
 
 def test_own_imports_sees_all_of_them() -> None:
-    """The check above can fail only if imports are found: these are known."""
-    assert {"repack", "layout"} <= set(own_imports(MODULES["ops"]))  # repack: inside functions
-    assert {"convert", "render", "errors"} <= set(own_imports(MODULES["cli"]))  # render: for types and in functions
-    assert set(own_imports(MODULES["scales"])) == set()
+    """The checks above can fail only if imports are found: these are known."""
+    assert {"native.repack", "formats.layout"} <= own_imports("native.ops")  # repack: inside functions
+    assert {"conversion.convert", "cli.output", "errors"} <= own_imports("cli.commands")  # for types and in functions
+    assert own_imports("formats.scales") == set()
 
 
 #: Modules of torch tensors through and through, themselves imported late.
-TORCH_MODULES = {"bench", "cuda", "hf", "linear", "shards", "tokens", "vllm"}
+TORCH_MODULES = {
+    "bench.products", "bench.tokens", "engines.linear", "engines.tensor_parallel", "engines.transformers_quantizer",
+    "engines.vllm_plugin", "hf", "native.cuda", "vllm",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - TORCH_MODULES))
 def test_torch_and_the_like_are_imported_late(name: str) -> None:
-    assert not imports_at_the_top(MODULES[name]) & {"torch", "transformers", "huggingface_hub", "safetensors", "tqdm"}
-
-
-@pytest.mark.parametrize("name", sorted(set(MODULES) - TORCH_MODULES))
-def test_modules_of_torch_tensors_are_imported_late(name: str) -> None:
-    assert not imports_at_the_top(MODULES[name]) & {f".{module}" for module in TORCH_MODULES}
+    packages = {other.split(".")[0] for other in imported(name, everywhere=False)}
+    assert not packages & {"torch", "transformers", "huggingface_hub", "safetensors", "tqdm"}
+    assert not own_imports(name, everywhere=False) & TORCH_MODULES
 
 
 def loaded_after(code: str, *arguments: object, **environment: str) -> set[str]:
@@ -138,7 +151,7 @@ def test_the_command_line_answers_without_heavy_imports(arguments: list[str] | N
 
 
 CONVERT = """
-from marlin_convert.convert import Options, convert
+from marlin_convert.conversion.convert import Options, convert
 assert convert(sys.argv[1], sys.argv[2], Options(verify=True, device="cpu")).verification.ok
 """
 

@@ -14,12 +14,12 @@ from models import Pair, llama, make, relative, tokens
 from transformers import AutoModelForCausalLM, MistralConfig
 
 import marlin_convert
-from marlin_convert import tokens as whole_model
-from marlin_convert.bench import Machine
+from marlin_convert.bench import tokens as whole_model
+from marlin_convert.bench.products import Machine
+from marlin_convert.bench.tokens import CONTEXT, GRAPHS, LAUNCHES, STEPS, Decoder, Rig, bench, time_launched
+from marlin_convert.cli.output import Plot, Screen
+from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.errors import DeviceError, OutputError
-from marlin_convert.linear import MarlinLinear
-from marlin_convert.render import Plot, Screen
-from marlin_convert.tokens import CONTEXT, GRAPHS, LAUNCHES, STEPS, Decoder, Rig, bench, time_launched
 
 MACHINE = Machine("cuda:0", "a GPU", "9.0", 132, 50_000_000, 80_000_000_000, "580", {"torch": "2"}, None)
 

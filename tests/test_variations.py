@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from marlin_convert import ops, repack
-from marlin_convert.config import read_marlin_settings
-from marlin_convert.convert import Options, convert, verify_pair
+from marlin_convert.conversion.convert import Options, convert, verify_pair
+from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import UnsupportedError
-from marlin_convert.restore import restore
+from marlin_convert.formats.config import read_marlin_settings
+from marlin_convert.native import ops, repack
 
 NAME = "model.layers.0.mlp.down_proj"
 CPU = Options(device="cpu", verify=True)
@@ -184,8 +184,8 @@ def test_act_order_in_many_panels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, panel: int, strip: int
 ) -> None:
     """One tile column at a time; several; strips within one panel: the seams are where a wrong offset would show."""
-    monkeypatch.setattr("marlin_convert.stream.PANEL_BYTES", panel)
-    monkeypatch.setattr("marlin_convert.stream.BLOCK_BYTES", strip)
+    monkeypatch.setattr("marlin_convert.conversion.blocks.PANEL_BYTES", panel)
+    monkeypatch.setattr("marlin_convert.conversion.blocks.BLOCK_BYTES", strip)
     stored = asymmetric({"K": 352, "N": 1000, "bits": bits, "group_size": 32})
     layers = {
         NAME: GPTQLayer(K=352, N=1000, bits=bits, group_size=32, stored_zero=stored, g_idx=shuffled(352, 32)),
@@ -213,7 +213,7 @@ def test_another_packer_gives_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     def other(words: Any, B: Any, bits: int) -> None:
         B[...] = repack.gptq_to_marlin(torch.from_numpy(words), bits).numpy()
 
-    monkeypatch.setattr("marlin_convert.convert.packer", lambda *_: other)
+    monkeypatch.setattr("marlin_convert.conversion.convert.packer", lambda *_: other)
     convert(source.folder, tmp_path / "theirs", CPU)
     ours, theirs = (load_file(tmp_path / x / "model.safetensors") for x in ("ours", "theirs"))
     for name, tensor in ours.items():

@@ -15,13 +15,13 @@ from conftest import Run
 from gptq import GPTQLayer, Source, marlin_codes, two_layers, write_source
 from safetensors.torch import load_file, save_file
 
-from marlin_convert.checkpoint import Checkpoint
-from marlin_convert.convert import Options, convert, verify_pair
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.conversion.convert import Options, convert, verify_pair
+from marlin_convert.conversion.layer_reader import Groups
+from marlin_convert.conversion.plan import make_plan
+from marlin_convert.conversion.verify import TOLERANCE, CPUProduct, LayerCheck, Verification, compare
 from marlin_convert.errors import SourceError, VerificationError
-from marlin_convert.layout import SCALE_PERMUTATION, SCALE_PERMUTATION_SINGLE
-from marlin_convert.plan import make_plan
-from marlin_convert.source import Groups
-from marlin_convert.verify import TOLERANCE, CPUProduct, LayerCheck, Verification, compare
+from marlin_convert.formats.layout import SCALE_PERMUTATION, SCALE_PERMUTATION_SINGLE
 
 CPU = Options(device="cpu")
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -108,7 +108,7 @@ def test_a_flipped_bit_is_named_by_row_and_column(source: Source, out: Path, see
 
 
 def test_the_row_is_right_in_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("marlin_convert.stream.BLOCK_BYTES", 1)  # one row of tiles at a time
+    monkeypatch.setattr("marlin_convert.conversion.blocks.BLOCK_BYTES", 1)  # one row of tiles at a time
     source = write_source(tmp_path / "source", {"a": GPTQLayer(K=512, N=256)})
     convert(source.folder, tmp_path / "out", CPU)
     change(tmp_path / "out", lambda t: t["a.B"][20].bitwise_xor_(1))  # nibble 0 of each word: row 2t, here of lane 0
@@ -371,7 +371,7 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
 
 def corrupt(name: str, position: int) -> Callable[..., None]:
     """A stand-in for the step between writing and verifying that flips a bit of the file's tensor `name`."""
-    from marlin_convert.convert import write_configs
+    from marlin_convert.conversion.convert import write_configs
 
     def after_writing(checkpoint: Checkpoint, plan: Any, folder: Path, quant_method: str) -> None:
         write_configs(checkpoint, plan, folder, quant_method)
@@ -397,7 +397,7 @@ def corrupt(name: str, position: int) -> Callable[..., None]:
 def test_what_is_not_equal_is_not_published(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: str
 ) -> None:
-    monkeypatch.setattr("marlin_convert.convert.write_configs", corrupt(name, 100))
+    monkeypatch.setattr("marlin_convert.conversion.convert.write_configs", corrupt(name, 100))
     with pytest.raises(VerificationError, match=f"not equal to its source:\n  - {problem}$"):
         convert(source.folder, tmp_path / "out", Options(device="cpu", verify=True))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]

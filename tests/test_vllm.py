@@ -17,11 +17,11 @@ from test_shards import layer as random_layer
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from marlin_convert import repack  # noqa: E402
-from marlin_convert import vllm as plugin  # noqa: E402
-from marlin_convert.config import marlin_ext_settings  # noqa: E402
-from marlin_convert.layout import EXTENDED_NAMES, ORIGINAL_NAMES  # noqa: E402
-from marlin_convert.shards import Piece  # noqa: E402
+from marlin_convert.engines import vllm_plugin as plugin  # noqa: E402
+from marlin_convert.engines.tensor_parallel import Piece  # noqa: E402
+from marlin_convert.formats.config import marlin_ext_settings  # noqa: E402
+from marlin_convert.formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES  # noqa: E402
+from marlin_convert.native import repack  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -53,7 +53,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(pieces: dict[str, tuple[Piece, torch.Tensor, dict[str, Any]]], extended: bool) -> Any:
-    from marlin_convert.config import LayerSettings
+    from marlin_convert.formats.config import LayerSettings
 
     if not extended:
         result = plugin.MarlinCheckpointConfig.from_config(ORIGINAL)

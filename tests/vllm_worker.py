@@ -34,8 +34,8 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts  # noqa: E402
 from vllm.model_executor.model_loader import get_model_loader  # noqa: E402
 from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
 
-from marlin_convert import repack  # noqa: E402
-from marlin_convert import vllm as plugin  # noqa: E402
+from marlin_convert.engines import vllm_plugin as plugin  # noqa: E402
+from marlin_convert.native import repack  # noqa: E402
 
 if not hasattr(torch.ops._C, "silu_and_mul"):  # vLLM's library is for GPUs; 0.26 looks the name up, nothing calls it
     library = torch_library.Library("_C", "FRAGMENT")

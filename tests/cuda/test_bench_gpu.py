@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from marlin_convert import bench as b
-from marlin_convert import cuda
+from marlin_convert.bench import products as b
 from marlin_convert.device import pick_device
+from marlin_convert.native import cuda
 
 pytestmark = [
     pytest.mark.cuda,

@@ -29,11 +29,11 @@ from torch import library as torch_library
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import marlin_convert
-from marlin_convert import cuda
-from marlin_convert.cli import DEMO_FOLDER
-from marlin_convert.convert import Options, convert
-from marlin_convert.generate import Sampling, compare, generate
-from marlin_convert.linear import MarlinLinear
+from marlin_convert.cli.commands import DEMO_FOLDER
+from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.engines.generate import Sampling, compare, generate
+from marlin_convert.engines.linear import MarlinLinear
+from marlin_convert.native import cuda
 
 pytestmark = [
     pytest.mark.cuda,
@@ -48,7 +48,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 def plain(K: int = 512, N: int = 768, group_size: int = 128) -> tuple[MarlinLinear, torch.Tensor]:
     """A layer of the original format on the GPU, with a bias, and its weight in float64."""
-    from marlin_convert import repack
+    from marlin_convert.native import repack
 
     layer = GPTQLayer(K=K, N=N, group_size=group_size, bias=True)
     tensors = layer.tensors("x")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from marlin_convert import cuda
+from marlin_convert.native import cuda
 
 pytestmark = [
     pytest.mark.cuda,
@@ -43,14 +43,14 @@ def test_demo(tmp_path: Path) -> None:
 
 def test_verify_finds_what_is_wrong_on_the_gpu(tmp_path: Path) -> None:
     """Scales of one layer doubled in the file: the product must tell, whatever the exact check says."""
-    from marlin_convert.checkpoint import Checkpoint
-    from marlin_convert.cli import DEMO_FOLDER
+    from marlin_convert.checkpoint.reader import Checkpoint
+    from marlin_convert.cli.commands import DEMO_FOLDER
+    from marlin_convert.conversion.layer_reader import Groups
+    from marlin_convert.conversion.plan import make_plan
+    from marlin_convert.conversion.verify import product_for
     from marlin_convert.device import pick_device
-    from marlin_convert.layout import permute_scales
-    from marlin_convert.plan import make_plan
-    from marlin_convert.scales import to_fp16
-    from marlin_convert.source import Groups
-    from marlin_convert.verify import product_for
+    from marlin_convert.formats.layout import permute_scales
+    from marlin_convert.formats.scales import to_fp16
 
     with Checkpoint(DEMO_FOLDER) as source:
         layer = make_plan(source).layers[0]

@@ -13,10 +13,10 @@ import torch
 from models import llama, make, mixtral
 
 import marlin_convert
-from marlin_convert import cuda
-from marlin_convert.cli import DEMO_FOLDER
-from marlin_convert.convert import Options, convert
-from marlin_convert.tokens import GRAPHS, LAUNCHES, Decoder, capture, time_on_gpu
+from marlin_convert.bench.tokens import GRAPHS, LAUNCHES, Decoder, capture, time_on_gpu
+from marlin_convert.cli.commands import DEMO_FOLDER
+from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.native import cuda
 
 pytestmark = [
     pytest.mark.cuda,

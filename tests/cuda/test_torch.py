@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import library as torch_library
 
-from marlin_convert import cuda, repack
+from marlin_convert.native import cuda, repack
 
 pytestmark = [
     pytest.mark.cuda,

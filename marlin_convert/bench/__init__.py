@@ -1,0 +1,1 @@
+"""Measuring: products of single layers, and whole models."""

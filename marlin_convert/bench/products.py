@@ -1,0 +1,761 @@
+"""This GPU's speed: fp16 (cuBLAS) against Marlin, for the layers of a checkpoint or of a well-known model.
+
+Every number comes from one run on one GPU. A time is the median over replays of a CUDA graph whose launches rotate
+through copies of the weights that together are larger than the L2 cache, as the layers of a model do: nothing is
+found in the cache that a model would not find there, and nothing is spent on launching. Codes, scales and activations
+are random: a GPU that multiplies zeros draws less power and runs faster.
+
+The limit of a product is the larger of two times: that of its bytes (weights, scales, activations and outputs, each
+once) at the bandwidth of a large copy, and that of its 2·M·K·N operations at the rate of a large fp16 product. Both
+rates are measured at the start of the same run. A kernel that only reads can be a little faster than a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib import import_module, metadata, util
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from .._version import __version__
+from ..checkpoint.reader import Tensor
+from ..conversion.convert import Options, looked_at
+from ..conversion.plan import GROUP_SIZE, make_plan
+from ..device import Device, cuda_devices, pick_device
+from ..errors import DeviceError, SourceError, UnsupportedError
+from ..formats.layout import PACK_FACTOR, TILE_K, TILE_N, b_shape
+from ..progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH = tuple(2**i for i in range(13))  # M = 1 … 4096
+DEFAULT_PRESET = "mistral-7b"
+
+REPLAYS = 9  # of a graph; odd, so that the median is one of them
+GRAPH_US = 2000.0  # a graph should take at least so long, so that its own start (a few µs) does not count …
+REPEATS = 16  # … for which its launches are repeated, at most so often
+ROTATE = 4  # the copies of a layer's weights together, in sizes of the L2 cache
+MAX_COPIES = 1024
+SLACK_BYTES = 512 << 20  # workspaces of cuBLAS and of the kernels, graphs, fragmentation
+BUSY_US = 1.5e6  # how long the GPU is kept busy while its clocks are read
+
+Calls = Sequence[Callable[[], object]]
+Notes = dict[str, list[str]]  # a text → where it applies
+
+
+# ---- What is measured ----
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A linear layer: W is K x N with G groups of scales. `count` is how often a model has it."""
+
+    name: str
+    K: int
+    N: int
+    G: int
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.K} x {self.N}"
+
+    @property
+    def group_size(self) -> int:
+        return -1 if self.G == 1 else self.K // self.G
+
+    @property
+    def packed_bytes(self) -> int:
+        """Marlin's weights and scales."""
+        return self.K * self.N // 2 + self.G * self.N * 2
+
+    @property
+    def fp16_bytes(self) -> int:
+        return self.K * self.N * 2
+
+
+def _preset(hidden: int, qkv: int, intermediate: int, blocks: int) -> tuple[Shape, ...]:
+    """The linears of a block, q, k, v and gate, up fused as engines run them."""
+    sizes = {
+        "qkv": (hidden, qkv), "o": (hidden, hidden), "gate_up": (hidden, 2 * intermediate),
+        "down": (intermediate, hidden),
+    }  # fmt: skip
+    return tuple(Shape(name, K, N, K // GROUP_SIZE, blocks) for name, (K, N) in sizes.items())
+
+
+PRESETS = {
+    "mistral-7b": _preset(4096, 6144, 14336, 32),
+    "llama-3-8b": _preset(4096, 6144, 14336, 32),
+    "llama-70b": _preset(8192, 10240, 28672, 80),
+}
+
+
+def source_shapes(source: str | Path, options: Options) -> tuple[str, list[Shape], Notes]:
+    """(label, distinct shapes, notes) of a checkpoint, GPTQ or Marlin, from its headers."""
+    with looked_at(source, options) as (origin, checkpoint):
+        plan = make_plan(checkpoint)
+        notes: Notes = {}
+        if plan.already_marlin:
+            layers = list(_marlin_layers(checkpoint.tensors))
+        else:
+            layers = [(x.name, x.K, x.N, x.G) for x in plan.layers]
+            if not layers:
+                plan.require_convertible()
+            notes = {f"left out, Marlin cannot hold it: {why}": names for why, names in plan.refusals.items()}
+    if not layers:
+        raise UnsupportedError(f"{origin.label}: it has no layer that Marlin runs.")
+    return origin.label, distinct(layers), notes
+
+
+def _marlin_layers(tensors: dict[str, Tensor]) -> Iterator[tuple[str, int, int, int]]:
+    for name, B in tensors.items():
+        s = tensors.get(f"{name[:-2]}.s")
+        if not name.endswith(".B") or B.dtype != "I32" or s is None:
+            continue
+        if len(B.shape) != 2 or len(s.shape) != 2:
+            raise SourceError(f"{name[:-2]}: B {list(B.shape)} and s {list(s.shape)} are not those of a Marlin layer.")
+        K, N, G = B.shape[0] * TILE_K, B.shape[1] * PACK_FACTOR // TILE_K, s.shape[0]
+        if not K or not N or K % TILE_N or N % TILE_N or s.shape[1] != N or (G != 1 and G * GROUP_SIZE != K):
+            raise SourceError(
+                f"{name[:-2]}: B {list(B.shape)} and s {list(s.shape)} say K = {K}, N = {N} and {G} groups; K and N "
+                f"should be multiples of {TILE_N}, and a group 128 rows or all of K."
+            )
+        yield name[:-2], K, N, G
+
+
+def distinct(layers: Sequence[tuple[str, int, int, int]]) -> list[Shape]:
+    """One Shape for each (K, N, G), in order of appearance, named by the last parts of the layers' names."""
+    names: dict[tuple[int, int, int], list[str]] = {}
+    for name, K, N, G in layers:
+        names.setdefault((K, N, G), []).append(name.rpartition(".")[2])
+    return [Shape("/".join(dict.fromkeys(found)), *size, len(found)) for size, found in names.items()]
+
+
+# ---- What comes out ----
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this GPU can do at most, as measured: bytes/s of a large copy (read + write), flop/s of a large product."""
+
+    copy_bytes_per_s: float
+    fp16_flop_per_s: float
+
+    def us(self, nbytes: int, flops: int) -> float:
+        return max(nbytes / self.copy_bytes_per_s, flops / self.fp16_flop_per_s) * 1e6
+
+    def bound(self, nbytes: int, flops: int) -> str:
+        return "memory" if nbytes / self.copy_bytes_per_s >= flops / self.fp16_flop_per_s else "compute"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One product's time, in µs, beside the least that its bytes and operations take."""
+
+    us: float
+    nbytes: int
+    flops: int
+    limit_us: float
+    bound: str  # "memory" or "compute": what sets the limit
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.nbytes / self.us / 1e3
+
+    @property
+    def tflop_per_s(self) -> float:
+        return self.flops / self.us / 1e6
+
+    @property
+    def share_of_limit(self) -> float:
+        return self.limit_us / self.us
+
+    def as_dict(self) -> dict[str, Any]:
+        numbers = {"us": self.us, "gb_per_s": self.gb_per_s, "tflop_per_s": self.tflop_per_s,
+                   "limit_us": self.limit_us, "share_of_limit": self.share_of_limit}  # fmt: skip
+        return {key: round(value, 4) for key, value in numbers.items()} | {"limited_by": self.bound}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layer at one batch size. `way` is what `cuda.matmul` chose; a peer that failed is None."""
+
+    M: int
+    fp16: Speed
+    marlin: Speed
+    way: str  # "kernel", or "dequantize": dequantize and cuBLAS
+    peers: dict[str, Speed | None]
+
+    @property
+    def speedup(self) -> float:
+        return self.fp16.us / self.marlin.us
+
+    def as_dict(self) -> dict[str, Any]:
+        def beside_fp16(speed: Speed) -> dict[str, Any]:
+            return speed.as_dict() | {"speedup": round(self.fp16.us / speed.us, 4)}
+
+        return {
+            "M": self.M,
+            "fp16": self.fp16.as_dict(),
+            "marlin": beside_fp16(self.marlin) | {"way": self.way},
+            "peers": {name: speed and beside_fp16(speed) for name, speed in self.peers.items()},
+        }
+
+
+@dataclass
+class LayerResult:
+    shape: Shape
+    cells: list[Cell] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        shape = self.shape
+        return {
+            "name": shape.name, "K": shape.K, "N": shape.N, "group_size": shape.group_size, "count": shape.count,
+            "cells": [cell.as_dict() for cell in self.cells],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the numbers come from. `clocks` is what nvidia-smi says under load, None without it."""
+
+    device: str
+    name: str
+    capability: str
+    multiprocessors: int
+    l2_bytes: int
+    memory_bytes: int
+    driver: str
+    versions: dict[str, str]
+    clocks: dict[str, float | None] | None
+
+
+@dataclass
+class Report:
+    title: str
+    machine: Machine
+    limits: Limits
+    peers: dict[str, str]  # name → version
+    layers: list[LayerResult] = field(default_factory=list)
+    notes: Notes = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for `--json`. Times are in µs, rates in 1e9 bytes and 1e12 operations a second."""
+        return {
+            "ok": True,
+            "title": self.title,
+            "machine": asdict(self.machine),
+            "limits": {"copy_gb_per_s": round(self.limits.copy_bytes_per_s / 1e9, 2),
+                       "fp16_tflop_per_s": round(self.limits.fp16_flop_per_s / 1e12, 3)},
+            "method": {"timing": "median of CUDA graph replays", "replays": REPLAYS, "rotated_l2_sizes": ROTATE},
+            "peers": self.peers,
+            "layers": [layer.as_dict() for layer in self.layers],
+            "notes": [{"note": note, "where": where} for note, where in self.notes.items()],
+        }  # fmt: skip
+
+
+# ---- What measures ----
+
+
+class Kernels(Protocol):
+    """Marlin's products, as the module `cuda` has them."""
+
+    def matmul(self, a: torch.Tensor, B: torch.Tensor, s: torch.Tensor) -> torch.Tensor: ...
+
+    def dequantizing_pays(self, M: int, N: int, K: int, index: int) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Rig:
+    """All that a measurement asks of a machine. `cuda_rig` is the real one; tests bring their own."""
+
+    device: torch.device
+    kernels: Kernels
+    fp16: Callable[..., object]  # (a [M, K], W [K, N], out=[M, N])
+    time: Callable[[Calls], float]  # µs of one of the calls
+    describe: Callable[[], Machine]
+    free_bytes: Callable[[], int]
+    synchronize: Callable[[], None]  # raises when the device has failed
+    release: Callable[[], None]  # hands memory that no tensor holds back to the driver
+    l2_bytes: int
+    copy_bytes: int = 1 << 30  # of the copy that tells the bandwidth
+    product_size: int = 8192  # of the square product that tells the peak
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Copies of one layer's random weights: as Marlin stores them, and as fp16."""
+
+    packed: list[tuple[torch.Tensor, torch.Tensor]]  # B int32 [K/16, 2N], s fp16 [G, N]
+    plain: list[torch.Tensor]  # fp16 [K, N]
+
+
+#: (shape, weights, device) → for activations [M, K], the calls to time.
+Prepare = Callable[[Shape, Weights, "torch.device"], Callable[["torch.Tensor"], Calls]]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another quantized kernel. `own_weights`: it keeps copies in a layout of its own."""
+
+    name: str
+    version: str
+    prepare: Prepare
+    own_weights: bool = False
+
+
+def copies(nbytes: int, l2_bytes: int) -> int:
+    """How many copies of weights of `nbytes` to rotate through."""
+    return max(2, min(MAX_COPIES, -(-ROTATE * l2_bytes // nbytes)))
+
+
+def random_weights(shape: Shape, rig: Rig) -> Weights:
+    import torch
+
+    packed, plain = copies(shape.packed_bytes, rig.l2_bytes), copies(shape.fp16_bytes, rig.l2_bytes)
+    words = (packed, *b_shape(shape.K, shape.N))
+    B = torch.randint(-(2**31), 2**31 - 1, words, dtype=torch.int32, device=rig.device)
+    s = torch.empty((packed, shape.G, shape.N), dtype=torch.float16, device=rig.device).uniform_(0.001, 0.02)
+    W = torch.empty((plain, shape.K, shape.N), dtype=torch.float16, device=rig.device).normal_(0, 0.05)
+    return Weights(list(zip(B.unbind(), s.unbind(), strict=True)), list(W.unbind()))
+
+
+def bytes_needed(shape: Shape, M: int, rig: Rig, peers: Sequence[Peer] = ()) -> int:
+    """Device memory for measuring a layer at M rows."""
+    weights = copies(shape.packed_bytes, rig.l2_bytes) * shape.packed_bytes
+    own = sum(weights for peer in peers if peer.own_weights)
+    plain = (copies(shape.fp16_bytes, rig.l2_bytes) + 1) * shape.fp16_bytes  # and one that is dequantized into
+    rows = 2 * M * (shape.K + 2 * shape.N)  # activations, an output, another output
+    return weights + own + plain + rows + SLACK_BYTES
+
+
+def measure_limits(rig: Rig) -> tuple[Limits, Machine]:
+    """The two rates that bound every product, and the machine as it is while it works."""
+    import torch
+
+    words = min(rig.copy_bytes, rig.free_bytes() // 8) // 4
+    source = torch.randint(-(2**31), 2**31 - 1, (words,), dtype=torch.int32, device=rig.device)
+    target = torch.empty_like(source)
+    # The driver's copy, and a kernel that reads and writes as much: the better one counts.
+    us = min(rig.time([copy]) for copy in (partial(target.copy_, source), partial(torch.neg, source, out=target)))
+    bandwidth = 2 * source.nbytes / us * 1e6
+    del source, target
+    n = rig.product_size
+    a, b = (torch.randn((n, n), dtype=torch.float16, device=rig.device) for _ in range(2))
+    product = partial(rig.fp16, a, b, out=torch.empty_like(a))
+    us = rig.time([product])
+    for _ in range(min(1000, int(BUSY_US / us) + 1)):  # queued, not waited for; the driver's queue holds 1024
+        product()
+    machine = rig.describe()
+    rig.synchronize()
+    return Limits(bandwidth, 2 * n**3 / us * 1e6), machine
+
+
+def bench(
+    title: str,
+    shapes: Sequence[Shape],
+    rig: Rig,
+    *,
+    batch: Sequence[int] = BATCH,
+    peers: Sequence[Peer] = (),
+    notes: Notes | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure `shapes` at every M of `batch`. `progress` counts timings, not bytes.
+
+    What does not fit the GPU's memory is left out with a note; DeviceError if that is everything.
+    """
+    progress = progress or Progress()
+    progress.stage("measuring", len(shapes) * len(batch), len(shapes))
+    limits, machine = measure_limits(rig)
+    rig.release()
+    report = Report(title, machine, limits, {peer.name: peer.version for peer in peers}, notes=dict(notes or {}))
+    for shape in shapes:
+        fitting = _fitting(shape, batch, rig, peers, report)
+        progress.advance(len(batch) - len(fitting), str(shape))
+        cells = _measure_layer(shape, fitting, rig, peers, report, progress) if fitting else []
+        if cells:
+            report.layers.append(LayerResult(shape, cells))
+        progress.advance(0, str(shape), done=True)
+        rig.release()
+    progress.end()
+    if not report.layers:
+        raise DeviceError(f"nothing could be measured on {machine.name}: {'; '.join(report.notes)}.")
+    return report
+
+
+def _note(report: Report, text: str, where: str) -> None:
+    report.notes.setdefault(text, []).append(where)
+
+
+def _fitting(shape: Shape, batch: Sequence[int], rig: Rig, peers: Sequence[Peer], report: Report) -> list[int]:
+    """The batch sizes whose measurement fits the memory that is free; notes about the others."""
+    free = rig.free_bytes()
+    fitting = [M for M in batch if bytes_needed(shape, M, rig, peers) <= free]
+    for M in batch:
+        if M not in fitting:
+            needed = bytes_needed(shape, M, rig, peers) / 1e9
+            _note(report, f"left out: it needs {needed:.1f} GB of memory and {free / 1e9:.1f} GB are free",
+                  f"{shape}, M = {M}")  # fmt: skip
+    if fitting and copies(shape.packed_bytes, rig.l2_bytes) * shape.packed_bytes < 2 * rig.l2_bytes:
+        _note(report, "so small that its weights come from the L2 cache, not from memory", str(shape))
+    return fitting
+
+
+def _measure_layer(
+    shape: Shape, batch: Sequence[int], rig: Rig, peers: Sequence[Peer], report: Report, progress: Progress
+) -> list[Cell]:
+    """All of one layer's cells. Its tensors live in this function only."""
+    import torch
+
+    cells: list[Cell] = []
+    try:
+        weights = random_weights(shape, rig)
+        prepared = {
+            peer.name: _guarded(peer.name, str(shape), rig, report, partial(peer.prepare, shape, weights, rig.device))
+            for peer in peers
+        }
+    except torch.OutOfMemoryError:
+        _note(report, "left out: the GPU's memory ran out", str(shape))
+        progress.advance(len(batch))
+        return cells
+    for M in batch:
+        progress.advance(0, f"{shape}, M = {M}")
+        try:
+            cells.append(_measure(shape, M, weights, prepared, rig, report))
+        except torch.OutOfMemoryError:
+            _note(report, "left out: the GPU's memory ran out", f"{shape}, M = {M}")
+        rig.release()
+        progress.advance(1)
+    return cells
+
+
+def _measure(
+    shape: Shape,
+    M: int,
+    weights: Weights,
+    prepared: dict[str, Callable[[torch.Tensor], Calls] | None],
+    rig: Rig,
+    report: Report,
+) -> Cell:
+    import torch
+
+    limits, flops, row_bytes = report.limits, 2 * M * shape.K * shape.N, 2 * M * (shape.K + shape.N)
+
+    def speed(us: float, weight_bytes: int) -> Speed:
+        nbytes = weight_bytes + row_bytes
+        return Speed(us, nbytes, flops, limits.us(nbytes, flops), limits.bound(nbytes, flops))
+
+    a = torch.randn((M, shape.K), dtype=torch.float16, device=rig.device)
+    out = torch.empty((M, shape.N), dtype=torch.float16, device=rig.device)
+    fp16 = rig.time([partial(rig.fp16, a, W, out=out) for W in weights.plain])
+    marlin = rig.time([partial(rig.kernels.matmul, a, B, s) for B, s in weights.packed])
+    dequantizes = rig.kernels.dequantizing_pays(M, shape.N, shape.K, rig.device.index or 0)
+    peers: dict[str, Speed | None] = {}
+    for name, calls in prepared.items():
+        peers[name] = None
+        if calls is not None:
+            us = _guarded(name, f"{shape}, M = {M}", rig, report, partial(_time_peer, rig, calls, a))
+            peers[name] = None if us is None else speed(us, shape.packed_bytes)
+    return Cell(
+        M,
+        speed(fp16, shape.fp16_bytes),
+        speed(marlin, shape.packed_bytes),
+        "dequantize" if dequantizes else "kernel",
+        peers,
+    )
+
+
+def _time_peer(rig: Rig, calls: Callable[[torch.Tensor], Calls], a: torch.Tensor) -> float:
+    return rig.time(calls(a))
+
+
+# ---- Peers ----
+
+
+R = TypeVar("R")
+
+
+def _guarded(name: str, where: str, rig: Rig, report: Report, work: Callable[[], R]) -> R | None:
+    """Run a peer's code: what it prints goes to standard error, what it raises becomes a note (and None).
+
+    Raises DeviceError if the GPU does not work any more after it.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return work()
+    except Exception as error:  # noqa: BLE001 - others' code may raise anything; none of it ends our measurement
+        text = _first_line(error)
+    _note(report, f"{name} failed: {text}", where)
+    try:
+        rig.synchronize()
+    except RuntimeError:
+        raise DeviceError(f"{name} left the GPU unusable ({where}: {text}); measure again without --compare.") from None
+    rig.release()
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def find_peers() -> tuple[list[Peer], Notes]:
+    """The peers that are installed here, and why the others do not take part."""
+    peers: list[Peer] = []
+    notes: Notes = {}
+    for name, module, package, find in (
+        ("vLLM Marlin", "vllm", "vllm", _vllm_marlin),
+        ("humming", "humming", "humming-kernels", _humming),
+    ):
+        if util.find_spec(module) is None:
+            notes[f"{package} is not installed"] = ["--compare"]
+            continue
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                prepare = find()
+        except Exception as error:  # noqa: BLE001 - importing others' code may raise anything; the note says what
+            notes[f"{package} is installed and cannot be used: {_first_line(error)}"] = ["--compare"]
+            continue
+        peers.append(Peer(name, _version(package), prepare, own_weights=find is _humming))
+    return peers, notes
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _vllm_marlin() -> Prepare:
+    """vLLM's Marlin, whose weights are stored as ours."""
+    import torch
+
+    import_module("vllm._custom_ops")  # registers the operators
+    utils: Any = import_module("vllm.model_executor.layers.quantization.utils.marlin_utils")
+    uint4b8 = import_module("vllm.scalar_type").scalar_types.uint4b8
+    apply = utils.apply_gptq_marlin_linear
+
+    def prepare(shape: Shape, weights: Weights, device: torch.device) -> Callable[[torch.Tensor], Calls]:
+        none = torch.empty(0, dtype=torch.int32, device=device)  # no zero points, no act-order
+        workspace = utils.marlin_make_workspace_new(device)
+        rest = (none, none, none, workspace, uint4b8, shape.N, shape.K, True)
+        return lambda a: [partial(apply, a, B, s, *rest) for B, s in weights.packed]
+
+    return prepare
+
+
+def _humming() -> Prepare:
+    """humming-kernels, with weights of its own in its own layout."""
+    import torch
+
+    layer_type = import_module("humming.layer").HummingLayer
+
+    def prepare(shape: Shape, weights: Weights, device: torch.device) -> Callable[[torch.Tensor], Calls]:
+        config = {"dtype": "uint4", "group_size": shape.K // shape.G if shape.G > 1 else 0}  # 0: one group
+
+        def layer() -> Any:
+            new = layer_type(shape_n=shape.N, shape_k=shape.K, weight_config=config, torch_dtype=torch.float16)
+            new = new.to(device)
+            W = torch.empty((shape.N, shape.K), dtype=torch.float16, device=device).normal_(0, 0.05)
+            new.load_from_unquantized(W)
+            new.transform()
+            return new
+
+        layers = [layer() for _ in weights.packed]
+        return lambda a: [partial(each, a) for each in layers]
+
+    return prepare
+
+
+# ---- The GPU ----
+
+
+def pick_gpu(request: str) -> Device:
+    """As `pick_device`, but a GPU. Raises DeviceError when there is none that suits."""
+    if request == "cpu":
+        raise DeviceError("bench measures a GPU: give --device cuda or cuda:N.")
+    try:
+        cuda_devices()
+    except DeviceError as error:  # pick_device would advise to convert on the CPU
+        raise DeviceError(f"bench measures a GPU: {error.message}.") from None
+    return pick_device(request)
+
+
+class GraphTimer:
+    """Times calls by replaying a CUDA graph of them. All work goes to one stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, calls: Calls) -> float:
+        """The median time of one call, in µs."""
+        import torch
+
+        torch.cuda.synchronize(self.stream.device)  # the tensors come from another stream
+        with torch.cuda.stream(self.stream):
+            for call in calls[:2]:  # loads kernels, tunes: none of that may happen while a graph is captured
+                call()
+            once = self._elapsed_us(lambda: _run_all(calls))
+        repeats = max(1, min(REPEATS, round(GRAPH_US / max(once, 1.0))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            for _ in range(repeats):
+                _run_all(calls)
+        with torch.cuda.stream(self.stream):
+            graph.replay()
+            times = [self._elapsed_us(graph.replay) for _ in range(REPLAYS)]
+        graph.reset()
+        return median(times) / (repeats * len(calls))
+
+    def _elapsed_us(self, work: Callable[[], object]) -> float:
+        import torch
+
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record(self.stream)
+        work()
+        end.record(self.stream)
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e3  # from ms
+
+
+def _run_all(calls: Calls) -> None:
+    for call in calls:
+        call()  # its result is dropped at once, so that the next one may take its memory
+
+
+def cuda_rig(device: Device) -> Rig:
+    """The rig of a GPU. Raises DeviceError when the kernels cannot run there."""
+    import torch
+
+    from ..native import cuda
+
+    where = cuda.torch_device(device)
+    info = cuda.device_info(device.index)
+
+    def release() -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def describe() -> Machine:
+        said = nvidia_smi(_uuid(where)) or {}
+        driver = said.pop("driver_version", None)
+        return Machine(
+            device=str(device),
+            name=info.name.decode(errors="replace"),
+            capability=f"{info.capability_major}.{info.capability_minor}",
+            multiprocessors=info.multiprocessors,
+            l2_bytes=info.l2_bytes,
+            memory_bytes=info.memory_bytes,
+            driver=driver or f"of CUDA {_cuda_version(info.driver_version)}",
+            versions={
+                "marlin-convert": __version__,
+                "torch": torch.__version__,
+                "CUDA of torch": str(torch.version.cuda),
+                "CUDA of the kernels": _cuda_version(info.runtime_version),
+                "python": platform.python_version(),
+            },
+            clocks={key: _number(value) for key, value in said.items()} or None,
+        )
+
+    return Rig(
+        device=where,
+        kernels=cuda,
+        fp16=torch.matmul,
+        time=GraphTimer(where),
+        describe=describe,
+        free_bytes=lambda: torch.cuda.mem_get_info(where)[0],
+        synchronize=partial(torch.cuda.synchronize, where),
+        release=release,
+        l2_bytes=info.l2_bytes,
+    )
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _uuid(device: torch.device) -> str | None:
+    """The GPU as nvidia-smi names it: torch's numbers follow CUDA_VISIBLE_DEVICES, those of nvidia-smi do not."""
+    import torch
+
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return f"GPU-{uuid}" if uuid else None
+
+
+#: What nvidia-smi is asked for → its name here.
+_SMI_FIELDS = {
+    "driver_version": "driver_version",
+    "clocks.sm": "sm_mhz",
+    "clocks.max.sm": "max_sm_mhz",
+    "clocks.mem": "memory_mhz",
+    "clocks.max.mem": "max_memory_mhz",
+    "power.draw": "power_w",
+    "power.limit": "power_limit_w",
+    "temperature.gpu": "temperature_c",
+}
+
+
+def nvidia_smi(uuid: str | None) -> dict[str, str] | None:
+    """What nvidia-smi says of a GPU now; None where it is missing, fails, or the GPU cannot be named to it."""
+    if uuid is None:
+        return None
+    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in process.stdout.strip().split(",")]
+    if len(values) != len(_SMI_FIELDS):
+        return None
+    return dict(zip(_SMI_FIELDS.values(), values, strict=True))
+
+
+def _number(text: str) -> float | None:
+    """A number of nvidia-smi's; None for its "[N/A]"."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def run(
+    source: str | None = None,
+    preset: str | None = None,
+    *,
+    batch: Sequence[int] = BATCH,
+    compare: bool = False,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure a checkpoint's layers, or those of a preset, on the GPU that `options.device` names.
+
+    Raises DeviceError without a GPU, a driver or the library that it needs.
+    """
+    import torch
+
+    options = options or Options()
+    rig = cuda_rig(pick_gpu(options.device))
+    if source is None:
+        title = preset or DEFAULT_PRESET
+        shapes, notes = list(PRESETS[title]), Notes()
+    else:
+        title, shapes, notes = source_shapes(source, options)
+    peers: list[Peer] = []
+    with torch.cuda.device(rig.device), torch.no_grad():
+        if compare:
+            peers, absent = find_peers()
+            notes |= absent
+        return bench(title, shapes, rig, batch=batch, peers=peers, notes=notes, progress=progress)

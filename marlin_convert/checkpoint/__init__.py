@@ -1,0 +1,1 @@
+"""Safetensors checkpoints on disk: read by header and byte range, written whole or not at all."""

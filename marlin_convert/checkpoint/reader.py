@@ -1,0 +1,394 @@
+"""Reading a checkpoint folder: file names, safetensors headers, and byte ranges of tensors.
+
+Nothing here loads a whole tensor by itself: a caller asks for a byte range and gives the buffer. All that a
+header claims is checked against the file before anybody relies on it (the rules are those of the safetensors
+format: an 8-byte little-endian header length, a JSON header, then the data without holes or overlaps).
+Pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import SourceError, UnsupportedError
+
+#: Bits of one element, by the dtype names that the safetensors format uses.
+DTYPE_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+#: The safetensors format caps its header at this many bytes; a larger one is damage or an attack.
+MAX_HEADER_BYTES = 100_000_000
+
+#: Weights in formats that are not read: pickles are never unpickled, the others hold no GPTQ tensors.
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+OTHER_WEIGHT_SUFFIXES = (".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".mlmodel", ".npz")
+INDEX_SUFFIX = ".safetensors.index.json"
+WEIGHT_SUFFIXES = (".safetensors", INDEX_SUFFIX, ".bin.index.json", *PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES)
+
+#: The first bytes of what Git leaves in place of a large file that was not fetched.
+_LFS_POINTER = b"version "
+
+#: Anything that `os.preadv` can fill: a writable, C-contiguous numpy array.
+Buffer: TypeAlias = "npt.NDArray[Any]"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies: `nbytes` bytes from byte `offset` of file `file` (a name relative to the folder)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor of `dtype` and `shape` takes in a safetensors file."""
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
+
+
+class Checkpoint:
+    """An opened source folder. Closing it (or leaving its `with` block) closes the files.
+
+    `tensors` maps every tensor's name to where it lies, in the order in which the files hold their data.
+    `extra_files` are the small files beside the weights (names relative to the folder), without the configs
+    named in `CONFIG_FILES`, which are parsed into `configs`.
+    """
+
+    #: The model's config, then those of the quantization alone: AutoGPTQ's and GPTQModel's, AutoAWQ's, AutoRound's.
+    CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        names = sorted(_walk(folder))
+        self.configs = self.read_configs(folder, names)
+        self.extra_files = tuple(n for n in names if n not in self.CONFIG_FILES and not n.endswith(WEIGHT_SUFFIXES))
+        self.notes: list[str] = []
+        self.weight_files, index = weight_files(folder, names, self.configs)
+        self._fds: dict[str, int] = {}
+        try:
+            self.tensors = self._read_headers(index)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def read_configs(cls, folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
+        """The configs among `names`, by their names."""
+        return {name: _read_json(folder / name) for name in cls.CONFIG_FILES if name in names}
+
+    def _read_headers(self, index: dict[str, str] | None) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for file in self.weight_files:
+            try:
+                self._fds[file] = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise SourceError(f"{self.folder / file}: cannot be opened: {error.strerror}.") from None
+            for tensor in read_header(self._fds[file], self.folder / file, file):
+                home = index.get(tensor.name, file) if index else file
+                if home != file:  # another shard owns this name; the index says which one counts
+                    continue
+                if tensor.name in found:
+                    raise SourceError(
+                        f"{self.folder}: tensor {tensor.name} is in both {found[tensor.name].file} and {file}; "
+                        "remove the file that does not belong to this checkpoint, or add an index."
+                    )
+                if index and tensor.name not in index:
+                    self.notes.append(f"{tensor.name} is in {file} but not in the index; it is kept")
+                found[tensor.name] = tensor
+        missing = sorted(set(index or ()) - set(found))
+        if index and missing:
+            raise SourceError(
+                f"{self.folder}: the index names {missing[0]!r} in {index[missing[0]]}, which does not hold it"
+                f"{f' ({len(missing)} such tensors)' if len(missing) > 1 else ''}; "
+                "the download is incomplete or damaged."
+            )
+        return found
+
+    def read_into(self, tensor: Tensor, buffer: Buffer, start: int = 0) -> None:
+        """Fill `buffer` with the bytes of `tensor` from byte `start` on. Thread-safe.
+
+        Raises SourceError when the file ends early or the disk fails.
+        """
+        view = buffer.reshape(-1).view(np.uint8).data
+        if start < 0 or start + len(view) > tensor.nbytes:
+            raise ValueError(f"{tensor.name}: bytes {start} to {start + len(view)} of {tensor.nbytes} were asked for")
+        self._read_at(tensor, tensor.offset + start, view)
+
+    def read_columns(self, tensor: Tensor, buffer: Buffer, first: int) -> None:
+        """Fill `buffer` [rows, columns] with the columns of a matrix from `first` on. Thread-safe; as `read_into`."""
+        (rows, width), (_, columns) = tensor.shape, buffer.shape
+        if buffer.shape[0] != rows or first < 0 or first + columns > width:
+            raise ValueError(f"{tensor.name}: columns {first} to {first + columns} of {tensor.shape} were asked for")
+        if columns == width:
+            self.read_into(tensor, buffer)
+            return
+        view, length = buffer.reshape(-1).view(np.uint8).data, columns * buffer.itemsize
+        for row in range(rows):
+            position = tensor.offset + (row * width + first) * buffer.itemsize
+            self._read_at(tensor, position, view[row * length : (row + 1) * length])
+
+    def _read_at(self, tensor: Tensor, position: int, view: memoryview) -> None:
+        fd = self._fds[tensor.file]
+        while view:
+            try:
+                count = os.preadv(fd, [view], position)
+            except OSError as error:
+                raise SourceError(f"{self.folder / tensor.file}: reading failed: {error.strerror}.") from None
+            if count == 0:
+                raise SourceError(f"{self.folder / tensor.file}: the file became shorter while it was read.")
+            view, position = view[count:], position + count
+
+    def read(self, tensor: Tensor) -> npt.NDArray[Any]:
+        """The whole tensor as a numpy array of its own shape. BF16 comes as uint16 (numpy has no bfloat16).
+
+        For small tensors (scales, zero points, g_idx); weights are read in blocks with `read_into`.
+        """
+        numpy_dtype = {"I32": np.int32, "F16": np.float16, "F32": np.float32, "BF16": np.uint16, "I64": np.int64}
+        if tensor.dtype not in numpy_dtype:
+            raise UnsupportedError(f"{tensor.name}: dtype {tensor.dtype} is not one that a GPTQ tensor may have.")
+        array = np.empty(tensor.shape, numpy_dtype[tensor.dtype])
+        if array.size:
+            self.read_into(tensor, array)
+        return array
+
+    def arrived(self, file: str, path: Path) -> None:
+        """Read weight file `file` from `path` from now on: the whole of it, where only its header was known.
+
+        Raises SourceError when it is another file.
+        """
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if read_header(fd, path, file) != read_header(self._fds[file], self.folder / file, file):
+                raise SourceError(f"{path}: not the file whose header was read before; run it again.")
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fds[file], fd = fd, self._fds[file]
+        os.close(fd)
+
+    def release(self, file: str) -> None:
+        """Close a weight file of which nothing more is read, so that it can leave the disk."""
+        os.close(self._fds.pop(file))
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
+    """All tensors of the safetensors file open at `fd`, in the order of their data, every claim checked.
+
+    Raises SourceError with one line that says what is wrong with `path`.
+    """
+
+    def damaged(what: str) -> SourceError:
+        return SourceError(f"{path}: damaged safetensors file: {what}; fetch or export it again.")
+
+    size = os.fstat(fd).st_size
+    prefix = os.pread(fd, 8, 0)
+    if len(prefix) < 8:
+        raise damaged(f"it has {size} bytes, too few for a header")
+    if prefix == _LFS_POINTER:
+        raise _lfs_pointer(path)
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        raise damaged(f"its header claims {length} bytes and the file has {size}")
+    raw = b""
+    while len(raw) < length:
+        part = os.pread(fd, length - len(raw), 8 + len(raw))
+        if not part:
+            raise damaged("its header cannot be read to the end")
+        raw += part
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)  # from bytes, json takes UTF-16 as well
+        if not isinstance(header, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, RecursionError) as error:
+        raise damaged(f"its header is not valid JSON ({error})") from None
+    header.pop("__metadata__", None)
+
+    data_start, tensors = 8 + length, []
+    for name, entry in header.items():
+        if not name.isprintable():  # no exporter writes such a name, and a message could not show it
+            raise damaged(f"the tensor name {name!r} holds characters that cannot be printed")
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if not isinstance(dtype, str) or not isinstance(shape, list):
+                raise TypeError
+            if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise damaged(f"the header entry of {name} is malformed") from None
+        if dtype not in DTYPE_BITS:
+            raise damaged(f"{name} has the unknown dtype {dtype!r}")
+        if math.prod(shape) * DTYPE_BITS[dtype] % 8:
+            raise damaged(f"{name} ({dtype} {shape}) does not end at a whole byte")
+        shape = tuple(shape)
+        if end - begin != tensor_bytes(dtype, shape):
+            raise damaged(f"{name} ({dtype} {list(shape)}) takes {tensor_bytes(dtype, shape)} bytes, not {end - begin}")
+        tensors.append(Tensor(name, dtype, shape, file, data_start + begin, end - begin))
+    tensors.sort(key=lambda t: (t.offset, t.nbytes))
+    position = data_start
+    for tensor in tensors:
+        if tensor.offset != position:
+            what = "overlaps the tensor before it" if tensor.offset < position else "leaves a hole before it"
+            raise damaged(f"{tensor.name} {what}")
+        position += tensor.nbytes
+    if position != size:
+        what = "it is truncated" if position > size else "it has bytes that no tensor owns"
+        raise damaged(f"{what}: the header describes {position} bytes and the file has {size}")
+    return tensors
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice")
+    return result
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Names of all files below `folder`, relative, with '/'; hidden files and folders (.git, .cache) are left out."""
+    try:
+        for parent, folders, files in os.walk(folder, onerror=_raise):
+            folders[:] = [f for f in folders if not f.startswith(".")]
+            inside = Path(parent).relative_to(folder)
+            yield from ((inside / file).as_posix() for file in files if not file.startswith("."))
+    except OSError as error:
+        raise SourceError(f"{folder}: cannot be read: {error.strerror}.") from None
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _lfs_pointer(path: Path) -> SourceError:
+    return SourceError(
+        f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull` in the source first."
+    )
+
+
+def _read_json(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
+    try:
+        raw = path.read_bytes()
+        if raw.startswith(_LFS_POINTER):
+            raise _lfs_pointer(path)
+        value = json.loads(raw, object_pairs_hook=pairs_hook)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not valid JSON ({error}); fetch or export it again.") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{path}: a JSON object was expected, not {type(value).__name__}.")
+    return value
+
+
+def weight_files(
+    folder: Path, names: list[str], configs: dict[str, dict[str, Any]]
+) -> tuple[list[str], dict[str, str] | None]:
+    """The safetensors files that make up the checkpoint in `folder`, of whose files (`names`) only the index is read;
+    and the index's tensor → file map where there is one. Raises SourceError or UnsupportedError when there are none.
+    """
+    indexes = [n for n in names if n.endswith(INDEX_SUFFIX) and "/" not in n]
+    files = [n for n in names if n.endswith(".safetensors") and "/" not in n]
+    preferred = f"model{INDEX_SUFFIX}"
+    if "model.safetensors" in files and preferred not in indexes:
+        return ["model.safetensors"], None
+    if indexes:
+        if len(indexes) > 1 and preferred not in indexes:
+            raise SourceError(
+                f"{folder}: several indexes ({', '.join(indexes)}); keep the one that belongs to the checkpoint."
+            )
+        return _indexed_files(folder, preferred if preferred in indexes else indexes[0], names)
+    for config in configs.values():
+        for holder in (config, config.get("quantization_config")):
+            base = holder.get("model_file_base_name") if isinstance(holder, dict) else None
+            if isinstance(base, str) and f"{base}.safetensors" in files:
+                return [f"{base}.safetensors"], None
+    if not files:
+        raise _no_safetensors(folder, names)
+    _require_all_parts(folder, files)
+    return files, None
+
+
+def _indexed_files(folder: Path, index: str, names: list[str]) -> tuple[list[str], dict[str, str]]:
+    weight_map = _read_json(folder / index, _unique_keys).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{folder / index}: it has no weight_map; fetch or export it again.")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _stays_inside(file):
+            raise SourceError(
+                f"{folder / index}: {tensor!r} points to {file!r}, outside the folder; this index is refused."
+            )
+        if not file.endswith(".safetensors"):
+            raise SourceError(f"{folder / index}: {tensor!r} points to {file!r}, which is not a safetensors file.")
+    files = sorted(set(weight_map.values()))
+    missing = [f for f in files if f not in names]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SourceError(f"{folder}: {missing[0]}{more}, named by {index}, is missing; complete the download.")
+    return files, weight_map
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return (
+        not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name and bool(path.parts)
+    )
+
+
+def _require_all_parts(folder: Path, files: list[str]) -> None:
+    """Without an index, `x-00002-of-00003.safetensors` tells that 1 and 3 must be there too."""
+    parts: dict[tuple[str, str], set[int]] = {}
+    for file in files:
+        match = re.fullmatch(r"(.*)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors", file)
+        if match:
+            parts.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (base, count), seen in parts.items():
+        first = 0 if 0 in seen else 1
+        missing = next((i for i in range(first, first + int(count)) if i not in seen), None)
+        if missing is not None:
+            file = f"{base}-{missing:0{len(count)}d}-of-{count}.safetensors"
+            raise SourceError(f"{folder}: {file} is missing, and its neighbours are there; complete the download.")
+
+
+def _no_safetensors(folder: Path, names: list[str]) -> Exception:
+    ggufs = [n for n in names if n.endswith((".gguf", ".ggml"))]
+    if ggufs:
+        return UnsupportedError(
+            f"{folder}: a GGUF checkpoint ({ggufs[0]}), which has nothing to repack; a GPTQ checkpoint is needed."
+        )
+    pickles = [n for n in names if n.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        return UnsupportedError(
+            f"{folder}: the weights are in a pickle file ({pickles[0]}), which can run code when it is opened and is "
+            "therefore never read; save the checkpoint as safetensors first."
+        )
+    return SourceError(f"{folder}: no .safetensors file in it; give the folder of a GPTQ checkpoint.")

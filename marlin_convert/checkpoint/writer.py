@@ -1,0 +1,344 @@
+"""Writing the output so that it appears complete or not at all.
+
+    with new_folder(out) as folder:      # inside a hidden sibling of `out`, locked by this process
+        with Shards(...) as shards: ...  # headers first, then every byte range at its planned offset
+    # here: all files fsynced, and `out` is there, by one rename
+
+    .out.marlin-convert-x1y2z3.tmp/      the hidden sibling, as long as the run lasts
+        .lock                            held by the run; free when the run was killed
+        new/                             what becomes `out`; with --force, then what was there before
+
+A run that fails or is interrupted removes its hidden folder; one that is killed leaves it behind, unlocked, and
+the next run to the same place clears it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError
+from .reader import DTYPE_BITS, Buffer
+
+#: The report that every finished output holds; also what tells that a folder may be replaced by --force.
+REPORT_FILE = "marlin_convert.json"
+_LOCK_FILE = ".lock"
+_libc = ctypes.CDLL(None, use_errno=True)
+_NEW = "new"
+_REPLACED = "replaced"  # where an earlier result waits while the new one takes its place
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends well, it is synced to disk and becomes `out`.
+
+    With `force`, an earlier result at `out` is replaced (only a folder that this tool made, or an empty one).
+    Raises OutputError when `out` is taken or its parent is not writable.
+    """
+    check_free(out, force=force)
+    with contextlib.ExitStack() as cleaning:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(out)
+            hidden = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".tmp", dir=out.parent))
+            folder = hidden / _NEW
+            lock = os.open(hidden / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            cleaning.callback(os.close, lock)
+            cleaning.callback(_remove, hidden)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            folder.mkdir()
+        except OSError as error:
+            raise OutputError(f"{out.parent}: cannot be written to: {error.strerror}; choose another place.") from None
+        try:
+            yield folder
+            sync_tree(folder)
+            check_free(out, force=force)  # it may have appeared while the work went on
+            _swap_in(folder, out)
+        except BrokenPipeError:  # of the screen that shows the progress, not of the disk
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or out}: writing failed: {error.strerror or error}; nothing was left behind."
+            ) from None
+
+
+def check_free(out: Path, *, force: bool) -> None:
+    """Raise OutputError unless `out` does not exist, is an empty folder, or may be replaced."""
+    if out.name in ("", ".."):
+        raise OutputError(f"{out}: give the new folder a name of its own.")
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink():
+        raise OutputError(f"{out}: it is a symbolic link; choose another name.")
+    if not out.is_dir():
+        raise OutputError(f"{out}: it exists and is not a folder; choose another name.")
+    if os.path.ismount(out):
+        raise OutputError(f"{out}: nothing can be renamed to a mount point; choose a folder inside it.")
+    try:
+        empty = not any(out.iterdir())
+    except OSError as error:
+        raise OutputError(f"{out}: it exists and cannot be read: {error.strerror}; choose another name.") from None
+    if empty:
+        return
+    if not force:
+        raise OutputError(f"{out}: it exists already; choose another name, or replace it with --force.")
+    if not (out / REPORT_FILE).is_file():
+        raise OutputError(
+            f"{out}: --force replaces only what marlin-convert made, and this folder has no {REPORT_FILE}; "
+            "remove it yourself, or choose another name."
+        )
+
+
+def clear_leftovers(out: Path) -> list[Path]:
+    """Remove the hidden folders that killed runs to `out` left behind; those of runs still alive are locked."""
+    removed = []
+    prefix = _prefix(out)
+    for hidden in [f for f in out.parent.iterdir() if f.name.startswith(prefix) and f.suffix == ".tmp"]:
+        try:
+            lock = os.open(hidden / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:  # about to get its lock, or killed just before
+            if _age_seconds(hidden) > 60:
+                _remove(hidden)
+                removed.append(hidden)
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            if (hidden / _REPLACED).is_dir() and not os.path.lexists(out):
+                (hidden / _REPLACED).rename(out)  # killed between the two renames of `_exchange`
+            _remove(hidden)
+            removed.append(hidden)
+        finally:
+            os.close(lock)
+    return removed
+
+
+def _remove(hidden: Path) -> None:
+    """Remove a hidden folder, its lock last: if this is killed too, the next run still knows what it finds."""
+    for folder in (hidden / _NEW, hidden / _REPLACED, hidden):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int, what: str = "the result takes", advice: str = "") -> None:
+    """Raise OutputError unless the file system that holds `folder` (or will) has `needed` bytes to spare."""
+    folder = existing(folder)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"{folder}: {what} {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            f"make room or choose another disk{advice}."
+        )
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and itself."""
+    for parent, _, files in os.walk(folder):
+        for path in (*(Path(parent, f) for f in files), Path(parent)):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as the Hub's tools do: two spaces, UTF-8, one newline at the end."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.marlin-convert-"
+
+
+def _age_seconds(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _swap_in(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; a folder at `out` is exchanged in one step, and the caller then removes it."""
+    if out.is_dir() and any(out.iterdir()):
+        _exchange(folder, out)
+    else:
+        folder.rename(out)
+    fd = os.open(out.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _exchange(folder: Path, out: Path) -> None:
+    """Swap two folders, so that `out` is there at every moment (renameat2 with RENAME_EXCHANGE, Linux ≥ 3.15)."""
+    at_fdcwd, rename_exchange = -100, 2
+    renameat2 = getattr(_libc, "renameat2", None)
+    if renameat2 and renameat2(at_fdcwd, os.fsencode(folder), at_fdcwd, os.fsencode(out), rename_exchange) == 0:
+        return
+    # A file system without it (some network and FUSE mounts): two renames, the old result kept until the new is there.
+    replaced = folder.with_name(_REPLACED)
+    out.rename(replaced)
+    try:
+        folder.rename(out)
+    except BaseException:
+        replaced.rename(out)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The weights
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """One tensor of the output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+
+
+class Shards:
+    """The output's safetensors files, created at their full size with their headers, open for positioned writes; and
+    their index, if there is more than one.
+
+    Shards are cut by huggingface_hub's own rule, in the order of `tensors`; within a file, data is ordered by
+    element size so that every tensor is aligned, as the safetensors library does it.
+    """
+
+    def __init__(self, folder: Path, tensors: Sequence[OutTensor], max_shard_size: int | str) -> None:
+        from huggingface_hub.serialization._base import split_state_dict_into_shards_factory  # late: it is slow
+
+        self.folder = folder
+        by_name = {t.name: t for t in tensors}
+        self._split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        self._fds: dict[str, int] = {}
+        self._places: dict[str, _Place] = {}
+        self._missing: dict[str, int] = {}  # bytes, of tensors that come column by column
+        # The kernel lets one writer at a time into a file, and makes the others spin: they wait here instead.
+        self._turn = threading.Lock()
+        self.written = 0  # bytes of tensors
+        try:
+            for file, names in self._split.filename_to_tensors.items():
+                self._create(file, [by_name[name] for name in names])
+            if self._split.is_sharded:
+                index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+                write_json(folder / "model.safetensors.index.json", index)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def files(self) -> list[str]:
+        return list(self._split.filename_to_tensors)
+
+    def _create(self, file: str, tensors: list[OutTensor]) -> None:
+        ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t.dtype])  # stable: otherwise in the given order
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        begin = 0
+        for t in ordered:
+            header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [begin, begin + t.nbytes]}
+            begin += t.nbytes
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)  # the data starts at a multiple of 8
+        fd = self._fds[file] = os.open(self.folder / file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        _pwrite_all(fd, memoryview(struct.pack("<Q", len(raw)) + raw), 0)
+        data_start = 8 + len(raw)
+        os.truncate(fd, data_start + begin)
+        for t in ordered:
+            self._places[t.name] = _Place(file, data_start + header[t.name]["data_offsets"][0], t.shape)
+            self._missing[t.name] = t.nbytes
+
+    def write(self, name: str, data: Buffer, start: int = 0) -> None:
+        """Put the bytes of `data` at byte `start` of tensor `name`. Thread-safe: places do not overlap."""
+        place = self._places[name]
+        fd, position = self._fds[place.file], place.offset + start
+        with self._turn:
+            _pwrite_all(fd, data.reshape(-1).view("uint8").data, position)
+            self.written += data.nbytes
+        _start_writeback(fd, position, data.nbytes)
+
+    def write_columns(self, name: str, data: Buffer, first: int) -> None:
+        """Put `data` [rows, columns] at the columns of matrix `name` from `first` on. Thread-safe, as `write`."""
+        place = self._places[name]
+        (rows, width), (_, columns) = place.shape, data.shape
+        if columns == width:
+            self.write(name, data)
+            return
+        fd, view, length = self._fds[place.file], data.reshape(-1).view("uint8").data, columns * data.itemsize
+        with self._turn:
+            for row in range(rows):
+                position = place.offset + (row * width + first) * data.itemsize
+                _pwrite_all(fd, view[row * length : (row + 1) * length], position)
+            self._missing[name] -= data.nbytes
+            self.written += data.nbytes
+            complete = not self._missing[name]
+        if complete:  # not before: the disk's blocks would be given out in pieces of a row's part
+            _start_writeback(fd, place.offset, rows * width * data.itemsize)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _start_writeback(fd: int, position: int, length: int) -> None:
+    """Let the disk begin with these bytes now, so that the fsync at the end finds little left to do.
+
+    A hint: where the C library or the file system has no sync_file_range, the fsync does all the work.
+    """
+    write = 2  # SYNC_FILE_RANGE_WRITE: start, do not wait
+    sync_file_range = getattr(_libc, "sync_file_range", None)
+    if sync_file_range is not None:
+        sync_file_range(fd, ctypes.c_int64(position), ctypes.c_int64(length), write)
+
+
+def _pwrite_all(fd: int, view: memoryview, position: int) -> None:
+    while view:
+        count = os.pwrite(fd, view, position)
+        view, position = view[count:], position + count

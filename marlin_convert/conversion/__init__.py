@@ -1,0 +1,1 @@
+"""From a GPTQ checkpoint to a Marlin one and back, planned, checked and reported."""

@@ -1,0 +1,250 @@
+"""The model card of a result: the README.md that the Hub shows, and its metadata, which the Hub's filters use.
+
+Nothing in it depends on the time or on the folders of the machine: the same source gives the same card.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+from ..checkpoint.reader import Checkpoint
+from ..formats.config import QUANT_METHODS
+from ..hub.download import Source
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+    from .verify import Verification
+
+CARD_FILE = "README.md"
+TAGS = ("marlin", "gptq")
+
+#: What the source's card says about itself only: results and successors are not this repository's.
+_NOT_CARRIED_OVER = {"model-index", "model_name", "eval_results", "new_version", "ignore_metadata_errors", "self"}
+#: What stands for the repository's id in a card that is written before the id is known.
+_SOME_REPOSITORY = "REPO"
+_VERIFICATION = re.compile(r"(?<=## Verification\n\n).*?(?=\n\n## )", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a card tells about a conversion, beside its plan. `options` are those that shaped the result."""
+
+    source: Source
+    quant_method: str
+    weight_files: int
+    scale_rounding: float
+    options: tuple[str, ...] = ()
+    repo_id: str | None = None  # where the result will be published
+    verification: Verification | None = None
+
+
+def model_card(checkpoint: Checkpoint, plan: Plan, made: Made) -> str:
+    """The whole README.md, of a result of `plan`."""
+    from huggingface_hub import ModelCard
+
+    metadata, text = _source_card(checkpoint.folder / CARD_FILE)
+    widths = [f"{bits}-bit" for bits in sorted({layer.bits for layer in plan.layers})]
+    data = _metadata(metadata, checkpoint.configs.get("config.json", {}), made.source, widths)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(plan, made)}")
+    content = str(card)
+    if text.strip():
+        content += f"\n# Card of the source\n\nAs it came with {_source_link(made.source)}:\n\n{text.strip()}\n"
+    return content
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Put a card into `folder`, in UTF-8: what that cannot hold (half of a surrogate pair) becomes a `?`."""
+    (folder / CARD_FILE).write_bytes(text.encode("utf-8", "replace"))
+
+
+def tell_verification(folder: Path, verification: Verification) -> None:
+    """Say in the card of an earlier result, if it is one of ours, what verifying it now has shown."""
+    path = folder / CARD_FILE
+    if path.is_file():
+        before = path.read_bytes().decode("utf-8", "replace")
+        after = _VERIFICATION.sub(lambda _: _verdict(verification), before, count=1)
+        if after != before:
+            write_card(folder, after)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Metadata
+
+
+def _source_card(path: Path) -> tuple[dict[str, Any], str]:
+    """Metadata and text of the source's card. Metadata that is no YAML mapping counts as none."""
+    import yaml  # as huggingface_hub reads it
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    if not path.is_file():
+        return {}, ""
+    content = path.read_bytes().decode("utf-8-sig", "replace").replace("\r\n", "\n")
+    block = REGEX_YAML_BLOCK.search(content)
+    if block is None:
+        return {}, content
+    try:
+        metadata = yaml.safe_load(block.group(2))
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
+        metadata = None
+    return metadata if isinstance(metadata, dict) else {}, content[block.end() :]
+
+
+def _metadata(source: dict[str, Any], config: dict[str, Any], origin: Source, own_tags: list[str]) -> ModelCardData:
+    """The source's metadata, with what has changed."""
+    from huggingface_hub import ModelCardData
+
+    kept = {
+        key: value
+        for key, value in source.items()
+        if isinstance(key, str) and key not in _NOT_CARRIED_OVER and not hasattr(ModelCardData, key)
+    }
+    if "language" in kept:
+        kept["language"] = _languages(kept["language"])
+    base_model = origin.label if origin.on_hub else kept.get("base_model")
+    kept.pop("base_model_relation", None)
+    relation = {"base_model_relation": "quantized"} if base_model else {}
+    if isinstance(config.get("model_type"), str):
+        kept.setdefault("library_name", "transformers")
+        if "ForCausalLM" in str(config.get("architectures")):
+            kept.setdefault("pipeline_tag", "text-generation")
+    said = kept.pop("tags", None)
+    tags = [said] if isinstance(said, str) else [tag for tag in said if tag] if isinstance(said, list) else []
+    all_tags = list(dict.fromkeys([*map(str, tags), *TAGS, *own_tags]))
+    return ModelCardData(**{**kept, "base_model": base_model, **relation, "tags": all_tags})
+
+
+def _languages(value: Any) -> Any:
+    """YAML takes Norwegian, `no`, for False."""
+    if isinstance(value, list):
+        return [_languages(language) for language in value]
+    return "no" if value is False else value
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def _body(plan: Plan, made: Made) -> str:
+    sections = [
+        f"# {_plain(made.source.label.split('/')[-1])} in Marlin format",
+        (
+            f"{_source_link(made.source)}, a {_widths(plan)}-bit GPTQ checkpoint, repacked into the tile order of the "
+            "[Marlin](https://github.com/IST-DASLab/marlin) kernel. Nothing was quantized again: the codes and the "
+            "scales are the source's own."
+        ),
+        "## Quantization",
+        _table(_quantization(plan, made)),
+        "## Use",
+        _table(_engines(plan, made)),
+        "The kernel needs an NVIDIA GPU of compute capability 8.0 or newer"
+        + (", in bf16 or fp16." if plan.extended else ", and computes in fp16."),
+        "## Verification",
+        _verdict(made.verification),
+        "## How it was made",
+        f"With marlin-convert {__version__}:",
+        f"```\n{_command(made)}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _source_link(source: Source) -> str:
+    if not source.on_hub:
+        return _code(source.label)
+    url = f"https://huggingface.co/{source.label}"
+    return f"[{source.label}]({url}) at commit [`{source.commit}`]({url}/tree/{source.commit})"
+
+
+def _widths(plan: Plan) -> str:
+    return " and ".join(str(bits) for bits in sorted({layer.bits for layer in plan.layers}))
+
+
+def _quantization(plan: Plan, made: Made) -> list[tuple[str, str]]:
+    def said(values: list[bool]) -> str:
+        return "yes" if all(values) else "no" if not any(values) else f"{sum(values)} of {len(values)} layers"
+
+    sizes = [layer.group_size for layer in plan.layers] if plan.extended else [plan.group_size]
+    groups = ", ".join("per channel (-1)" if size == -1 else str(size) for size in sorted(set(sizes)))
+    kinds = {"BF16": "bf16", "F16": "fp16"}
+    scales = " and ".join(sorted({kinds[layer.stored_scales] for layer in plan.layers}))
+    rounding = f", rounded by at most {made.scale_rounding:.2e} of their value" if made.scale_rounding else ""
+    method = QUANT_METHODS[0] if plan.extended else made.quant_method
+    return [
+        ("", ""),
+        ("bits", _widths(plan)),
+        ("group size", groups),
+        ("symmetric", said([layer.sym for layer in plan.layers])),
+        ("act-order", said([layer.act_order for layer in plan.layers])),
+        ("scales", f"{scales}{rounding}"),
+        ("`quant_method`, `checkpoint_format`", f"`{method}`, `{plan.format}`"),
+        ("quantized layers", str(len(plan.layers))),
+        ("other tensors", f"{len(plan.copies)}, as in the source"),
+        ("size", f"{plan.bytes_out / 1e6:,.1f} MB (source: {plan.bytes_in / 1e6:,.1f} MB)"),
+    ]
+
+
+def _engines(plan: Plan, made: Made) -> list[tuple[str, str]]:
+    """Engines that load this very result, and how."""
+    repo = made.repo_id or _SOME_REPOSITORY
+    rows = [("engine", "how"), ("with `pip install marlin-convert`:", "")]
+    refused = ", ".join(plan.vllm_refuses)
+    rows.append(("vLLM 0.26 to 0.33", f"no: it refuses {refused}" if refused else f"`vllm serve {repo}`"))
+    rows.append(("Transformers 5", f'`import marlin_convert; model = marlin_convert.load("{repo}")`'))
+    if not plan.extended:
+        rows += [("without it:", ""), *_old_engines(plan, made, repo)]
+    if made.repo_id is None:
+        rows.append((f"`{_SOME_REPOSITORY}`", "the id of this repository, or a folder that holds it"))
+    return rows
+
+
+def _old_engines(plan: Plan, made: Made, repo: str) -> list[tuple[str, str]]:
+    """Engines that read the original format by themselves."""
+    one_file, rows = made.weight_files == 1, []
+    if made.quant_method == QUANT_METHODS[0]:
+        rows.append(("vLLM 0.3.3 to 0.10.0", f"`vllm serve {repo} --dtype float16`"))
+    if made.quant_method == QUANT_METHODS[0] and one_file:
+        rows.append(("AutoGPTQ 0.7.1", f'`AutoGPTQForCausalLM.from_quantized("{repo}", use_marlin=True)`'))
+    rows.append(("TGI 3.x", f"`text-generation-launcher --model-id {repo} --quantize marlin`"))
+    if made.quant_method == QUANT_METHODS[0] and one_file and plan.group_size != -1:
+        rows.append(("candle-vllm", "reads it as it is"))
+    return rows
+
+
+def _verdict(report: Verification | None) -> str:
+    if report is None:
+        return "Every block was unpacked again and compared with its source before it was written."
+    if not report.ok:
+        return "**Not equal to its source**; see `verify.json`."
+    return (
+        f"Read back from disk and compared with the source: {len(report.layers)} of {len(report.layers)} layers "
+        f"exactly equal, {report.tensors_equal} other tensors byte for byte; outputs on random activations differ by "
+        f"at most {report.worst:.1e} of their size. Layer by layer: `verify.json`."
+    )
+
+
+def _command(made: Made) -> str:
+    source = made.source
+    words = ["marlin-convert", source.label if source.on_hub else f"./{source.label}", "./out"]
+    if source.commit:
+        words += ["--revision", source.commit]
+    return _plain(shlex.join([*words, *made.options])).replace("```", "'''")
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    lines = [f"| {left} | {right} |" for left, right in rows]
+    return "\n".join([lines[0], "| --- | --- |", *lines[1:]])
+
+
+def _plain(text: str) -> str:
+    """On one line: a folder's name may hold any character."""
+    return " ".join(text.split())
+
+
+def _code(text: str) -> str:
+    return f"`{_plain(text).replace('`', chr(39))}`"

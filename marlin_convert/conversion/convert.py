@@ -1,0 +1,563 @@
+"""The main path: from a GPTQ checkpoint to a Marlin one, in the order in which it happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .._version import __version__
+from ..checkpoint.reader import Checkpoint, Tensor
+from ..checkpoint.writer import REPORT_FILE, Shards, check_free, new_folder, write_json
+from ..device import CPU, Device, pick_device
+from ..errors import DeviceError, HubError, MarlinConvertError, OutputError, SourceError, UnsupportedError
+from ..formats.config import MARLIN, MARLIN_EXT, find_configs, marlin_ext_settings, marlin_model_config, marlin_settings
+from ..formats.layout import TILE_K, pack_zeros, permute_scales, unpack_zeros, unpermute_scales
+from ..formats.scales import ScaleFit, to_extended, to_fp16
+from ..hub.client import is_folder
+from ..hub.download import Source, fetch, looked_into
+from ..hub.upload import Target, check_target, create_repository, default_name, push
+from ..native import ops
+from ..progress import BytesOnly, Progress
+from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks, strips
+from .card import CARD_FILE, Made, model_card, tell_verification, write_card
+from .layer_reader import Order, order_difference, source_columns, source_rows, stored_groups, stored_order
+from .plan import V1_WORD, Layer, Plan, make_plan, span
+from .supply import Item, Supply, arrivals, check_room, counted
+from .verify import Verification, Verifier, code_difference, verify
+
+DEFAULT_SHARD_SIZE = "5GB"  # as Transformers cuts its shards
+VERIFY_FILE = "verify.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert; the command line's options of the same names."""
+
+    device: str = "auto"
+    format: str = "auto"  # of the result: one of plan.FORMATS
+    zero_points: str | None = None  # one of plan.READINGS
+    verify: bool = False
+    force: bool = False
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE
+    quant_method: str = "gptq"  # "gptq" or "marlin": the quant_method that the result's config names
+    revision: str | None = None
+    token: str | None = None
+    cache_dir: Path | None = None
+    low_disk: bool = False  # remove from the cache what was downloaded, as soon as it is converted
+    target: Target | None = None  # where to publish the result; an empty repo_id: named after the source
+
+
+@dataclass
+class Report:
+    """What was done. Written to the output without the times, so that the same source gives the same bytes."""
+
+    source: Source
+    out: Path
+    device: Device
+    plan: Plan
+    codec: str
+    remark: str | None = None  # about the device, if there is something to say
+    scale_rounding: float = 0.0
+    source_quantization: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    verification: Verification | None = None
+    pushed: str | None = None  # the address of the commit on the Hub
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes of source tensors over the time of the whole run."""
+        return self.plan.bytes_in / 1e9 / self.seconds if self.seconds else 0.0
+
+    def as_file(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "marlin_convert": __version__,
+            "source": self.source.label,
+            "source_commit": self.source.commit,
+            "format": plan.format,
+            "group_size": None if plan.extended else plan.group_size,
+            "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
+            if plan.extended
+            else [],
+            "layers_converted": len(plan.layers),
+            "tensors_copied": len(plan.copies),
+            "bytes_in": plan.bytes_in,
+            "bytes_out": plan.bytes_out,
+            "largest_scale_rounding": self.scale_rounding,
+            "weight_files": self.files,
+            "notes": [{"note": note, "layers": names} for note, names in plan.notes.items()],
+            "source_quantization": self.source_quantization,
+            "verified": None if self.verification is None else self.verification.ok,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for `--json`."""
+        return {
+            "ok": True,
+            **self.as_file(),
+            "out": str(self.out),
+            "device": str(self.device),
+            "remark": self.remark,
+            "codec": self.codec,
+            "seconds": round(self.seconds, 3),
+            "gigabytes_per_second": round(self.gigabytes_per_second, 3),
+            "verification": self.verification.as_dict() if self.verification else None,
+            "pushed": self.pushed,
+        }
+
+
+class AlreadyMarlin(Exception):
+    """The source is a Marlin checkpoint."""
+
+
+def convert(
+    source: str | Path, out: str | Path, options: Options | None = None, progress: Progress | None = None
+) -> Report:
+    """Convert `source`, a folder or a Hub id, into a Marlin checkpoint at `out`.
+
+    `out` appears complete or not at all. Raises AlreadyMarlin when there is nothing to convert, and one of
+    `errors`' exceptions, each with a message for the user, when it cannot be done.
+    """
+    options, progress, started = options or Options(), progress or Progress(), time.monotonic()
+    out = Path(out)
+    check_free(out, force=options.force)
+    device, remark = usable_device(options)
+    if options.low_disk and is_folder(str(source)):
+        raise SourceError(f"{source} is a folder; --low-disk applies to a Hub id only.")
+    options = replace(options, target=_checked_target(str(source), options))
+    with looked_at(source, options, scales=True) as (origin, checkpoint):
+        keep_apart(origin.folder, out)
+        plan, rounding = planned(checkpoint, options)
+        if plan.already_marlin:
+            raise AlreadyMarlin(f"{source} already is a Marlin checkpoint; there is nothing to convert.")
+        report = Report(origin, out, device, plan, ops.describe(), remark, rounding)
+        report.source_quantization = _source_quantization(checkpoint, plan)
+        check_room(_bytes_needed(checkpoint, plan), checkpoint, origin, out, low_disk=options.low_disk)
+        if options.target:
+            create_repository(options.target, token=options.token)
+        origin.bring_small_files()
+        with new_folder(out, force=options.force) as folder:
+            with (
+                Shards(folder, plan.out_tensors, options.max_shard_size) as shards,
+                arrivals(checkpoint, plan, origin, shards, progress, low_disk=options.low_disk) as weights,
+                _early_verifier(checkpoint, plan, folder, device, options, progress) as verifier,
+            ):
+                report.files = shards.files
+                supply = Supply(checkpoint, plan, weights, release=options.low_disk)
+                write_tensors(checkpoint, plan, shards, progress, packer(device, options), supply, verifier)
+            write_configs(checkpoint, plan, folder, options.quant_method)
+            copy_extra_files(checkpoint, folder)
+            if options.verify:
+                with Checkpoint(folder) as written:
+                    report.verification = (
+                        verifier.report(written) if verifier else verify(checkpoint, plan, written, device, progress)
+                    )
+                report.verification.require_ok()
+                write_json(folder / VERIFY_FILE, report.verification.as_dict())
+            write_card(folder, model_card(checkpoint, plan, _made(report, options)))
+            write_json(folder / REPORT_FILE, report.as_file())
+    report.seconds = time.monotonic() - started
+    if options.target:
+        report.pushed = push_result(out, options.target, options)
+    return report
+
+
+def push_result(out: Path, target: Target, options: Options) -> str:
+    """Publish the finished result `out`; the address of the commit. What stops it leaves `out` as it is."""
+    if not (out / REPORT_FILE).is_file():
+        raise SourceError(f"{out}: not a finished result of marlin-convert (it has no {REPORT_FILE}).")
+    try:
+        return push(out, target, token=options.token, force=options.force)
+    except HubError as error:
+        words = ["marlin-convert", "push", str(out), target.repo_id]
+        for name, value in (("branch", target.branch), ("commit-message", target.commit_message)):
+            words += [f"--{name}", value] if value else []
+        flags = {"private": target.private, "create-pr": target.create_pr, "force": options.force}
+        words += [f"--{name}" for name, given in flags.items() if given]
+        raise HubError(
+            f"{error.message.rstrip('.')}. The result in {out} is kept; go on with `{shlex.join(words)}`."
+        ) from None
+
+
+def _checked_target(source: str, options: Options) -> Target | None:
+    """Where the result will go, with its full name, once it is clear that it may."""
+    target = options.target
+    if target is None:
+        return None
+    if not target.repo_id:
+        name = source if not is_folder(source) else Path(source).expanduser().resolve().name
+        target = replace(target, repo_id=default_name(name))
+    return check_target(target, token=options.token, force=options.force)
+
+
+def plan_only(source: str | Path, options: Options | None = None) -> tuple[Source, Plan]:
+    """What `convert` would do with `source`, without reading any weight."""
+    with looked_at(source, options or Options()) as (origin, checkpoint):
+        return origin, make_plan(checkpoint, (options or Options()).format, (options or Options()).zero_points)
+
+
+def verify_pair(
+    source: str | Path, out: str | Path, options: Options | None = None, progress: Progress | None = None
+) -> Verification:
+    """Check an existing Marlin checkpoint `out` against its GPTQ `source`; writes `verify.json` into `out`."""
+    options, out, progress = options or Options(), Path(out), progress or Progress()
+    device, _ = usable_device(replace(options, verify=True))
+    with opened(source, options, progress) as (_, checkpoint), Checkpoint(out) as result:
+        found = list(find_configs(result.configs).values())
+        extended = bool(found) and found[0].get("checkpoint_format") == MARLIN_EXT
+        plan, _ = planned(checkpoint, replace(options, format="marlin-ext" if extended else MARLIN))
+        if plan.already_marlin:
+            raise UnsupportedError(
+                f"{source} is a Marlin checkpoint; give the GPTQ checkpoint that {out} was made from."
+            )
+        report = verify(checkpoint, plan, result, device, progress)
+    try:
+        write_json(out / VERIFY_FILE, report.as_dict())
+        tell_verification(out, report)
+    except OSError as error:
+        raise OutputError(f"{out / VERIFY_FILE}: cannot be written: {error.strerror}.") from None
+    return report
+
+
+@contextlib.contextmanager
+def opened(source: str | Path, options: Options, progress: Progress) -> Iterator[tuple[Source, Checkpoint]]:
+    """Fetch `source` if it is on the Hub, all of it, and open it."""
+    origin = fetch(
+        str(source), revision=options.revision, token=options.token, cache_dir=options.cache_dir,
+        meanwhile=progress.meanwhile,
+    )  # fmt: skip
+    with Checkpoint(origin.folder) as checkpoint:
+        yield origin, checkpoint
+
+
+@contextlib.contextmanager
+def looked_at(source: str | Path, options: Options, *, scales: bool = False) -> Iterator[tuple[Source, Checkpoint]]:
+    """Open `source` for planning: on the Hub, no weight file is fetched; see `looked_into`."""
+    looking = looked_into(
+        str(source), revision=options.revision, token=options.token, cache_dir=options.cache_dir, scales=scales
+    )
+    with looking as origin, Checkpoint(origin.folder) as checkpoint:
+        yield origin, checkpoint
+
+
+def planned(checkpoint: Checkpoint, options: Options) -> tuple[Plan, float]:
+    """The plan, fit to be carried out, and the largest relative error of a scale that it rounds.
+
+    Every layer's scales are read once: where fp16 cannot hold them, the result takes the extended format, if it may.
+    Raises UnsupportedError that names all layers that cannot be converted.
+    """
+    plan = make_plan(checkpoint, options.format, options.zero_points)
+    if plan.already_marlin:
+        return plan, 0.0
+    plan.require_convertible()
+    fits = _read_scales(checkpoint, plan)
+    problems = _scale_problems(fits)
+    if problems and options.format == "auto" and not plan.extended:
+        plan = make_plan(checkpoint, "marlin-ext", options.zero_points)
+        plan.require_convertible()
+        plan.misfits |= {
+            f"{problem}, which is the original format's type": names for problem, names in problems.items()
+        }
+        fits = _read_scales(checkpoint, plan)
+        problems = _scale_problems(fits)
+    if problems:
+        text = (
+            "these scales fit neither fp16 nor bf16; nothing was converted:"
+            if plan.extended
+            else "the original Marlin format keeps scales in fp16, and these do not fit; nothing was converted:"
+        )
+        lines = [f"  - {problem}: {span(names)}" for problem, names in problems.items()]
+        raise UnsupportedError("\n".join([text, *lines]))
+    plan.layers = [replace(layer, stored_scales=fits[layer.name].dtype) for layer in plan.layers]
+    return plan, max((fit.rounding for fit in fits.values()), default=0.0)
+
+
+def _read_scales(checkpoint: Checkpoint, plan: Plan) -> dict[str, ScaleFit]:
+    """What becomes of each layer's scales, without the scales themselves: those of a 70B model are 1 GB."""
+    fit = to_extended if plan.extended else to_fp16
+
+    def fitted(layer: Layer) -> ScaleFit:
+        found = fit(checkpoint.read(layer.scales), layer.scales.dtype)
+        return replace(found, scales=found.scales[:0].copy())  # not a view, which would keep them all
+
+    return {layer.name: fitted(layer) for layer in plan.layers}
+
+
+def _scale_problems(fits: dict[str, ScaleFit]) -> dict[str, list[str]]:
+    problems: dict[str, list[str]] = {}
+    for name, fit in fits.items():
+        if fit.problem:
+            problems.setdefault(fit.problem, []).append(name)
+    return problems
+
+
+def _source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """What only the source's files tell, for `to-gptq`: its settings, and the types of what was converted."""
+    main = checkpoint.configs.get("config.json", {})
+    dtypes = [layer.scales.dtype for layer in plan.layers]
+    common = max(dict.fromkeys(dtypes), key=dtypes.count)
+    readings = {layer.zeros for layer in plan.layers}
+    return {
+        "configs": find_configs(checkpoint.configs),
+        "dtypes": {key: main.get(key) for key in ("torch_dtype", "dtype")},
+        "scales_dtype": common,
+        "scales_dtypes": {x.name: x.scales.dtype for x in plan.layers if x.scales.dtype != common},
+        "g_idx": sum(layer.g_idx is not None for layer in plan.layers) * 2 >= len(plan.layers),
+        "zero_point_reading": "word" if V1_WORD in readings else "nibble",
+    }
+
+
+def usable_device(options: Options) -> tuple[Device, str | None]:
+    """The device that `options` ask for, its kernels loaded if they will be used, and a remark for the user.
+
+    Raises DeviceError when it was asked for by name and cannot be used. With "auto", a GPU whose kernels are not
+    there gives way to the CPU, and the remark says so.
+    """
+    device = pick_device(options.device)
+    if device.kind == "cpu":
+        return device, None
+    if options.device == "auto" and not options.verify:
+        return device, None  # nothing to compute there: see `packer`
+    from ..native import cuda
+
+    try:
+        cuda.torch_device(device)
+    except DeviceError as error:
+        if options.device != "auto":
+            raise
+        return CPU, f"{device} ({device.name}) is not used: {error.message}"
+    return device, None
+
+
+#: Repacks a block: GPTQ words [K bits/32, N] → the given B [K/16, N bits/2], of so many bits.
+Packer: TypeAlias = "Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32], int], object]"
+
+
+def pack_on_cpu(words: npt.NDArray[np.int32], B: npt.NDArray[np.int32], bits: int) -> None:
+    ops.pack(words, out=B, bits=bits)
+
+
+def packer(device: Device, options: Options) -> Packer:
+    """What repacks: the CPU, which keeps up with any disk, unless a GPU was asked for by name."""
+    if device.kind == "cpu" or options.device == "auto":
+        return pack_on_cpu
+    import torch
+
+    from ..native import cuda
+
+    target = cuda.torch_device(device)
+
+    def pack(words: npt.NDArray[np.int32], B: npt.NDArray[np.int32], bits: int) -> None:
+        torch.from_numpy(B).copy_(cuda.repack(torch.from_numpy(words).to(target), bits=bits))
+
+    return pack
+
+
+def write_tensors(
+    checkpoint: Checkpoint, plan: Plan, shards: Shards, progress: Progress, pack: Packer, supply: Supply,
+    verifier: Verifier | None,
+) -> None:  # fmt: skip
+    """Stream every tensor: read, repack, check, write; blocks of several layers at a time, in bounded memory.
+
+    What is written is verified at once, if a `verifier` is given, and then `supply` is told.
+    """
+    label = "converting and verifying" if verifier else "converting"
+    progress.stage(label, plan.bytes_out * (2 if verifier else 1), len(plan.layers))
+    buffers = Buffers()
+    blocks_left = {
+        layer.name: sum(1 for _ in (column_panels(layer) if layer.act_order else stored_blocks(layer)))
+        for layer in plan.layers
+    }
+    counting = threading.Lock()
+
+    def tasks() -> Iterator[Callable[[], None]]:
+        for item in supply:
+            yield from counted(list(parts(item)), partial(written, item))
+
+    def parts(item: Item) -> Iterator[Callable[[], None]]:
+        if isinstance(item, Tensor):
+            for start, length in byte_blocks(item.nbytes):
+                yield partial(copy_block, item, start, length)
+            return
+        yield partial(write_groups, item)
+        if item.act_order:
+            for n0, columns in column_panels(item):
+                yield partial(write_sorted, item, n0, columns)
+            return
+        for k0, rows in stored_blocks(item):
+            yield partial(write_block, item, k0, rows)
+
+    def written(item: Item) -> None:
+        if verifier:
+            verifier.check(item)
+        supply.finished(item)
+
+    def write_block(layer: Layer, k0: int, rows: int) -> None:
+        """Rows k0 … of a layer as they are stored."""
+        words = source_rows(checkpoint, layer, k0, rows, buffers)
+        B = buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
+        pack(words, B, layer.bits)
+        unpacked = ops.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
+        require_equal(layer, code_difference(unpacked, words, k0, layer.bits))
+        shards.write(layer.B.name, B, k0 // TILE_K * layer.B.shape[1] * 4)
+        count(layer, B.nbytes)
+
+    def write_sorted(layer: Layer, n0: int, columns: int) -> None:
+        """Columns n0 … of a layer with act-order: any row may come from anywhere, so that all of them are needed."""
+        order, bits = stored_order(checkpoint, layer).columns(n0, columns), layer.bits
+        qweight = source_columns(checkpoint, layer, n0, columns, buffers)
+        B = buffers.array("B columns", (layer.stored_K // TILE_K, columns * bits // 2), np.int32)
+        for n, width in strips(layer, columns):
+            words, part, own = (
+                qweight[:, n : n + width],
+                B[:, n * bits // 2 :][:, : width * bits // 2],
+                order.columns(n, width),
+            )
+            sort_and_pack(words, part, own, bits, pack)
+            require_equal(layer, order_difference(part, words, own, bits, n0 + n))
+        shards.write_columns(layer.B.name, B, n0 * bits // 2)
+        count(layer, B.nbytes)
+
+    def require_equal(layer: Layer, problem: str | None) -> None:
+        if problem:
+            raise MarlinConvertError(
+                f"{layer.name}: repacking went wrong ({problem}); this is a bug or faulty memory, nothing was kept."
+            )
+
+    def count(layer: Layer, nbytes: int) -> None:
+        with counting:
+            blocks_left[layer.name] -= 1
+            done = blocks_left[layer.name] == 0
+        progress.advance(nbytes, layer.name, done=done)
+
+    def write_groups(layer: Layer) -> None:
+        """Scales, zero points and the order of rows: small."""
+        groups = stored_groups(checkpoint, layer)
+        s = permute_scales(groups.scales)
+        problem = not np.array_equal(unpermute_scales(s).view(np.uint16), groups.scales.view(np.uint16))
+        shards.write(layer.s.name, s)
+        written = s.nbytes
+        if layer.marlin_qzeros is not None and groups.zeros is not None:
+            qzeros = pack_zeros(groups.zeros, layer.bits)
+            problem = problem or not np.array_equal(unpack_zeros(qzeros, layer.bits), groups.zeros)
+            shards.write(layer.marlin_qzeros.name, qzeros)
+            written += qzeros.nbytes
+        if layer.marlin_perm is not None and groups.perm is not None:
+            shards.write(layer.marlin_perm.name, groups.perm)
+            written += groups.perm.nbytes
+        if problem:
+            raise MarlinConvertError(
+                f"{layer.name}: permuting the scales went wrong; this is a bug or faulty memory, nothing was kept."
+            )
+        progress.advance(written, layer.name)
+
+    def copy_block(tensor: Tensor, start: int, length: int) -> None:
+        block = buffers.array("copy", (length,), np.uint8)
+        checkpoint.read_into(tensor, block, start)
+        shards.write(tensor.name, block, start)
+        progress.advance(length, tensor.name)
+
+    run_all(tasks(), on_stop=supply.stop)
+    progress.end()
+
+
+def sort_and_pack(
+    qweight: npt.NDArray[np.int32], B: npt.NDArray[np.int32], order: Order, bits: int, pack: Packer
+) -> None:
+    """Columns of a layer with act-order, `qweight` [K bits/32, columns] → `B` [K'/16, columns' bits/2]."""
+    filled = B[: order.rows // TILE_K]
+    if pack is pack_on_cpu:
+        ops.pack_sorted(qweight, filled, bits=bits, perm=order.perm, fill=order.fill, rows=order.rows)
+    else:
+        words = np.ascontiguousarray(qweight)
+        pack(ops.arrange(words, bits=bits, perm=order.perm, fill=order.fill, rows=order.rows), filled, bits)
+    B[order.rows // TILE_K :] = 0
+
+
+def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method: str) -> None:
+    """config.json and quantize_config.json, with the same Marlin settings in both."""
+    if plan.extended:
+        settings = marlin_ext_settings({x.name: x.settings for x in plan.layers}, lm_head=plan.lm_head)
+    else:
+        settings = marlin_settings(
+            plan.settings, group_size=plan.group_size, lm_head=plan.lm_head, quant_method=quant_method
+        )
+    if "config.json" in checkpoint.configs:
+        config = marlin_model_config(checkpoint.configs["config.json"], settings, float16=not plan.extended)
+        write_json(folder / "config.json", config)
+    write_json(folder / "quantize_config.json", settings)
+
+
+def copy_extra_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Tokenizer, generation config, chat template, licence, code: whatever lies beside the weights, as it is.
+
+    The source's card is a part of the result's: see `card`.
+    """
+    for name in checkpoint.extra_files:
+        if name in (REPORT_FILE, VERIFY_FILE, CARD_FILE):
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.folder / name, target)
+
+
+def _made(report: Report, options: Options) -> Made:
+    """What the model card tells, beside the plan. Only options that shape the result are named in it."""
+    named = []
+    if options.max_shard_size != DEFAULT_SHARD_SIZE:
+        named += ["--max-shard-size", str(options.max_shard_size)]
+    if options.format != Options.format:
+        named += ["--format", options.format]
+    if options.zero_points:
+        named += ["--zero-points", options.zero_points]
+    if options.quant_method != Options.quant_method:
+        named += ["--quant-method", options.quant_method]
+    if options.verify:
+        named += ["--verify"]
+    return Made(
+        report.source, options.quant_method, len(report.files), report.scale_rounding, tuple(named),
+        repo_id=options.target.repo_id if options.target else None, verification=report.verification,
+    )  # fmt: skip
+
+
+def _bytes_needed(checkpoint: Checkpoint, plan: Plan) -> int:
+    small = 0
+    for path in (checkpoint.folder / name for name in checkpoint.extra_files):
+        if not path.is_file() or not os.access(path, os.R_OK):
+            raise SourceError(
+                f"{path}: it cannot be read (a broken link, a pipe, or no permission); remove or mend it."
+            )
+        small += path.stat().st_size
+    return plan.bytes_out + small + (16 << 20)  # headers, index, reports, and the file system's own needs
+
+
+@contextlib.contextmanager
+def _early_verifier(
+    checkpoint: Checkpoint, plan: Plan, folder: Path, device: Device, options: Options, progress: Progress
+) -> Iterator[Verifier | None]:
+    """With `low_disk`, verification cannot wait: the source's files go away when they are converted."""
+    if not (options.verify and options.low_disk):
+        yield None
+        return
+    with Checkpoint(folder) as written:
+        yield Verifier(checkpoint, plan, written, device, BytesOnly(progress))
+
+
+def keep_apart(source: Path, out: Path) -> None:
+    """The source is never touched: the output is neither the source, nor inside it, nor around it."""
+    a, b = source.resolve(), out.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise OutputError(f"{out}: it overlaps the source {source}; choose a folder outside it.")

@@ -1,0 +1,528 @@
+"""The way back: from a Marlin checkpoint of either format, whoever made it, to the GPTQ checkpoint that it came from.
+
+Codes, scales, zero points and g_idx are the source's, bit for bit; only scales that did not fit fp16 or bf16 exactly
+(fp32 ones, and bf16 ones below fp16's normal range in the original format) stay as they were rounded. What Marlin's
+tensors cannot tell, the settings that the source's files had, was noted in `marlin_convert.json`; without that, as for
+checkpoints that other tools made, the settings are those that the tensors imply.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .._version import __version__
+from ..checkpoint.reader import Checkpoint, Tensor
+from ..checkpoint.writer import REPORT_FILE, OutTensor, Shards, check_free, check_space, new_folder, write_json
+from ..errors import MarlinConvertError, SourceError, UnsupportedError
+from ..formats.config import LayerSettings, find_configs, read_marlin_settings
+from ..formats.layout import (
+    EXTENDED_NAMES,
+    ORIGINAL_NAMES,
+    TILE_K,
+    pack_factor,
+    pack_gptq_zeros,
+    padded_size,
+    unpack_zeros,
+    unpermute_scales,
+    zero_point,
+)
+from ..hub.download import Source
+from ..native import ops
+from ..progress import Progress
+from .blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all
+from .card import CARD_FILE
+from .convert import VERIFY_FILE, Options, keep_apart, opened
+
+_NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}
+
+Words: TypeAlias = "npt.NDArray[np.int32]"
+
+
+@dataclass(frozen=True)
+class MarlinLayer:
+    """One quantized linear of a Marlin checkpoint. K and N are the layer's own, stored_K and stored_N with padding."""
+
+    name: str
+    settings: LayerSettings
+    K: int
+    N: int
+    stored_K: int
+    stored_N: int
+    stored_G: int
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+    scales_dtype: str  # of the source
+    g_idx: bool  # whether the source had one
+
+    @property
+    def bits(self) -> int:
+        return self.settings.bits
+
+    @property
+    def group_size(self) -> int:
+        """The source's rows in a group; K where there is one group."""
+        if self.stored_G == 1:
+            return self.K
+        return self.settings.source_group_size or self.settings.group_size
+
+    @property
+    def G(self) -> int:
+        return -(-self.K // self.group_size)
+
+    @property
+    def out(self) -> dict[str, OutTensor]:
+        """The GPTQ tensors that the layer becomes."""
+        rows, columns = self.K * self.bits // 32, -(-self.N * self.bits // 32)
+        width = np.dtype(_NUMPY[self.scales_dtype]).itemsize
+        found = {
+            "qweight": OutTensor(f"{self.name}.qweight", "I32", (rows, self.N), rows * self.N * 4),
+            "qzeros": OutTensor(f"{self.name}.qzeros", "I32", (self.G, columns), self.G * columns * 4),
+            "scales": OutTensor(f"{self.name}.scales", self.scales_dtype, (self.G, self.N), self.G * self.N * width),
+        }
+        if self.g_idx:
+            found["g_idx"] = OutTensor(f"{self.name}.g_idx", "I32", (self.K,), self.K * 4)
+        return found
+
+
+@dataclass
+class Restored:
+    """What `to-gptq` did."""
+
+    source: Source
+    out: Path
+    format: str  # that of the Marlin checkpoint
+    zero_points: str  # "gptq" (v1) or "gptq_v2"
+    layers: list[MarlinLayer]
+    copies: list[Tensor]
+    settings_known: bool  # from marlin_convert.json
+    bytes_out: int = 0
+    files: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_file(self) -> dict[str, Any]:
+        return {
+            "marlin_convert": __version__,
+            "restored_from": self.source.label,
+            "source_commit": self.source.commit,
+            "format": self.zero_points,
+            "marlin_format": self.format,
+            "layers_restored": len(self.layers),
+            "tensors_copied": len(self.copies),
+            "settings_known": self.settings_known,
+            "bytes_out": self.bytes_out,
+            "weight_files": self.files,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for `--json`."""
+        return {"ok": True, **self.as_file(), "out": str(self.out), "seconds": round(self.seconds, 3)}
+
+
+def restore(
+    marlin: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    *,
+    v2: bool = False,
+) -> Restored:
+    """Write the GPTQ checkpoint that `marlin`, a folder or a Hub id, was made from to `out`.
+
+    Zero points are stored as z - 1 (checkpoint_format gptq), or with `v2` as they are (gptq_v2). `out` appears
+    complete or not at all. Raises one of `errors`' exceptions, each with a message for the user.
+    """
+    options, progress, started = options or Options(), progress or Progress(), time.monotonic()
+    out = Path(out)
+    check_free(out, force=options.force)
+    with opened(marlin, options, progress) as (origin, checkpoint):
+        keep_apart(origin.folder, out)
+        noted = _noted(checkpoint)
+        format_, layers = marlin_layers(checkpoint, noted)
+        owned = {t.name for x in layers for t in (x.weight, x.scales, x.zeros, x.perm) if t is not None}
+        owned |= _stray_g_idx(checkpoint, layers)
+        copies = [t for t in checkpoint.tensors.values() if t.name not in owned]
+        taken = {t.name for x in layers for t in x.out.values()} & {t.name for t in copies}
+        if taken:
+            raise SourceError(f"{checkpoint.folder}: it holds {min(taken)} beside that layer's Marlin tensors.")
+        tensors = _in_order(layers, copies)
+        report = Restored(origin, out, format_, "gptq_v2" if v2 else "gptq", layers, copies, bool(noted))
+        report.bytes_out = sum(t.nbytes for t in tensors)
+        check_space(out.parent, report.bytes_out + (16 << 20))
+        with new_folder(out, force=options.force) as folder:
+            with Shards(folder, tensors, options.max_shard_size) as shards:
+                _write_tensors(checkpoint, report, shards, progress, _reading(noted), v2=v2)
+                report.files = shards.files
+            _write_configs(checkpoint, report, folder, noted)
+            _copy_extra_files(checkpoint, folder)
+            write_json(folder / REPORT_FILE, report.as_file())
+    report.seconds = time.monotonic() - started
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is there
+
+
+def _noted(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the conversion noted about its source; {} for a checkpoint that another tool made."""
+    path = checkpoint.folder / REPORT_FILE
+    if not path.is_file():
+        return {}
+    import json
+
+    try:
+        noted = json.loads(path.read_bytes())["source_quantization"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def _reading(noted: dict[str, Any]) -> str:
+    return "word" if noted.get("zero_point_reading") == "word" else "nibble"
+
+
+def marlin_layers(checkpoint: Checkpoint, noted: dict[str, Any] | None = None) -> tuple[str, list[MarlinLayer]]:
+    """The format ("marlin" or "marlin_ext") and the quantized layers of a Marlin checkpoint.
+
+    Raises UnsupportedError for another kind of checkpoint, SourceError where tensors and settings do not agree.
+    """
+    tensors, noted = checkpoint.tensors, noted or {}
+    found = list(find_configs(checkpoint.configs).values())
+    extended = [n.removesuffix(".marlin_qweight") for n in tensors if n.endswith(".marlin_qweight")]
+    original = [n.removesuffix(".B") for n in tensors if n.endswith(".B") and f"{n.removesuffix('.B')}.s" in tensors]
+    if not extended and not original:
+        raise UnsupportedError(
+            f"{checkpoint.folder}: not a Marlin checkpoint (no tensor is named B or marlin_qweight); "
+            "to-gptq restores what marlin-convert, AutoGPTQ or vLLM's readers called Marlin."
+        )
+    if extended and original:
+        raise SourceError(
+            f"{checkpoint.folder}: it holds layers of both Marlin formats ({extended[0]}, {original[0]})."
+        )
+    if not found:
+        raise SourceError(f"{checkpoint.folder}: no quantization settings in config.json or quantize_config.json.")
+    settings = read_marlin_settings(found[0])
+    if (settings.format == "marlin_ext") != bool(extended):
+        raise SourceError(
+            f"{checkpoint.folder}: the settings say {settings.format}, the tensors are of the "
+            f"{'extended' if extended else 'original'} format."
+        )
+    names = EXTENDED_NAMES if extended else ORIGINAL_NAMES
+    return settings.format, [_layer(tensors, name, names, settings.layer(name), noted) for name in extended or original]
+
+
+def _layer(
+    tensors: dict[str, Tensor], name: str, names: dict[str, str], settings: LayerSettings, noted: dict[str, Any]
+) -> MarlinLayer:
+    def part(what: str, needed: bool) -> Tensor | None:
+        tensor = tensors.get(f"{name}.{names[what]}") if what in names else None
+        if needed != (tensor is not None):
+            state = "is missing" if needed else "should not be there by the settings"
+            raise SourceError(f"{name}: {names.get(what, what)} {state}.")
+        return tensor
+
+    weight, scales = part("weight", True), part("scales", True)
+    zeros, perm = part("zeros", not settings.sym), part("perm", settings.desc_act)
+    assert weight is not None
+    assert scales is not None
+    bits = settings.bits
+    if weight.dtype != "I32" or len(weight.shape) != 2 or len(scales.shape) != 2 or scales.dtype not in ("F16", "BF16"):
+        raise SourceError(f"{name}: {weight.dtype} {list(weight.shape)} and {scales.dtype} {list(scales.shape)}.")
+    stored_K, stored_N = weight.shape[0] * TILE_K, weight.shape[1] * pack_factor(bits) // TILE_K
+    K, N = settings.in_features or stored_K, settings.out_features or stored_N
+    G = scales.shape[0]
+    if names is EXTENDED_NAMES:
+        expected_G = 1 if settings.group_size == -1 else stored_K // settings.group_size
+        fits = padded_size(K, N) == (stored_K, stored_N) and expected_G == G
+    else:  # G counts, whatever the settings say: K = 128 with groups of 128 is one group
+        fits = G == 1 or stored_K == G * 128
+    fits = fits and scales.shape[1] == stored_N and K * bits % 32 == 0
+    fits = fits and (zeros is None or zeros.shape == (G, stored_N * bits // 32))
+    fits = fits and (perm is None or perm.shape == (K,))
+    if not fits:
+        raise SourceError(
+            f"{name}: its tensors, {list(weight.shape)} and {list(scales.shape)}, do not fit its settings {settings}."
+        )
+    dtypes, default = noted.get("scales_dtypes") or {}, noted.get("scales_dtype")
+    dtype = dtypes.get(name, default)
+    return MarlinLayer(
+        name, settings, K, N, stored_K, stored_N, G, weight, scales, zeros, perm,
+        dtype if dtype in _NUMPY else scales.dtype, noted.get("g_idx", True) is not False or perm is not None,
+    )  # fmt: skip
+
+
+def _stray_g_idx(checkpoint: Checkpoint, layers: list[MarlinLayer]) -> set[str]:
+    """Names of g_idx that AutoGPTQ left beside a layer's Marlin tensors, and that say what is so without them."""
+    found = {layer: checkpoint.tensors.get(f"{layer.name}.g_idx") for layer in layers if layer.perm is None}
+    return {
+        tensor.name
+        for layer, tensor in found.items()
+        if tensor is not None
+        and tensor.dtype in ("I32", "I64")
+        and np.array_equal(checkpoint.read(tensor), np.arange(layer.K) // layer.group_size)
+    }
+
+
+def _in_order(layers: list[MarlinLayer], copies: list[Tensor]) -> list[OutTensor]:
+    """Every tensor of the result, in the order of the source's files."""
+    entries: list[tuple[tuple[str, int, str], list[OutTensor]]] = []
+    for layer in layers:
+        at = layer.weight
+        entries.append(((at.file, at.offset, at.name), list(layer.out.values())))
+    entries += [((t.file, t.offset, t.name), [OutTensor(t.name, t.dtype, t.shape, t.nbytes)]) for t in copies]
+    return [tensor for _, tensors in sorted(entries, key=lambda e: e[0]) for tensor in tensors]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def _write_tensors(
+    checkpoint: Checkpoint, report: Restored, shards: Shards, progress: Progress, reading: str, *, v2: bool
+) -> None:
+    """Stream every tensor: read, unpack, check, write."""
+    progress.stage("restoring", report.bytes_out, len(report.layers))
+    buffers, counting = Buffers(), threading.Lock()
+    panels_left = {layer.name: sum(1 for _ in column_panels(layer)) for layer in report.layers if layer.perm}
+
+    def tasks() -> Iterator[Callable[[], None]]:
+        for layer in report.layers:
+            yield partial(write_groups, layer)
+            if layer.perm is None:
+                yield partial(write_weights, layer)
+                continue
+            for n0, columns in column_panels(layer):
+                yield partial(write_sorted, layer, n0, columns)
+        for tensor in report.copies:
+            for start, length in byte_blocks(tensor.nbytes):
+                yield partial(copy_block, tensor, start, length)
+
+    def unpacked(layer: MarlinLayer, k0: int, rows: int, words: Words) -> None:
+        """Read stored rows k0 … of a layer into `words` [rows bits/32, stored_N], checked by packing them again."""
+        B = buffers.array("B", (rows // TILE_K, layer.weight.shape[1]), np.int32)
+        checkpoint.read_into(layer.weight, B, k0 * layer.stored_N * layer.bits // 8)
+        ops.unpack(B, out=words, bits=layer.bits)
+        again = ops.pack(words, out=buffers.array("again", B.shape, np.int32), bits=layer.bits)
+        if ops.first_difference(B, again) is not None:
+            raise _went_wrong(layer, "unpacking")
+
+    def write_weights(layer: MarlinLayer) -> None:
+        for k0, rows in row_blocks(layer.stored_K, layer.stored_N * layer.bits // 4):
+            words = buffers.array("words", (rows * layer.bits // 32, layer.stored_N), np.int32)
+            unpacked(layer, k0, rows, words)
+            own = max(0, min(rows, layer.K - k0)) * layer.bits // 32
+            if own:
+                shards.write(
+                    f"{layer.name}.qweight", np.ascontiguousarray(words[:own, : layer.N]),
+                    k0 * layer.bits // 32 * layer.N * 4,
+                )  # fmt: skip
+            progress.advance(own * layer.N * 4, layer.name)
+        progress.advance(0, layer.name, done=True)
+
+    def write_sorted(layer: MarlinLayer, n0: int, columns: int) -> None:
+        """Columns n0 … of a layer with act-order: any row may come from anywhere, so that all of them are needed."""
+        (perm, inverse), bits = _permutation(checkpoint, layer), layer.bits
+        B = buffers.array("B columns", (layer.stored_K // TILE_K, columns * bits // 2), np.int32)
+        checkpoint.read_columns(layer.weight, B, n0 * bits // 2)
+        words = buffers.array("sorted", (layer.stored_K * bits // 32, columns), np.int32)
+        ops.unpack(B, out=words, bits=bits)
+        natural = buffers.array("natural", (layer.K * bits // 32, columns), np.int32)
+        fill = np.zeros(columns, np.uint8)
+        ops.arrange(words, natural, bits=bits, fill=fill, rows=layer.K, perm=inverse)
+        # Of padding only the last tile of the layer's own rows is looked at, and taken to be as it is.
+        if layer.stored_K > layer.K:
+            last = words[layer.K * bits // 32].view(np.uint32) >> layer.K * bits % 32
+            fill = (last & np.uint32(2**bits - 1)).astype(np.uint8)
+        tiles = B[: -(-layer.K // TILE_K)]
+        if ops.sorted_difference(tiles, natural, bits=bits, perm=perm, fill=fill) is not None:
+            raise _went_wrong(layer, "unpacking")
+        own = np.ascontiguousarray(natural[:, : layer.N - n0])
+        shards.write_columns(f"{layer.name}.qweight", own, n0)
+        with counting:
+            panels_left[layer.name] -= 1
+            done = panels_left[layer.name] == 0
+        progress.advance(own.nbytes, layer.name, done=done)
+
+    def write_groups(layer: MarlinLayer) -> None:
+        """Scales, zero points and g_idx: small."""
+        groups = _restored_groups(checkpoint, layer, reading, v2=v2)
+        for part, array in groups.items():
+            shards.write(f"{layer.name}.{part}", array)
+        progress.advance(sum(array.nbytes for array in groups.values()), layer.name)
+
+    def copy_block(tensor: Tensor, start: int, length: int) -> None:
+        block = buffers.array("copy", (length,), np.uint8)
+        checkpoint.read_into(tensor, block, start)
+        shards.write(tensor.name, block, start)
+        progress.advance(length, tensor.name)
+
+    run_all(tasks())
+    progress.end()
+
+
+def _went_wrong(layer: MarlinLayer, what: str) -> MarlinConvertError:
+    return MarlinConvertError(f"{layer.name}: {what} went wrong; this is a bug or faulty memory, nothing was kept.")
+
+
+def _permutation(checkpoint: Checkpoint, layer: MarlinLayer) -> tuple[Words, Words]:
+    """`perm` [K] as stored, and its inverse [stored_K], which leaves padding where it is."""
+    assert layer.perm is not None
+    perm = checkpoint.read(layer.perm)
+    inverse = np.arange(layer.stored_K, dtype=np.int32)
+    if not np.array_equal(np.sort(perm), np.arange(layer.K)):
+        raise SourceError(f"{layer.name}: marlin_perm is not an order of the {layer.K} rows.")
+    inverse[perm] = np.arange(layer.K, dtype=np.int32)
+    return perm, inverse
+
+
+def _restored_groups(
+    checkpoint: Checkpoint, layer: MarlinLayer, reading: str, *, v2: bool
+) -> dict[str, npt.NDArray[Any]]:
+    s = checkpoint.read(layer.scales)
+    scales = _source_rows(unpermute_scales(s, layer.stored_G), layer, "scales")
+    found: dict[str, npt.NDArray[Any]] = {"scales": _as_dtype(scales, layer)}
+    if layer.zeros is None:
+        zeros = np.full(scales.shape, zero_point(layer.bits), np.uint8)
+    else:
+        zeros = _source_rows(unpack_zeros(checkpoint.read(layer.zeros), layer.bits), layer, "zero points")
+    found["qzeros"] = _qzeros(zeros, layer.bits, reading, v2=v2)
+    if layer.g_idx:
+        groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
+        if layer.perm is not None:
+            groups = groups[_permutation(checkpoint, layer)[1][: layer.K]]
+        found["g_idx"] = groups
+    return found
+
+
+def _source_rows(stored: npt.NDArray[Any], layer: MarlinLayer, what: str) -> npt.NDArray[Any]:
+    """Rows of the source's groups out of the stored ones, which repeat them where groups were cut; without padding."""
+    step = 1 if layer.stored_G == 1 else max(1, layer.group_size // layer.settings.group_size)
+    rows = np.ascontiguousarray(stored[::step, : layer.N][: layer.G])
+    used = -(-layer.K // layer.settings.group_size) if layer.stored_G > 1 else 1
+    if not np.array_equal(np.repeat(rows, step, axis=0)[:used], stored[:used, : layer.N]):
+        raise SourceError(f"{layer.name}: {what} differ within a group of {layer.group_size} rows.")
+    return rows
+
+
+def _as_dtype(scales: npt.NDArray[Any], layer: MarlinLayer) -> npt.NDArray[Any]:
+    """Scales [G, N] as stored (fp16, or bf16 as uint16) in the source's dtype."""
+    stored = layer.scales.dtype
+    if stored == layer.scales_dtype:
+        return scales
+    wide = (scales.astype(np.uint32) << 16).view(np.float32) if stored == "BF16" else scales.astype(np.float32)
+    if layer.scales_dtype == "F32":
+        return wide
+    if layer.scales_dtype == "F16":
+        return wide.astype(np.float16)
+    return ((wide.view(np.uint32) + 0x7FFF + ((wide.view(np.uint32) >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _qzeros(zeros: npt.NDArray[np.uint8], bits: int, reading: str, *, v2: bool) -> Words:
+    """Zero points [G, N] → qzeros: as they are (v2), or one less: in each number by itself, or in the whole word."""
+    if v2:
+        return pack_gptq_zeros(zeros, bits)
+    if reading == "nibble":
+        return pack_gptq_zeros((zeros - np.uint8(1)) & np.uint8(2**bits - 1), bits)
+    ones = np.uint32(sum(1 << i for i in range(0, 32, bits)))
+    return (pack_gptq_zeros(zeros, bits).view(np.uint32) - ones).view(np.int32)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _write_configs(checkpoint: Checkpoint, report: Restored, folder: Path, noted: dict[str, Any]) -> None:
+    configs = noted.get("configs") or {}
+    settings = _implied_settings(report, next(iter(find_configs(checkpoint.configs).values())))
+    main = copy.deepcopy(checkpoint.configs.get("config.json"))
+    if main is not None:
+        text = main.get("text_config")
+        for where, holder in (("config.json", main), ("config.json text_config", text)):
+            if isinstance(holder, dict):
+                holder.pop("quantization_config", None)
+                if where in configs:
+                    holder["quantization_config"] = _with_format(configs[where], report.zero_points)
+        if not configs:
+            main["quantization_config"] = settings
+        for key, value in (noted.get("dtypes") or {}).items():
+            if value is None:
+                main.pop(key, None)
+            else:
+                main[key] = value
+        write_json(folder / "config.json", main)
+    for name in Checkpoint.CONFIG_FILES[1:]:
+        if name in configs:
+            write_json(folder / name, _with_format(configs[name], report.zero_points))
+        elif not configs and name == "quantize_config.json":
+            write_json(folder / name, settings)
+
+
+def _with_format(config: dict[str, Any], zero_points: str) -> dict[str, Any]:
+    """A quantization config of the source, its checkpoint_format as the zero points are stored now.
+
+    One that names no format is left so where that means the same.
+    """
+    said = config.get("checkpoint_format", config.get("format"))
+    if said is None and zero_points == "gptq":
+        return config
+    key = "format" if "format" in config and "checkpoint_format" not in config else "checkpoint_format"
+    return {**config, key: zero_points}
+
+
+def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any]:
+    """GPTQ settings for a checkpoint whose source's are not known: what its layers are."""
+
+    def of(layer: MarlinLayer) -> tuple[int, int, bool, bool]:
+        group_size = -1 if layer.G == 1 else layer.group_size
+        return layer.bits, group_size, layer.settings.sym, layer.settings.desc_act
+
+    kinds = [of(layer) for layer in report.layers]
+    common = max(dict.fromkeys(kinds), key=kinds.count)
+    keys = ("bits", "group_size", "sym", "desc_act")
+    result: dict[str, Any] = {
+        **dict(zip(keys, common, strict=True)),
+        "static_groups": False,
+        "true_sequential": marlin.get("true_sequential", True),
+        "lm_head": any(layer.name.split(".")[-1] == "lm_head" for layer in report.layers),
+        "quant_method": "gptq",
+        "checkpoint_format": report.zero_points,
+    }
+    if marlin.get("damp_percent") is not None:
+        result["damp_percent"] = marlin["damp_percent"]
+    dynamic = {
+        f"+:^{re.escape(layer.name)}$": {k: v for k, v, c in zip(keys, kind, common, strict=True) if v != c}
+        for layer, kind in zip(report.layers, kinds, strict=True)
+        if kind != common
+    }
+    return {**result, "dynamic": dynamic} if dynamic else result
+
+
+def _copy_extra_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """What lies beside the weights, as it is; of a card that marlin-convert wrote, the source's, if it holds one."""
+    ours = (checkpoint.folder / REPORT_FILE).is_file()
+    for name in checkpoint.extra_files:
+        if name in (REPORT_FILE, VERIFY_FILE) or (ours and name == CARD_FILE):
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.folder / name, target)
+    card = checkpoint.folder / CARD_FILE
+    if ours and card.is_file():
+        _, marker, rest = card.read_bytes().decode("utf-8", "replace").partition("\n# Card of the source\n")
+        _, _, text = rest.partition(":\n\n")
+        if marker and text.strip():
+            (folder / CARD_FILE).write_text(text, encoding="utf-8")

@@ -1,0 +1,461 @@
+"""Proving that a Marlin checkpoint on disk equals its GPTQ source: layer by layer, exactly and numerically.
+
+Exactly: the codes and scales unpacked from `B` and `s` are those of `qweight` and `scales`, every element; every
+other tensor is the same bytes. Numerically: random activations through the Marlin tensors against the same
+activations times the fp16 weights that the GPTQ tensors stand for. The second shows what the first implies, by
+another road: it does not unpack `B` back to GPTQ's order, it computes with it as a kernel does.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.reader import Checkpoint, Tensor
+from ..checkpoint.writer import OutTensor
+from ..device import Device
+from ..errors import VerificationError
+from ..formats.config import QUANT_METHODS, find_configs, marlin_ext_settings
+from ..formats.layout import TILE_K, pack_factor, unpack_zeros, unpermute_scales, zero_point
+from ..native import ops
+from ..progress import Progress
+from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks
+from .layer_reader import (
+    Groups,
+    order_difference,
+    source_columns,
+    source_groups,
+    source_rows,
+    stored_groups,
+    stored_order,
+    weights,
+)
+from .plan import Layer, Plan
+
+#: Largest relative error (Frobenius norm) between Marlin's product and the reference. fp32 accumulation stays
+#: below 1e-6; fp16 outputs and tensor-core accumulation, as on a GPU, below 5e-4.
+TOLERANCE = 1e-3
+
+#: Rows of random activations for each layer on a CPU.
+CPU_ROWS = 4
+
+#: Rows in each of the products on a GPU: one token, a small batch, and one that takes another path of the kernel.
+CUDA_ROWS = (1, 16, 128)
+
+I32 = npt.NDArray[np.int32]
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer's result. `max_error` is absolute; `relative_error` is ‖y - ref‖ / ‖ref‖; both None if not computed."""
+
+    name: str
+    K: int
+    N: int
+    G: int
+    exact: bool
+    max_error: float | None
+    relative_error: float | None
+    problem: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.exact and self.problem is None
+
+
+@dataclass
+class Verification:
+    """The whole result. `problems` are those outside the layers: missing, additional or altered tensors, the config."""
+
+    device: str
+    layers: list[LayerCheck] = field(default_factory=list)
+    tensors_equal: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and all(layer.ok for layer in self.layers)
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of all layers; NaN if one of them is."""
+        return _largest([x.relative_error for x in self.layers])
+
+    @property
+    def max_error(self) -> float:
+        """The largest absolute error of all layers; NaN if one of them is."""
+        return _largest([x.max_error for x in self.layers])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "device": self.device,
+            "tolerance": TOLERANCE,
+            "layers_checked": len(self.layers),
+            "tensors_equal": self.tensors_equal,
+            "worst_relative_error": _json_number(self.worst),
+            "max_error": _json_number(self.max_error),
+            "problems": self.problems,
+            "layers": [
+                {key: _json_number(value) for key, value in asdict(layer).items()} | {"ok": layer.ok}
+                for layer in self.layers
+            ],
+        }
+
+    def require_ok(self) -> None:
+        """Raise VerificationError that names what differs."""
+        if self.ok:
+            return
+        bad = [layer for layer in self.layers if not layer.ok]
+        lines = [f"  - {layer.name}: {layer.problem}" for layer in bad[:20]] + [f"  - {p}" for p in self.problems[:20]]
+        count = len(bad) + len(self.problems)
+        if count > len(lines):
+            lines.append(f"  - and {count - len(lines)} more")
+        raise VerificationError("the Marlin checkpoint is not equal to its source:\n" + "\n".join(lines))
+
+
+def _largest(errors: list[float | None]) -> float:
+    return float(np.max([x for x in errors if x is not None], initial=0.0))  # np.max keeps a NaN, max may lose it
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN and no infinity: "nan" and "inf" then."""
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+class Product(Protocol):
+    """Computes one layer's outputs twice, from its GPTQ and its Marlin tensors, fed in blocks of rows."""
+
+    def add_source(self, k0: int, qweight: I32) -> None:
+        """Take the source's rows k0 … of the layer: `qweight` [kb bits/32, N]."""
+
+    def add_stored(self, k0: int, B: I32) -> None:
+        """Take the stored rows k0 … of the layer: `B` [kb/16, N' bits/2]."""
+
+    def errors(self) -> tuple[float, float]:
+        """(largest absolute error, relative error) of Marlin's product against the reference."""
+
+
+def product_for(device: Device, layer: Layer, source: Groups, g_idx: I32 | None, stored: dict[str, Any]) -> Product:
+    """The one place where a device's way of multiplying is chosen.
+
+    `source` and `g_idx` are the GPTQ layer's, `stored` the Marlin layer's small tensors as they lie on disk.
+    """
+    kind = CPUProduct if device.kind == "cpu" else partial(CUDAProduct, device)
+    return kind(layer, source, g_idx, stored)
+
+
+def product_device(device: Device) -> str:
+    """Where `product_for` computes, as the report names it."""
+    return str(device) if device.kind == "cpu" else f"{device} ({device.name})"
+
+
+class CPUProduct:
+    """The CPU's product, accumulated block by block in fp32 over weights rounded to fp16 (bf16 where the scales are),
+    as the definition says."""
+
+    def __init__(self, layer: Layer, source: Groups, g_idx: I32 | None, stored: dict[str, Any]) -> None:
+        self.layer, self.source = layer, source
+        self.x = activations(layer, CPU_ROWS)
+        self.reference = np.zeros((CPU_ROWS, layer.N), np.float32)
+        self.result = np.zeros((CPU_ROWS, layer.stored_N), np.float32)
+        self.s = stored["s"]
+        self.zeros = None if layer.sym else unpack_zeros(stored["qzeros"], layer.bits)
+        rows = np.arange(layer.K) if stored.get("perm") is None else stored["perm"]
+        self.sorted_x = np.zeros((CPU_ROWS, layer.stored_K), np.float32)
+        self.sorted_x[:, : layer.K] = self.x[:, rows]
+        self.groups = np.arange(layer.K) // layer.group_rows if g_idx is None else g_idx
+        #: Whether the source's rows, too, come in whole tiles and groups, which the native code multiplies.
+        self.regular = not layer.act_order and (layer.stored_K, layer.stored_N) == (layer.K, layer.N)
+        self.regular = self.regular and layer.group_rows * layer.G == layer.K and layer.group_rows % TILE_K == 0
+
+    def add_source(self, k0: int, qweight: I32) -> None:
+        layer, source = self.layer, self.source
+        if self.regular:
+            ops.matmul_gptq(
+                self.x, qweight, source.scales, self.reference, bits=layer.bits, zeros=source.zeros, k0=k0,
+                rows_per_group=layer.group_rows,
+            )  # fmt: skip
+            return
+        groups = self.groups[k0 : k0 + len(qweight) * pack_factor(layer.bits)]
+        weight = _wide(weights(qweight, source, groups, layer.bits))
+        self.reference += self.x[:, k0 : k0 + len(weight)] @ weight
+
+    def add_stored(self, k0: int, B: I32) -> None:
+        ops.matmul_marlin(
+            self.sorted_x, B, self.s, self.result, bits=self.layer.bits, zeros=self.zeros, k0=k0,
+            rows_per_group=self.layer.rows_per_group,
+        )  # fmt: skip
+
+    def errors(self) -> tuple[float, float]:
+        return compare(self.result[:, : self.layer.N], self.reference)
+
+
+def _wide(scales: npt.NDArray[Any]) -> F32:
+    """fp16, or bf16 as uint16 → float32."""
+    if scales.dtype != np.uint16:
+        return scales.astype(np.float32)
+    return (scales.astype(np.uint32) << 16).view(np.float32)
+
+
+class CUDAProduct:
+    """The bundled kernel's product on a GPU, in fp16 (bf16 where the scales are), against the definition in float64.
+
+    The reference is computed from the GPTQ words by plain torch operations, and never sees `B` or the kernels.
+    """
+
+    def __init__(self, device: Device, layer: Layer, source: Groups, g_idx: I32 | None, stored: dict[str, Any]) -> None:
+        import torch
+
+        from ..native import cuda
+
+        self.layer, self.device = layer, cuda.torch_device(device)
+        bf16 = source.scales.dtype == np.uint16
+        self.dtype = torch.bfloat16 if bf16 else torch.float16
+        self.stored: dict[str, Any] = {
+            what: None if array is None else self._tensor(array, bf16 and what == "s") for what, array in stored.items()
+        }
+        self.scales = self._tensor(source.scales, bf16)
+        self.zeros = None if source.zeros is None else self._tensor(source.zeros).to(self.dtype)
+        rows = np.arange(layer.K) // layer.group_rows if g_idx is None else g_idx
+        self.groups = self._tensor(rows.astype(np.int64))
+        x = torch.from_numpy(activations(layer, sum(CUDA_ROWS))).to(self.device)
+        self.x = x.to(self.dtype)
+        self.B = torch.empty(layer.B.shape, dtype=torch.int32, device=self.device)
+        self.reference = torch.zeros((sum(CUDA_ROWS), layer.N), dtype=torch.float64, device=self.device)
+
+    def _tensor(self, array: npt.NDArray[Any], bf16: bool = False) -> Any:
+        import torch
+
+        if bf16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self.device)
+        return torch.from_numpy(array).to(self.device)
+
+    def add_source(self, k0: int, qweight: I32) -> None:
+        import torch
+
+        from ..native import repack
+
+        codes = repack.unpack_gptq(torch.from_numpy(qweight).to(self.device), self.layer.bits)
+        groups = self.groups[k0 : k0 + codes.shape[0]]
+        zeros = zero_point(self.layer.bits) if self.zeros is None else self.zeros[groups]
+        weight = (codes.to(self.dtype) - zeros) * self.scales[groups]  # rounded once: the difference is exact
+        self.reference += self.x[:, k0 : k0 + codes.shape[0]].double() @ weight.double()
+
+    def add_stored(self, k0: int, B: I32) -> None:
+        import torch
+
+        self.B[k0 // TILE_K : k0 // TILE_K + B.shape[0]] = torch.from_numpy(B)
+
+    def errors(self) -> tuple[float, float]:
+        from ..native import cuda
+
+        worst, first = (0.0, 0.0), 0
+        extended: dict[str, Any] = {}
+        if self.layer.extended:
+            extended = {
+                "zeros": self.stored.get("qzeros"), "perm": self.stored.get("perm"), "bits": self.layer.bits,
+                "in_features": self.layer.K, "out_features": self.layer.N,
+            }  # fmt: skip
+        for rows in CUDA_ROWS:
+            result = cuda.gemm(self.x[first : first + rows], self.B, self.stored["s"], **extended)
+            found = compare(result.float().cpu().numpy(), self.reference[first : first + rows].cpu().numpy())
+            worst, first = (float(np.max([worst[0], found[0]])), float(np.max([worst[1], found[1]]))), first + rows
+        return worst
+
+
+def activations(layer: Layer, rows: int) -> F32:
+    """Random normal activations [rows, K], representable in fp16; the same for the same layer on every run."""
+    generator = np.random.default_rng(zlib.crc32(layer.name.encode()))
+    return generator.standard_normal((rows, layer.K), np.float32).astype(np.float16).astype(np.float32)
+
+
+def compare(result: npt.NDArray[Any], reference: npt.NDArray[Any]) -> tuple[float, float]:
+    """(max |result - reference|, ‖result - reference‖ / ‖reference‖), in float64; a zero reference counts as norm 1."""
+    wide = reference.astype(np.float64)
+    difference = result.astype(np.float64) - wide
+    # Not np.linalg.norm: it wakes BLAS's own threads, which then spin beside ours.
+    norm, distance = (float(np.sqrt(np.square(v).sum())) for v in (wide, difference))
+    return float(np.abs(difference).max()), distance / (norm or 1.0)
+
+
+class Verifier:
+    """Checks `result`, a converted checkpoint as it lies on disk, against `source` and its plan, item by item.
+
+    A difference is reported, not raised; damaged files raise SourceError.
+    """
+
+    def __init__(
+        self, source: Checkpoint, plan: Plan, result: Checkpoint, device: Device, progress: Progress | None = None
+    ) -> None:
+        self._source, self._plan, self._result, self._device = source, plan, result, device
+        self._progress, self._buffers = progress or Progress(), Buffers()
+        self._layers: dict[str, LayerCheck] = {}
+        self._differing: dict[str, str] = {}
+
+    def check(self, item: Layer | Tensor) -> None:
+        """Check a layer, or a tensor that was copied; reads both sides completely, in blocks. Thread-safe."""
+        if isinstance(item, Layer):
+            self._layers[item.name] = _check_layer(
+                self._source, self._result, item, self._device, self._buffers, self._progress
+            )
+        elif problem := self._check_copy(item):
+            self._differing[item.name] = problem
+
+    def _check_copy(self, tensor: Tensor) -> str | None:
+        problem = _shape_problem(self._result, OutTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes))
+        if problem:
+            return problem
+        for start, length in byte_blocks(tensor.nbytes):
+            ours, theirs = (self._buffers.array(whose, (length,), np.uint8) for whose in ("ours", "theirs"))
+            self._source.read_into(tensor, theirs, start)
+            self._result.read_into(self._result.tensors[tensor.name], ours, start)
+            self._progress.advance(length)
+            if not np.array_equal(ours, theirs):
+                return f"byte {start + int(np.argmax(ours != theirs))} differs from the source"
+        return None
+
+    def report(self, result: Checkpoint) -> Verification:
+        """What was found, once every item is checked; and what `result`, with its configs, has or lacks beside them."""
+        plan = self._plan
+        report = Verification(product_device(self._device))
+        expected = {t.name for t in plan.out_tensors}
+        report.problems += [f"{n} is in the result and should not be" for n in sorted(set(result.tensors) - expected)]
+        _check_config(report, plan, self._source, result)
+        report.layers = [self._layers[layer.name] for layer in plan.layers]
+        report.tensors_equal = len(plan.copies) - len(self._differing)
+        report.problems += [f"{t.name}: {self._differing[t.name]}" for t in plan.copies if t.name in self._differing]
+        return report
+
+
+def verify(
+    source: Checkpoint, plan: Plan, result: Checkpoint, device: Device, progress: Progress | None = None
+) -> Verification:
+    """Check `result`, a converted checkpoint as it lies on disk, against `source` and its plan; see `Verifier`."""
+    progress = progress or Progress()
+    verifier = Verifier(source, plan, result, device, progress)
+    progress.stage("verifying", plan.bytes_out, len(plan.layers))
+    items: list[Layer | Tensor] = [*plan.layers, *plan.copies]
+    run_all(partial(verifier.check, item) for item in items)
+    progress.end()
+    return verifier.report(result)
+
+
+def _check_layer(
+    source: Checkpoint, result: Checkpoint, layer: Layer, device: Device, buffers: Buffers, progress: Progress
+) -> LayerCheck:
+    problem = next(filter(None, (_shape_problem(result, tensor) for tensor in layer.out)), None)
+    if problem:
+        return LayerCheck(layer.name, layer.K, layer.N, layer.G, False, None, None, problem)
+    parts = {"s": layer.s, "qzeros": layer.marlin_qzeros, "perm": layer.marlin_perm}
+    stored = {what: None if t is None else result.read(result.tensors[t.name]) for what, t in parts.items()}
+    expected = stored_groups(source, layer)
+    problem = _groups_difference(layer, stored, expected)
+    g_idx = source.read(layer.g_idx) if layer.act_order and layer.g_idx is not None else None
+    product = product_for(device, layer, source_groups(source, layer), g_idx, stored)
+    progress.advance(sum(t.nbytes for t in layer.out) - layer.B.nbytes, layer.name)
+
+    if layer.act_order:
+        problem = problem or _order_problem(source, result, layer, buffers)
+    per_row = layer.N * layer.bits // 8  # bytes of the source
+    for k0, rows in stored_blocks(layer):
+        B = buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
+        result.read_into(result.tensors[layer.B.name], B, k0 // TILE_K * layer.B.shape[1] * 4)
+        own, words = max(0, min(rows, layer.K - k0)), None
+        if not layer.act_order:
+            words = source_rows(source, layer, k0, rows, buffers)
+            unpacked = ops.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
+            problem = problem or code_difference(unpacked, words, k0, layer.bits)
+        if own:
+            qweight = words
+            if qweight is None or (own, layer.N) != (rows, layer.stored_N):
+                qweight = buffers.array("qweight", (own * layer.bits // 32, layer.N), np.int32)
+                source.read_into(layer.qweight, qweight, k0 * per_row)
+            product.add_source(k0, qweight)
+        product.add_stored(k0, B)
+        progress.advance(B.nbytes, layer.name)
+    max_error, relative_error = product.errors()
+    exact = problem is None
+    if exact and not relative_error <= TOLERANCE:  # so written, NaN fails too
+        problem = f"outputs differ by {relative_error:.2e} relative to the reference (allowed: {TOLERANCE:.0e})"
+    progress.advance(0, layer.name, done=True)
+    return LayerCheck(layer.name, layer.K, layer.N, layer.G, exact, max_error, relative_error, problem)
+
+
+def _order_problem(source: Checkpoint, result: Checkpoint, layer: Layer, buffers: Buffers) -> str | None:
+    """Where the codes of a layer with act-order first differ; None if nowhere."""
+    order = stored_order(source, layer)
+    for n0, columns in column_panels(layer):
+        qweight = source_columns(source, layer, n0, columns, buffers)
+        B = buffers.array("B columns", (layer.stored_K // TILE_K, columns * layer.bits // 2), np.int32)
+        result.read_columns(result.tensors[layer.B.name], B, n0 * layer.bits // 2)
+        problem = order_difference(B, qweight, order.columns(n0, columns), layer.bits, n0)
+        if problem:
+            return problem
+    return None
+
+
+def _groups_difference(layer: Layer, stored: dict[str, Any], expected: Groups) -> str | None:
+    """Where scales, zero points or the order of rows first differ; None if nowhere."""
+    found: dict[str, tuple[Any, Any]] = {"scale": (unpermute_scales(stored["s"]), expected.scales)}
+    if stored["qzeros"] is not None:
+        found["zero point"] = (unpack_zeros(stored["qzeros"], layer.bits), expected.zeros)
+    for what, (ours, theirs) in found.items():
+        width = np.uint16 if ours.itemsize == 2 else np.uint8
+        different = ours.view(width) != theirs.view(width)
+        if different.any():
+            group, column = np.argwhere(different)[0]
+            values = [(_wide(x) if x.dtype == np.uint16 else x)[group, column] for x in (ours, theirs)]
+            return f"the {what} of group {group}, column {column} is {values[0]}, not {values[1]}"
+    if expected.perm is not None and not np.array_equal(stored["perm"], expected.perm):
+        row = int(np.argmax(stored["perm"] != expected.perm))
+        return f"stored row {row} is said to be the source's row {stored['perm'][row]}, not {expected.perm[row]}"
+    return None
+
+
+def code_difference(unpacked: I32, words: I32, k0: int, bits: int = 4) -> str | None:
+    """Where two blocks of GPTQ words first differ: the row and column of the weight and both codes; None if nowhere."""
+    at = ops.first_difference(unpacked, words)
+    if at is None:
+        return None
+    word_row, column = divmod(at, words.shape[1])
+    ours, theirs = int(unpacked.flat[at]) & 0xFFFFFFFF, int(words.flat[at]) & 0xFFFFFFFF
+    mask = 2**bits - 1
+    code = next(i for i in range(pack_factor(bits)) if (ours ^ theirs) >> bits * i & mask)
+    row = k0 + word_row * pack_factor(bits) + code
+    return f"the code of row {row}, column {column} is {ours >> bits * code & mask}, not {theirs >> bits * code & mask}"
+
+
+def _shape_problem(result: Checkpoint, expected: OutTensor) -> str | None:
+    found = result.tensors.get(expected.name)
+    if found is None:
+        return f"{expected.name} is missing"
+    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+        return f"{expected.name} is {found.dtype} {list(found.shape)}, not {expected.dtype} {list(expected.shape)}"
+    return None
+
+
+def _check_config(report: Verification, plan: Plan, source: Checkpoint, result: Checkpoint) -> None:
+    """Each of the result's configs must describe the checkpoint as it is."""
+    required: dict[str, Any] = {
+        "bits": 4, "group_size": plan.group_size, "sym": True, "desc_act": False, "checkpoint_format": "marlin",
+        "is_marlin_format": True,
+    }  # fmt: skip
+    if plan.extended:
+        required = marlin_ext_settings({x.name: x.settings for x in plan.layers}, lm_head=plan.lm_head)
+    found = find_configs(result.configs)
+    for file in ("config.json", "quantize_config.json"):
+        if file not in found and (file in source.configs or file == "quantize_config.json"):
+            report.problems.append(f"{file} has no quantization settings")
+    for where, config in found.items():
+        wrong = [f"{k} is {config.get(k)!r}, not {v!r}" for k, v in required.items() if config.get(k) != v]
+        if config.get("quant_method") not in QUANT_METHODS:
+            wrong.append(f"quant_method is {config.get('quant_method')!r}, not {' or '.join(QUANT_METHODS)}")
+        if wrong:
+            report.problems.append(f"{where}: {', '.join(wrong)}")

@@ -1,0 +1,261 @@
+"""`MarlinLinear`: a quantized linear layer as a torch module, with the tensors of a checkpoint as its state.
+
+    y [..., N] = x [..., K] · W + bias          W as `docs/format.md` defines it, in the original or the extended format
+
+On a GPU the bundled kernels compute it (`cuda.matmul`); anywhere else a reference does, which dequantizes the weights
+in blocks of columns at every call, keeping none: exact, and slow, which it says once. Under torch.compile the layer is
+one operator, `torch.ops.marlin_convert.linear`; CUDA graphs take it as it is. Inference only: a backward pass through
+it is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import library as torch_library
+
+from ..formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K, TILE_N, unpack_zeros
+from ..native import cuda, ops, repack
+
+log = logging.getLogger(__name__)
+
+#: Multiples that the extended format pads K and N to.
+PAD_K, PAD_N = 128, TILE_N
+
+#: Columns that the reference dequantizes at once: a few dozen MB for the largest layers.
+BLOCK_COLUMNS = 1024
+
+
+class MarlinLinear(nn.Module):
+    """A linear layer whose weight stays as Marlin stores it. `state_dict()` holds the checkpoint's tensors, no more.
+
+    in_features (K) and out_features (N) are the layer's own, without padding. `group_size` is the rows that share a
+    scale as stored, -1 for one group. `sym=False` adds zero points, `desc_act=True` the permutation of act-order.
+    `extended` chooses the names: `marlin_qweight`, `marlin_scales`, …, or the original `B` and `s`, which hold only
+    4-bit symmetric layers without act-order and padding. Scales keep `scale_dtype` (float16 or bfloat16) whatever the
+    module is cast to; `bias` has `dtype`. The activations decide the dtype of the product: float16 or bfloat16 on a
+    GPU, any floating point elsewhere. Raises ValueError for settings that the format does not have.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        bits: int = 4,
+        group_size: int = 128,
+        sym: bool = True,
+        desc_act: bool = False,
+        extended: bool = False,
+        scale_dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size, self.sym, self.desc_act, self.extended = bits, group_size, sym, desc_act, extended
+        self.scale_dtype = scale_dtype
+        self._check(scale_dtype)
+        K, N, G = self._stored()
+        words: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((K // TILE_K, N * bits // 2), torch.int32),
+            "scales": ((G, N), scale_dtype),
+        }
+        if not sym:
+            words["zeros"] = ((G, N * bits // 32), torch.int32)
+        if desc_act:
+            words["perm"] = ((in_features,), torch.int32)
+        self._names = EXTENDED_NAMES if extended else ORIGINAL_NAMES
+        for what, (shape, kind) in words.items():
+            self.register_buffer(self._names[what], torch.zeros(shape, dtype=kind, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
+
+    def _check(self, scale_dtype: torch.dtype) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits is {self.bits}; Marlin has 4 and 8")
+        if self.group_size not in (16, 32, 64, 128, -1):
+            raise ValueError(f"group_size is {self.group_size}; it should be 16, 32, 64, 128 or -1")
+        if scale_dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"scale_dtype is {scale_dtype}; it should be torch.float16 or torch.bfloat16")
+        if self.extended:
+            return
+        plain = (self.bits, self.sym, self.desc_act, scale_dtype) == (4, True, False, torch.float16)
+        if not plain or self.group_size not in (128, -1) or self.in_features % PAD_K or self.out_features % PAD_N:
+            raise ValueError(
+                f"the original format holds 4-bit symmetric layers with groups of 128 or -1, without act-order, with "
+                f"fp16 scales, K a multiple of {PAD_K} and N of {PAD_N}; give extended=True for this one "
+                f"({self.extra_repr()})"
+            )
+
+    def _stored(self) -> tuple[int, int, int]:
+        """(K, N, G) as stored, padding included."""
+        K, N = -(-self.in_features // PAD_K) * PAD_K, -(-self.out_features // PAD_N) * PAD_N
+        return K, N, 1 if self.group_size == -1 else K // self.group_size
+
+    def _tensor(self, what: str) -> Tensor | None:
+        return self._buffers.get(self._names.get(what, ""))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] of any floating dtype → [..., N] in the same dtype."""
+        bias: Tensor | None = self._buffers["bias"]
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        layer = (
+            self._tensor("weight"), self._tensor("scales"), bias, self._tensor("zeros"), self._tensor("perm"),
+            self.bits, self.in_features, self.out_features,
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            result: Tensor = torch.ops.marlin_convert.linear(x, *layer)
+            return result
+        if x.requires_grad and torch.is_grad_enabled():
+            result = _Forward.apply(x, *layer)  # type: ignore[no-untyped-call]
+            return result  # noqa: RET504 - named for its type
+        return _linear(x, *layer)  # type: ignore[arg-type]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W [K, N] in the source's order of rows, rounded once to `dtype` (that of the scales if None)."""
+        B, s = self._buffers[self._names["weight"]], self._buffers[self._names["scales"]]
+        assert B is not None
+        assert s is not None
+        size = {"bits": self.bits, "in_features": self.in_features, "out_features": self.out_features}
+        way: Any = cuda.dequantize if B.device.type == "cuda" else repack.dequantize_layer
+        W: Tensor = way(
+            B, s, zeros=self._tensor("zeros"), perm=self._tensor("perm"), dtype=dtype or self.scale_dtype, **size
+        )
+        return W
+
+    def extra_repr(self) -> str:
+        parts = [f"K={self.in_features}, N={self.out_features}, group={self.group_size}, bits={self.bits}"]
+        parts += ["asymmetric"] * (not self.sym) + ["act-order"] * self.desc_act
+        return ", ".join(parts + ["bias"] * (self._buffers.get("bias") is not None))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarlinLinear:
+        """As of any module, but scales keep their dtype: `.to(torch.bfloat16)` must not round them.
+
+        Raises DeviceError when the layer moves to a GPU that its kernels cannot run on.
+        """
+        scales = self._tensor("scales")
+
+        def keep(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if tensor is scales and result.dtype != tensor.dtype:
+                return tensor.to(result.device)
+            return result
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        moved = self._tensor("scales")
+        if moved is not None and moved.device.type == "cuda":
+            cuda.device_info(moved.device.index)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """As of any module; scales of another dtype than this layer's are an error, not rounded."""
+        name, own = prefix + self._names["scales"], self._tensor("scales")
+        given = state_dict.get(name)
+        if given is not None and own is not None and given.dtype != own.dtype:
+            error_msgs.append(f"{name} is {given.dtype}; this layer was made for {own.dtype} (scale_dtype)")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+# ---- The product ----
+
+
+def _linear(
+    x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, zeros: Tensor | None, perm: Tensor | None,
+    bits: int, in_features: int, out_features: int,
+) -> Tensor:  # fmt: skip
+    if x.device.type == "cuda":
+        whole = (in_features, out_features) == (B.shape[0] * TILE_K, s.shape[1])  # no padding
+        if zeros is None and perm is None and bits == 4 and whole:
+            return cuda.matmul(x, B, s, bias)
+        product: Any = cuda.matmul
+        result: Tensor = product(
+            x, B, s, bias, zeros, perm, bits=bits, in_features=in_features, out_features=out_features
+        )
+        return result
+    return _reference(x, B, s, bias, zeros, perm, bits, in_features, out_features)
+
+
+def _reference(
+    x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, zeros: Tensor | None, perm: Tensor | None,
+    bits: int, in_features: int, out_features: int,
+) -> Tensor:  # fmt: skip
+    """x · W + bias with W dequantized in x's dtype, rounded once, BLOCK_COLUMNS of it at a time.
+
+    W goes back to the source's order of rows, not x to the stored one: fp16 sums depend on the order of their terms,
+    and these are to be the sums of a plain linear layer with the same weights.
+    """
+    _say_slow(str(x.device.type))
+    natural = None if perm is None else torch.argsort(perm)  # natural[k]: the stored row that is the source's row k
+    blocks = []
+    for n0 in range(0, out_features, BLOCK_COLUMNS):
+        n1, end = min(n0 + BLOCK_COLUMNS, s.shape[1]), min(n0 + BLOCK_COLUMNS, out_features)
+        block_zeros = None if zeros is None else zeros[:, n0 * bits // 32 : n1 * bits // 32]
+        W = _weight(B[:, n0 * bits // 2 : n1 * bits // 2], s[:, n0:n1], block_zeros, bits, x.dtype)
+        W = W[:in_features, : end - n0]
+        W = (W if natural is None else W[natural]).t().contiguous()  # as nn.Linear has it: the sums are the same
+        blocks.append(nn.functional.linear(x, W, None if bias is None else bias[n0:end]))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+
+
+def _weight(B: Tensor, s: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
+    """W [K', columns] of a block of columns, rows as stored: from the native library where it has that, else from the
+    twin, which is the same bits."""
+    if B.device.type != "cpu" or dtype != s.dtype or not ops.native_available():
+        return repack.dequantize_layer(B, s, zeros, bits=bits, dtype=dtype)
+    words, numbers = B.contiguous().numpy(), s.contiguous().view(torch.uint16).numpy()  # numpy has no bfloat16
+    points = None if zeros is None else unpack_zeros(zeros.contiguous().numpy(), bits)
+    scales = numbers if dtype == torch.bfloat16 else numbers.view(np.float16)
+    W = ops.dequantize_marlin(words, scales, bits=bits, zeros=points, threads=torch.get_num_threads())
+    return torch.from_numpy(W.view(np.uint16)).view(dtype)
+
+
+@cache
+def _say_slow(device: str) -> None:
+    log.warning(
+        "Marlin layers on %s are computed by a reference that dequantizes their weights at every call: exact, and "
+        "slow. The kernels need an NVIDIA GPU of compute capability 8.0 or newer.",
+        device,
+    )
+
+
+class _Forward(torch.autograd.Function):
+    """The product inside a graph of gradients, of which it is the end: nobody gets a wrong gradient from it."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, *layer: Any) -> Tensor:
+        return _linear(x, *layer)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("MarlinLinear is for inference: it has no gradient. Train the unquantized model.")
+
+
+_library = torch_library.Library("marlin_convert", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "linear(Tensor x, Tensor B, Tensor s, Tensor? bias, Tensor? zeros, Tensor? perm, int bits, int in_features, "
+    "int out_features) -> Tensor"
+)
+_library.impl("linear", _linear, "CUDA")  # type: ignore[no-untyped-call]
+_library.impl("linear", _linear, "CPU")  # type: ignore[no-untyped-call]
+
+
+@torch_library.register_fake("marlin_convert::linear", lib=_library)  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, zeros: Tensor | None, perm: Tensor | None,
+    bits: int, in_features: int, out_features: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], out_features))

@@ -1,0 +1,175 @@
+"""Pieces of Marlin layers: what one rank of a tensor-parallel engine holds, and layers side by side as one product.
+
+Tiles are cut along whole tiles only, scales and zero points along whole groups, so that every piece is again a Marlin
+layer, with no repacking; it is a copy, so that the whole can be freed. What cannot be cut so is refused with
+ValueError: a piece is right, or there is none. The one thing that changes is the order of scales when a rank is left
+with a single group (see `layout`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..formats import layout
+from ..formats.config import LayerSettings
+from ..formats.layout import EXT_K, TILE_K, TILE_N
+from ..native import repack
+
+CONTIGUOUS = torch.contiguous_format
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A Marlin layer, or a part of one. K and N are its own rows and columns, the tensors' are padded.
+
+    weight int32 [K'/16, N' bits/2], scales [G, N'], zeros int32 [G, N' bits/32] or None, perm int32 [K] or None.
+    """
+
+    bits: int
+    K: int
+    N: int
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    perm: Tensor | None = None
+
+    @property
+    def stored_K(self) -> int:
+        return self.weight.shape[0] * TILE_K
+
+    @property
+    def stored_N(self) -> int:
+        return self.scales.shape[1]
+
+    @property
+    def G(self) -> int:
+        return self.scales.shape[0]
+
+
+def needed(settings: LayerSettings) -> set[str]:
+    """The tensors that a layer has (keys of EXTENDED_NAMES)."""
+    extras = {"zeros": not settings.sym, "perm": settings.desc_act}
+    return {"weight", "scales"} | {what for what, there in extras.items() if there}
+
+
+def whole(name: str, settings: LayerSettings, tensors: dict[str, Tensor]) -> Piece:
+    """A layer as the checkpoint has it; `tensors` by what they are (the keys of EXTENDED_NAMES).
+
+    Raises ValueError when they do not fit the settings.
+    """
+    wanted = needed(settings)
+    if set(tensors) != wanted:
+        raise ValueError(
+            f"{name}: it has {', '.join(sorted(tensors)) or 'no tensors'}; {', '.join(sorted(wanted))} needed"
+        )
+    weight, scales = tensors["weight"], tensors["scales"]
+    K, N = weight.shape[0] * TILE_K, scales.shape[1]
+    fits = weight.shape[1] == N * settings.bits // 2 and scales.shape[0] in (1, K // max(1, settings.group_size))
+    own_K, own_N = settings.in_features or K, settings.out_features or N
+    if "zeros" in tensors:
+        fits = fits and tensors["zeros"].shape == (scales.shape[0], N * settings.bits // 32)
+    if "perm" in tensors:
+        fits = fits and tensors["perm"].shape == (own_K,)
+    if not fits or own_K > K or own_N > N:
+        shapes = {what: list(tensor.shape) for what, tensor in tensors.items()}
+        raise ValueError(f"{name}: its tensors {shapes} do not fit its settings {settings}")
+    return Piece(settings.bits, own_K, own_N, weight, scales, tensors.get("zeros"), tensors.get("perm"))
+
+
+def columns(name: str, piece: Piece, first: int, count: int) -> Piece:
+    """Columns first .. first + count of a layer, as a rank of column parallelism has them.
+
+    Beyond the layer's own columns there are zeros (a vocabulary padded by the engine). Raises ValueError for a cut
+    through a tile.
+    """
+    if first == 0 and count == piece.N:
+        return piece
+    if first % TILE_N or (count % TILE_N and first + count < piece.N):
+        raise ValueError(
+            f"{name}: columns {first} to {first + count} of {piece.N} cut through a tile of {TILE_N}; "
+            "use fewer tensor-parallel ranks"
+        )
+    stored = -(-count // TILE_N) * TILE_N
+
+    def cut(tensor: Tensor, per_column: float) -> Tensor:
+        begin, end = int(first * per_column), int((first + stored) * per_column)
+        part = tensor[:, begin : min(end, tensor.shape[1])]
+        return torch.nn.functional.pad(part, (0, end - begin - part.shape[1])).clone(memory_format=CONTIGUOUS)
+
+    return replace(
+        piece,
+        N=count,
+        weight=cut(piece.weight, piece.bits / 2),
+        scales=cut(piece.scales, 1),
+        zeros=None if piece.zeros is None else cut(piece.zeros, piece.bits / 32),
+    )
+
+
+def rows(name: str, piece: Piece, first: int, count: int) -> Piece:
+    """Rows first .. first + count of a layer, as a rank of row parallelism has them.
+
+    Raises ValueError for act-order, whose rows lie in another order, for a cut through a group, and for one that no
+    kernel takes.
+    """
+    if first == 0 and count == piece.K:
+        return piece
+    if piece.perm is not None:
+        raise ValueError(
+            f"{name}: it has act-order, whose rows cannot be split over tensor-parallel ranks; run it on one rank"
+        )
+    group = piece.stored_K // piece.G if piece.G > 1 else 0
+    if first % EXT_K or count % EXT_K or (group and (first % group or count % group)):
+        what = f"a group of {group}" if group > EXT_K else f"a block of {EXT_K}"
+        raise ValueError(
+            f"{name}: rows {first} to {first + count} of {piece.K} cut through {what}; use fewer tensor-parallel ranks"
+        )
+
+    def of_groups(tensor: Tensor) -> Tensor:
+        return tensor[first // group : (first + count) // group].clone() if group else tensor
+
+    scales = of_groups(piece.scales)
+    if piece.G > 1 and scales.shape[0] == 1:
+        scales = single_group(scales)
+    return replace(
+        piece,
+        K=count,
+        weight=piece.weight[first // TILE_K : (first + count) // TILE_K].clone(),
+        scales=scales,
+        zeros=None if piece.zeros is None else of_groups(piece.zeros),
+    )
+
+
+def single_group(scales: Tensor) -> Tensor:
+    """Scales [1, N'] in the order of grouped scales → in that of a single group."""
+    inverse = tuple(layout.SCALE_PERMUTATION.index(i) for i in range(TILE_N))
+    natural = scales.reshape(-1, TILE_N)[:, list(inverse)].reshape(1, -1)
+    return repack.permute_scales(natural)
+
+
+def join(pieces: list[Piece]) -> list[Piece]:
+    """Neighbours that one product can do, joined along N: of the same kind, without padding between them."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if last is not None and _alike(last, piece):
+            joined[-1] = replace(
+                last,
+                N=last.N + piece.N,
+                weight=torch.cat([last.weight, piece.weight], 1),
+                scales=torch.cat([last.scales, piece.scales], 1),
+                zeros=None if last.zeros is None or piece.zeros is None else torch.cat([last.zeros, piece.zeros], 1),
+            )
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _alike(a: Piece, b: Piece) -> bool:
+    same = (a.bits, a.K, a.stored_K, a.G, a.zeros is None) == (b.bits, b.K, b.stored_K, b.G, b.zeros is None)
+    same = same and a.scales.dtype == b.scales.dtype and a.stored_N == a.N
+    if not same or (a.perm is None) != (b.perm is None):
+        return False
+    return a.perm is None or b.perm is None or torch.equal(a.perm, b.perm)

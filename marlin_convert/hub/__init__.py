@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: looking into a repository, streaming from it, publishing to it."""

@@ -1,0 +1,188 @@
+"""What fetching from and publishing on the Hugging Face Hub have in common: names, patience, and errors that help."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import HubError, SourceError
+
+T = TypeVar("T")
+
+DOWNLOAD_THREAD = "marlin-convert-download"
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+#: Seconds to wait before each further try, where huggingface_hub itself does not try again.
+WAITS = (0.5, 1.0, 2.0, 4.0)
+#: Answers that may be better the next time: too many requests, and a Hub or a proxy in trouble.
+_PASSING = (408, 429, 500, 502, 503, 504)
+
+
+def is_folder(source: str) -> bool:
+    """Whether `source` is a folder (True) or may be a Hub id (False); raises SourceError when it is neither."""
+    path = Path(source).expanduser()
+    if source and path.is_dir():
+        return True
+    if source and path.exists():
+        raise SourceError(f"{source} is a file; give the folder that holds the checkpoint.")
+    if source.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(source) or source.count("/") > 1:
+        raise SourceError(f"{source or repr(source)}: no such folder.")
+    return False
+
+
+def checked_token(token: str | None) -> str | None:
+    token = (token or "").strip() or None
+    if token and not (token.isascii() and token.isprintable()):
+        raise HubError("the token is none: it holds characters that no token has.")
+    return token
+
+
+def patiently(call: Callable[[], T], *, unreachable: bool = True, garbled: bool = False) -> T:
+    """What `call` returns. While the Hub is in trouble, slow, or the connection breaks, it is called again, after
+    longer and longer waits: without any connection only if `unreachable`, after an answer that is no JSON if `garbled`.
+    """
+    for wait in WAITS:
+        try:
+            return call()
+        except Exception as error:  # noqa: PERF203 - a network is slower than any of this
+            if not (_may_pass(error, unreachable) or (garbled and isinstance(error, json.JSONDecodeError))):
+                raise
+            time.sleep(wait)
+    return call()
+
+
+def _may_pass(error: Exception, unreachable: bool) -> bool:
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the httpx that it is built on
+
+    causes = [cause for cause in (error, error.__cause__) if isinstance(cause, HTTPError)]
+    for cause in causes:
+        response = getattr(cause, "response", None)
+        if response is not None:
+            return response.status_code in _PASSING
+    names = {type(cause).__name__ for cause in causes}
+    return bool(names) and (unreachable or not names & {"ConnectError", "ConnectTimeout"})
+
+
+def _folder_meant(repo_id: str) -> str:
+    """The end of the sentence that there is no such repository: what folder here may have been meant."""
+    parent, name = Path(repo_id).parent, Path(repo_id).name
+    if Path(name).is_dir():
+        return f"; did you mean the folder ./{name}?"
+    with contextlib.suppress(OSError):
+        folders = [path.name for path in parent.iterdir() if path.is_dir()]
+        for match in difflib.get_close_matches(name, folders, 1, 0.8):
+            return f"; did you mean the folder ./{parent / match}?"
+    return "." if "/" in repo_id else f"; if you mean a folder, there is none named {repo_id} here."
+
+
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """Without huggingface_hub's warnings, which name addresses, and with them what the Hub signed them by."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def explained(repo_id: str, revision: str | None, *, doing: str = "download") -> Iterator[None]:
+    """Turn whatever huggingface_hub raises into one sentence that says what to do."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the httpx that it is built on
+
+    try:
+        with errors_only():
+            yield
+    except errors.GatedRepoError:
+        where = f"{constants.ENDPOINT}/{repo_id}"
+        raise HubError(
+            f"{repo_id} is gated: ask for access at {where}, then log in with `hf auth login` or give --token."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(
+            f"{repo_id}: no such repository, or it is private and needs a token (`hf auth login` or --token)"
+            + (_folder_meant(repo_id) if doing == "download" else ".")
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise HubError(
+            f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit that it has."
+        ) from None
+    except errors.HFValidationError:
+        if doing == "upload":
+            raise HubError(f"{repo_id}: the Hub has no such names; write it like your-name/model-marlin.") from None
+        raise SourceError(f"{repo_id}: neither a folder nor a Hub id.") from None
+    except (json.JSONDecodeError, errors.FileMetadataError):
+        raise HubError(
+            f"{repo_id}: what answers at {constants.ENDPOINT} is no Hub; check the proxy settings, and HF_ENDPOINT."
+        ) from None
+    except (errors.LocalEntryNotFoundError, HTTPError, OSError) as error:
+        raise HubError(f"{repo_id}: {_why(error, doing)}") from None
+    except ValueError as error:  # what create_commit raises for a card that the Hub does not take
+        if doing != "upload":
+            raise
+        raise HubError(f"{repo_id}: the Hub does not take it: {' '.join(str(error).split())}") from None
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """Do `work` on a thread that Ctrl-C leaves behind: huggingface_hub itself ends only when every file has come.
+
+    What has come by then stays in its cache, and the next run goes on from there.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+            result.set_exception(error)
+
+    threading.Thread(target=run, name=DOWNLOAD_THREAD, daemon=True).start()
+    return result.result()
+
+
+def downloading() -> bool:
+    """Whether a download that was interrupted still goes on. Python itself would wait for its end before it exits."""
+    return any(thread.name == DOWNLOAD_THREAD for thread in threading.enumerate())
+
+
+def unreachable(*, partly: bool) -> str:
+    """That the Hub cannot be asked and the cache has nothing, or only a part."""
+    from huggingface_hub import constants
+
+    where = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+    part = "holds only a part of it" if partly else "does not hold it"
+    return f"{where} and the cache {part}; try again with a network connection."
+
+
+def _why(error: Exception, doing: str) -> str:
+    """What stopped a download or an upload, from the error that huggingface_hub gave or the one that it came from."""
+    for cause in (error, error.__cause__):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in (401, 403):
+            return f"the Hub refuses access ({status}); log in with `hf auth login`, or give another --token."
+        if status == 412:
+            return "somebody else has committed to it meanwhile; look at what changed, and push again."
+        if status is not None:
+            return f"the Hub answered {status}; try again later."
+    if isinstance(error, FileNotFoundError):  # huggingface_hub's LocalEntryNotFoundError
+        return unreachable(partly="Incomplete" in type(error).__name__)
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return f"the {doing} failed: {reason}; run it again to resume."
+
+
+def quiet() -> None:
+    """Keep huggingface_hub from drawing bars of its own (they would fight with ours, or end up in a log)."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,167 @@
+"""Publishing a result on the Hugging Face Hub: in one commit, after it is clear that it may go there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .._version import __version__
+from ..checkpoint.reader import INDEX_SUFFIX, WEIGHT_SUFFIXES
+from ..errors import HubError
+from .client import checked_token, explained, interruptible, patiently
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_READ = (".safetensors", INDEX_SUFFIX)  # what engines read of a repository
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a result goes on the Hub, and how. A `repo_id` without an owner is the user's own."""
+
+    repo_id: str
+    private: bool = False
+    branch: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+
+
+def default_name(label: str) -> str:
+    """The name of the repository for what was made from the source `label`."""
+    name = re.sub(r"[^A-Za-z0-9._-]+|-{2,}|\.{2,}", "-", label.split("/")[-1]).strip("-.") or "model"
+    return f"{name[:80].rstrip('-.')}-marlin"
+
+
+def check_target(target: Target, *, token: str | None, force: bool) -> Target:
+    """The target with its owner's name, if this user may write there; changes nothing on the Hub.
+
+    Raises HubError when the user may not, or, without `force`, when weights that are there would be overwritten.
+    """
+    token = checked_token(token)
+    with explained(target.repo_id, target.branch, doing="upload"):
+        from huggingface_hub import HfApi, constants, get_token
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+        validate_repo_id(target.repo_id)
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(f"{target.repo_id}: offline mode is on (HF_HUB_OFFLINE); nothing can be uploaded.")
+        if not (token or get_token()):
+            raise HubError(f"{target.repo_id}: publishing needs a token; log in with `hf auth login` or give --token.")
+        api = HfApi(token=token)
+        target = _own(api, target)
+        if _exists(api, target) and not (target.create_pr or force) and _weights_there(api, target, _head(api, target)):
+            raise HubError(_other_weights(target))
+    return target
+
+
+def create_repository(target: Target, *, token: str | None) -> None:
+    """Create the repository, unless it is there."""
+    with explained(target.repo_id, target.branch, doing="upload"):
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=checked_token(token))
+        patiently(lambda: api.create_repo(target.repo_id, private=target.private or None, exist_ok=True))
+
+
+def push(folder: Path, target: Target, *, token: str | None, force: bool) -> str:
+    """Upload every file of `folder` in one commit; the address of the commit or pull request.
+
+    What an earlier try has uploaded is not uploaded again. Raises HubError; the repository then is as it was.
+    """
+    token = checked_token(token)
+    target = check_target(target, token=token, force=True)
+    create_repository(target, token=token)
+    with explained(target.repo_id, target.branch, doing="upload"):
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+        api = HfApi(token=token)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        names = [p.relative_to(folder).as_posix() for p in files]
+        visible = [(p, n) for p, n in zip(files, names, strict=True) if not n.startswith(".") and "/." not in n]
+        added = {name: CommitOperationAdd(name, str(path)) for path, name in visible}
+        head = _head(api, target)
+        if not force and not target.create_pr:
+            for name, sha in _weights_there(api, target, head).items():
+                if sha and (name not in added or added[name].upload_info.sha256.hex() != sha):
+                    raise HubError(_other_weights(target))
+        if head is None and target.branch:
+            branch = target.branch
+            patiently(lambda: api.create_branch(target.repo_id, branch=branch, exist_ok=True))
+            head = _head(api, target)
+        # Weights of another result beside these would be read with them.
+        there = _weights_there(api, target, head)
+        stale = [CommitOperationDelete(n) for n in there if n not in added and n.endswith(_READ) and "/" not in n]
+        message = target.commit_message or f"Marlin checkpoint, by marlin-convert {__version__}"
+        done = interruptible(
+            lambda: patiently(
+                lambda: api.create_commit(
+                    target.repo_id, [*added.values(), *stale], commit_message=message, create_pr=target.create_pr,
+                    revision=target.branch, parent_commit=head,  # refused if somebody else has committed since
+                ),
+                garbled=True,  # huggingface_hub takes any answer about the card for JSON
+            )
+        )  # fmt: skip
+    return str(done.pr_url or done.commit_url)
+
+
+def _own(api: HfApi, target: Target) -> Target:
+    """The target with its owner's name; raises HubError when whose token it is may not write there."""
+    who = patiently(api.whoami)
+    role = who.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise HubError(f"{target.repo_id}: the token may only read; give one that may write.")
+    if "/" not in target.repo_id:
+        target = replace(target, repo_id=f"{who['name']}/{target.repo_id}")
+    owner = target.repo_id.split("/")[0]
+    roles = {org["name"]: org.get("roleInOrg") for org in who.get("orgs", [])}
+    if owner != who["name"] and not target.create_pr and roles.get(owner, "read") == "read":
+        raise HubError(
+            f"{target.repo_id}: {who['name']} may not write there; choose a repository of your own, or --create-pr."
+        )
+    return target
+
+
+def _exists(api: HfApi, target: Target) -> bool:
+    """Whether the repository is there; raises when it is and may not be written to."""
+    from huggingface_hub import CommitOperationAdd, errors
+
+    try:
+        private = patiently(lambda: api.model_info(target.repo_id)).private
+    except errors.RepositoryNotFoundError:
+        return False
+    if target.private and not private:
+        raise HubError(f"{target.repo_id}: it exists and is public; make it private first, or leave --private out.")
+    # Asks how a file would be uploaded, which only who may write is told; a small one is not uploaded by it.
+    card = CommitOperationAdd("README.md", b"-")
+    patiently(lambda: api.preupload_lfs_files(target.repo_id, [card], create_pr=target.create_pr))
+    return True
+
+
+def _head(api: HfApi, target: Target) -> str | None:
+    """The commit that the result will follow; None when the target's branch is not there."""
+    from huggingface_hub import errors
+
+    revision = None if target.create_pr else target.branch
+    try:
+        return patiently(lambda: api.model_info(target.repo_id, revision=revision)).sha
+    except errors.RevisionNotFoundError:
+        return None
+
+
+def _weights_there(api: HfApi, target: Target, commit: str | None) -> dict[str, str]:
+    """Names and SHA-256 (of LFS files, as weights are) of the weights and indexes at a commit, if it is one."""
+    from huggingface_hub.hf_api import RepoFile
+
+    if commit is None:
+        return {}
+    entries = patiently(lambda: list(api.list_repo_tree(target.repo_id, revision=commit, recursive=True)))
+    files = [e for e in entries if isinstance(e, RepoFile) and e.path.endswith(WEIGHT_SUFFIXES)]
+    return {file.path: file.lfs.sha256 if file.lfs else "" for file in files}
+
+
+def _other_weights(target: Target) -> str:
+    where = f", branch {target.branch}," if target.branch else ""
+    return f"{target.repo_id}{where} holds other weights; choose another repository, or overwrite them with --force."

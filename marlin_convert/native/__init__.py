@@ -1,0 +1,1 @@
+"""The native libraries behind Python functions, and their slow definition in torch."""
