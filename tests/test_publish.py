@@ -334,15 +334,172 @@ def test_the_lock_is_held_until_the_folder_is_gone(tmp_path: Path, monkeypatch: 
         held.append(is_held())
         rmtree(path, **options)
 
-    def watched_swap_in(folder: Path, out: Path) -> None:
+    def watched_swap_in(folder: Path, out: Path, *, force: bool) -> None:
         held.append(is_held())
-        swap_in(folder, out)
+        swap_in(folder, out, force=force)
 
     monkeypatch.setattr(shutil, "rmtree", watched_rmtree)
     monkeypatch.setattr(publish, "_swap_in", watched_swap_in)
     write_new(tmp_path / "out")
     assert held
     assert all(held)
+
+
+LEFTOVER = ".out.marlin-convert-x.tmp"
+
+
+def precious(folder: Path) -> Path:
+    """A folder of somebody's, with what a leftover has."""
+    for name in ("new", "replaced"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "work").write_text("mine")
+    (folder / ".lock").touch()
+    return folder
+
+
+def linked_folder(tmp_path: Path) -> None:
+    (tmp_path / "out-parent" / LEFTOVER).symlink_to(precious(tmp_path / "elsewhere"))
+
+
+def linked_lock(tmp_path: Path) -> None:
+    folder = precious(tmp_path / "out-parent" / LEFTOVER)
+    (folder / ".lock").unlink()
+    (tmp_path / "lock").touch()
+    (folder / ".lock").symlink_to(tmp_path / "lock")
+
+
+def folder_for_a_lock(tmp_path: Path) -> None:
+    folder = precious(tmp_path / "out-parent" / LEFTOVER)
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()
+
+
+def pipe_for_a_lock(tmp_path: Path) -> None:
+    folder = precious(tmp_path / "out-parent" / LEFTOVER)
+    (folder / ".lock").unlink()
+    os.mkfifo(folder / ".lock")
+
+
+def no_lock(tmp_path: Path) -> None:
+    folder = precious(tmp_path / "out-parent" / LEFTOVER)
+    (folder / ".lock").unlink()
+    os.utime(folder, (time.time() - 1000,) * 2)
+
+
+def plain_file(tmp_path: Path) -> None:
+    (tmp_path / "out-parent" / LEFTOVER).write_text("mine")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [linked_folder, linked_lock, folder_for_a_lock, pipe_for_a_lock, no_lock, plain_file],
+    ids=lambda f: f.__name__,
+)
+def test_what_is_only_named_like_a_leftover_is_stepped_around(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "out-parent").mkdir()
+    make(tmp_path)
+    before = contents(tmp_path)
+    write_new(tmp_path / "out-parent" / "out")
+    assert contents(tmp_path) == {**before, "out-parent/out/weights": "new"}
+    assert os.path.lexists(tmp_path / "out-parent" / LEFTOVER)
+
+
+def test_leftovers_of_another_user_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shared folder their removal would fail, or worse, succeed."""
+    out = tmp_path / "out"
+    killed_run(out)
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    write_new(out)
+    assert contents(tmp_path) == {**before, "out/weights": "new"}
+
+
+def test_a_leftover_that_may_not_be_entered(source: Source, tmp_path: Path) -> None:
+    hidden = tmp_path / "results" / LEFTOVER
+    precious(hidden).chmod(0)
+    result = limited(source, tmp_path, NO_OVERRIDE)
+    hidden.chmod(0o700)
+    assert (result.code, result.err.count("Permission")) == (0, 0)
+    assert (tmp_path / "results" / "out" / REPORT_FILE).is_file()
+    assert (hidden / "new" / "work").read_text() == "mine"
+
+
+def test_a_run_that_ends_first_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It appears after the last look whether the place is free, and before the rename."""
+    out, swap_in = tmp_path / "out", publish._swap_in
+
+    def faster(folder: Path, out: Path, *, force: bool) -> None:
+        earlier_result(out)
+        swap_in(folder, out, force=force)
+
+    monkeypatch.setattr(publish, "_swap_in", faster)
+    with pytest.raises(OutputError, match="it exists already"):
+        write_new(out)
+    assert contents(tmp_path) == {f"out/{REPORT_FILE}": "{}", "out/deep/weights": "old"}
+
+
+def test_a_lock_that_another_run_took_for_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was found between its making and its locking, and removed with its folder: the run makes another."""
+    out, flock = tmp_path / "out", fcntl.flock
+    removed: list[Path] = []
+
+    def late(lock: int, operation: int) -> None:
+        if not removed:
+            removed.append(Path())
+            removed.extend(clear_leftovers(out))
+        flock(lock, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_new(out)
+    assert len(removed) == 2
+    assert contents(tmp_path) == {"out/weights": "new"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Changes to a finished output
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, before: str | None) -> None:
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_text(before)
+        path.chmod(0o640)
+    publish.replace_files(tmp_path, {"file": b"new"})
+    assert path.read_text() == "new"
+    assert before is None or path.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", ["fsync", "fchmod", "urandom"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=str)
+def test_a_replacement_that_fails_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(type(error)):
+        publish.replace_files(tmp_path, {"file": b"new"})
+    assert contents(tmp_path) == {"file": "old"}
+
+
+def test_a_new_file_does_not_overwrite(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(FileExistsError):
+        publish.write_json(tmp_path / "file", {})
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_json_holds_what_utf8_cannot(tmp_path: Path) -> None:
+    publish.write_json(tmp_path / "file", {"half": "\ud800", "whole": "é\U0001f600"})
+    raw = (tmp_path / "file").read_bytes()
+    assert json.loads(raw) == {"half": "\ud800", "whole": "é\U0001f600"}
+    assert raw == '{\n  "half": "\\ud800",\n  "whole": "é\U0001f600"\n}\n'.encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------

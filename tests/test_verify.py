@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,24 @@ def change(out: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None
 
 def layer_check(report: Verification, name: str) -> LayerCheck:
     return next(x for x in report.layers if x.name == name)
+
+
+def test_what_cannot_be_written_leaves_the_output_as_it_was(source: Source, out: Path, tmp_path: Path) -> None:
+    """The card is longer than a file may be here: neither it nor verify.json is cut."""
+    (source.folder / "README.md").write_text("# A card\n\n" + "of some length " * 400)
+    convert(source.folder, out, Options(device="cpu", force=True))
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
+    code = (
+        f"{limit}\nfrom marlin_convert.cli import commands\ncommands.main({['verify', str(source.folder), str(out)]})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 6, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"marlin-convert: {out}: equal to its source, but verify.json and README.md cannot be written there: File too "
+        "large; what was there is as it was."
+    )
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 def test_a_sound_result(source: Source, out: Path) -> None:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import threading
@@ -56,12 +58,7 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             clear_leftovers(out)
-            hidden = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".tmp", dir=out.parent))
-            folder = hidden / _NEW
-            lock = os.open(hidden / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            cleaning.callback(os.close, lock)
-            cleaning.callback(_remove, hidden)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            folder = cleaning.enter_context(_locked_folder(out)) / _NEW
             folder.mkdir()
         except OSError as error:
             raise OutputError(f"{out.parent}: cannot be written to: {error.strerror}; choose another place.") from None
@@ -69,13 +66,33 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
             yield folder
             sync_tree(folder)
             check_free(out, force=force)  # it may have appeared while the work went on
-            _swap_in(folder, out)
+            _swap_in(folder, out, force=force)
         except BrokenPipeError:  # of the screen that shows the progress, not of the disk
             raise
         except OSError as error:
             raise OutputError(
                 f"{error.filename or out}: writing failed: {error.strerror or error}; nothing was left behind."
             ) from None
+
+
+@contextlib.contextmanager
+def _locked_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, locked by this process, removed at the end."""
+    while True:
+        with contextlib.ExitStack() as cleaning:
+            hidden = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".tmp", dir=out.parent))
+            try:
+                lock = os.open(hidden / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            except BaseException:
+                hidden.rmdir()
+                raise
+            cleaning.callback(os.close, lock)
+            cleaning.callback(_remove, hidden)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Another run that starts now may have found the lock before it was held, and removed the folder.
+            if (hidden / _LOCK_FILE).exists():
+                yield hidden
+                return
 
 
 def check_free(out: Path, *, force: bool) -> None:
@@ -106,29 +123,50 @@ def check_free(out: Path, *, force: bool) -> None:
 
 
 def clear_leftovers(out: Path) -> list[Path]:
-    """Remove the hidden folders that killed runs to `out` left behind; those of runs still alive are locked."""
-    removed = []
-    prefix = _prefix(out)
-    for hidden in [f for f in out.parent.iterdir() if f.name.startswith(prefix) and f.suffix == ".tmp"]:
+    """Remove the hidden folders that killed runs to `out` left behind.
+
+    Ours are real folders of this user that hold our lock, and nobody has it. Whatever else has such a name (a link, a
+    file, what another user left) is none of our business, and no reason to fail.
+    """
+    try:
+        found = [f for f in out.parent.iterdir() if f.name.startswith(_prefix(out)) and f.suffix == ".tmp"]
+    except PermissionError:  # one may create files there without seeing what there is
+        return []
+    return [hidden for hidden in found if _clear(hidden, out)]
+
+
+def _clear(hidden: Path, out: Path) -> bool:
+    """Remove one hidden folder, if it is what a killed run left behind; whether it was."""
+    try:
+        folder = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if os.fstat(folder).st_uid != os.geteuid():
+            return False
         try:
-            lock = os.open(hidden / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:  # about to get its lock, or killed just before
-            if _age_seconds(hidden) > 60:
-                _remove(hidden)
-                removed.append(hidden)
-            continue
+            lock = os.open(_LOCK_FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        except FileNotFoundError:  # about to get its lock, or killed just before: then it is empty
+            if time.time() - os.fstat(folder).st_mtime > 60:
+                hidden.rmdir()
+                return True
+            return False
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            if (hidden / _REPLACED).is_dir() and not os.path.lexists(out):
-                (hidden / _REPLACED).rename(out)  # killed between the two renames of `_exchange`
+            is_ours = stat.S_ISREG(os.fstat(lock).st_mode) and os.path.samestat(os.fstat(folder), hidden.lstat())
+            if not is_ours:
+                return False
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where the run is still alive
+            replaced = hidden / _REPLACED
+            if replaced.is_dir() and not replaced.is_symlink() and not os.path.lexists(out):
+                replaced.rename(out)  # killed between the two renames of `_exchange`
             _remove(hidden)
-            removed.append(hidden)
+            return not hidden.exists()
         finally:
             os.close(lock)
-    return removed
+    except OSError:
+        return False
+    finally:
+        os.close(folder)
 
 
 def _remove(hidden: Path) -> None:
@@ -166,33 +204,73 @@ def sync_tree(folder: Path) -> None:
                 os.close(fd)
 
 
+def json_bytes(value: object) -> bytes:
+    """`value` as the Hub's tools write it: two spaces, UTF-8, one newline at the end; half of a surrogate pair, which
+    UTF-8 has not, is escaped."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as the Hub's tools do: two spaces, UTF-8, one newline at the end."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `value` into a new file."""
+    write_file(path, json_bytes(value))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a new file. Raises FileExistsError when it is there, also under a name that its disk takes for the same."""
+    with path.open("xb") as file:
+        file.write(content)
+
+
+def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Put new contents in place of files of `folder`, or where none are: each is the old one or the new one, and never
+    a part.
+
+    Raises OSError when there is no room for all of them; then the old ones stay.
+    """
+    ready: dict[Path, Path] = {}
+    try:
+        for name, content in contents.items():
+            path, temporary = folder / name, folder / f".{name}.{os.urandom(6).hex()}.tmp"
+            ready[temporary] = path
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                if path.is_file():
+                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+                os.fsync(file.fileno())
+        for temporary, path in ready.items():
+            temporary.rename(path)
+    finally:
+        for temporary in ready:
+            temporary.unlink(missing_ok=True)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _prefix(out: Path) -> str:
     return f".{out.name}.marlin-convert-"
 
 
-def _age_seconds(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _swap_in(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; a folder at `out` is exchanged in one step, and the caller then removes it."""
-    if out.is_dir() and any(out.iterdir()):
+def _swap_in(folder: Path, out: Path, *, force: bool) -> None:
+    """Rename `folder` to `out`. With `force`, a folder at `out` is exchanged in one step, and the caller then removes
+    it; without, only an empty one gives way."""
+    if force and out.is_dir() and any(out.iterdir()):
         _exchange(folder, out)
     else:
-        folder.rename(out)
-    fd = os.open(out.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        try:
+            folder.rename(out)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):  # another run was faster
+                check_free(out, force=False)
+            raise
+    _sync_folder(out.parent)
 
 
 def _exchange(folder: Path, out: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.writer import write_file
 from ..formats.config import QUANT_METHODS
 from ..hub.download import Source
 from .plan import Plan
@@ -59,19 +60,25 @@ def model_card(checkpoint: Checkpoint, plan: Plan, made: Made) -> str:
     return content
 
 
+def card_bytes(text: str) -> bytes:
+    """A card in UTF-8: what that cannot hold (half of a surrogate pair) becomes a `?`."""
+    return text.encode("utf-8", "replace")
+
+
 def write_card(folder: Path, text: str) -> None:
-    """Put a card into `folder`, in UTF-8: what that cannot hold (half of a surrogate pair) becomes a `?`."""
-    (folder / CARD_FILE).write_bytes(text.encode("utf-8", "replace"))
+    """Put a card into a new folder."""
+    write_file(folder / CARD_FILE, card_bytes(text))
 
 
-def tell_verification(folder: Path, verification: Verification) -> None:
-    """Say in the card of an earlier result, if it is one of ours, what verifying it now has shown."""
+def with_verdict(folder: Path, verification: Verification) -> bytes | None:
+    """The card of an earlier result, if it is one of ours, saying what verifying it now has shown; None where that
+    changes nothing."""
     path = folder / CARD_FILE
-    if path.is_file():
-        before = path.read_bytes().decode("utf-8", "replace")
-        after = _VERIFICATION.sub(lambda _: _verdict(verification), before, count=1)
-        if after != before:
-            write_card(folder, after)
+    if not path.is_file():
+        return None
+    text = path.read_bytes().decode("utf-8", "replace")
+    told = _VERIFICATION.sub(lambda _: _verdict(verification), text, count=1)
+    return None if told == text else card_bytes(told)
 
 
 # ---------------------------------------------------------------------------------------------------------------

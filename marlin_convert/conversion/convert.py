@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from .._version import __version__
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import REPORT_FILE, Shards, check_free, new_folder, write_json
+from ..checkpoint.writer import REPORT_FILE, Shards, check_free, json_bytes, new_folder, replace_files, write_json
 from ..device import CPU, Device, pick_device
 from ..errors import DeviceError, HubError, MarlinConvertError, OutputError, SourceError, UnsupportedError
 from ..formats.config import MARLIN, MARLIN_EXT, find_configs, marlin_ext_settings, marlin_model_config, marlin_settings
@@ -31,7 +31,7 @@ from ..hub.upload import Target, check_target, create_repository, default_name, 
 from ..native import ops
 from ..progress import BytesOnly, Progress
 from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks, strips
-from .card import CARD_FILE, Made, model_card, tell_verification, write_card
+from .card import CARD_FILE, Made, model_card, with_verdict, write_card
 from .layer_reader import Order, order_difference, source_columns, source_rows, stored_groups, stored_order
 from .plan import V1_WORD, Layer, Plan, make_plan, span
 from .supply import Item, Supply, arrivals, check_room, counted
@@ -225,10 +225,14 @@ def verify_pair(
             )
         report = verify(checkpoint, plan, result, device, progress)
     try:
-        write_json(out / VERIFY_FILE, report.as_dict())
-        tell_verification(out, report)
+        card = with_verdict(out, report)
+        replace_files(out, {VERIFY_FILE: json_bytes(report.as_dict())} | ({CARD_FILE: card} if card else {}))
     except OSError as error:
-        raise OutputError(f"{out / VERIFY_FILE}: cannot be written: {error.strerror}.") from None
+        verdict = "equal to its source" if report.ok else "not equal to its source"
+        raise OutputError(
+            f"{out}: {verdict}, but {VERIFY_FILE} and {CARD_FILE} cannot be written there: {error.strerror}; what was "
+            "there is as it was."
+        ) from None
     return report
 
 

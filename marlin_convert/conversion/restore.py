@@ -24,7 +24,16 @@ import numpy.typing as npt
 
 from .._version import __version__
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import REPORT_FILE, OutTensor, Shards, check_free, check_space, new_folder, write_json
+from ..checkpoint.writer import (
+    REPORT_FILE,
+    OutTensor,
+    Shards,
+    check_free,
+    check_space,
+    new_folder,
+    write_file,
+    write_json,
+)
 from ..errors import MarlinConvertError, SourceError, UnsupportedError
 from ..formats.config import LayerSettings, find_configs, read_marlin_settings
 from ..formats.layout import (
@@ -525,4 +534,4 @@ def _copy_extra_files(checkpoint: Checkpoint, folder: Path) -> None:
         _, marker, rest = card.read_bytes().decode("utf-8", "replace").partition("\n# Card of the source\n")
         _, _, text = rest.partition(":\n\n")
         if marker and text.strip():
-            (folder / CARD_FILE).write_text(text, encoding="utf-8")
+            write_file(folder / CARD_FILE, text.encode())
