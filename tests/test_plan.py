@@ -643,6 +643,26 @@ def test_contradictions(tmp_path: Path, tensors: dict[str, torch.Tensor], parts:
         assert part in message
 
 
+OWN_NAMES = ("B", "s", "marlin_qweight", "marlin_scales", "marlin_qzeros", "marlin_perm")
+
+
+@pytest.mark.parametrize("part", OWN_NAMES)
+@pytest.mark.parametrize("bits", [4, 8])  # of the original format and of the extended one
+def test_names_that_the_result_takes_are_refused(tmp_path: Path, part: str, bits: int) -> None:
+    """Two tensors would have one name, or a reader of the result would see a part that the layer does not have."""
+    layer = GPTQLayer(bits=bits, stored_zero=2 ** (bits - 1) - 1)
+    with pytest.raises(SourceError, match=rf"^layer: it has a qweight and, as Marlin layers do, {part};"):
+        planned(tmp_path, layer, {f"layer.{part}": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("part", OWN_NAMES)
+def test_a_marlin_layer_among_gptq_ones(tmp_path: Path, part: str) -> None:
+    words, scales = torch.zeros((8, 512), dtype=torch.int32), torch.zeros((1, 256), dtype=torch.float16)
+    other = {"other.B": words, "other.s": scales} if part in ("B", "s") else {f"other.{part}": words}
+    with pytest.raises(SourceError, match=rf"^other\.{'B' if part == 's' else part}: a tensor of a Marlin layer"):
+        planned(tmp_path, GPTQLayer(), other)
+
+
 @pytest.mark.parametrize("extra", ["g_idx", "none"])
 def test_awq_tensors_labelled_gptq(tmp_path: Path, extra: str) -> None:
     """AWQ packs qweight along N: [K, N/8]; qzeros and scales look as GPTQ's do."""

@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from marlin_convert.checkpoint import writer as publish
 from marlin_convert.checkpoint.writer import REPORT_FILE, OutTensor, Shards, check_space, clear_leftovers, new_folder
-from marlin_convert.errors import OutputError
+from marlin_convert.errors import OutputError, SourceError
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -634,6 +634,12 @@ DATA = {
     "λ": np.array([-1, 2], np.int32),
     "broad": np.array([-5], np.int64),
 }
+
+
+def test_two_tensors_of_one_name_are_impossible(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"^a: 2 tensors of the result would have this name"):
+        Shards(tmp_path, [OutTensor("a", "U8", (1,), 1), TENSORS[0], OutTensor("a", "F16", (2,), 4)], "5GB")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_bytes_of_a_file(tmp_path: Path) -> None:

@@ -285,6 +285,28 @@ def test_every_config_of_the_source_is_replaced_and_restored(tmp_path: Path, fil
     assert (tmp_path / "back" / "vocab" / "quant_config.json").read_text() == "{}"
 
 
+def test_a_g_idx_that_the_restored_layer_would_not_have(tmp_path: Path) -> None:
+    """The source had none: a foreign one beside the layer would become its order."""
+    write_source(tmp_path / "source", {NAME: GPTQLayer(g_idx=None)})
+    convert(tmp_path / "source", tmp_path / "out", Options(device="cpu"))
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = {**load_file(file), f"{NAME}.g_idx": torch.from_numpy(shuffled(256, 128).astype(np.int32))}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(SourceError, match=r"it holds .*g_idx beside that layer's Marlin tensors"):
+        restore(tmp_path / "out", tmp_path / "back")
+
+
+def test_names_that_others_use_too_are_only_copied(tmp_path: Path) -> None:
+    """`B` and `s` that are no words, `scales` of something that is no layer."""
+    plain = {name: torch.arange(6.0) for name in ("ssm.B", "ssm.s", "cache.scales", "other.s")}
+    write_source(tmp_path / "source", {NAME: GPTQLayer(bits=8, stored_zero=127)}, plain)
+    convert(tmp_path / "source", tmp_path / "out", Options(device="cpu"))
+    restore(tmp_path / "out", tmp_path / "back")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_nothing_to_restore(tmp_path: Path, source: Source) -> None:
     with pytest.raises(UnsupportedError, match="not a Marlin checkpoint"):
         restore(source.folder, tmp_path / "out")
@@ -300,7 +322,13 @@ def test_nothing_to_restore(tmp_path: Path, source: Source) -> None:
         (lambda t, s: s["layers"][NAME].update(sym=False), "marlin_qzeros is missing"),
         (lambda t, s: s["layers"][NAME].update(in_features=100), "do not fit its settings"),
         (lambda t, s: s.update(checkpoint_format="marlin"), "the settings say marlin, the tensors are of the extended"),
-        (lambda t, s: t.update({"x.B": torch.zeros(1), "x.s": torch.zeros(1)}), "both Marlin"),
+        (lambda t, s: t.update({"x.B": torch.zeros(1).int(), "x.s": torch.zeros(1)}), "both Marlin"),
+        (lambda t, s: t.update({"x.marlin_perm": torch.zeros(1)}), "it holds x.marlin_perm, of no layer"),
+        (lambda t, s: t.update({"x.qzeros": torch.zeros(1)}), "it holds x.qzeros, of no layer"),
+        (lambda t, s: t.update({"x.qweight": torch.zeros(1)}), "it holds x.qweight, of no layer"),
+        (lambda t, s: t.update({f"{NAME}.scales": torch.zeros(1)}), "scales beside that layer's Marlin tensors"),
+        (lambda t, s: t.update({f"{NAME}.g_idx": torch.zeros(256).int()}), "g_idx beside that layer's Marlin tensors"),
+        (lambda t, s: t.update({f"{NAME}.s": torch.zeros(1)}), "s beside that layer's Marlin tensors"),
         (lambda t, s: t.update({f"{NAME}.qweight": torch.zeros(1)}), "qweight beside that layer's Marlin tensors"),
     ],
 )

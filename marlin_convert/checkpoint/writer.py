@@ -26,12 +26,13 @@ import struct
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError
+from ..errors import OutputError, SourceError
 from .reader import DTYPE_BITS, Buffer
 
 #: The report that every finished output holds; also what tells that a folder may be replaced by --force.
@@ -303,6 +304,15 @@ class OutTensor:
     nbytes: int
 
 
+def require_unique(tensors: Sequence[OutTensor]) -> None:
+    """Raise SourceError where two tensors of the output would have one name: only one of them could be kept."""
+    name, times = max(Counter(t.name for t in tensors).items(), key=lambda item: item[1], default=("", 0))
+    if times > 1:
+        raise SourceError(
+            f"{name}: {times} tensors of the result would have this name; rename the source's own, or remove it."
+        )
+
+
 @dataclass(frozen=True)
 class _Place:
     file: str
@@ -321,6 +331,7 @@ class Shards:
     def __init__(self, folder: Path, tensors: Sequence[OutTensor], max_shard_size: int | str) -> None:
         from huggingface_hub.serialization._base import split_state_dict_into_shards_factory  # late: it is slow
 
+        require_unique(tensors)
         self.folder = folder
         by_name = {t.name: t for t in tensors}
         self._split = split_state_dict_into_shards_factory(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,15 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import OutTensor
+from ..checkpoint.writer import OutTensor, require_unique
 from ..errors import SourceError, UnsupportedError
 from ..formats.config import MARLIN, MARLIN_EXT, GPTQSettings, LayerSettings, parse_settings
 from ..formats.layout import (
     BITS,
     EXT_BITS,
+    EXTENDED_NAMES,
     GROUP_SIZES,
     MIN_K,
     MIN_N,
+    ORIGINAL_NAMES,
     TILE_K,
     b_shape,
     gptq_zeros,
@@ -41,6 +43,8 @@ from ..formats.layout import (
 GROUP_SIZE = max(GROUP_SIZES)
 #: Tensors of a GPTQ linear that a converted layer no longer has.
 GPTQ_PARTS = ("qweight", "scales", "qzeros", "g_idx")
+#: Tensors of a Marlin linear, of either format.
+MARLIN_PARTS = (*ORIGINAL_NAMES.values(), *EXTENDED_NAMES.values())
 _SCALE_DTYPES = ("F16", "BF16", "F32")
 #: What `--format` may be: the original format where every layer fits it, one of the two, or nothing.
 FORMATS = ("auto", MARLIN, "marlin-ext")
@@ -340,6 +344,7 @@ def make_plan(checkpoint: Checkpoint, format: str = MARLIN, zero_points: str | N
             plan.copies.append(tensor)
         elif tensor.name.endswith((".qzeros", ".g_idx")):
             plan.dropped.append(tensor)
+    require_unique(plan.out_tensors)
     if "config.json" not in checkpoint.configs:
         plan.notes["the source has no config.json, so the result has none: no engine can load it without"] = []
     for key, text in settings.conflicts.items():
@@ -645,21 +650,39 @@ def is_marlin_checkpoint(tensors: dict[str, Tensor]) -> bool:
     """Whatever the config says: where there is a qweight, there is something to convert."""
     if any(name.endswith(".qweight") for name in tensors):
         return False
-    if any(name.endswith(".marlin_qweight") for name in tensors):
-        return True
-    return any(n.endswith(".B") and t.dtype == "I32" and f"{n[:-2]}.s" in tensors for n, t in tensors.items())
+    weights = (EXTENDED_NAMES["weight"], ORIGINAL_NAMES["weight"])
+    return any(name.rpartition(".")[2] in weights and is_marlin_part(tensors, name) for name in tensors)
 
 
 def _require_complete(tensors: dict[str, Tensor]) -> None:
-    """Raise SourceError for parts of a GPTQ layer without its weights, and for names that the result needs itself."""
+    """Raise SourceError for parts of a GPTQ layer without its weights, and for names that are the result's own."""
     for name in tensors:
         layer, _, part = name.rpartition(".")
         if part in ("qzeros", "g_idx") and f"{layer}.qweight" not in tensors:
             raise SourceError(f"{layer}: it has {part} and no qweight; the checkpoint is incomplete.")
-        if part in ("B", "s") and f"{layer}.qweight" in tensors:
+        if f"{layer}.qweight" in tensors and part in MARLIN_PARTS:
             raise SourceError(
                 f"{layer}: it has a qweight and, as Marlin layers do, {part}; remove the one or the other."
             )
+        if is_marlin_part(tensors, name):
+            raise SourceError(
+                f"{name}: a tensor of a Marlin layer, in a checkpoint whose others are GPTQ's; remove it, or export "
+                "the checkpoint again."
+            )
+
+
+def is_marlin_part(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a reader of either Marlin format takes tensor `name` for a part of a quantized layer.
+
+    `B` and `s` are words that others use too: they count where both are there, and B holds words.
+    """
+    layer, _, part = name.rpartition(".")
+    if part in EXTENDED_NAMES.values():
+        return True
+    if part not in ORIGINAL_NAMES.values():
+        return False
+    weight, scales = (tensors.get(f"{layer}.{part}") for part in ORIGINAL_NAMES.values())
+    return weight is not None and scales is not None and weight.dtype == "I32"
 
 
 def _what_else(settings: GPTQSettings, tensors: dict[str, Tensor]) -> str:

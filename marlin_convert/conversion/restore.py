@@ -53,8 +53,12 @@ from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all
 from .card import CARD_FILE
 from .convert import VERIFY_FILE, Options, keep_apart, opened
+from .plan import GPTQ_PARTS, MARLIN_PARTS, is_marlin_part
 
 _NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}
+
+#: Parts of GPTQ layers that nothing else has; "scales" may be anybody's.
+_GPTQ_ONLY = ("qweight", "qzeros", "g_idx")
 
 Words: TypeAlias = "npt.NDArray[np.int32]"
 
@@ -164,9 +168,7 @@ def restore(
         owned = {t.name for x in layers for t in (x.weight, x.scales, x.zeros, x.perm) if t is not None}
         owned |= _stray_g_idx(checkpoint, layers)
         copies = [t for t in checkpoint.tensors.values() if t.name not in owned]
-        taken = {t.name for x in layers for t in x.out.values()} & {t.name for t in copies}
-        if taken:
-            raise SourceError(f"{checkpoint.folder}: it holds {min(taken)} beside that layer's Marlin tensors.")
+        _require_one_format(checkpoint, layers, copies)
         tensors = _in_order(layers, copies)
         report = Restored(origin, out, format_, "gptq_v2" if v2 else "gptq", layers, copies, bool(noted))
         report.bytes_out = sum(t.nbytes for t in tensors)
@@ -212,7 +214,7 @@ def marlin_layers(checkpoint: Checkpoint, noted: dict[str, Any] | None = None) -
     tensors, noted = checkpoint.tensors, noted or {}
     found = list(find_configs(checkpoint.configs).values())
     extended = [n.removesuffix(".marlin_qweight") for n in tensors if n.endswith(".marlin_qweight")]
-    original = [n.removesuffix(".B") for n in tensors if n.endswith(".B") and f"{n.removesuffix('.B')}.s" in tensors]
+    original = [n.removesuffix(".B") for n in tensors if n.endswith(".B") and is_marlin_part(tensors, n)]
     if not extended and not original:
         raise UnsupportedError(
             f"{checkpoint.folder}: not a Marlin checkpoint (no tensor is named B or marlin_qweight); "
@@ -284,6 +286,21 @@ def _stray_g_idx(checkpoint: Checkpoint, layers: list[MarlinLayer]) -> set[str]:
         and tensor.dtype in ("I32", "I64")
         and np.array_equal(checkpoint.read(tensor), np.arange(layer.K) // layer.group_size)
     }
+
+
+def _require_one_format(checkpoint: Checkpoint, layers: list[MarlinLayer], copies: list[Tensor]) -> None:
+    """Raise SourceError for a tensor that is copied, and that a reader of GPTQ checkpoints would take for a part of a
+    quantized layer; and for parts of a Marlin layer that is not there."""
+    names = {layer.name for layer in layers}
+    for tensor in copies:
+        layer, _, part = tensor.name.rpartition(".")
+        if layer in names and part in (*GPTQ_PARTS, *MARLIN_PARTS):
+            raise SourceError(f"{checkpoint.folder}: it holds {tensor.name} beside that layer's Marlin tensors.")
+        if part in _GPTQ_ONLY or is_marlin_part(checkpoint.tensors, tensor.name):
+            raise SourceError(
+                f"{checkpoint.folder}: it holds {tensor.name}, of no layer in the format of the others; remove it, or "
+                "convert the checkpoint again."
+            )
 
 
 def _in_order(layers: list[MarlinLayer], copies: list[Tensor]) -> list[OutTensor]:
