@@ -1,38 +1,36 @@
 # Two commands do everything on a fresh machine, environment included:
-#   make demo    convert and verify the small real checkpoint that ships with the project
+#   make demo    convert and verify the small real checkpoint that ships with the project, and let it continue a prompt
 #   make test    the tests
-# PYTHON chooses the interpreter (3.10 or newer), VENV where the environment goes.
+# PYTHON chooses the interpreter (3.10 or newer), VENV where the environment goes. CUDA kernels are compiled, when nvcc
+# is there, for the GPUs of this machine; MARLIN_CUDA_ARCHS=all compiles them for every GPU, as for a wheel.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint docs check clean
+.PHONY: demo test lint reference docs check clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.run
 	$(RUN)/marlin-convert demo --force
 
-test: $(VENV)/.installed
+test: $(VENV)/.dev
 	$(RUN)/python -m pytest
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.dev
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-# The command reference in README.md is what --help prints. `make docs` writes it, `make check` compares.
-docs: $(VENV)/.installed
-	COLUMNS=100 $(RUN)/cog -r -P README.md
-
 check: lint test
 	COLUMNS=100 $(RUN)/cog --check -P README.md
 
-# torch first, and pinned: a bare "torch" takes the newest build with several GB of CUDA packages.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/* kernels/*/*)
-	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $@
+INSTALLED_FROM := pyproject.toml setup.py constraints.txt tools/environment.py $(wildcard kernels/* kernels/*/*)
+
+$(VENV)/.run: $(INSTALLED_FROM)
+	@$(PYTHON) tools/environment.py run $(VENV)
+
+$(VENV)/.dev: $(INSTALLED_FROM)
+	@$(PYTHON) tools/environment.py dev $(VENV)
 
 clean:
 	rm -rf $(VENV) build demo-out *.egg-info marlin_convert/_cpu.so marlin_convert/_cuda.so

@@ -10,10 +10,12 @@ Environment variables:
 
     CXX                 the C++ compiler (default: g++)
     MARLIN_NO_CUDA=1    leave _cuda.so out even if nvcc is there
-    MARLIN_CUDA_ARCHS   GPU architectures to compile for, such as "80,90a" (default: every supported one)
+    MARLIN_CUDA_ARCHS   GPU architectures to compile for, such as "80,90a", or "all", as for wheels
+                        (default: those of the GPUs that are here; without such a GPU, _cuda.so is left out)
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,6 +45,7 @@ CUDA_FLAGS = [
     *("-Xlinker", "--exclude-libs,ALL"),
 ]
 
+MIN_CAPABILITY = (8, 0)
 # Ampere (A100), Ampere (A10, RTX 30), Ada (L4, RTX 40), Hopper (with wgmma), Blackwell (B200), Blackwell (RTX 50).
 CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
 
@@ -55,20 +58,63 @@ def find_nvcc() -> str | None:
     return in_home or shutil.which("nvcc")
 
 
-def cuda_archs(nvcc: str) -> list[str]:
-    """The architectures asked for (all must be known to nvcc), or those of the default that nvcc knows."""
+def asked_archs() -> list[str]:
+    """What MARLIN_CUDA_ARCHS asks for; [] if it does not say."""
+    return os.environ.get("MARLIN_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").split()
+
+
+def gpu_capabilities() -> list[tuple[int, int]]:
+    """The compute capabilities of the GPUs that are here, as the driver's own tool tells them; [] without one."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return []
+    found = re.findall(r"^(\d+)\.(\d+)$", done.stdout, re.MULTILINE) if done.returncode == 0 else []
+    return sorted({(int(major), int(minor)) for major, minor in found})
+
+
+def arch_of(capability: tuple[int, int], known: set[str]) -> str | None:
+    """The architecture, of those known to nvcc, whose code runs fastest on a GPU; None if no code for it can be made.
+
+    Code for a capability runs on those of the same first number that are not lower. For a GPU without such code it is
+    the lowest architecture, whose PTX the driver compiles.
+    """
+    lowest = {arch: divmod(int(arch.rstrip("af")), 10) for arch in CUDA_ARCHS if arch.rstrip("af") in known}
+    usable = [arch for arch in lowest if lowest[arch] <= capability]
+    alike = [arch for arch in usable if lowest[arch][0] == capability[0]]
+    return next(iter(alike[-1:] + usable), None)
+
+
+def known_archs(nvcc: str) -> set[str]:
+    """The architectures that nvcc knows, such as 80; it lists 90a only as 90."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
-    known = {line.removeprefix("compute_").strip() for line in listed.splitlines()}
-    asked = os.environ.get("MARLIN_CUDA_ARCHS", "").replace(";", ",").replace(" ", ",")
-    wanted = [arch for arch in asked.split(",") if arch] or list(CUDA_ARCHS)
-    archs = [arch for arch in wanted if arch.rstrip("af") in known]  # nvcc lists 90a only as 90
-    unknown = [arch for arch in wanted if arch not in archs]
-    if asked and unknown:
+    return {line.removeprefix("compute_").strip() for line in listed.splitlines()}
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The architectures asked for (all must be known to nvcc), all that nvcc knows, or those of the GPUs that are here.
+
+    Empty if nothing is asked for and no GPU is here that Marlin runs on.
+    """
+    known, asked = known_archs(nvcc), asked_archs()
+    unknown = [arch for arch in asked if arch.rstrip("af") not in known and arch != "all"]
+    if unknown:
         raise CompileError(
             f"MARLIN_CUDA_ARCHS: {nvcc} does not know {', '.join(unknown)}; it knows {', '.join(sorted(known))}"
         )
+    capabilities = [capability for capability in gpu_capabilities() if capability >= MIN_CAPABILITY]
+    if "all" in asked:
+        archs = [arch for arch in CUDA_ARCHS if arch.rstrip("af") in known]
+    elif asked or not capabilities:
+        return asked
+    else:
+        wanted = {arch_of(capability, known) for capability in capabilities}
+        archs = [arch for arch in CUDA_ARCHS if arch in wanted]
     if not archs:
-        raise CompileError(f"{nvcc} knows none of {', '.join(wanted)}; use CUDA 11.8 or newer, or set MARLIN_NO_CUDA=1")
+        raise CompileError(
+            f"{nvcc} knows none of {', '.join(CUDA_ARCHS)}; use CUDA 11.8 or newer, or set MARLIN_NO_CUDA=1"
+        )
     return archs
 
 
@@ -92,7 +138,7 @@ def cpu_command() -> list[str]:
 
 
 def cuda_command(nvcc: str) -> list[str]:
-    return [nvcc, *CUDA_FLAGS, *arch_flags(cuda_archs(nvcc)), *map(str, CUDA_SOURCES)]
+    return [nvcc, *CUDA_FLAGS, *arch_flags(ARCHS), *map(str, CUDA_SOURCES)]
 
 
 def compile_library(command: list[str], hint: str) -> None:
@@ -157,8 +203,18 @@ def extension(name: str, sources: list[Path], folder: str) -> Extension:
 
 # Decided here and not while building: an editable install fails if a declared extension is not built.
 NVCC = find_nvcc()
+try:
+    ARCHS = cuda_archs(NVCC) if NVCC else []
+except CompileError as error:
+    raise SystemExit(f"error: {error}") from None
+if NVCC and not ARCHS:
+    print(
+        f"marlin-convert: {NVCC} is here, but no GPU that the kernels run on: the CUDA library is left out; for another "
+        "machine's GPU, install with MARLIN_CUDA_ARCHS=all, or with its own, such as MARLIN_CUDA_ARCHS=90a",
+        flush=True,
+    )
 extensions = [extension("_cpu", CPU_SOURCES, "kernels/cpu")]
-if NVCC and CUDA_SOURCES:
+if ARCHS:
     extensions.append(extension("_cuda", CUDA_SOURCES, "kernels/cuda"))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})
