@@ -209,8 +209,8 @@ except CompileError as error:
     raise SystemExit(f"error: {error}") from None
 if NVCC and not ARCHS:
     print(
-        f"marlin-convert: {NVCC} is here, but no GPU that the kernels run on: the CUDA library is left out; for another "
-        "machine's GPU, install with MARLIN_CUDA_ARCHS=all, or with its own, such as MARLIN_CUDA_ARCHS=90a",
+        f"marlin-convert: {NVCC} is here and no GPU that the kernels run on, so the CUDA library is left out; "
+        "MARLIN_CUDA_ARCHS=all builds it for every GPU, MARLIN_CUDA_ARCHS=90a for Hopper",
         flush=True,
     )
 extensions = [extension("_cpu", CPU_SOURCES, "kernels/cpu")]

@@ -22,4 +22,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    from .errors import require
+
+    require("torch", "transformers")
     return getattr(import_module(f".{_LATE[name]}", __name__), name)

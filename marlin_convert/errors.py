@@ -12,6 +12,8 @@ Beside them: 0 success, 2 wrong arguments (click's own), 70 a bug in marlin-conv
 A message is one sentence that says what is wrong, where, and what to do about it.
 """
 
+import importlib.util
+
 import click
 
 
@@ -55,6 +57,17 @@ class HubError(MarlinConvertError):
     """The Hub refused, or could not be reached."""
 
     exit_code = 8
+
+
+class MissingPackageError(MarlinConvertError, ImportError):
+    """torch or Transformers is not installed, which running and measuring models needs, and converting does not."""
+
+
+def require(*packages: str) -> None:
+    """Raise MissingPackageError, which says how to get them, unless all of `packages` are installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingPackageError(f'this needs {" and ".join(missing)}: pip install "marlin-convert[run]".')
 
 
 EXIT_CODES: dict[int, str] = {

@@ -3,12 +3,11 @@
     python tools/environment.py run [FOLDER]    the package, and what running models needs: `make demo`
     python tools/environment.py dev [FOLDER]    and what the tests, the checks and the documentation need: `make test`
 
-FOLDER is .venv unless given. uv does it where it is installed, otherwise venv and pip do. A step that takes longer tells
-every few seconds how long it has taken and what its program said last. Needs nothing but Python; run it from the
-project's folder.
+FOLDER is .venv unless given. uv does it where it is installed, otherwise venv and pip do. A step that takes long tells
+every few seconds how long it has taken and what its program said last. Run it from the project's folder; it needs
+nothing but Python.
 """
 
-import json
 import os
 import queue
 import shlex

@@ -30,7 +30,7 @@ from ..checkpoint.reader import Tensor
 from ..conversion.convert import Options, looked_at
 from ..conversion.plan import GROUP_SIZE, make_plan
 from ..device import Device, cuda_devices, pick_device
-from ..errors import DeviceError, SourceError, UnsupportedError
+from ..errors import DeviceError, SourceError, UnsupportedError, require
 from ..formats.layout import PACK_FACTOR, TILE_K, TILE_N, b_shape
 from ..progress import Progress
 
@@ -744,6 +744,7 @@ def run(
 
     Raises DeviceError without a GPU, a driver or the library that it needs.
     """
+    require("torch")
     import torch
 
     options = options or Options()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..conversion.convert import Options
 from ..engines.generate import transformers_quietly
-from ..errors import DeviceError, SourceError
+from ..errors import DeviceError, SourceError, require
 from ..progress import Progress
 from .products import Machine, Notes, cuda_rig, pick_gpu
 
@@ -263,6 +263,7 @@ def run(
 
     Raises DeviceError without a GPU that suits, and what `load` raises.
     """
+    require("torch", "transformers")
     import torch
 
     options = options or Options()

@@ -21,7 +21,16 @@ from .._version import __version__
 from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import REPORT_FILE, Shards, check_free, json_bytes, new_folder, replace_files, write_json
 from ..device import CPU, Device, pick_device
-from ..errors import DeviceError, HubError, MarlinConvertError, OutputError, SourceError, UnsupportedError
+from ..errors import (
+    DeviceError,
+    HubError,
+    MarlinConvertError,
+    MissingPackageError,
+    OutputError,
+    SourceError,
+    UnsupportedError,
+    require,
+)
 from ..formats.config import MARLIN, MARLIN_EXT, find_configs, marlin_ext_settings, marlin_model_config, marlin_settings
 from ..formats.layout import TILE_K, pack_zeros, permute_scales, unpack_zeros, unpermute_scales
 from ..formats.scales import ScaleFit, to_extended, to_fp16
@@ -335,11 +344,12 @@ def usable_device(options: Options) -> tuple[Device, str | None]:
         return device, None
     if options.device == "auto" and not options.verify:
         return device, None  # nothing to compute there: see `packer`
-    from ..native import cuda
-
     try:
+        require("torch")
+        from ..native import cuda
+
         cuda.torch_device(device)
-    except DeviceError as error:
+    except (DeviceError, MissingPackageError) as error:
         if options.device != "auto":
             raise
         return CPU, f"{device} ({device.name}) is not used: {error.message}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..conversion.convert import Options
-from ..errors import DeviceError, MarlinConvertError, SourceError, UnsupportedError
+from ..errors import DeviceError, MissingPackageError, SourceError, UnsupportedError, require
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -162,13 +162,14 @@ def _continue(
 @contextlib.contextmanager
 def transformers_quietly() -> Iterator[ModuleType]:
     """`hf`, with Transformers quiet: what it would print of its own is not for the user of a command."""
+    require("torch", "transformers")
     try:
         from transformers.utils import logging
 
         from . import transformers_quantizer as hf
     except ImportError as error:
-        raise MarlinConvertError(
-            f"running a model needs torch and Transformers 5 or newer ({error}): pip install torch transformers."
+        raise MissingPackageError(
+            f'running a model needs Transformers 5 or newer ({error}): pip install --upgrade "marlin-convert[run]".'
         ) from None
     before = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()

@@ -98,8 +98,9 @@ def load_library() -> ctypes.CDLL:
     """
     if not LIBRARY.exists():
         raise DeviceError(
-            "the CUDA kernels are not built (marlin_convert/_cuda.so is missing): install the CUDA toolkit (nvcc) and "
-            "run `pip install .` again; converting and verifying need no GPU (--device cpu)."
+            "the CUDA kernels are not built (marlin_convert/_cuda.so is missing): where nvcc, of the CUDA toolkit, and "
+            "the GPU are, run `pip install .` again (MARLIN_CUDA_ARCHS=all builds without a GPU); converting and "
+            "verifying need no GPU (--device cpu)."
         )
     try:
         lib = ctypes.CDLL(str(LIBRARY))

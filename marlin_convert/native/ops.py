@@ -19,6 +19,7 @@ TypeError is raised for a wrong type or dtype, ValueError for a wrong shape or v
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import operator
 import os
 import threading
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import MissingPackageError
 from ..formats import layout
 
 if TYPE_CHECKING:
@@ -514,7 +516,7 @@ def _backend() -> _Native | _Twin:
     """What does the work. The library is loaded once; the environment variable is heeded at each call."""
     global _loaded
     if os.environ.get(NO_NATIVE, "") not in ("", "0"):
-        return _Twin(f"{NO_NATIVE} is set")
+        return _twin(f"{NO_NATIVE} is set")
     if _loaded is None:
         with _loading:
             if _loaded is None:
@@ -522,17 +524,25 @@ def _backend() -> _Native | _Twin:
     return _loaded
 
 
+def _twin(reason: str) -> _Twin:
+    if importlib.util.find_spec("torch") is None:
+        raise MissingPackageError(
+            f'{reason}; what takes the native library\'s place needs torch: pip install "marlin-convert[run]".'
+        )
+    return _Twin(reason)
+
+
 def _load(path: Path) -> _Native | _Twin:
     name = f"{path.parent.name}/{path.name}"
     if not path.exists():
-        return _Twin(f"{name} is not built: run pip install -e .")
+        return _twin(f"{name} is not built: run pip install -e .")
     try:
         library = ctypes.CDLL(str(path))
         version = library.marlin_cpu_abi_version()
     except (OSError, AttributeError) as error:
-        return _Twin(f"{name} cannot be loaded ({error}): rebuild it with pip install -e .")
+        return _twin(f"{name} cannot be loaded ({error}): rebuild it with pip install -e .")
     if version != ABI_VERSION:
-        return _Twin(f"{name} has ABI version {version}, this package wants {ABI_VERSION}: run pip install -e . again")
+        return _twin(f"{name} has ABI version {version}, this package wants {ABI_VERSION}: run pip install -e . again")
     _declare(library)
     best = library.marlin_cpu_best_isa()
     return _Native(library, tuple(isa for isa, code in _ISAS.items() if code <= best))
