@@ -44,7 +44,7 @@ def library(folder: Path, body: str) -> Path:
 
 
 def test_constants_are_those_of_the_header() -> None:
-    header = (Path(cuda.__file__).parents[1] / "kernels" / "marlin_cuda.h").read_text()
+    header = (Path(__file__).parents[1] / "kernels" / "marlin_cuda.h").read_text()
     defined = dict(re.findall(r"^#define MARLIN_CUDA_(\w+) (\d+)", header, re.MULTILINE))
     names = ("ABI_VERSION", "K_MULTIPLE", "N_MULTIPLE", "GROUP_SIZE", "COUNTER_BYTES", "USE_GEMM", "USE_DEQUANTIZE")
     for name in names:
