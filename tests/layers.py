@@ -1,5 +1,5 @@
-"""Layers in the extended format, stored as docs/format.md says with the slow twin's packing, and their weights by the
-formula in float64.
+"""Layers in the extended format, stored as docs/concepts/format.md says with the slow twin's packing, and their weights
+by the formula in float64.
 """
 
 from __future__ import annotations

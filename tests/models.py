@@ -72,7 +72,7 @@ class Pair:
 def make(folder: Path, config: PretrainedConfig, which: str = BLOCKS, *, by_hand: bool = False, **layer: Any) -> Pair:
     """Write `config`'s model with random weights, its linears that `which` finds quantized as `layer` says.
 
-    `by_hand` writes the result here, in the extended format as docs/format.md has it, and not by the converter.
+    `by_hand` writes the result here, as docs/concepts/format.md has the extended format, and not by the converter.
     """
     torch.manual_seed(0)
     dense, source, out = folder / "dense", folder / "source", folder / "out"

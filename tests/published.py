@@ -1,4 +1,4 @@
-"""A reader of the extended format, written from docs/format.md alone: nothing here uses the package. Slow and plain.
+"""A reader of the extended format, written from docs/concepts/format.md alone, without the package. Slow and plain.
 
 It also holds a checkpoint to what the page says about padding: weights, scales and zero points that are 0, and codes.
 """

@@ -157,7 +157,7 @@ def test_header_has_the_same_constants() -> None:
 
 
 def test_eight_bit_tile() -> None:
-    """docs/format.md: word 0 holds rows 0, 8, 1, 9 of column 0; word 1 the same rows of column 8."""
+    """docs/concepts/format.md: word 0 holds rows 0, 8, 1, 9 of column 0; word 1 the same rows of column 8."""
     assert [layout.tile_position(0, p, 8) for p in range(4)] == [(0, 0), (8, 0), (1, 0), (9, 0)]
     assert [layout.tile_position(1, p, 8) for p in range(4)] == [(0, 8), (8, 8), (1, 8), (9, 8)]
     assert layout.tile_position(255, 3, 8) == (2 * 3 + 9, 48 + 7 + 8)  # lane 31: g = 7, t = 3; j = 3, h = 1

@@ -78,7 +78,7 @@ def test_state_is_the_checkpoints_tensors() -> None:
 
 
 def test_extended_state() -> None:
-    """Names, types and shapes as docs/format.md has them: K' = 1024, N' = 640 for K = 1000, N = 576."""
+    """Names, types and shapes as docs/concepts/format.md has them: K' = 1024, N' = 640 for K = 1000, N = 576."""
     module = MarlinLinear(
         1000, 576, True, bits=8, group_size=32, sym=False, desc_act=True, extended=True,
         scale_dtype=torch.bfloat16, dtype=torch.bfloat16,

@@ -573,7 +573,7 @@ def test_eight_bits_equal_the_twin(isa: str, threads: int, K: int, N: int) -> No
 @both_backends
 @pytest.mark.usefixtures("backend_set")
 def test_eight_bit_words_by_the_formula() -> None:
-    """Each byte of B is the code where docs/format.md says; the example's words are literal."""
+    """Each byte of B is the code where docs/concepts/format.md says; the example's words are literal."""
     K, N = 32, 128
     codes = np.random.default_rng(8).integers(0, 256, (K, N))
     codes[:16, :64] = (16 * np.arange(16)[:, None] + np.arange(64)) % 256

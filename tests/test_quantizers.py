@@ -180,7 +180,7 @@ def test_the_converted_weights_are_the_quantizers(converted: tuple[str, Path]) -
 
 
 def test_the_published_format_says_the_same(converted: tuple[str, Path]) -> None:
-    """Read from docs/format.md, without any code of the package."""
+    """Read from docs/concepts/format.md, without any code of the package."""
     name, out = converted
     for layer, weight in published.read(out).items():
         np.testing.assert_array_equal(weight, definition(name, layer))

@@ -46,7 +46,7 @@ def asymmetric(K: int, N: int, group_size: int, bits: int) -> np.ndarray:
 
 
 def marlin_ext(folder: Path, layers: dict[str, GPTQLayer], **changes: Any) -> None:
-    """Write `layers` in the extended format, as docs/format.md has it, by the slow twin."""
+    """Write `layers` in the extended format, as docs/concepts/format.md has it, by the slow twin."""
     tensors, entries = dict(plain_tensors()), {}
     for name, layer in layers.items():
         group = -1 if layer.G == 1 else layer.group_size

@@ -70,7 +70,7 @@ def assert_exact(source: Source, out: Path, v2: bool = False) -> None:
 
 
 def assert_published(source: Source, out: Path) -> None:
-    """The same by a reader that knows docs/format.md and nothing else."""
+    """The same by a reader that knows docs/concepts/format.md and nothing else."""
     found = published.read(out)
     assert sorted(found) == sorted(source.layers)
     for name, layer in source.layers.items():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from .._version import __version__
-from ..errors import EXIT_CODES, MarlinConvertError, VerificationError
+from ..errors import EXIT_CODES, MarlinConvertError, VerificationError, require
 from ..formats.config import QUANT_METHODS
 
 if TYPE_CHECKING:
@@ -498,6 +498,8 @@ def _convert(source: str, out: Path, options: Options, screen: Screen, prompt: s
     from ..engines.generate import compare
 
     try:
+        require("torch", "transformers")
+        screen.doing("continuing a prompt with the source and with the result: loading torch and Transformers")
         texts = compare(Path(source), out, prompt, DEMO_TOKENS, str(report.device))
     except MarlinConvertError as error:  # the conversion is done, whatever runs here
         screen.report(report, missing=error.message)

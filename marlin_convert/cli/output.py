@@ -230,6 +230,11 @@ class Screen:
         if not self.silent and not ops.native_available():
             self.err.print(f"[yellow]slow:[/] {escape(ops.describe())}", soft_wrap=True)
 
+    def doing(self, what: str) -> None:
+        """Say what takes a while now, where no bar shows it."""
+        if not self.silent:
+            self.err.print(escape(what), soft_wrap=True)
+
     def already_marlin(self, text: str) -> None:
         self._say(escape(text))
         self._json({"ok": True, "already_marlin": True, "message": text})

@@ -1,6 +1,6 @@
 """`MarlinLinear`: a quantized linear layer as a torch module, with the tensors of a checkpoint as its state.
 
-    y [..., N] = x [..., K] · W + bias          W as `docs/format.md` defines it, in the original or the extended format
+    y [..., N] = x [..., K] · W + bias    W as `docs/concepts/format.md` defines it, in either format
 
 On a GPU the bundled kernels compute it (`cuda.matmul`); anywhere else a reference does, which dequantizes the weights
 in blocks of columns at every call, keeping none: exact, and slow, which it says once. Under torch.compile the layer is

@@ -279,7 +279,7 @@ def marlin_model_config(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What a Marlin checkpoint says, for those that write and read it (docs/format.md)
+# What a Marlin checkpoint says, for those that write and read it (docs/concepts/format.md)
 
 #: `checkpoint_format` of the two formats.
 MARLIN, MARLIN_EXT = "marlin", "marlin_ext"

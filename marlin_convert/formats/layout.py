@@ -64,7 +64,7 @@ group_size: a layer with group_size == K has G == 1.
 
 The extended format
 -------------------
-docs/format.md specifies it. Beside the above:
+docs/concepts/format.md specifies it. Beside the above:
 
   * 8 bits: a tile is 256 words; word w belongs to lane w // 8, sub-tile j = w % 8 // 2 and half h = w % 2, and byte p
     of it holds row = 2t + 8*(p & 1) + (p >> 1) of column = 16j + g + 8h: one column's four rows, in the order in which

@@ -5,7 +5,7 @@
     dequantize(B, s, dtype)  W [in_features, out_features], rounded once
     repack(qweight)          GPTQ → Marlin, bit for bit; unpack(B) is its inverse
 
-A layer is given by its stored tensors, of either format (docs/format.md): `B` and `s`, or marlin_qweight,
+A layer is given by its stored tensors, of either format (docs/concepts/format.md): `B` and `s`, or marlin_qweight,
 marlin_scales, marlin_qzeros (`zeros`) and marlin_perm (`perm`); `bits`, and in_features and out_features where these
 are less than the stored, padded sizes.
 
