@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,16 @@ from hub_server import Hub
 
 #: A token; no output of the program may show it.
 SECRET = "hf_SECRETXYZ"
+
+
+def pytest_configure() -> None:
+    """Give the programs that tests start the default action of signals, also where these are ignored here: of SIGINT in
+    the background of a script, of SIGHUP under nohup. A handler that does nothing keeps them ignored in this process
+    and, unlike SIG_IGN, is not inherited.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture

@@ -139,6 +139,16 @@ def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
     return float((result - reference).norm() / reference.norm())
 
 
+def continues_greedily(model: Any, ids: torch.Tensor, count: int, tolerance: float = 2e-3) -> bool:
+    """Whether the last `count` of `ids` [B, L] are each the most likely token after those before it, to `model`: but for
+    ties within `tolerance` of the logits, which fall as the order of sums does.
+    """
+    with torch.no_grad():
+        logits = model(ids).logits[:, -count - 1 : -1].double()
+    chosen = logits.gather(2, ids[:, -count:, None])[..., 0]
+    return bool((logits.amax(2) - chosen <= tolerance * logits.abs().amax()).all())
+
+
 def tokens(vocab: int, shape: tuple[int, int] = (2, 9)) -> torch.Tensor:
     return torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(1))
 

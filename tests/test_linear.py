@@ -34,6 +34,17 @@ def original(**changes: Any) -> tuple[GPTQLayer, MarlinLinear]:
     return layer, module
 
 
+def exact(*shape: int) -> tuple[MarlinLinear, torch.Tensor]:
+    """A module and activations whose sums are whole numbers below 2048, over 256: exact in float16 and float32 alike,
+    in whatever order a library adds them. What is compared bit for bit says nothing about that library then.
+    """
+    scales = np.exp2(np.random.default_rng(1).integers(-8, -6, (3, 512)))
+    layer, module = original(scales=scales, bias=False)
+    x = torch.randint(-1, 2, (*shape, 384), generator=torch.Generator().manual_seed(0))
+    assert float((x.double() @ torch.from_numpy(layer.weight)).abs().max()) * 256 < 2048
+    return module, x.half()
+
+
 def expected(x: torch.Tensor, layer: GPTQLayer) -> torch.Tensor:
     """x · W + bias in float64, from the GPTQ definition."""
     return x.double() @ torch.from_numpy(layer.weight) + layer.bias_tensor.double()
@@ -59,8 +70,7 @@ def test_product(group_size: int, dtype: torch.dtype, tolerance: float, shape: t
 
 
 def test_wide_layers_in_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, module = original()
-    x = torch.randn(3, 384).half()
+    module, x = exact(3)
     whole = module(x)
     monkeypatch.setattr(linear, "BLOCK_COLUMNS", 192)
     assert torch.equal(module(x), whole)
@@ -120,8 +130,7 @@ def test_repr_and_copies() -> None:
     assert repr(MarlinLinear(4096, 14336)) == "MarlinLinear(K=4096, N=14336, group=128, bits=4)"
     odd = MarlinLinear(100, 70, True, bits=8, group_size=16, sym=False, desc_act=True, extended=True)
     assert repr(odd) == "MarlinLinear(K=100, N=70, group=16, bits=8, asymmetric, act-order, bias)"
-    _, module = original()
-    x = torch.randn(2, 384).half()
+    module, x = exact(2)
     assert torch.equal(copy.deepcopy(module)(x), module(x))
     meta = MarlinLinear(256, 256, device="meta")
     assert meta.to_empty(device="cpu").s.dtype == torch.float16
@@ -156,21 +165,20 @@ def test_it_says_once_that_the_reference_is_slow(caplog: pytest.LogCaptureFixtur
 
 
 def test_compiled_and_as_an_operator() -> None:
-    """One operator, no graph break; the same bits as the eager call."""
-    _, module = original()
+    """One operator, no graph break; the same product as the eager call."""
+    module, x = exact(4)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for rows in (1, 4):
-        x = torch.randn(rows, 384).half()
-        assert torch.equal(compiled(x), module(x))
+        assert torch.equal(compiled(x[:rows]), module(x[:rows]))
+    _, module = original()
     arguments = (x, module.B, module.s, module.bias.half(), None, None, 4, 384, 512)
     torch_library.opcheck(torch.ops.marlin_convert.linear.default, arguments)
 
 
 def test_no_gradient_rather_than_a_wrong_one() -> None:
-    _, module = original()
-    x = torch.randn(2, 384, requires_grad=True)
-    y = module(x)
-    assert torch.equal(y, module(x.detach()))
+    module, x = exact(2)
+    y = module(x.float().requires_grad_())
+    assert torch.equal(y, module(x.float()))
     with pytest.raises(NotImplementedError, match="MarlinLinear is for inference"):
         y.sum().backward()
 
@@ -239,11 +247,21 @@ def test_extended_product(kind: str, dtype: torch.dtype, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("kind", ["act-order", "padded and everything"])
-def test_act_order_adds_in_the_sources_order(kind: str) -> None:
-    """fp16 sums depend on the order of their terms: the layer gives the very bits of the plain linear layer."""
+def test_act_order_adds_in_the_sources_order(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums depend on the order of their terms: the library that adds gets the operands of the plain linear layer."""
     module, W = extended(GPTQLayer(**{"K": 384, "N": 256, **EXTENDED[kind]}))
+    assert not torch.equal(module.marlin_perm, torch.arange(len(W)))  # the stored order is another one
     x = torch.randn(32, W.shape[0], generator=torch.Generator().manual_seed(0)).to(module.scale_dtype)
-    plain = torch.nn.functional.linear(x, W.to(x.dtype).t().contiguous())
-    assert torch.equal(module(x), plain)
-    order = module.marlin_perm.long()  # the stored order would add otherwise: the test sees the difference
-    assert not torch.equal(torch.nn.functional.linear(x[:, order], W[order].to(x.dtype).t().contiguous()), plain)
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    plain = torch.nn.functional.linear
+
+    def recording(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        given.append((x, weight))
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", recording)
+    module(x)
+    ((activations, weight),) = given
+    assert torch.equal(activations, x)
+    assert weight.is_contiguous()
+    assert torch.equal(weight, W.to(x.dtype).t())

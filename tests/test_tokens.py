@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
-from models import Pair, llama, make, relative, tokens
+from models import Pair, continues_greedily, llama, make, relative, tokens
 from transformers import AutoModelForCausalLM, MistralConfig
 
 import marlin_convert
@@ -43,20 +43,18 @@ def mistral() -> MistralConfig:
 
 @pytest.mark.parametrize("config", [llama, mistral])
 def test_what_is_timed_is_greedy_decoding(config: Callable[[], Any]) -> None:
-    """Step after step, the tokens that `generate` makes; and after another prefill, the same again."""
+    """Step after step, the most likely token; and after another prefill, so again."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config()).eval()
     decoder = Decoder(model, 3, context=9, steps=6)
-    with torch.no_grad():
-        wanted = model.generate(decoder.prompt, max_new_tokens=7, do_sample=False, eos_token_id=None)[:, 9:]
     for _ in range(2):
         decoder.prefill()
         made = [decoder.tokens.clone()]
         for _ in range(6):
             decoder.step()
             made.append(decoder.tokens.clone())
-        assert torch.equal(torch.cat(made, dim=1), wanted)
-    assert len(set(wanted.flatten().tolist())) > 3
+        assert continues_greedily(model, torch.cat([decoder.prompt, *made], dim=1), 7)
+        assert len(set(torch.cat(made).flatten().tolist())) > 3
 
 
 def test_steps_are_timed_without_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
