@@ -23,8 +23,8 @@ from pathlib import Path
 from convert import settle, timed
 from shapes import SHAPES, make
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from hub_server import Hub, Repository, hash_of
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.support.hub_server import Hub, Repository, hash_of
 
 BOUND = 1.15
 REPO = "bench/model-gptq"

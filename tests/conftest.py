@@ -1,22 +1,26 @@
-"""Fixtures shared by the tests."""
+"""Fixtures shared by the tests.
+
+Helpers are imported where they are used: the tests of the CUDA kernels run where neither safetensors nor the rest of
+what the package needs is installed.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
-from gptq import Source, write_source
-from hub_server import Hub
 
-#: A token; no output of the program may show it.
-SECRET = "hf_SECRETXYZ"
+from tests.support.cli import SECRET, Run
+
+if TYPE_CHECKING:
+    from tests.support.gptq_checkpoints import Source
+    from tests.support.hub_server import Hub
 
 
 def pytest_configure() -> None:
@@ -32,17 +36,9 @@ def pytest_configure() -> None:
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
     """A plain, convertible checkpoint: two layers, three other tensors."""
+    from tests.support.gptq_checkpoints import write_source
+
     return write_source(tmp_path / "source")
-
-
-class Run:
-    """What the program printed and how it ended."""
-
-    def __init__(self, process: subprocess.CompletedProcess[str]) -> None:
-        self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
-
-    def json(self) -> Any:
-        return json.loads(self.out)
 
 
 @pytest.fixture
@@ -61,6 +57,8 @@ def run(tmp_path: Path) -> Callable[..., Run]:
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
+    from tests.support.hub_server import Hub
+
     with Hub() as server:
         yield server
 
@@ -77,11 +75,3 @@ def online(hub: Hub, run: Callable[..., Run], tmp_path: Path) -> Callable[..., R
         return result
 
     return online
-
-
-def refusal(result: Run) -> str:
-    """The message of a refusal: exit code 8, one sentence on one line, no traceback."""
-    assert (result.code, result.out) == (8, ""), result.err
-    assert result.err.count("\n") == 1, result.err
-    assert result.err.startswith("marlin-convert: ")
-    return result.err.removeprefix("marlin-convert: ").rstrip("\n")

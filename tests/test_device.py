@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from gptq import Source
 
 from marlin_convert.device import CPU, MIN_CAPABILITY, Device, pick_device
 from marlin_convert.errors import DeviceError
+from tests.support.cli import Run
+from tests.support.gptq_checkpoints import Source
 
 # FAKE_GPUS: one `name=major.minor` for each GPU, separated by `;`. FAKE_ERROR: `function=number` fails so.
 DRIVER = r"""

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gptq import Source
 
 import marlin_convert
 from marlin_convert.native import ops
+from tests.support.gptq_checkpoints import Source
 
 PACKAGE = Path(marlin_convert.__file__).parent
 MODULES = {

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from gptq import Source
+
+from tests.support.cli import Run
+from tests.support.gptq_checkpoints import Source
 
 ADVICE = 'pip install "marlin-convert[run]"'
 

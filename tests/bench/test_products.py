@@ -18,8 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
-from gptq import GPTQLayer, Source, two_layers, write_source
 
 from marlin_convert.bench import products as b
 from marlin_convert.bench.products import Cell, Limits, Machine, Peer, Report, Rig, Shape, Speed, Weights
@@ -30,6 +28,8 @@ from marlin_convert.device import CPU, Device
 from marlin_convert.errors import DeviceError, MarlinConvertError, OutputError, SourceError, UnsupportedError
 from marlin_convert.native import repack
 from marlin_convert.progress import Progress
+from tests.support.cli import Run
+from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
 
 MACHINE = Machine(
     "cuda:0", "NVIDIA H100 [80GB]", "9.0", 132, 50 << 20, 80 << 30, "580.1", {"torch": "2.13.0", "python": "3.11"},

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
-from models import Pair, continues_greedily, llama, make, relative, tokens
 from transformers import AutoModelForCausalLM, MistralConfig
 
 import marlin_convert
@@ -20,6 +18,8 @@ from marlin_convert.bench.tokens import CONTEXT, GRAPHS, LAUNCHES, STEPS, Decode
 from marlin_convert.cli.output import Plot, Screen
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.errors import DeviceError, OutputError
+from tests.support.cli import Run
+from tests.support.tiny_models import Pair, continues_greedily, llama, make, relative, tokens
 
 MACHINE = Machine("cuda:0", "a GPU", "9.0", 132, 50_000_000, 80_000_000_000, "580", {"torch": "2"}, None)
 

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gptq import two_layers, write_source
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint, Tensor
 from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
+from tests.support.gptq_checkpoints import two_layers, write_source
 
 
 def entry(dtype: object, shape: object, begin: object, end: object) -> dict[str, object]:

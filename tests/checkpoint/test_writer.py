@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Run
-from gptq import Source
 from safetensors import safe_open
 
 from marlin_convert.checkpoint import writer as publish
 from marlin_convert.checkpoint.writer import REPORT_FILE, OutTensor, Shards, check_space, clear_leftovers, new_folder
 from marlin_convert.errors import OutputError, SourceError
+from tests.support.cli import Run
+from tests.support.gptq_checkpoints import Source
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -20,12 +20,12 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from conftest import Run
-from gptq import GPTQLayer, Source, quantization_config, two_layers, write_source
 
 import marlin_convert
 from marlin_convert.cli import commands as cli
 from marlin_convert.errors import EXIT_CODES
+from tests.support.cli import Run
+from tests.support.gptq_checkpoints import GPTQLayer, Source, quantization_config, two_layers, write_source
 
 PROGRAM = [sys.executable, "-m", "marlin_convert.cli"]
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")

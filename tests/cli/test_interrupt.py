@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from gptq import Source, two_layers, write_source
-from test_convert import assert_equal_to_source
 
 from marlin_convert.conversion.convert import Options, convert
+from tests.conversion.test_convert import assert_equal_to_source
+from tests.support.gptq_checkpoints import Source, two_layers, write_source
 
 CPU, FORCE = Options(device="cpu"), Options(device="cpu", force=True)
 

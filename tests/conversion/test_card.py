@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gptq import two_layers, write_source
-from hub_server import Hub
 from huggingface_hub import ModelCard
 
 from marlin_convert.conversion.convert import Options, convert, verify_pair
+from tests.support.gptq_checkpoints import two_layers, write_source
+from tests.support.hub_server import Hub
 
 SOURCE_CARD = """---
 license: llama3

@@ -8,12 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gptq import GPTQLayer, Source, marlin_codes, marlin_scales, quantization_config, two_layers, write_source
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from marlin_convert.conversion.convert import AlreadyMarlin, Options, convert, verify_pair
 from marlin_convert.errors import OutputError, UnsupportedError
+from tests.support.gptq_checkpoints import (
+    GPTQLayer,
+    Source,
+    marlin_codes,
+    marlin_scales,
+    quantization_config,
+    two_layers,
+    write_source,
+)
 
 
 def result_tensors(out: Path) -> dict[str, torch.Tensor]:

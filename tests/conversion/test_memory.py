@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gptq import quantization_config
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.blocks import PANEL_BYTES, WORKERS
 from marlin_convert.conversion.convert import Options, planned
+from tests.support.gptq_checkpoints import quantization_config
 
 MB = 1_000_000
 

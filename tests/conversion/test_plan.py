@@ -15,12 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gptq import GPTQLayer, Source, pack_columns, quantization_config, two_layers, write_source
 from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.plan import Plan, make_plan, plan_as_dict, span
 from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
+from tests.support.gptq_checkpoints import (
+    GPTQLayer,
+    Source,
+    pack_columns,
+    quantization_config,
+    two_layers,
+    write_source,
+)
 
 NO_QUANTIZATION: dict[str, Any] = {}
 

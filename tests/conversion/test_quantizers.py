@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import published
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -21,8 +20,9 @@ from safetensors.numpy import load_file
 from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.formats.config import read_marlin_settings
 from marlin_convert.native.repack import dequantize_layer
+from tests.support import format_reader
 
-DATA = Path(__file__).parent / "data" / "quantizers"
+DATA = Path(__file__).parents[1] / "data" / "quantizers"
 LAYERS = {
     "model.layers.0.self_attn.q_proj": (128, 128),
     "model.layers.0.self_attn.k_proj": (128, 32),
@@ -182,7 +182,7 @@ def test_the_converted_weights_are_the_quantizers(converted: tuple[str, Path]) -
 def test_the_published_format_says_the_same(converted: tuple[str, Path]) -> None:
     """Read from docs/concepts/format.md, without any code of the package."""
     name, out = converted
-    for layer, weight in published.read(out).items():
+    for layer, weight in format_reader.read(out).items():
         np.testing.assert_array_equal(weight, definition(name, layer))
 
 

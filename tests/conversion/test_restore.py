@@ -10,13 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gptq import GPTQLayer, Source, pack_columns, plain_tensors, quantization_config, two_layers, write_source
 from safetensors.torch import load_file, save_file
 
 from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import OutputError, SourceError, UnsupportedError
 from marlin_convert.native import repack
+from tests.support.gptq_checkpoints import (
+    GPTQLayer,
+    Source,
+    pack_columns,
+    plain_tensors,
+    quantization_config,
+    two_layers,
+    write_source,
+)
 
 NAME = "model.layers.0.mlp.down_proj"
 

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import published
 import pytest
 import torch
-from gptq import GPTQLayer, Source, pack_columns, quantization_config, write_source
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -23,6 +21,8 @@ from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import UnsupportedError
 from marlin_convert.formats.config import read_marlin_settings
 from marlin_convert.native import ops, repack
+from tests.support import format_reader
+from tests.support.gptq_checkpoints import GPTQLayer, Source, pack_columns, quantization_config, write_source
 
 NAME = "model.layers.0.mlp.down_proj"
 CPU = Options(device="cpu", verify=True)
@@ -71,7 +71,7 @@ def assert_exact(source: Source, out: Path, v2: bool = False) -> None:
 
 def assert_published(source: Source, out: Path) -> None:
     """The same by a reader that knows docs/concepts/format.md and nothing else."""
-    found = published.read(out)
+    found = format_reader.read(out)
     assert sorted(found) == sorted(source.layers)
     for name, layer in source.layers.items():
         np.testing.assert_array_equal(found[name], expected_weight(layer), err_msg=name)

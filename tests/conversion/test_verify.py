@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
-from gptq import GPTQLayer, Source, marlin_codes, two_layers, write_source
 from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
@@ -24,6 +22,8 @@ from marlin_convert.conversion.plan import make_plan
 from marlin_convert.conversion.verify import TOLERANCE, CPUProduct, LayerCheck, Verification, compare
 from marlin_convert.errors import SourceError, VerificationError
 from marlin_convert.formats.layout import SCALE_PERMUTATION, SCALE_PERMUTATION_SINGLE
+from tests.support.cli import Run
+from tests.support.gptq_checkpoints import GPTQLayer, Source, marlin_codes, two_layers, write_source
 
 CPU = Options(device="cpu")
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"

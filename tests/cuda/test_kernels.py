@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import cuda_library  # noqa: E402  (needs torch)
-from cuda_library import (  # noqa: E402
+from . import cuda_library  # noqa: E402  (needs torch)
+from .cuda_library import (  # noqa: E402
     CLUSTERS,
     COUNTER_BYTES,
     EXTENDED,

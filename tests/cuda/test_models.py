@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gptq import GPTQLayer
-from layers import EXTENDED, extended
-from models import (
+from torch import library as torch_library
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import marlin_convert
+from marlin_convert.cli.commands import DEMO_FOLDER
+from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.engines.generate import Sampling, compare, generate
+from marlin_convert.engines.linear import MarlinLinear
+from marlin_convert.native import cuda
+from tests.support.extended_layers import EXTENDED, extended
+from tests.support.gptq_checkpoints import GPTQLayer
+from tests.support.tiny_models import (
     BLOCKS,
     PROMPT,
     SAMPLE,
@@ -25,15 +34,6 @@ from models import (
     relative,
     tokens,
 )
-from torch import library as torch_library
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import marlin_convert
-from marlin_convert.cli.commands import DEMO_FOLDER
-from marlin_convert.conversion.convert import Options, convert
-from marlin_convert.engines.generate import Sampling, compare, generate
-from marlin_convert.engines.linear import MarlinLinear
-from marlin_convert.native import cuda
 
 pytestmark = [
     pytest.mark.cuda,

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import llama, make, mixtral
 
 import marlin_convert
 from marlin_convert.bench.tokens import GRAPHS, LAUNCHES, Decoder, capture, time_on_gpu
 from marlin_convert.cli.commands import DEMO_FOLDER
 from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.native import cuda
+from tests.support.tiny_models import llama, make, mixtral
 
 pytestmark = [
     pytest.mark.cuda,

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
-from models import PROMPT, SAMPLE, continues_greedily, dequantized_demo, perplexity, relative
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import marlin_convert
@@ -24,6 +22,8 @@ from marlin_convert.cli.commands import DEMO_FOLDER
 from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.engines import transformers_quantizer as hf
 from marlin_convert.engines.generate import Sampling, generate
+from tests.support.cli import Run
+from tests.support.tiny_models import PROMPT, SAMPLE, continues_greedily, dequantized_demo, perplexity, relative
 
 CPU = Options(device="cpu")
 
@@ -200,7 +200,7 @@ def test_demo_without_transformers(tmp_path: Path, run: Callable[..., Run]) -> N
 
 def test_what_the_readme_says_to_run(tmp_path: Path) -> None:
     """The commands and the Python of "Run it", as they stand there (the GPU's bench aside)."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     section = text.split("\n## Run it\n")[1].split("\n## ")[0]
     commands, code = re.search(r"```\n(.*?)```.*?```python\n(.*?)```", section, re.DOTALL).groups()
     programs = [[sys.executable, "-m", "marlin_convert.cli", *shlex.split(line)[1:]] for line in commands.splitlines()]

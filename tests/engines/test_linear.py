@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gptq import GPTQLayer
-from layers import EXTENDED, extended
 from torch import library as torch_library
 
 import marlin_convert
@@ -19,6 +17,8 @@ from marlin_convert.engines import linear
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.errors import DeviceError
 from marlin_convert.native import cuda, repack
+from tests.support.extended_layers import EXTENDED, extended
+from tests.support.gptq_checkpoints import GPTQLayer
 
 
 def original(**changes: Any) -> tuple[GPTQLayer, MarlinLinear]:

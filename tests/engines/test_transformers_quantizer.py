@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hub_server import Hub
-from models import BLOCKS, Pair, continues_greedily, llama, make, mixtral, qwen3_moe, relative, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -26,6 +24,18 @@ from marlin_convert.engines import transformers_quantizer as hf
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.errors import DeviceError, SourceError, UnsupportedError
 from marlin_convert.native import cuda
+from tests.support.hub_server import Hub
+from tests.support.tiny_models import (
+    BLOCKS,
+    Pair,
+    continues_greedily,
+    llama,
+    make,
+    mixtral,
+    qwen3_moe,
+    relative,
+    tokens,
+)
 
 
 def marlin_layers(model: torch.nn.Module) -> set[str]:

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layers import points, shuffled
-from models import BLOCKS, llama, make, mixtral, qwen3_moe
 from transformers import PretrainedConfig, Qwen2Config
+
+from tests.support.extended_layers import points, shuffled
+from tests.support.tiny_models import BLOCKS, llama, make, mixtral, qwen3_moe
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
-WORKER = Path(__file__).parent / "vllm_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "vllm_worker.py"
 SECONDS = 600
 
 

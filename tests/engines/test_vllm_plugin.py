@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_shards import layer as random_layer
+
+from tests.engines.test_tensor_parallel import layer as random_layer
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 

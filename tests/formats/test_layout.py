@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from marlin_convert.formats import layout
 
-HEADER = Path(__file__).parent.parent / "kernels" / "marlin.h"
+HEADER = Path(__file__).parents[2] / "kernels" / "marlin.h"
 
 # G > 1: position 8i + j of a run of 64 holds column i + 8j.
 GROUPED = """

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SECRET, Run, refusal
-from gptq import GPTQLayer, Source, two_layers, write_source
-from hub_server import Hub, Request
 
 from marlin_convert.errors import SourceError
 from marlin_convert.hub.download import fetch
+from tests.support.cli import SECRET, Run, refusal
+from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
+from tests.support.hub_server import Hub, Request
 
 REPO = "someone/model-gptq"
 #: Beside the weights: what travels, and what is never fetched.

@@ -20,19 +20,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hub_server
 import numpy as np
 import pytest
 import torch
-from conftest import Run, refusal
-from gptq import GPTQLayer, Source, two_layers, write_source
-from hub_server import Hub, Request, at_first
 
 from marlin_convert.checkpoint import writer as publish
 from marlin_convert.conversion import supply
 from marlin_convert.conversion.convert import Options, looked_at
 from marlin_convert.conversion.supply import check_room
 from marlin_convert.errors import OutputError
+from tests.support import hub_server
+from tests.support.cli import Run, refusal
+from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
+from tests.support.hub_server import Hub, Request, at_first
 
 REPO = "someone/large-gptq"
 MB = 1e6

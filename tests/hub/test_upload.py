@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SECRET, Run, refusal
-from gptq import Source, two_layers, write_source
-from hub_server import Account, Hub, Request, at_first
 
 from marlin_convert.cli.commands import DEMO_FOLDER
 from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.hub.upload import default_name
+from tests.support.cli import SECRET, Run, refusal
+from tests.support.gptq_checkpoints import Source, two_layers, write_source
+from tests.support.hub_server import Account, Hub, Request, at_first
 
 REPO = "me/model-marlin"
 TOKEN = ("--token", SECRET)

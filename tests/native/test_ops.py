@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from marlin_convert.formats import layout
 from marlin_convert.native import ops, repack
 
-HEADER = Path(__file__).parent.parent / "kernels" / "marlin.h"
+HEADER = Path(__file__).parents[2] / "kernels" / "marlin.h"
 ISAS = ("plain", "avx2", "avx512")
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from gptq import GPTQLayer
 
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.native import repack
+from tests.support.gptq_checkpoints import GPTQLayer
 
 
 def zero_points(layer: GPTQLayer) -> Any:

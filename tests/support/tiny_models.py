@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from gptq import GPTQLayer, quantization_config, write_source
-from layers import extended, weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
 from marlin_convert.cli.commands import DEMO_FOLDER
 from marlin_convert.conversion.convert import Options, convert
+from tests.support.extended_layers import extended, weight
+from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, write_source
 
 #: Public-domain text that the demo's model has not seen.
-SAMPLE = Path(__file__).parent / "data" / "kjv_sample.txt"
+SAMPLE = Path(__file__).parents[1] / "data" / "kjv_sample.txt"
 PROMPT = "And the king said unto the woman,"
 
 #: The linears of a decoder's blocks; not the head, not the router.
@@ -140,8 +140,8 @@ def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def continues_greedily(model: Any, ids: torch.Tensor, count: int, tolerance: float = 2e-3) -> bool:
-    """Whether the last `count` of `ids` [B, L] are each the most likely token after those before it, to `model`: but for
-    ties within `tolerance` of the logits, which fall as the order of sums does.
+    """Whether to `model` each of the last `count` tokens of `ids` [B, L] is the most likely one after those before it:
+    but for ties within `tolerance` of the logits, which fall as the order of sums does.
     """
     with torch.no_grad():
         logits = model(ids).logits[:, -count - 1 : -1].double()

@@ -1,6 +1,6 @@
 """One tensor-parallel rank of vLLM on a CPU: whole models of both kinds through vLLM's own loader, layer beside layer.
 
-    python tests/vllm_worker.py RANK RANKS PORT tensors|experts RESULT MARLIN DENSE [MARLIN DENSE …]
+    python tests/support/vllm_worker.py RANK RANKS PORT tensors|experts RESULT MARLIN DENSE [MARLIN DENSE …]
 
 MARLIN is loaded through the plugin, DENSE is the same model with fp16 weights, cut by vLLM itself. Every layer of the
 plugin gets random activations of its rank. Its product, of a reference in the kernel's place, is compared with that of

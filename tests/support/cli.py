@@ -1,0 +1,28 @@
+"""The program as a test sees it: how it ended, and what it printed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+#: A token; no output of the program may show it.
+SECRET = "hf_SECRETXYZ"
+
+
+class Run:
+    """What the program printed and how it ended."""
+
+    def __init__(self, process: subprocess.CompletedProcess[str]) -> None:
+        self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def refusal(result: Run) -> str:
+    """The message of a refusal: exit code 8, one sentence on one line, no traceback."""
+    assert (result.code, result.out) == (8, ""), result.err
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.startswith("marlin-convert: ")
+    return result.err.removeprefix("marlin-convert: ").rstrip("\n")
