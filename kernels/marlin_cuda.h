@@ -5,8 +5,10 @@
 //     a row stride of its own. Buffers that are written must not overlap any other argument.
 //   * W is K x N as stored, padding included. K and N are multiples of MARLIN_CUDA_K_MULTIPLE and
 //     MARLIN_CUDA_N_MULTIPLE. G is the number of groups of rows that share a scale: 1, or K / 16, K / 32, K / 64 or
-//     K / 128 (MARLIN_CUDA_GROUP_SIZE). docs/concepts/format.md has the formats.
-//   * `stream` is a cudaStream_t. Calls are queued there, never wait, and never print. `device` is a CUDA ordinal; the
+//     K / 128 (MARLIN_CUDA_GROUP_SIZE). docs/format.md has the formats.
+//   * `stream` is a cudaStream_t. Calls are queued there and never wait. They print only with MARLIN_PRINT_PLAN=1 in
+//   the
+//     environment: a line to stderr for each new plan of a product. `device` is a CUDA ordinal; the
 //     calling thread's current device is the same after a call as before it.
 //   * The result is MARLIN_OK (0), a cudaError_t (positive), or one of the negative codes below; after a negative code
 //     nothing was queued. marlin_cuda_error_string explains each.
@@ -18,8 +20,8 @@
 
 #include "marlin.h"
 
-// Raise it with every change of a prototype or of a meaning, here and in marlin_convert/ops.py.
-#define MARLIN_CUDA_ABI_VERSION 2
+// Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/cuda.py.
+#define MARLIN_CUDA_ABI_VERSION 3
 
 #define MARLIN_CUDA_K_MULTIPLE 64
 #define MARLIN_CUDA_N_MULTIPLE 64
@@ -34,17 +36,18 @@
 #define MARLIN_CUDA_USE_DEQUANTIZE 1  // marlin_cuda_dequantize, then a 16-bit matrix product by cuBLAS
 
 // Error codes.
-#define MARLIN_CUDA_ERROR_NULL (-1)        // a required pointer is null
-#define MARLIN_CUDA_ERROR_SHAPE (-2)       // M, N or K is not positive, too large, or not a multiple of what it must
-                                           // be, or in_features or out_features does not fit K or N
-#define MARLIN_CUDA_ERROR_GROUPS (-3)      // G is none of 1, K / 16, K / 32, K / 64, K / 128
-#define MARLIN_CUDA_ERROR_STRIDE (-4)      // lda is less than in_features, or it or in_features is no multiple of 8
-#define MARLIN_CUDA_ERROR_ALIGNMENT (-5)   // a pointer is not aligned to 16 bytes
-#define MARLIN_CUDA_ERROR_DTYPE (-6)       // neither MARLIN_CUDA_FP16 nor MARLIN_CUDA_BF16
-#define MARLIN_CUDA_ERROR_WORKSPACE (-7)   // workspace_bytes is less than marlin_cuda_gemm_workspace_bytes
-#define MARLIN_CUDA_ERROR_DEVICE (-8)      // no such device, or its compute capability is below 8.0
-#define MARLIN_CUDA_ERROR_VARIANT (-9)     // no such variant, or not for these weights, or too little shared memory
-#define MARLIN_CUDA_ERROR_BITS (-10)       // neither 4 nor 8 bits
+#define MARLIN_CUDA_ERROR_NULL (-1)  // a required pointer is null
+#define MARLIN_CUDA_ERROR_SHAPE \
+  (-2)                                    // M, N or K is not positive, too large, or not a multiple of what it must
+                                          // be, or in_features or out_features does not fit K or N
+#define MARLIN_CUDA_ERROR_GROUPS (-3)     // G is none of 1, K / 16, K / 32, K / 64, K / 128
+#define MARLIN_CUDA_ERROR_STRIDE (-4)     // lda is less than in_features, or it or in_features is no multiple of 8
+#define MARLIN_CUDA_ERROR_ALIGNMENT (-5)  // a pointer is not aligned to 16 bytes
+#define MARLIN_CUDA_ERROR_DTYPE (-6)      // neither MARLIN_CUDA_FP16 nor MARLIN_CUDA_BF16
+#define MARLIN_CUDA_ERROR_WORKSPACE (-7)  // workspace_bytes is less than marlin_cuda_workspace_bytes
+#define MARLIN_CUDA_ERROR_DEVICE (-8)     // no such device, or its compute capability is below 8.0
+#define MARLIN_CUDA_ERROR_VARIANT (-9)    // no such variant, or not for these weights, or too little shared memory
+#define MARLIN_CUDA_ERROR_BITS (-10)      // neither 4 nor 8 bits
 
 #ifdef __cplusplus
 extern "C" {
@@ -85,7 +88,7 @@ typedef struct {
   int64_t lda;    // elements between rows of A
   int32_t dtype;  // of A, bias and C
   int32_t device;
-  int32_t variant;  // 0: the library's choice; others (struct Variant in cuda/gemm.cu) are for tests and tuning
+  int32_t variant;  // 0: the library's choice; others, for tests and tuning: MARLIN_CUDA_VARIANT
   int32_t unused;
 } marlin_cuda_product_t;
 
@@ -107,6 +110,39 @@ MARLIN_EXPORT int marlin_cuda_device_info(int device, marlin_cuda_device_info_t*
 #define MARLIN_CUDA_COUNTER_BYTES 8192
 MARLIN_EXPORT int marlin_cuda_gemm(const marlin_cuda_weights_t* weights /* host */,
                                    const marlin_cuda_product_t* product /* host */);
+
+// A variant: the id of an instance, its pipeline stages, and how the work is split; each 0: the library's choice.
+#define MARLIN_CUDA_VARIANT(instance, stages, split) ((instance) | (stages) << 12 | (split) << 16)
+#define MARLIN_CUDA_MOST_CLUSTER 8    // splits 1 .. 8: that many blocks of a cluster share a tile along K
+#define MARLIN_CUDA_STREAM_K 9        // equal ranges of all steps of all tiles
+#define MARLIN_CUDA_DATA_PARALLEL 10  // whole tiles
+
+// An instance of the kernels: a size of output tiles, for some kinds of weights.
+typedef struct {
+  int32_t id;
+  int32_t capability;  // of its instructions: 80, on every GPU from 8.0 up, or 90, on 9.0 alone
+  int32_t bits;
+  int32_t group_size;                 // that it takes (128: also one group); 0: any
+  int32_t zero_points;                // 1: takes them, and weights without
+  int32_t block_m, block_n, block_k;  // the output tile, and the rows of K in a step
+  int32_t clusters;                   // 1: splits 1 .. 8 are possible
+  char name[64];                      // such as sm90_m16n128_b4_g64
+} marlin_cuda_instance_t;
+
+// How many instances this library has, and the one at `index`, 0 .. count - 1. Needs no GPU.
+MARLIN_EXPORT int marlin_cuda_instance_count(void);
+MARLIN_EXPORT int marlin_cuda_instance(int index, marlin_cuda_instance_t* instance /* host */);
+
+// What marlin_cuda_gemm would launch. Times are predicted.
+typedef struct {
+  int32_t instance;  // its id
+  int32_t stages, split, blocks;
+  double us;        // orders the candidates
+  double gemm_us;   // at least what the tensor cores need: compared with
+  double dense_us;  //   dequantizing and a 16-bit product
+} marlin_cuda_plan_t;
+MARLIN_EXPORT int marlin_cuda_plan(const marlin_cuda_weights_t* weights /* host */, int64_t M, int device, int variant,
+                                   marlin_cuda_plan_t* plan /* host */);
 
 // Bytes of workspace that marlin_cuda_gemm needs on this device, for any weights and variant; 0 if there is no such
 // device.

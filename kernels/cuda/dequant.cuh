@@ -1,7 +1,7 @@
 // dequant.cuh: from packed codes to the 16-bit values that tensor cores multiply.
 //
 // The codes become small integers, code - 8 in -8 .. 7, which fp16 and bf16 hold exactly; scales are applied later, in
-// fp32, to sums over a group (gemm.cuh). So nothing is rounded here, and a scale may be any fp16 number.
+// fp32, to sums over a group (gemm_sm80.cuh). So nothing is rounded here, and a scale may be any fp16 number.
 //
 // No conversion instruction is used: OR-ing a code into the mantissa of a power of two 2^m adds the code to it.
 //
@@ -42,51 +42,35 @@ __device__ __forceinline__ uint32_t fma_bfloat2(uint32_t a, uint32_t b, uint32_t
 // mma.m16n8k16 wants of its 16x16 left operand, from the same lane, four pairs: (row g, columns 2t, 2t+1), (row g+8,
 // the same), (row g, columns 2t+8, 2t+9), (row g+8, the same). Read the word transposed, N as the operand's rows, and
 // the pairs are nibbles (0, 4), (2, 6), (1, 5), (3, 7): sixteen bits apart, so one mask takes a pair.
-template <typename T>
-struct Dequant;
-
-template <>
-struct Dequant<__half> {
-  static __device__ __forceinline__ void word(uint32_t q, uint32_t (&a)[4]) {
-    constexpr uint32_t kMinus1032 = 0xe408e408;  // -(1024 + MARLIN_ZERO_POINT), twice
-    constexpr uint32_t kSixteenth = 0x2c002c00;  // 1 / 16
-    constexpr uint32_t kMinus72 = 0xd480d480;    // -(1024 / 16 + MARLIN_ZERO_POINT)
-    const uint32_t upper = q >> 8;
-    a[0] = add_half2(and_or<0x000f000f, 0x64006400>(q), kMinus1032);
-    a[1] = add_half2(and_or<0x000f000f, 0x64006400>(upper), kMinus1032);
-    a[2] = fma_half2(and_or<0x00f000f0, 0x64006400>(q), kSixteenth, kMinus72);
-    a[3] = fma_half2(and_or<0x00f000f0, 0x64006400>(upper), kSixteenth, kMinus72);
-  }
-};
-
-template <>
-struct Dequant<__nv_bfloat16> {
-  static __device__ __forceinline__ void word(uint32_t q, uint32_t (&a)[4]) {
-    constexpr uint32_t kOne = 0x3f803f80;
-    constexpr uint32_t kMinus136 = 0xc308c308;  // -(128 + MARLIN_ZERO_POINT), twice
-    a[0] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q), kOne, kMinus136);
-    a[1] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q >> 8), kOne, kMinus136);
-    a[2] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q >> 4), kOne, kMinus136);
-    a[3] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q >> 12), kOne, kMinus136);
-  }
-};
-
-// The same with a zero point for each column, and for 8 bits. The zero point is subtracted before the product, where
-// |code - zero| <= 255 is exact in both types; the register that takes the offset away takes it away as well:
+//
+// Decoder<T, BITS>::word(words, fragment) takes 4-bit codes whose zero point is 8 everywhere; with two more arguments,
+// registers made by `zero(z)`, each column has a zero point of its own.
+//
+// A zero point is subtracted before the product, where |code - zero| <= 255 is exact in both types; the register that
+// takes the offset away takes it away as well:
 //
 //   fp16          1024 + c - (1024 + zero): both below 2048, spacing 1
 //   bf16, 4 bits   128 + c - (128 + zero)
 //   bf16, 8 bits  7 bits of mantissa do not hold a code, so its upper bit goes apart: (128 + c % 128) - (256 or 128)
 //                 is c - 128, then (c - 128) + (128 - zero); each fits eight bits
 //
-// `zero(z)` makes that register. `word` decodes the fragment of a sub-tile: its columns g and g + 8 have the zero
-// points z0 and z1. With 8 bits a sub-tile has two words of a lane, one for each column: bytes 0, 2 are rows 2t, 2t+1,
-// bytes 1, 3 rows 2t+8, 2t+9.
+// Columns g and g + 8 of a sub-tile have the zero points z0 and z1. With 8 bits a sub-tile has two words of a lane, one
+// for each column: bytes 0, 2 are rows 2t, 2t+1, bytes 1, 3 rows 2t+8, 2t+9.
 template <typename T, int BITS>
-struct Codes;
+struct Decoder;
 
 template <>
-struct Codes<__half, 4> {
+struct Decoder<__half, 4> {
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t (&a)[4]) {
+    constexpr uint32_t kMinus1032 = 0xe408e408;  // -(1024 + MARLIN_ZERO_POINT), twice
+    constexpr uint32_t kSixteenth = 0x2c002c00;  // 1 / 16
+    constexpr uint32_t kMinus72 = 0xd480d480;    // -(1024 / 16 + MARLIN_ZERO_POINT)
+    const uint32_t upper = q[0] >> 8;
+    a[0] = add_half2(and_or<0x000f000f, 0x64006400>(q[0]), kMinus1032);
+    a[1] = add_half2(and_or<0x000f000f, 0x64006400>(upper), kMinus1032);
+    a[2] = fma_half2(and_or<0x00f000f0, 0x64006400>(q[0]), kSixteenth, kMinus72);
+    a[3] = fma_half2(and_or<0x00f000f0, 0x64006400>(upper), kSixteenth, kMinus72);
+  }
   static __device__ __forceinline__ uint32_t zero(uint32_t z) { return (0xe400u | z) * 0x10001u; }
   static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
     constexpr uint32_t kSixteenth = 0x2c002c00;  // 1 / 16
@@ -100,7 +84,15 @@ struct Codes<__half, 4> {
 };
 
 template <>
-struct Codes<__nv_bfloat16, 4> {
+struct Decoder<__nv_bfloat16, 4> {
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t (&a)[4]) {
+    constexpr uint32_t kOne = 0x3f803f80;
+    constexpr uint32_t kMinus136 = 0xc308c308;  // -(128 + MARLIN_ZERO_POINT), twice
+    a[0] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0]), kOne, kMinus136);
+    a[1] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0] >> 8), kOne, kMinus136);
+    a[2] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0] >> 4), kOne, kMinus136);
+    a[3] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0] >> 12), kOne, kMinus136);
+  }
   static __device__ __forceinline__ uint32_t zero(uint32_t z) { return (0xc300u | z) * 0x10001u; }
   static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
     constexpr uint32_t kOne = 0x3f803f80;
@@ -112,7 +104,7 @@ struct Codes<__nv_bfloat16, 4> {
 };
 
 template <>
-struct Codes<__half, 8> {
+struct Decoder<__half, 8> {
   static __device__ __forceinline__ uint32_t zero(uint32_t z) { return (0xe400u | z) * 0x10001u; }
   static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
     a[0] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[0]), z0);
@@ -123,7 +115,7 @@ struct Codes<__half, 8> {
 };
 
 template <>
-struct Codes<__nv_bfloat16, 8> {
+struct Decoder<__nv_bfloat16, 8> {
   static __device__ __forceinline__ uint32_t zero(uint32_t z) {
     const float left = 8388736.0f - __uint_as_float(0x4b000000u | z);  // (2^23 + 128) - (2^23 + z), exact
     return __byte_perm(__float_as_uint(left), 0, 0x3232);

@@ -1,8 +1,8 @@
 // device.cu: the device query, the error strings, and the streaming kernel that benchmarks compare with.
-#include "device.h"
-
 #include <atomic>
 #include <cstring>
+
+#include "device.h"
 
 namespace marlin {
 

@@ -1,18 +1,20 @@
-// hopper.cuh: the same product on Hopper (compute capability 9.0), with its own instructions.
+// gemm_sm90.cuh: the main loop for few rows on Hopper (compute capability 9.0), warp-specialised, with TMA and wgmma.
 //
-// The work is split as gemm.cuh describes, and the end of a tile is the same code. What differs is inside a block:
+// Work is shared out (tile_scheduler.cuh) and ended (epilogue.cuh) as in gemm_sm80.cuh. What differs is inside a block:
 //
 //   * wgmma: four warps (a warpgroup) multiply 64 columns of N by 8 MB rows of M by 16 rows of K in one instruction.
 //     The left operand is registers: the stored tile, decoded, is exactly that fragment. The right operand,
 //     activations, is read from shared memory, so no warp loads fragments of it. The instruction is asynchronous: a
 //     warp decodes the next words meanwhile.
-//   * One thread does nothing but copy, with the copy engine (TMA): one instruction moves a box of weights, or of
-//     activations with the swizzle that wgmma expects and zeros outside of the matrix.
-//   * Barriers in shared memory (mbarrier) tell "this stage is full" and "this stage is vacant", so warps wait for data
+//   * Two consumer warpgroups multiply; of a third, the producer, one thread does nothing but copy, with the copy
+//   engine
+//     (TMA): one instruction moves a box of weights, or of activations with the swizzle that wgmma expects and zeros
+//     outside of the matrix.
+//   * Barriers in shared memory (mbarrier) tell "this stage is full" and "this stage is empty", so warps wait for data
 //     and never for each other.
 //
-//     copying thread:  wait vacant[i] -- fill stage i --> full[i]
-//     warpgroups:      wait full[i] -- 8 times: words, decode, wgmma -- scale and add the group's sum --> vacant[i]
+//     producer:   wait empty[i] -- fill stage i --> full[i]
+//     consumers:  wait full[i] -- 8 times: words, decode, wgmma -- scale and add the group's sum --> empty[i]
 //
 // Where there are few tiles, the blocks of a cluster share one along K. Each puts its sums into its shared memory, and
 // each adds up a part of the outputs from all of them.
@@ -33,16 +35,17 @@
 // M grows to keep them at 128.
 #pragma once
 
-#include <cuda.h>
-
 #include <algorithm>
 
-#include "gemm.cuh"
+#include "dequant.cuh"
+#include "epilogue.cuh"
+#include "ptx_sm90.cuh"
+#include "tile_scheduler.cuh"
 
 namespace marlin {
 
 template <int MB_, int J_, int WN_, int WK_, bool EXTENDED = false, int BITS_ = 4, int GROUP_ = 128>
-struct HopperShape {
+struct Sm90Shape {
   static constexpr bool kExtended = EXTENDED;  // takes zero points, 8 bits and groups below 128
   static constexpr int BITS = BITS_;
   static constexpr int GROUP = GROUP_;  // rows of a group in a step: 16, 32, 64 or 128
@@ -51,7 +54,7 @@ struct HopperShape {
   static constexpr int kThreads = kConsumers + 128;  // and a warpgroup of which one thread copies
   // Registers are dealt out by warpgroup: few for the one that copies, the rest for those that multiply.
   // 168 each at the start, what 65536 allow 384 threads; 24 + 2 * 240 = 3 * 168.
-  static constexpr int kCopyRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(WN * WK == 2, "three warpgroups share the registers");
   static constexpr int kBlockM = 8 * MB;
   static constexpr int kBlockN = MARLIN_TILE_N * J * WN;
@@ -68,9 +71,9 @@ struct HopperShape {
   // Sets of sums of a group: with two, a group's are scaled while the next group is multiplied. And tiles along K under
   // way at once, each with registers of its own for the decoded words; more than the sets of sums allow are of no use,
   // and with them nvcc 13.0 waits for each wgmma (C7513).
-  static constexpr int kParts = kSubgroups > 1 && MB * J <= 8 ? 2 : 1;
+  static constexpr int kParts = kSubgroups > 1 && MB* J <= 8 ? 2 : 1;
   static constexpr int kMostDepth = J == 4 ? (MB < 4 ? 3 : 2) : 4;
-  static constexpr int kDepth = std::min(kMostDepth, std::max(2, kParts * kGroupTiles));
+  static constexpr int kDepth = std::min(kMostDepth, std::max(2, kParts* kGroupTiles));
   // Tiles under way while a set of sums is read: none, or those of the group that has the other set.
   static constexpr int kBeside = std::min((kParts - 1) * kGroupTiles, kDepth - 1);
 
@@ -94,7 +97,7 @@ struct HopperShape {
   static constexpr int kLineBytes = BITS == 4 ? 512 : 128;
   static constexpr int kLineColumns = kLineBytes * MARLIN_TILE_N / kTileBytes;
 
-  // For the end of a tile, as in GemmShape.
+  // For the end of a tile, as in Sm80Shape.
   static constexpr int kSumPitch = kBlockN + 4;
   // The most 8-row blocks, dividing MB, whose sums take 33 KB.
   static constexpr int round_blocks(int blocks) {
@@ -110,112 +113,6 @@ struct HopperShape {
   static_assert(EXTENDED || (BITS == 4 && GROUP == 128), "8 bits and small groups are extensions");
   static_assert(WK * kBlockM * kSumPitch * 4 <= 2 * WK * kStageBytes, "a cluster's sums fit into the shortest ring");
 };
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// Waits until the phase of this parity is over.
-__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// The L2 policy for weights, which are read once: evict them first, so that activations and partial sums stay. This is
-// the policy word that createpolicy.fractional.L2::evict_first makes for a fraction of 1. On cp.async the hint is no
-// option: in some kernels nvcc 13.0 puts its 64-bit descriptor into an odd register, and the instruction is illegal.
-constexpr uint64_t kEvictFirst = 0x12f0000000000000;
-
-// Copies the box of a matrix whose first element is (x, y); zeros outside of the matrix. Its bytes count on `barrier`.
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-          "r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(barrier)
-      : "memory");
-}
-__device__ __forceinline__ void copy_weights(uint32_t to, const CUtensorMap* map, int line, int tile_row,
-                                             uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
-      "%3, %4}], [%5], %6;" ::"r"(to),
-      "l"(map), "r"(0), "r"(line), "r"(tile_row), "r"(barrier), "l"(kEvictFirst)
-      : "memory");
-}
-__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
-// Right operand of wgmma: rows of 128 bytes, swizzled, 8 rows to 1024 bytes (64 units of 16).
-__device__ __forceinline__ uint64_t operand_descriptor(uint32_t at) {
-  return (uint64_t{1} << 62) | (uint64_t{64} << 32) | (uint64_t{1} << 16) | ((at & 0x3ffff) >> 4);
-}
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-// d (+)= a * b: a is this warp's 16x16 of the 64x16 left operand, b the 16 x 8 MB right operand in shared memory.
-// Without `add`, d is overwritten. One specialization per width: the instruction names every register.
-template <typename T, int MB>
-__device__ __forceinline__ void wgmma(float (&d)[MB][4], const uint32_t (&a)[4], uint64_t b, bool add);
-
-#define MARLIN_D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define MARLIN_WGMMA(T, TYPE, MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, ...)                                       \
-  template <>                                                                                                      \
-  __device__ __forceinline__ void wgmma<T, MB>(float (&d)[MB][4], const uint32_t (&a)[4], uint64_t b, bool add) {  \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" ADD                                                          \
-                 ", 0;\n"                                                                                          \
-                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {%" A0 ", %" A1 \
-                 ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, 0;\n}"                                                     \
-                 : __VA_ARGS__                                                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                \
-  }
-#define MARLIN_WGMMA_BOTH(MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, ...)             \
-  MARLIN_WGMMA(__half, "f16", MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, __VA_ARGS__) \
-  MARLIN_WGMMA(__nv_bfloat16, "bf16", MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, __VA_ARGS__)
-MARLIN_WGMMA_BOTH(1, "8", "%0, %1, %2, %3", "4", "5", "6", "7", "8", "9", MARLIN_D4(0))
-MARLIN_WGMMA_BOTH(2, "16", "%0, %1, %2, %3, %4, %5, %6, %7", "8", "9", "10", "11", "12", "13", MARLIN_D4(0),
-                  MARLIN_D4(1))
-MARLIN_WGMMA_BOTH(4, "32", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "16", "17", "18",
-                  "19", "20", "21", MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3))
-MARLIN_WGMMA_BOTH(8, "64",
-                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
-                  "32", "33", "34", "35", "36", "37", MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3),
-                  MARLIN_D4(4), MARLIN_D4(5), MARLIN_D4(6), MARLIN_D4(7))
-MARLIN_WGMMA_BOTH(16, "128",
-                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63",
-                  "64", "65", "66", "67", "68", "69", MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3),
-                  MARLIN_D4(4), MARLIN_D4(5), MARLIN_D4(6), MARLIN_D4(7), MARLIN_D4(8), MARLIN_D4(9), MARLIN_D4(10),
-                  MARLIN_D4(11), MARLIN_D4(12), MARLIN_D4(13), MARLIN_D4(14), MARLIN_D4(15))
-#undef MARLIN_WGMMA_BOTH
-#undef MARLIN_WGMMA
-#undef MARLIN_D4
 
 // Words of a tile, neighbours within a lane's 16 bytes; eight of them in two swizzled halves.
 template <int WORDS>
@@ -263,24 +160,6 @@ __device__ __forceinline__ void load_scales(float (&scale)[2 * J], uint32_t from
   }
 }
 
-// A barrier for all threads of a cluster that have not ended.
-__device__ __forceinline__ void cluster_synchronize() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// The address, in another block of the cluster, of what is at `at` in this one.
-__device__ __forceinline__ uint32_t shared_of_rank(uint32_t at, int rank) {
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-  return there;
-}
-__device__ __forceinline__ float4 load_cluster(uint32_t from) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(from));
-  return v;
-}
-
 template <int N>
 struct Constant {
   static constexpr int value = N;
@@ -292,7 +171,7 @@ struct Ring {
   unsigned char* memory;  // the first stage
   float* sums;
   unsigned* is_last;
-  uint32_t stages, full, vacant;  // shared-memory addresses
+  uint32_t stages, full, empty;  // shared-memory addresses
 
   __device__ __forceinline__ Ring(unsigned char* shared, int count) {
     stages = (shared_address(shared) + 1023) / 1024 * 1024;
@@ -301,42 +180,40 @@ struct Ring {
     sums = reinterpret_cast<float*>(after);
     is_last = reinterpret_cast<unsigned*>(after + S::kSumBytes);
     full = shared_address(after + S::kSumBytes + 16);
-    vacant = full + 8 * S::kMaxStages;
+    empty = full + 8 * S::kMaxStages;
   }
 };
 
-// The copying thread: fills stage after stage with the block's units, as far ahead as the ring is long.
+// The producer: one thread fills stage after stage with the block's iterations, as far ahead as the ring is long.
 template <typename S>
-__device__ __forceinline__ void fill_ring(const GemmArguments& p, const Work& work, const Ring<S>& ring,
+__device__ __forceinline__ void fill_ring(const GemmArguments& p, const TileScheduler& schedule, const Ring<S>& ring,
                                           const CUtensorMap* weights_map, const CUtensorMap* activations_map) {
   constexpr int KT = S::KT;
   int slot = 0;
   uint32_t parity = 1;  // the first pass over the ring waits for nothing
-  int tile = Work::tile(p, work.begin);
-  int step = work.begin % p.steps;
-  int slab_n = tile / p.slabs_m;
-  int row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
-  for (int unit = work.begin; unit < work.end; unit++) {
+  int tile = TileScheduler::tile(p, schedule.begin);
+  int step = schedule.begin % p.steps;
+  OutputTile<S> at(p, tile);
+  for (int iteration = schedule.begin; iteration < schedule.end; iteration++) {
     const uint32_t stage = ring.stages + slot * S::kStageBytes;
-    const int column0 = slab_n * S::kBlockN;
-    const int columns = min(S::kBlockN, p.N - column0);
+    const int columns = min(S::kBlockN, p.N - at.column());
     const int scale_bytes = columns * 2, zero_bytes = S::kExtended && p.zeros != nullptr ? columns * S::BITS / 8 : 0;
     const uint32_t full = ring.full + 8 * slot;
-    mbarrier_wait(ring.vacant + 8 * slot, parity);
+    mbarrier_wait(ring.empty + 8 * slot, parity);
     mbarrier_expect(full, S::kActivationBytes + S::kWeightBytes + S::kSubgroups * (scale_bytes + zero_bytes));
-    copy_weights(stage + S::kActivationBytes, weights_map, column0 / S::kLineColumns, step * KT, full);
-    copy_box(stage, activations_map, step * S::kBlockK, row0, full);
-    copy_box(stage + S::kBoxBytes, activations_map, step * S::kBlockK + 64, row0, full);
+    copy_weights(stage + S::kActivationBytes, weights_map, at.column() / S::kLineColumns, step * KT, full);
+    copy_box(stage, activations_map, step * S::kBlockK, at.row, full);
+    copy_box(stage + S::kBoxBytes, activations_map, step * S::kBlockK + 64, at.row, full);
     const uint32_t scales = stage + S::kActivationBytes + S::kWeightBytes;
     const uint32_t zeros = scales + S::kSubgroups * S::kScaleBytes;
 #pragma unroll
     for (int i = 0; i < S::kSubgroups; i++) {
       // With one scale for each column there is group 0 alone; beyond K any group will do.
       const int64_t group = min(step * S::kSubgroups + i, p.groups - 1);
-      copy_bytes(scales + i * S::kScaleBytes, p.s + group * p.N + column0, scale_bytes, full);
+      copy_bytes(scales + i * S::kScaleBytes, p.s + group * p.N + at.column(), scale_bytes, full);
       if (S::kExtended && p.zeros != nullptr)
-        copy_bytes(zeros + i * S::kZeroBytes, static_cast<const char*>(p.zeros) + (group * p.N + column0) * S::BITS / 8,
-                   zero_bytes, full);
+        copy_bytes(zeros + i * S::kZeroBytes,
+                   static_cast<const char*>(p.zeros) + (group * p.N + at.column()) * S::BITS / 8, zero_bytes, full);
     }
     if (++slot == p.stages) {
       slot = 0;
@@ -344,16 +221,16 @@ __device__ __forceinline__ void fill_ring(const GemmArguments& p, const Work& wo
     }
     if (++step == p.steps) {
       step = 0;
-      tile = Work::tile(p, unit + 1);
-      slab_n = tile / p.slabs_m;
-      row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
+      tile = TileScheduler::tile(p, iteration + 1);
+      at = OutputTile<S>(p, tile);
     }
   }
 }
 
-// A warpgroup: multiplies the units that are its own, and with the others of the block ends the tiles.
+// A consumer warpgroup: multiplies the iterations that are its own, and with the others of the block ends the tiles.
 template <typename T, typename S>
-__device__ __forceinline__ void multiply(const GemmArguments& p, const Work& work, const Ring<S>& ring, int warp) {
+__device__ __forceinline__ void multiply(const GemmArguments& p, const TileScheduler& schedule, const Ring<S>& ring,
+                                         int warp) {
   constexpr int MB = S::MB, J = S::J, WN = S::WN, WK = S::WK, KT = S::KT, BITS = S::BITS;
   const int tid = threadIdx.x, lane = tid % 32;
   const int wn = warp / 4 % WN, wk = warp / (4 * WN);
@@ -372,21 +249,21 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
   uint32_t zero[2 * J];             // extended: takes the zero points of the columns g + 8 i of the sub-tiles away
   if constexpr (S::kExtended) {
 #pragma unroll
-    for (int i = 0; i < 2 * J; i++) zero[i] = Codes<T, BITS>::zero(1 << (BITS - 1));
+    for (int i = 0; i < 2 * J; i++) zero[i] = Decoder<T, BITS>::zero(1 << (BITS - 1));
   }
   // The warpgroups along K take turns. The number of stages is a multiple of WK, so a slot belongs to one warpgroup,
   // which must be: a parity tells one pass over the ring from the next only, and copies may land out of order, so a
   // warpgroup that met a slot one pass early, before its previous copy landed, would take it for full.
   int slot = wk;
   uint32_t parity = 0;
-  int mine = work.begin + wk;  // this warpgroup's next unit
+  int mine = schedule.begin + wk;  // this warpgroup's next iteration
 
-  int unit = work.begin;
-  while (unit < work.end) {
-    const int tile = Work::tile(p, unit);
-    const int step_begin = unit % p.steps;
-    const int step_end = min(p.steps, step_begin + work.end - unit);
-    const int end = unit + step_end - step_begin;
+  int iteration = schedule.begin;
+  while (iteration < schedule.end) {
+    const int tile = TileScheduler::tile(p, iteration);
+    const int step_begin = iteration % p.steps;
+    const int step_end = min(p.steps, step_begin + schedule.end - iteration);
+    const int end = iteration + step_end - step_begin;
 #pragma unroll
     for (int j = 0; j < J; j++)
 #pragma unroll
@@ -408,7 +285,7 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
         load_words<kZeroWords>(packed, from_slot * S::kStageBytes + zeros_at + sub * S::kZeroBytes);
         if (J < 4) packed[0] >>= BITS == 4 ? subtile * 4 : subtile % 2 * 8;
 #pragma unroll
-        for (int i = 0; i < 2 * J; i++) zero[i] = Codes<T, BITS>::zero(zero_of<BITS>(packed, i));
+        for (int i = 0; i < 2 * J; i++) zero[i] = Decoder<T, BITS>::zero(zero_of<BITS>(packed, i));
       }
     };
     const auto decode = [&](int kt) {
@@ -416,9 +293,9 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
 #pragma unroll
       for (int j = 0; j < J; j++) {
         if constexpr (S::kExtended)
-          Codes<T, BITS>::word(from + j * (BITS / 4), zero[2 * j], zero[2 * j + 1], a[kt % S::kDepth][j]);
+          Decoder<T, BITS>::word(from + j * (BITS / 4), zero[2 * j], zero[2 * j + 1], a[kt % S::kDepth][j]);
         else
-          Dequant<T>::word(from[j], a[kt % S::kDepth][j]);
+          Decoder<T, 4>::word(from + j, a[kt % S::kDepth][j]);
       }
     };
     const auto load_stage = [&](int from_slot, uint32_t with_parity) {
@@ -510,7 +387,7 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
         decode(0);
       }
       wait_for_group(S::kSubgroups - 1, Constant<0>());
-      mbarrier_arrive(ring.vacant + 8 * slot);
+      mbarrier_arrive(ring.empty + 8 * slot);
       add_group(S::kSubgroups - 1);
       slot = next_slot;
       parity = next_parity;
@@ -538,8 +415,8 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
       float* const own = reinterpret_cast<float*>(ring.memory);
       write_sums(0, Constant<MB>(), own);
       cluster_synchronize();
-      const int row0 = tile % p.slabs_m * S::kBlockM, column0 = tile / p.slabs_m * S::kBlockN;
-      const int rows = min(S::kBlockM, p.M - row0), columns = min(S::kBlockN, p.out_features - column0);
+      const OutputTile<S> at(p, tile);
+      const int rows = min(S::kBlockM, p.M - at.row), columns = min(S::kBlockN, p.out_features - at.column());
       constexpr int kFours = S::kBlockN / 4;
       for (int item = blockIdx.x % p.cluster * S::kConsumers + tid; item < rows * kFours;
            item += p.cluster * S::kConsumers) {
@@ -551,37 +428,34 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const Work& wor
 #pragma unroll
           for (int w = 0; w < WK; w++) v = v + load_cluster(theirs + w * (S::kBlockM * S::kSumPitch * 4));
         }
-        store_outputs<T>(p, row0 + row, column0 + column, v);
+        store_outputs<T>(p, at.row + row, at.column() + column, v);
       }
       cluster_synchronize();  // nobody leaves while its shared memory is read
     } else {
-      finish_tile<T, S>(
+      finish_output_tile<T, S>(
           p, ring.sums, ring.is_last, tile, step_begin, step_end, tid,
           [&](int round, float* to) { write_sums(round * S::kRoundMB, Constant<S::kRoundMB>(), to); }, synchronize);
     }
-    unit = end;
+    iteration = end;
   }
 }
 
 template <typename T, typename S>
-__device__ __forceinline__ void hopper_gemm(const GemmArguments& p, const CUtensorMap* weights_map,
-                                            const CUtensorMap* activations_map) {
+__global__ void __launch_bounds__(S::kThreads, 1)
+    gemm_sm90_kernel(const GemmArguments p, const __grid_constant__ CUtensorMap weights_map,
+                     const __grid_constant__ CUtensorMap activations_map) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Ring<S> ring(shared, p.stages);
-  Work work(p);
-  if (p.cluster > 0) {  // the blocks of a cluster take equal parts of one tile's steps
-    const int tile = blockIdx.x / p.cluster, rank = blockIdx.x % p.cluster;
-    work.begin = tile * p.steps + rank * p.steps / p.cluster;
-    work.end = tile * p.steps + (rank + 1) * p.steps / p.cluster;
-  }
+  TileScheduler schedule(p);
+  if (p.cluster > 0) schedule.split_in_cluster(p);
 
   const int tid = threadIdx.x;
   if (tid == S::kConsumers) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(weights_map) : "memory");
-    asm volatile("prefetch.tensormap [%0];" ::"l"(activations_map) : "memory");
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&weights_map) : "memory");
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&activations_map) : "memory");
     for (int i = 0; i < p.stages; i++) {
-      mbarrier_init(ring.full + 8 * i, 1);              // the copying thread, with the bytes to expect
-      mbarrier_init(ring.vacant + 8 * i, 128 * S::WN);  // the threads that read a stage
+      mbarrier_init(ring.full + 8 * i, 1);             // the producer, with the bytes to expect
+      mbarrier_init(ring.empty + 8 * i, 128 * S::WN);  // the threads that read a stage
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -590,25 +464,12 @@ __device__ __forceinline__ void hopper_gemm(const GemmArguments& p, const CUtens
   // The exchange (with lane 0, of the same value) tells the compiler that `warp` is the same in all lanes.
   const int warp = __shfl_sync(0xffffffff, tid / 32, 0);
   if (warp >= S::kConsumers / 32) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::kCopyRegisters));
-    if (tid == S::kConsumers) fill_ring<S>(p, work, ring, weights_map, activations_map);
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::kProducerRegisters));
+    if (tid == S::kConsumers) fill_ring<S>(p, schedule, ring, &weights_map, &activations_map);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kConsumerRegisters));
-    multiply<T, S>(p, work, ring, warp);
+    multiply<T, S>(p, schedule, ring, warp);
   }
-}
-
-#endif  // sm_90a
-
-template <typename T, typename S>
-__global__ void __launch_bounds__(S::kThreads, 1)
-    hopper_kernel(const GemmArguments p, const __grid_constant__ CUtensorMap weights_map,
-                  const __grid_constant__ CUtensorMap activations_map) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  hopper_gemm<T, S>(p, &weights_map, &activations_map);
-#else
-  __trap();  // never launched: gemm.cu takes this kernel on capability 9.0 only
-#endif
 }
 
 }  // namespace marlin

@@ -1,10 +1,10 @@
-// gemm.cuh: C[M, N] = A[M, K] * W[K, N] + bias, W in Marlin tiles. The kernel for every GPU from sm_80 up.
-// hopper.cuh has another inside of a block for compute capability 9.0; how work is split and ended is here, for both.
+// gemm_sm80.cuh: the main loop with mma.sync and cp.async, for every GPU from sm_80 up. gemm_sm90.cuh has another for
+// compute capability 9.0; how work is shared out (tile_scheduler.cuh) and ended (epilogue.cuh) is the same for both.
 //
 // Why the layout is as it is
-//   A tile is 16 rows of K by 64 columns of N, 512 bytes. Lane l of a warp owns bytes 16 l .. 16 l + 15: one 16-byte
-//   load gives it, of each of the four 16x16 sub-tiles, exactly the eight codes that mma.m16n8k16 expects of that lane
-//   (dequant.cuh). So weights go from memory to tensor cores without any exchange between lanes.
+//   A weight tile is 16 rows of K by 64 columns of N, 512 bytes. Lane l of a warp owns bytes 16 l .. 16 l + 15: one
+//   16-byte load gives it, of each of the four 16x16 sub-tiles, exactly the eight codes that mma.m16n8k16 expects of
+//   that lane (dequant.cuh). So weights go from memory to tensor cores without any exchange between lanes.
 //
 // What is multiplied
 //   The transpose: C^T = W^T A^T. Weights are the left operand (16 columns of N by 16 of K), activations the right one
@@ -13,41 +13,22 @@
 //
 // How scales are applied
 //   Codes enter as exact integers. A group's sum is kept in `part`; when the group ends, part * scale is added to
-//   `sum` in fp32. For 8 rows of M and a tile's columns that is 16 fused multiply-adds for a group of 128 rows where
-//   scaling the weights themselves would take 128 packed multiplications, nothing is rounded to 16 bits, and bf16
+//   `sum` in fp32. For 8 rows of M and a weight tile's columns that is 16 fused multiply-adds for a group of 128 rows
+//   where scaling the weights themselves would take 128 packed multiplications, nothing is rounded to 16 bits, and bf16
 //   activations need no bf16 scales.
 //
 // Eight bits, zero points, groups of 16, 32 and 64
-//   The extended instances of the kernels (kExtended) do all of these, with two differences: Codes takes the place of
-//   Dequant, so that a register for each of a lane's columns takes the zero point away; and sums are scaled after each
-//   group. Here, a warp's piece of a step, 64 rows, has one, two or four rows of scales (`subgroups`).
+//   The extended instances (kExtended) do all of these, with two differences: a register for each of a lane's columns
+//   takes the zero point away; and sums are scaled after each group. A warp's piece of a step, 64 rows, has one, two or
+//   four rows of scales (`subgroups`).
 //
 // Padding, act-order
 //   Rows from in_features on meet activations of zero, which the copies put there; columns from out_features on are not
 //   stored. With act-order, A's columns are brought into the order of the stored rows beforehand (repack.cu).
 //
-// How work is split
-//   W is cut into slabs of BLOCK_N columns, M into slabs of BLOCK_M rows; a pair of slabs is an output tile. Along K a
-//   tile is cut into steps of BLOCK_K. All steps of all tiles, in the order (slab of N, slab of M, step), form one line
-//   of units, cut into equal ranges, one per thread block and about one block per SM. 5 slabs of 4 steps on 7 blocks:
-//
-//          slab 0   slab 1   slab 2   slab 3   slab 4      The number is the block that does the unit: 20 units,
-//   step 0   0        1        2        4        5         three each, two left for the last. Block 0 does most of
-//   step 1   0        1        3        4        5         slab 0, block 1 ends it and begins slab 1, and so on: a
-//   step 2   0        2        3        4        6         block has at most one tile that it shares with earlier
-//   step 3   1        2        3        5        6         blocks and one that it shares with later ones.
-//
-//   Where there are many tiles, blocks take whole ones instead, block b the tiles b, b + blocks, and so on: neighbours
-//   in time are neighbours in the matrices and find each other's weights and activations in L2.
-//
-//   A tile that one block did alone is written to C at once. Otherwise each of its blocks leaves its fp32 sums in the
-//   workspace and counts itself; the block that counts last adds all of them, in ascending K, and writes C. No block
-//   ever waits for another, so nothing depends on what else is running; and the order of addition is fixed by the
-//   shape, so equal inputs give equal bits.
-//
-// Inside a block: WM x WN x WK warps. A warp's piece of a step is 64 columns of N (one tile wide), 8 MB rows of M and
-//   16 KT rows of K. Warps along WK work on different K of the same outputs and are added up through shared memory at
-//   the end of a tile.
+// Inside a block: WM x WN x WK warps. A warp's piece of a step is 64 columns of N (one weight tile wide), 8 MB rows of
+//   M and 16 KT rows of K. Warps along WK work on different K of the same outputs (K split inside the block) and are
+//   added up through shared memory in the epilogue.
 //
 // One pipeline stage (one step) in shared memory, filled by cp.async, `stages` of them in a ring:
 //   weights      [WK * KT][WN] tiles of 512 bytes, as stored
@@ -59,38 +40,16 @@
 #pragma once
 
 #include "dequant.cuh"
+#include "epilogue.cuh"
+#include "tile_scheduler.cuh"
 
 namespace marlin {
 
-struct GemmArguments {
-  const void* A;      // [M, lda] activations
-  const uint4* B;     // [K / 16, N / 64, 32 lanes] packed weights, for 8 bits [.., 64]
-  const uint16_t* s;  // [G, N] permuted scales
-  const void* zeros;  // [G, N bits / 32] words, permuted, or null
-  const void* bias;   // [out_features] or null
-  void* C;            // [M, out_features]
-  float* partials;    // [blocks, 2, BLOCK_M, BLOCK_N] sums of tiles that several blocks share
-  unsigned* arrived;  // [blocks] how many blocks of a shared tile are done, at its first block; zero between calls
-  int M, N, K;
-  int in_features, out_features;  // columns of A and of C
-  bool bf16_scales;
-  int subgroups;  // extended, gemm_kernel: groups that a warp's 64 rows of a step meet: 1, 2 or 4
-  int64_t lda;          // elements between rows of A
-  int groups;           // G
-  int group_shift;      // log2 of the rows in a group; 31 when G == 1
-  int steps;            // units of a tile: ceil(K / BLOCK_K)
-  int slabs_m;          // ceil(M / BLOCK_M)
-  int units;            // units in all
-  int units_per_block;  // block b does units b * units_per_block and the following; 0: whole tiles, b, b + blocks, ...
-  int stages;           // pipeline depth
-  int cluster;          // hopper.cuh: blocks that share a tile as a cluster; 0: ranges of units as above
-};
-
 template <int MB_, int WM_, int WN_, int WK_, int KT_, int BITS_ = 4, bool EXTENDED = false>
-struct GemmShape {
+struct Sm80Shape {
   static constexpr int BITS = BITS_;
   static constexpr bool kExtended = EXTENDED;  // 8 bits, zero points, groups below 128; else 4 bits without
-  static constexpr int MB = MB_;  // 8-row blocks of M in a warp's piece
+  static constexpr int MB = MB_;               // 8-row blocks of M in a warp's piece
   static constexpr int WM = WM_, WN = WN_, WK = WK_;
   static constexpr int KT = KT_;  // 16-row tiles of K in a warp's piece
   static constexpr int kThreads = 32 * WM * WN * WK;
@@ -139,152 +98,8 @@ __device__ __forceinline__ void wait_for_oldest(int stages) {
   }
 }
 
-template <typename T>
-__device__ __forceinline__ T from_float(float v);
-template <>
-__device__ __forceinline__ __half from_float<__half>(float v) {
-  return __float2half_rn(v);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
-  return __float2bfloat16_rn(v);
-}
-__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-// The units of one block, and which tiles they belong to.
-struct Work {
-  int begin, end;  // whole tiles are numbered from 0 in each block
-
-  __device__ __forceinline__ explicit Work(const GemmArguments& p) {
-    const int block = blockIdx.x, blocks = gridDim.x;
-    if (p.units_per_block == 0) {
-      begin = 0;
-      end = (p.units / p.steps - block + blocks - 1) / blocks * p.steps;
-    } else {
-      begin = block * p.units_per_block;
-      end = min(begin + p.units_per_block, p.units);
-    }
-  }
-  __device__ __forceinline__ static int tile(const GemmArguments& p, int unit) {
-    const int n = unit / p.steps;
-    return p.units_per_block == 0 ? n * gridDim.x + blockIdx.x : n;
-  }
-};
-
-// Four neighbouring outputs of a row of C, of which the first is one of its out_features.
-template <typename T>
-__device__ __forceinline__ void store_outputs(const GemmArguments& p, int row, int column, float4 v) {
-  T* const to = static_cast<T*>(p.C) + static_cast<int64_t>(row) * p.out_features + column;
-  if (p.out_features % 4 != 0) {  // rows start anywhere, and the last four may be fewer
-    const float values[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (column + i >= p.out_features) break;
-      to[i] = from_float<T>(p.bias == nullptr ? values[i]
-                                              : values[i] + to_float(static_cast<const T*>(p.bias)[column + i]));
-    }
-    return;
-  }
-  if (p.bias != nullptr) {
-    const T* bias = static_cast<const T*>(p.bias) + column;
-    v.x += to_float(bias[0]);
-    v.y += to_float(bias[1]);
-    v.z += to_float(bias[2]);
-    v.w += to_float(bias[3]);
-  }
-  union {
-    T value[4];
-    uint2 bits;
-  } out;
-  out.value[0] = from_float<T>(v.x);
-  out.value[1] = from_float<T>(v.y);
-  out.value[2] = from_float<T>(v.z);
-  out.value[3] = from_float<T>(v.w);
-  *reinterpret_cast<uint2*>(to) = out.bits;
-}
-
-__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-
-// The end of a tile, for one block: adds up the warps along K, and writes C or, where several blocks share the tile,
-// leaves the sums in the workspace and lets the last block of them write C. In rounds, through `sums`
-// [WK][kRoundRows][kSumPitch] in shared memory. `write_sums(round, sums)` puts a thread's share there, `synchronize`
-// is a barrier for the `S::kConsumers` threads that take part.
-template <typename T, typename S, typename WriteSums, typename Synchronize>
-__device__ __forceinline__ void finish_tile(const GemmArguments& p, float* sums, unsigned* is_last, int tile,
-                                            int step_begin, int step_end, int tid, WriteSums write_sums,
-                                            Synchronize synchronize) {
-  const int slab_n = tile / p.slabs_m;
-  const int row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
-  const int column0 = slab_n * S::kBlockN;
-  const int rows = min(S::kBlockM, p.M - row0);
-  const int columns = min(S::kBlockN, p.out_features - column0);
-  const bool alone = step_begin == 0 && step_end == p.steps;
-  const int first_block = alone ? 0 : tile * p.steps / p.units_per_block;
-  // A block shares at most two tiles with others: it is the first block of one and a later block of the other.
-  constexpr int kTileFloats = S::kBlockM * S::kBlockN;
-  auto partial_of = [&](int block) {
-    return p.partials + (static_cast<int64_t>(block) * 2 + (block == first_block)) * kTileFloats;
-  };
-  constexpr int kFours = S::kBlockN / 4;
-
-#pragma unroll
-  for (int round = 0; round < S::MB / S::kRoundMB; round++) {
-    if (round > 0) synchronize();
-    write_sums(round, sums);
-    synchronize();
-    for (int item = tid; item < S::kRoundRows * kFours; item += S::kConsumers) {
-      const int r = item / kFours, column = item % kFours * 4;
-      // A round takes kRoundMB 8-row blocks of each warp along M, and these have MB in all.
-      const int row = r / (S::kRoundMB * 8) * (S::MB * 8) + round * (S::kRoundMB * 8) + r % (S::kRoundMB * 8);
-      if (row >= rows || column >= columns) continue;
-      float4 v = *reinterpret_cast<const float4*>(sums + r * S::kSumPitch + column);
-#pragma unroll
-      for (int w = 1; w < S::WK; w++)
-        v = v + *reinterpret_cast<const float4*>(sums + (w * S::kRoundRows + r) * S::kSumPitch + column);
-      if (alone)
-        store_outputs<T>(p, row0 + row, column0 + column, v);
-      else
-        __stcg(reinterpret_cast<float4*>(partial_of(blockIdx.x) + row * S::kBlockN + column), v);
-    }
-  }
-  synchronize();  // the sums are read: the next tile may overwrite them
-  if (alone) return;
-
-  const int last_block = ((tile + 1) * p.steps - 1) / p.units_per_block;
-  if (tid == 0) {
-    __threadfence();  // the block's sums, then the count
-    const unsigned before = atomicAdd(p.arrived + first_block, 1u);
-    const bool last = before == static_cast<unsigned>(last_block - first_block);
-    if (last) p.arrived[first_block] = 0;
-    *is_last = last;
-    __threadfence();  // the count, then the other blocks' sums
-  }
-  synchronize();
-  if (!*is_last) return;
-  for (int item = tid; item < rows * kFours; item += S::kConsumers) {
-    const int row = item / kFours, column = item % kFours * 4;
-    if (column >= columns) continue;
-    constexpr int kAtOnce = 8;  // loads under way together: a load from L2 takes some 600 cycles
-    float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int block = first_block; block <= last_block; block += kAtOnce) {
-      float4 w[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; i++)
-        if (block + i <= last_block)
-          w[i] = __ldcg(reinterpret_cast<const float4*>(partial_of(block + i) + row * S::kBlockN + column));
-#pragma unroll
-      for (int i = 0; i < kAtOnce; i++)
-        if (block + i <= last_block) v = v + w[i];
-    }
-    store_outputs<T>(p, row0 + row, column0 + column, v);
-  }
-}
-
 template <typename T, typename S>
-__global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArguments p) {
+__global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArguments p) {
   constexpr int MB = S::MB, WM = S::WM, WN = S::WN, WK = S::WK, KT = S::KT;
   extern __shared__ __align__(128) unsigned char shared[];
   float* const sums = reinterpret_cast<float*>(shared + p.stages * S::kStageBytes);
@@ -296,12 +111,12 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
   const int wn = warp % WN, wm = warp / WN % WM, wk = warp / (WN * WM);
   const int g = lane / 4, t = lane % 4;
 
-  const Work work(p);
+  const TileScheduler schedule(p);
   const int tiles_n = p.N / MARLIN_TILE_N;
   const int tiles_k = p.K / MARLIN_TILE_K;
 
-  // ---- Filling the pipeline. `fill_*` run ahead of the arithmetic by stages - 1 units, across ends of tiles. --------
-  // A thread copies the same places of every step, so it keeps addresses and moves them on.
+  // ---- Filling the pipeline. `fill_*` run ahead of the arithmetic by stages - 1 iterations, across ends of tiles.
+  // -------- A thread copies the same places of every step, so it keeps addresses and moves them on.
   constexpr int kPieces = S::kBlockK / 8;             // 16-byte pieces in a row of activations
   constexpr int kRowsAtOnce = S::kThreads / kPieces;  // rows that the block copies at once
   constexpr int kScalePieces = WK * WN * 8;           // 16-byte pieces of scales, for each subgroup
@@ -309,41 +124,40 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
   const int piece = tid % kPieces, first_row = tid / kPieces;
   const int scale_wk = tid / (WN * 8);
 
-  const char* fill_weights = nullptr;   // of this lane's words in the warp's first tile
-  const T* fill_activations = nullptr;  // of this thread's piece of its first row
+  const char* fill_weights = nullptr;     // of this lane's words in the warp's first tile
+  const T* fill_activations = nullptr;    // of this thread's piece of its first row
   const uint16_t* fill_scales = nullptr;  // of this thread's columns, group 0
   const char* fill_zeros = nullptr;       // the same
-  int fill_rows = 0;                    // rows of the slab of M
-  int fill_tiles = 0;                   // tiles along K from the warp's first to the matrix's end; 0 beyond N
-  int fill_unit = work.begin;
+  int fill_rows = 0;                      // rows of the output tile
+  int fill_tiles = 0;                     // tiles along K from the warp's first to the matrix's end; 0 beyond N
+  int fill_iteration = schedule.begin;
   int fill_step = 0;
   int fill_slot = 0;
   const int64_t weights_pitch = static_cast<int64_t>(tiles_n) * S::kTileBytes;  // bytes in a row of tiles
   const int64_t zeros_pitch = static_cast<int64_t>(p.N) * S::BITS / 8;
 
   auto start_tile = [&](int tile, int step) {
-    const int slab_n = tile / p.slabs_m;
-    const int row0 = (tile - slab_n * p.slabs_m) * S::kBlockM;
-    const int tile_n = slab_n * WN + wn;
+    const OutputTile<S> at(p, tile);
+    const int tile_n = at.column() / MARLIN_TILE_N + wn;
     const int tile_k = (step * WK + wk) * KT + wm;
     fill_step = step;
     fill_weights = reinterpret_cast<const char*>(p.B) + tile_k * weights_pitch +
                    static_cast<int64_t>(tile_n) * S::kTileBytes + lane * 16;
     fill_tiles = tile_n < tiles_n ? tiles_k - tile_k : 0;
-    fill_activations = static_cast<const T*>(p.A) + (row0 + first_row) * p.lda + step * S::kBlockK + piece * 8;
-    fill_rows = min(S::kBlockM, p.M - row0);
+    fill_activations = static_cast<const T*>(p.A) + (at.row + first_row) * p.lda + step * S::kBlockK + piece * 8;
+    fill_rows = min(S::kBlockM, p.M - at.row);
     // Pieces beyond K or N meet zeros or are never stored; they take the scales of some valid group and columns.
-    fill_scales = p.s + min(slab_n * S::kBlockN + tid % (WN * 8) * 8, p.N - 8);
+    fill_scales = p.s + min(at.column() + tid % (WN * 8) * 8, p.N - 8);
     if constexpr (S::kExtended) {
       constexpr int kColumns = 128 / S::BITS;  // in 16 bytes
       fill_zeros = static_cast<const char*>(p.zeros) +
-                   min(slab_n * S::kBlockN + tid % (WN * S::BITS / 2) * kColumns, p.N - kColumns) * S::BITS / 8;
+                   min(at.column() + tid % (WN * S::BITS / 2) * kColumns, p.N - kColumns) * S::BITS / 8;
     }
   };
-  start_tile(Work::tile(p, fill_unit), fill_unit % p.steps);
+  start_tile(TileScheduler::tile(p, fill_iteration), fill_iteration % p.steps);
 
   auto fill = [&]() {
-    if (fill_unit < work.end) {
+    if (fill_iteration < schedule.end) {
       const uint32_t stage = ring + fill_slot * S::kStageBytes;
 
       // Weights: a warp's own pieces, shared out among the warps along M.
@@ -384,9 +198,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
             constexpr int kRow = WN * S::BITS / 2;  // pieces in a row
             const int first = (fill_step * WK + tid / kRow) * (KT * 16) + (sub << rows_shift);
             const int group = min(first >> p.group_shift, p.groups - 1);
-            cp_async16(scales_to + S::kScaleBytes + (tid / kRow * 4 + sub) * (S::kBlockN * S::BITS / 8) +
-                           tid % kRow * 16,
-                       fill_zeros + group * zeros_pitch);
+            cp_async16(
+                scales_to + S::kScaleBytes + (tid / kRow * 4 + sub) * (S::kBlockN * S::BITS / 8) + tid % kRow * 16,
+                fill_zeros + group * zeros_pitch);
           }
         }
       } else if (tid < kScalePieces) {
@@ -395,10 +209,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
                    fill_scales + static_cast<int64_t>(group) * p.N);
       }
 
-      fill_unit++;
+      fill_iteration++;
       fill_slot = fill_slot + 1 == p.stages ? 0 : fill_slot + 1;
       if (fill_step + 1 == p.steps) {
-        start_tile(Work::tile(p, fill_unit), 0);
+        start_tile(TileScheduler::tile(p, fill_iteration), 0);
       } else {
         fill_step++;
         fill_tiles -= WK * KT;
@@ -464,22 +278,21 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
   auto load_zeros = [&](uint32_t at) {
     uint32_t words[S::BITS / 4];
 #pragma unroll
-    for (int i = 0; i < S::BITS / 4; i++)
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[i]) : "r"(at + 4 * i));
+    for (int i = 0; i < S::BITS / 4; i++) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[i]) : "r"(at + 4 * i));
 #pragma unroll
-    for (int i = 0; i < 8; i++) zero[i] = Codes<T, S::BITS>::zero(zero_of<S::BITS>(words, i));
+    for (int i = 0; i < 8; i++) zero[i] = Decoder<T, S::BITS>::zero(zero_of<S::BITS>(words, i));
   };
   if constexpr (S::kExtended) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) zero[i] = Codes<T, S::BITS>::zero(1 << (S::BITS - 1));
+    for (int i = 0; i < 8; i++) zero[i] = Decoder<T, S::BITS>::zero(1 << (S::BITS - 1));
   }
 
   int slot = 0;
-  int unit = work.begin;
-  while (unit < work.end) {
-    const int tile = Work::tile(p, unit);
-    const int step_begin = unit % p.steps;
-    const int step_end = min(p.steps, step_begin + work.end - unit);
+  int iteration = schedule.begin;
+  while (iteration < schedule.end) {
+    const int tile = TileScheduler::tile(p, iteration);
+    const int step_begin = iteration % p.steps;
+    const int step_end = min(p.steps, step_begin + schedule.end - iteration);
     clear(sum);
     clear(part);
 
@@ -513,7 +326,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
 #pragma unroll
           for (int j = 0; j < 4; j++) {
             uint32_t a[4];
-            Codes<T, S::BITS>::word(words + j * (S::BITS / 4), zero[2 * j], zero[2 * j + 1], a);
+            Decoder<T, S::BITS>::word(words + j * (S::BITS / 4), zero[2 * j], zero[2 * j + 1], a);
 #pragma unroll
             for (int i = 0; i < MB; i++) mma<T>(part[j][i], a, b[i]);
           }
@@ -524,7 +337,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
 #pragma unroll
           for (int j = 0; j < 4; j++) {
             uint32_t a[4];
-            Dequant<T>::word(words[j], a);
+            Decoder<T, 4>::word(words + j, a);
 #pragma unroll
             for (int i = 0; i < MB; i++) mma<T>(part[j][i], a, b[i]);
           }
@@ -534,7 +347,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
       if (++slot == p.stages) slot = 0;
     }
 
-    finish_tile<T, S>(
+    finish_output_tile<T, S>(
         p, sums, is_last, tile, step_begin, step_end, tid,
         [&](int round, float* to) {
 #pragma unroll
@@ -551,7 +364,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(const GemmArgument
             }
         },
         [] { __syncthreads(); });
-    unit += step_end - step_begin;
+    iteration += step_end - step_begin;
   }
 }
 

@@ -1,0 +1,35 @@
+// arguments.cuh: what a product's kernel is given. C[M, N] = A[M, K] * W[K, N] + bias, W in Marlin tiles.
+#pragma once
+
+#include <vector_types.h>
+
+#include <cstdint>
+
+namespace marlin {
+
+struct GemmArguments {
+  const void* A;      // [M, lda] activations
+  const uint4* B;     // [K / 16, N / 64, 32 lanes] packed weights, for 8 bits [.., 64]
+  const uint16_t* s;  // [G, N] permuted scales
+  const void* zeros;  // [G, N bits / 32] words, permuted, or null
+  const void* bias;   // [out_features] or null
+  void* C;            // [M, out_features]
+  float* partials;    // [blocks, 2, BLOCK_M, BLOCK_N] sums of output tiles that several blocks share
+  unsigned* arrived;  // [blocks] how many blocks of a shared tile are done, at its first block; zero between calls
+  int M, N, K;
+  int in_features, out_features;  // columns of A and of C
+  bool bf16_scales;
+  int subgroups;             // gemm_sm80: groups that a warp's 64 rows of a step meet: 1, 2 or 4
+  int64_t lda;               // elements between rows of A
+  int groups;                // G
+  int group_shift;           // log2 of the rows in a group; 31 when G == 1
+  int steps;                 // along K, in an output tile: ceil(K / BLOCK_K)
+  int tiles_m;               // output tiles along M: ceil(M / BLOCK_M)
+  int iterations;            // steps of all output tiles
+  int iterations_per_block;  // stream-K: block b does iterations b * iterations_per_block and the following;
+                             // 0: data-parallel, block b takes the output tiles b, b + blocks, ...
+  int stages;                // of the pipeline in shared memory
+  int cluster;               // gemm_sm90: blocks of a cluster that split an output tile along K; 0: none, as above
+};
+
+}  // namespace marlin

@@ -1,0 +1,83 @@
+// cost_model.h: how a product may be laid out over the SMs, and how long it should take. Plain C++, no CUDA: the tests
+// and benchmarks/cost_model compile it by itself.
+#pragma once
+
+#include <cstdint>
+
+namespace marlin {
+
+// How output tiles are given to blocks (tile_scheduler.cuh).
+enum Split : int {
+  kMostCluster = 8,    // 1 .. 8: a tile to each cluster of that many blocks (sm90), an equal part of its K to each
+  kStreamK = 9,        // equal ranges of iterations, tiles shared through the workspace
+  kDataParallel = 10,  // whole tiles in turn
+  kSplits = 11,
+};
+
+// An instance, as far as the model needs it.
+struct TileShape {
+  bool clusters;  // whether its blocks can form clusters
+  int block_m, block_n, block_k;
+  int bits;
+};
+
+struct Problem {
+  int64_t M, N, K, G;
+  bool zeros;  // whether zero points are stored
+};
+
+struct Schedule {
+  int split, blocks;
+  int steps, tiles_m, iterations, iterations_per_block;  // as in GemmArguments
+  int64_t waves;                                         // of clusters, one after the other
+  int64_t busiest;                                       // iterations of the SM that has most
+};
+
+// Lays out `split`; false if it cannot be done, or, unless `forced`, should not. `resident_clusters`: how many clusters
+// of `split` blocks the device holds at once.
+bool make_schedule(const TileShape& tile, const Problem& problem, int split, bool forced, int multiprocessors,
+                   int resident_clusters, Schedule* schedule);
+
+// The constants, for one main loop on one kind of GPU. us: microseconds; KB: 1024 bytes.
+struct CostModel {
+  double launch;          // us: a launch, with the end of a tile
+  double memory;          // bytes per us from device memory
+  double step;            // us of a step: for its chain of dependent instructions,
+  double step_column;     //   for each column of the tile,
+  double step_output;     //   for each output,
+  double step_product;    //   and for each product of two numbers;
+  double sm_bytes;        // but no more bytes per us into an SM
+  double group;           // us for each further group in a step,
+  double group_output;    //   and for each output;
+  double zero_points;     // us for the zero points of each group
+  double cluster_rank;    // us for each block of a cluster
+  double cluster_kb;      // us for each KB of a tile's sums, in a cluster
+  double wave;            // us for each further wave of clusters
+  double shared;          // us when blocks share tiles through the workspace,
+  double shared_kb;       //   and for each KB of a tile's sums and block that shares it
+  double misaligned;      // us when ranges end inside tiles: a block then has two tiles' ends,
+  double misaligned_kb;   //   and for each KB of sums
+  double product_flops;   // flops per us of large products, 2 M N K
+  double dense_launches;  // us: dequantizing and then cuBLAS, its launches,
+  double dense_memory;    //   bytes per us read and written by dequantizing,
+  double dense_flops;     //   flops per us of cuBLAS
+};
+
+extern const CostModel kSm90OnH100, kSm80;
+
+struct Prediction {
+  double us;
+  double slowdown;  // of the tensor cores by small groups and zero points
+};
+
+// Good enough to order the candidates, no more:
+//   time = launch + (reading ^ 4 + stepping ^ 4) ^ (1/4) + time to add up partial sums
+//   reading = time to read memory, stepping = steps of the busiest SM * time of a step: the longer hides the other,
+//   but not where they are about equal
+Prediction predict(const CostModel& model, const TileShape& tile, const Problem& problem, const Schedule& schedule);
+
+// Of a product by any means: at least what the tensor cores need; and of dequantizing, then cuBLAS.
+double predict_gemm(const CostModel& model, const Problem& problem, const Prediction& prediction);
+double predict_dense(const CostModel& model, const Problem& problem, int bits);
+
+}  // namespace marlin

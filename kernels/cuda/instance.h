@@ -1,0 +1,33 @@
+// instance.h: the instances of the kernel templates, as data. Each has a number and a name that never change, such as
+// sm90_m16n128_b4_g64: instructions of sm_90, output tiles of 16 rows (M) by 128 columns (N), 4 bits, groups of 64.
+// Names end in z where an instance beside it, for the same numbers, takes no zero points; "gany" takes any groups.
+#pragma once
+
+#include <vector>
+
+namespace marlin {
+
+enum class MainLoop { kSm80, kSm90 };  // gemm_sm80.cuh, gemm_sm90.cuh
+
+struct Instance {
+  int id;
+  const char* name;
+  MainLoop loop;
+  const void* kernels[2];  // by dtype
+  int bits;
+  int group_size;    // rows that share a scale; 128 is also for G == 1; 0: any number
+  bool zero_points;  // whether it takes them
+  int threads, block_m, block_n, block_k;
+  // Shared memory: bytes of each pipeline stage and beside the stages; how many stages, and a multiple of what.
+  int stage_bytes, extra_bytes, max_stages, stage_multiple;
+  int line_bytes;  // sm90: of the lines that TMA copies weights as
+};
+
+// The instances in one translation unit, gemm_sm80.cu and so on. Those of sm_90 are compiled for sm_90a only, and are
+// there when the library is built for it (MARLIN_HAS_SM90).
+std::vector<Instance> sm80_instances();
+std::vector<Instance> sm90_b4_instances();
+std::vector<Instance> sm90_b4_groups_instances();
+std::vector<Instance> sm90_b8_instances();
+
+}  // namespace marlin

@@ -1,0 +1,196 @@
+// launch.cpp: a product is planned (plan.h) and launched; what the library says about its instances and plans.
+#include <cuda.h>
+
+#include <cstring>
+
+#include "arguments.cuh"
+#include "plan.h"
+
+namespace marlin {
+namespace {
+
+int check_rows(int64_t M) {
+  constexpr int64_t kLimit = int64_t{1} << 30;
+  return M <= 0 || M > kLimit ? MARLIN_CUDA_ERROR_SHAPE : MARLIN_OK;
+}
+
+// A tensor as the copy engine sees it, the innermost dimension first, and the box that one copy takes.
+struct Layout {
+  CUtensorMapDataType type;
+  cuuint32_t rank;
+  cuuint64_t sizes[3];    // in elements
+  cuuint64_t pitches[2];  // bytes between neighbours of all dimensions but the innermost
+  cuuint32_t box[3];
+  CUtensorMapSwizzle swizzle;
+};
+
+int describe(CUtensorMap* map, const void* data, const Layout& layout) {
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  // Taken from the driver at run time, so that the library also loads where there is none.
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorInsufficientDriver;
+  const cuuint32_t every[3] = {1, 1, 1};
+  const CUresult result = encode(map, layout.type, layout.rank, const_cast<void*>(data), layout.sizes, layout.pitches,
+                                 layout.box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, layout.swizzle,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? MARLIN_OK : cudaErrorInvalidValue;
+}
+
+}  // namespace
+}  // namespace marlin
+
+size_t marlin_cuda_workspace_bytes(int device) {
+  using namespace marlin;
+  Device facts;
+  return find_device(device, &facts) == MARLIN_OK ? workspace_bytes(facts) : 0;
+}
+
+int marlin_cuda_instance_count(void) { return static_cast<int>(marlin::all_instances().size()); }
+
+int marlin_cuda_instance(int index, marlin_cuda_instance_t* found) {
+  using namespace marlin;
+  if (found == nullptr) return MARLIN_CUDA_ERROR_NULL;
+  if (index < 0 || index >= marlin_cuda_instance_count()) return MARLIN_CUDA_ERROR_VARIANT;
+  const Instance& i = all_instances()[index];
+  std::memset(found, 0, sizeof(*found));
+  found->id = i.id;
+  found->capability = i.loop == MainLoop::kSm80 ? 80 : 90;
+  found->bits = i.bits;
+  found->group_size = i.group_size;
+  found->zero_points = i.zero_points;
+  found->block_m = i.block_m;
+  found->block_n = i.block_n;
+  found->block_k = i.block_k;
+  found->clusters = i.loop == MainLoop::kSm90;
+  std::strncpy(found->name, i.name, sizeof(found->name) - 1);
+  return MARLIN_OK;
+}
+
+int marlin_cuda_plan(const marlin_cuda_weights_t* weights, int64_t M, int device, int variant,
+                     marlin_cuda_plan_t* found) {
+  using namespace marlin;
+  if (found == nullptr) return MARLIN_CUDA_ERROR_NULL;
+  MARLIN_RETURN_IF_ERROR(check_weights(weights));
+  MARLIN_RETURN_IF_ERROR(check_rows(M));
+  Device facts;
+  MARLIN_RETURN_IF_ERROR(find_device(device, &facts));
+  DeviceGuard guard(device);
+  MARLIN_RETURN_IF_ERROR(guard.error());
+  Plan plan;
+  MARLIN_RETURN_IF_ERROR(find_plan(M, *weights, facts, device, variant, &plan));
+  const Problem problem = {M, weights->N, weights->K, weights->G, weights->zeros != nullptr};
+  const CostModel& model = cost_model(plan.instance->loop);
+  found->instance = plan.instance->id;
+  found->stages = plan.stages;
+  found->split = plan.schedule.split;
+  found->blocks = plan.schedule.blocks;
+  found->us = plan.prediction.us;
+  found->gemm_us = predict_gemm(model, problem, plan.prediction);
+  found->dense_us = predict_dense(model, problem, weights->bits);
+  return MARLIN_OK;
+}
+
+int marlin_cuda_choose(const marlin_cuda_weights_t* weights, int64_t M, int device) {
+  marlin_cuda_plan_t plan;
+  MARLIN_RETURN_IF_ERROR(marlin_cuda_plan(weights, M, device, 0, &plan));
+  return plan.gemm_us <= plan.dense_us ? MARLIN_CUDA_USE_GEMM : MARLIN_CUDA_USE_DEQUANTIZE;
+}
+
+int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_product_t* product) {
+  using namespace marlin;
+  if (weights == nullptr || product == nullptr) return MARLIN_CUDA_ERROR_NULL;
+  const marlin_cuda_weights_t& w = *weights;
+  const marlin_cuda_product_t& x = *product;
+  const int device = x.device, dtype = x.dtype;
+  if (x.A == nullptr || w.B == nullptr || w.s == nullptr || x.C == nullptr || x.workspace == nullptr)
+    return MARLIN_CUDA_ERROR_NULL;
+  MARLIN_RETURN_IF_ERROR(check_rows(x.M));
+  MARLIN_RETURN_IF_ERROR(check_weights(&w));
+  if (x.lda < w.in_features || x.lda % 8 != 0 || w.in_features % 8 != 0) return MARLIN_CUDA_ERROR_STRIDE;
+  if (dtype != MARLIN_CUDA_FP16 && dtype != MARLIN_CUDA_BF16) return MARLIN_CUDA_ERROR_DTYPE;
+  if (!aligned16(x.A) || !aligned16(w.B) || !aligned16(w.s) || !aligned16(w.zeros) || !aligned16(x.bias) ||
+      !aligned16(x.C) || !aligned16(x.workspace))
+    return MARLIN_CUDA_ERROR_ALIGNMENT;
+  Device facts;
+  MARLIN_RETURN_IF_ERROR(find_device(device, &facts));
+  if (x.workspace_bytes < workspace_bytes(facts)) return MARLIN_CUDA_ERROR_WORKSPACE;
+  DeviceGuard guard(device);
+  MARLIN_RETURN_IF_ERROR(guard.error());
+  Plan plan;
+  MARLIN_RETURN_IF_ERROR(find_plan(x.M, w, facts, device, x.variant, &plan));
+  const Instance& instance = *plan.instance;
+  const Schedule& s = plan.schedule;
+  MARLIN_RETURN_IF_ERROR(allow_shared_memory(instance, dtype, facts, device));
+
+  const int group_size = static_cast<int>(w.K / w.G);
+  GemmArguments arguments;
+  arguments.A = x.A;
+  arguments.B = static_cast<const uint4*>(w.B);
+  arguments.s = static_cast<const uint16_t*>(w.s);
+  arguments.zeros = w.zeros;
+  arguments.bias = x.bias;
+  arguments.C = x.C;
+  arguments.arrived = static_cast<unsigned*>(x.workspace);
+  arguments.partials = reinterpret_cast<float*>(static_cast<char*>(x.workspace) + MARLIN_CUDA_COUNTER_BYTES);
+  arguments.M = static_cast<int>(x.M);
+  arguments.N = static_cast<int>(w.N);
+  arguments.K = static_cast<int>(w.K);
+  arguments.in_features = static_cast<int>(w.in_features);
+  arguments.out_features = static_cast<int>(w.out_features);
+  arguments.bf16_scales = w.scale_dtype == MARLIN_CUDA_BF16;
+  arguments.lda = x.lda;
+  arguments.groups = static_cast<int>(w.G);
+  arguments.group_shift = 31;
+  if (w.G > 1)
+    for (arguments.group_shift = 4; 1 << arguments.group_shift < group_size;) arguments.group_shift++;
+  arguments.subgroups = w.G == 1 || group_size >= 64 ? 1 : 64 / group_size;
+  arguments.steps = s.steps;
+  arguments.tiles_m = s.tiles_m;
+  arguments.iterations = s.iterations;
+  arguments.iterations_per_block = s.iterations_per_block;
+  arguments.stages = plan.stages;
+  arguments.cluster = s.split <= kMostCluster ? s.split : 0;
+
+  CUtensorMap weights_map, activations_map;
+  if (instance.loop == MainLoop::kSm90) {
+    // A row of tiles as lines, of elements of 8 bytes; what matters is that the order of bytes stays.
+    const auto line = static_cast<cuuint32_t>(instance.line_bytes),
+               row_bytes = static_cast<cuuint32_t>(w.N * 2 * w.bits);
+    const Layout tiles = {CU_TENSOR_MAP_DATA_TYPE_INT64,
+                          3,
+                          {line / 8, row_bytes / line, static_cast<cuuint64_t>(w.K / MARLIN_TILE_K)},
+                          {line, row_bytes},
+                          {line / 8, static_cast<cuuint32_t>(instance.block_n * 2 * instance.bits) / line,
+                           static_cast<cuuint32_t>(instance.block_k / MARLIN_TILE_K)},
+                          line == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE};
+    const Layout rows = {CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                         2,
+                         {static_cast<cuuint64_t>(w.in_features), static_cast<cuuint64_t>(x.M)},
+                         {static_cast<cuuint64_t>(x.lda * 2)},
+                         {64, static_cast<cuuint32_t>(instance.block_m)},
+                         CU_TENSOR_MAP_SWIZZLE_128B};
+    MARLIN_RETURN_IF_ERROR(describe(&weights_map, w.B, tiles));
+    MARLIN_RETURN_IF_ERROR(describe(&activations_map, x.A, rows));
+  }
+  void* parameters[] = {&arguments, &weights_map, &activations_map};
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(s.blocks);
+  launch.blockDim = dim3(instance.threads);
+  launch.dynamicSmemBytes = shared_bytes(instance, plan.stages);
+  launch.stream = static_cast<cudaStream_t>(x.stream);
+  cudaLaunchAttribute attribute = {};
+  if (arguments.cluster > 1) set_cluster(&launch, &attribute, arguments.cluster);
+  return cudaLaunchKernelExC(&launch, instance.kernels[dtype], parameters);
+}

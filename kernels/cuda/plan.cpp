@@ -1,0 +1,222 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <mutex>
+
+namespace marlin {
+namespace {
+
+// What was found out about one device, for each instance.
+struct DeviceState {
+  struct Facts {
+    std::atomic<bool> shared_memory[2] = {};           // allowed, by dtype
+    std::atomic<int> clusters[kMostCluster + 1] = {};  // how many are resident + 1; 0: not asked yet
+  };
+  std::deque<Facts> instances{all_instances().size()};
+};
+
+DeviceState& state_of(int device) {
+  static std::once_flag made[kMaxDevices];
+  static DeviceState* states[kMaxDevices];  // never freed: other threads may launch while the process ends
+  std::call_once(made[device], [&] { states[device] = new DeviceState; });
+  return *states[device];
+}
+
+DeviceState::Facts& facts_of(const Instance& instance, int device) {
+  return state_of(device).instances[&instance - all_instances().data()];
+}
+
+int most_stages(const Instance& i, const Device& facts) {
+  const int most = std::min(i.max_stages, (facts.shared_bytes_per_block - i.extra_bytes) / i.stage_bytes);
+  return most - most % i.stage_multiple;
+}
+
+// Whether it can run here.
+bool runs(const Instance& i, const Device& facts) {
+  return (i.loop == MainLoop::kSm80 || facts.capability == 90) && most_stages(i, facts) >= 2 * i.stage_multiple;
+}
+
+bool has_sm90(const Device& facts) {
+  return std::any_of(all_instances().begin(), all_instances().end(),
+                     [&](const Instance& i) { return i.loop == MainLoop::kSm90 && runs(i, facts); });
+}
+
+// How many clusters of `size` blocks the device holds at once. A cluster lives inside one group of 16 or 18 SMs, some
+// of which a chip may lack, so this is less than SMs / size and is asked of the driver (once). 0 when it will not say.
+int resident_clusters(const Instance& i, int size, const Device& facts, int device) {
+  if (size == 1) return facts.multiprocessors;
+  std::atomic<int>& mine = facts_of(i, device).clusters[size];
+  if (mine.load(std::memory_order_relaxed) == 0) {
+    int count = 0;
+    if (allow_shared_memory(i, 0, facts, device) == MARLIN_OK) {
+      cudaLaunchConfig_t launch = {};
+      launch.gridDim = dim3(facts.multiprocessors / size * size);
+      launch.blockDim = dim3(i.threads);
+      launch.dynamicSmemBytes = shared_bytes(i, most_stages(i, facts));
+      cudaLaunchAttribute attribute = {};
+      set_cluster(&launch, &attribute, size);
+      if (cudaOccupancyMaxActiveClusters(&count, i.kernels[0], &launch) != cudaSuccess) {
+        cudaGetLastError();  // not the caller's concern
+        count = 0;
+      }
+    }
+    mine.store(count + 1, std::memory_order_relaxed);
+  }
+  return mine.load(std::memory_order_relaxed) - 1;
+}
+
+bool lay_out(const Instance& i, int split, bool forced, const Problem& problem, const Device& facts, int device,
+             Plan* plan) {
+  const TileShape tile = {i.loop == MainLoop::kSm90, i.block_m, i.block_n, i.block_k, i.bits};
+  const bool clusters = split <= kMostCluster && tile.clusters;
+  Schedule schedule;
+  if (!make_schedule(tile, problem, split, forced, facts.multiprocessors,
+                     clusters ? resident_clusters(i, split, facts, device) : 0, &schedule))
+    return false;
+  *plan = {&i, schedule, most_stages(i, facts), predict(cost_model(i.loop), tile, problem, schedule)};
+  return true;
+}
+
+// Whether only the instances that take zero points, 8 bits and small groups take these weights.
+bool needs_extended(const marlin_cuda_weights_t& w) {
+  return w.bits != 4 || w.zeros != nullptr || (w.G > 1 && w.K / w.G != MARLIN_CUDA_GROUP_SIZE);
+}
+
+int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& facts, int device, int variant,
+              Plan* best) {
+  const Variant wanted(variant);
+  if (variant < 0 || variant >> 20 != 0 || wanted.split >= kSplits) return MARLIN_CUDA_ERROR_VARIANT;
+  const MainLoop loop = has_sm90(facts) ? MainLoop::kSm90 : MainLoop::kSm80;
+  const bool extended = needs_extended(weights);
+  const Problem problem = {M, weights.N, weights.K, weights.G, weights.zeros != nullptr};
+  // Of those that fit the weights, the candidates; a variant may also ask for the others.
+  const int64_t group = weights.G == 1 ? MARLIN_CUDA_GROUP_SIZE : weights.K / weights.G;
+  const auto fits = [&](const Instance& i) {
+    return runs(i, facts) && i.bits == weights.bits && (i.group_size == 0 || i.group_size == group) &&
+           (i.zero_points || !extended);
+  };
+  const auto candidate = [&](const Instance& i) { return fits(i) && i.loop == loop && i.zero_points == extended; };
+  int least = 0, most = 0;  // rows: the smallest tile that takes all of them, the largest
+  for (const Instance& i : all_instances())
+    if (candidate(i)) {
+      if (i.block_m >= M && (least == 0 || i.block_m < least)) least = i.block_m;
+      most = std::max(most, i.block_m);
+    }
+  const int block_m = least != 0 ? least : most;
+  bool found = false;
+  for (const Instance& i : all_instances()) {
+    if (wanted.id == 0 ? !candidate(i) || i.block_m != block_m : !fits(i) || i.id != wanted.id) continue;
+    for (int split = 1; split < kSplits; split++) {
+      Plan plan;
+      if ((wanted.split != 0 && wanted.split != split) ||
+          !lay_out(i, split, wanted.split != 0, problem, facts, device, &plan))
+        continue;
+      if (!found || plan.prediction.us < best->prediction.us) *best = plan;
+      found = true;
+    }
+  }
+  if (!found) return MARLIN_CUDA_ERROR_VARIANT;
+  if (wanted.stages != 0) {
+    const int multiple = best->instance->stage_multiple;
+    if (wanted.stages < 2 * multiple || wanted.stages > best->stages || wanted.stages % multiple != 0)
+      return MARLIN_CUDA_ERROR_VARIANT;
+    best->stages = wanted.stages;
+  }
+  return MARLIN_OK;
+}
+
+void print_plan(int64_t M, const marlin_cuda_weights_t& w, const Plan& plan) {
+  static const bool wanted = [] {
+    const char* value = std::getenv("MARLIN_PRINT_PLAN");
+    return value != nullptr && std::strcmp(value, "") != 0 && std::strcmp(value, "0") != 0;
+  }();
+  if (!wanted) return;
+  const Schedule& s = plan.schedule;
+  char split[32];
+  if (s.split <= kMostCluster)
+    std::snprintf(split, sizeof(split), "cluster of %d", s.split);
+  else
+    std::snprintf(split, sizeof(split), "%s", s.split == kStreamK ? "stream-K" : "data-parallel");
+  std::fprintf(stderr,
+               "marlin: M %lld N %lld K %lld, %d bits, %lld groups%s: %s, %d blocks, %s, %d steps a tile, %d stages, "
+               "%.1f us predicted\n",
+               static_cast<long long>(M), static_cast<long long>(w.N), static_cast<long long>(w.K), w.bits,
+               static_cast<long long>(w.G), w.zeros == nullptr ? "" : " with zero points", plan.instance->name,
+               s.blocks, split, s.steps, plan.stages, plan.prediction.us);
+}
+
+}  // namespace
+
+const std::vector<Instance>& all_instances() {
+  static const std::vector<Instance> all = [] {
+    std::vector<Instance> found = sm80_instances();
+#ifdef MARLIN_HAS_SM90
+    for (const auto& some : {sm90_b4_instances(), sm90_b4_groups_instances(), sm90_b8_instances()})
+      found.insert(found.end(), some.begin(), some.end());
+#endif
+    std::sort(found.begin(), found.end(), [](const Instance& a, const Instance& b) { return a.id < b.id; });
+    return found;
+  }();
+  return all;
+}
+
+const CostModel& cost_model(MainLoop loop) { return loop == MainLoop::kSm90 ? kSm90OnH100 : kSm80; }
+
+int shared_bytes(const Instance& i, int stages) { return stages * i.stage_bytes + i.extra_bytes; }
+
+int allow_shared_memory(const Instance& i, int dtype, const Device& facts, int device) {
+  std::atomic<bool>& mine = facts_of(i, device).shared_memory[dtype];
+  if (mine.load(std::memory_order_relaxed)) return MARLIN_OK;
+  MARLIN_RETURN_IF_ERROR(cudaFuncSetAttribute(i.kernels[dtype], cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              facts.shared_bytes_per_block));
+  mine.store(true, std::memory_order_relaxed);
+  return MARLIN_OK;
+}
+
+void set_cluster(cudaLaunchConfig_t* launch, cudaLaunchAttribute* attribute, int size) {
+  attribute->id = cudaLaunchAttributeClusterDimension;
+  attribute->val.clusterDim.x = size;
+  attribute->val.clusterDim.y = 1;
+  attribute->val.clusterDim.z = 1;
+  launch->attrs = attribute;
+  launch->numAttrs = 1;
+}
+
+// A model has a few shapes of layers, and a plan is the best of dozens of candidates: each thread looks its latest up.
+int find_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& facts, int device, int variant,
+              Plan* plan) {
+  constexpr int kPlans = 64;  // 2 ^ 6: the place is the upper six bits of a hash
+  struct Known {
+    int64_t M, N, K, G;
+    int32_t bits, zeros, device, variant;
+    Plan plan;
+  };
+  thread_local Known known[kPlans] = {};  // M == 0: not taken
+  const int32_t zeros = weights.zeros != nullptr;
+  const uint64_t mixed = ((M * 31 + weights.N) * 31 + weights.K) * 31 + weights.G * 7 + weights.bits + zeros;
+  Known& mine = known[(mixed * 0x9e3779b97f4a7c15) >> (64 - 6)];
+  if (mine.M == M && mine.N == weights.N && mine.K == weights.K && mine.G == weights.G && mine.bits == weights.bits &&
+      mine.zeros == zeros && mine.device == device && mine.variant == variant) {
+    *plan = mine.plan;
+    return MARLIN_OK;
+  }
+  MARLIN_RETURN_IF_ERROR(make_plan(M, weights, facts, device, variant, plan));
+  print_plan(M, weights, *plan);
+  mine = {M, weights.N, weights.K, weights.G, weights.bits, zeros, device, variant, *plan};
+  return MARLIN_OK;
+}
+
+size_t workspace_bytes(const Device& facts) {
+  size_t tile = 0;
+  for (const Instance& i : all_instances())
+    if (i.loop == MainLoop::kSm80 || facts.capability == 90)
+      tile = std::max(tile, static_cast<size_t>(i.block_m) * i.block_n * sizeof(float));
+  return MARLIN_CUDA_COUNTER_BYTES + 2 * tile * facts.multiprocessors;
+}
+
+}  // namespace marlin

@@ -1,0 +1,133 @@
+// ptx_sm90.cuh: the instructions of compute capability 9.0 that gemm_sm90.cuh is built from, one thin wrapper each:
+// mbarrier, TMA (the copy engine), wgmma, clusters. Only for code compiled for sm_90a.
+#pragma once
+
+#include <cuda.h>
+
+#include "ptx.cuh"
+
+namespace marlin {
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Waits until the phase of this parity is over.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// The L2 policy for weights, which are read once: evict them first, so that activations and partial sums stay. This is
+// the policy word that createpolicy.fractional.L2::evict_first makes for a fraction of 1. On cp.async the hint is no
+// option: in some kernels nvcc 13.0 puts its 64-bit descriptor into an odd register, and the instruction is illegal.
+constexpr uint64_t kEvictFirst = 0x12f0000000000000;
+
+// Copies the box of a matrix whose first element is (x, y); zeros outside of the matrix. Its bytes count on `barrier`.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void copy_weights(uint32_t to, const CUtensorMap* map, int line, int tile_row,
+                                             uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(0), "r"(line), "r"(tile_row), "r"(barrier), "l"(kEvictFirst)
+      : "memory");
+}
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// Right operand of wgmma: rows of 128 bytes, swizzled, 8 rows to 1024 bytes (64 units of 16).
+__device__ __forceinline__ uint64_t operand_descriptor(uint32_t at) {
+  return (uint64_t{1} << 62) | (uint64_t{64} << 32) | (uint64_t{1} << 16) | ((at & 0x3ffff) >> 4);
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// d (+)= a * b: a is this warp's 16x16 of the 64x16 left operand, b the 16 x 8 MB right operand in shared memory.
+// Without `add`, d is overwritten. One specialization per width: the instruction names every register.
+template <typename T, int MB>
+__device__ __forceinline__ void wgmma(float (&d)[MB][4], const uint32_t (&a)[4], uint64_t b, bool add);
+
+#define MARLIN_D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define MARLIN_WGMMA(T, TYPE, MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, ...)                                       \
+  template <>                                                                                                      \
+  __device__ __forceinline__ void wgmma<T, MB>(float (&d)[MB][4], const uint32_t (&a)[4], uint64_t b, bool add) {  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" ADD                                                          \
+                 ", 0;\n"                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {%" A0 ", %" A1 \
+                 ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, 0;\n}"                                                     \
+                 : __VA_ARGS__                                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                \
+  }
+#define MARLIN_WGMMA_BOTH(MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, ...)             \
+  MARLIN_WGMMA(__half, "f16", MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, __VA_ARGS__) \
+  MARLIN_WGMMA(__nv_bfloat16, "bf16", MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, __VA_ARGS__)
+MARLIN_WGMMA_BOTH(1, "8", "%0, %1, %2, %3", "4", "5", "6", "7", "8", "9", MARLIN_D4(0))
+MARLIN_WGMMA_BOTH(2, "16", "%0, %1, %2, %3, %4, %5, %6, %7", "8", "9", "10", "11", "12", "13", MARLIN_D4(0),
+                  MARLIN_D4(1))
+MARLIN_WGMMA_BOTH(4, "32", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "16", "17", "18",
+                  "19", "20", "21", MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3))
+MARLIN_WGMMA_BOTH(8, "64",
+                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
+                  "32", "33", "34", "35", "36", "37", MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3),
+                  MARLIN_D4(4), MARLIN_D4(5), MARLIN_D4(6), MARLIN_D4(7))
+MARLIN_WGMMA_BOTH(16, "128",
+                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63",
+                  "64", "65", "66", "67", "68", "69", MARLIN_D4(0), MARLIN_D4(1), MARLIN_D4(2), MARLIN_D4(3),
+                  MARLIN_D4(4), MARLIN_D4(5), MARLIN_D4(6), MARLIN_D4(7), MARLIN_D4(8), MARLIN_D4(9), MARLIN_D4(10),
+                  MARLIN_D4(11), MARLIN_D4(12), MARLIN_D4(13), MARLIN_D4(14), MARLIN_D4(15))
+#undef MARLIN_WGMMA_BOTH
+#undef MARLIN_WGMMA
+#undef MARLIN_D4
+
+// A barrier for all threads of a cluster that have not ended.
+__device__ __forceinline__ void cluster_synchronize() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The address, in another block of the cluster, of what is at `at` in this one.
+__device__ __forceinline__ uint32_t shared_of_rank(uint32_t at, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ float4 load_cluster(uint32_t from) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(from));
+  return v;
+}
+
+}  // namespace marlin

@@ -1,0 +1,69 @@
+// tile_scheduler.cuh: which part of a product a thread block does. The kernels are persistent: about one block an SM.
+//
+// C is cut into output tiles of BLOCK_M x BLOCK_N, numbered with M fastest; along K a tile is cut into steps of
+// BLOCK_K, its iterations. There are three ways to share them out; the host chooses (cost_model.h):
+//
+//   Stream-K. All iterations of all tiles, in the order (tile along N, tile along M, step), form one line, which is cut
+//   into equal ranges, one for each block. 5 tiles of 4 steps on 7 blocks:
+//
+//          tile 0   tile 1   tile 2   tile 3   tile 4      The number is the block that does the iteration: 20 of
+//   step 0   0        1        2        4        5         them, three for each block, two left for the last. Block 0
+//   step 1   0        1        3        4        5         does most of tile 0, block 1 ends it and begins tile 1, and
+//   step 2   0        2        3        4        6         so on: a block has at most one tile that it shares with
+//   step 3   1        2        3        5        6         earlier blocks and one that it shares with later ones.
+//
+//   A tile that one block did alone is written to C at once. Otherwise each of its blocks leaves its fp32 sums in the
+//   workspace and counts itself; the block that counts last adds all of them, in ascending K, and writes C (the fix-up,
+//   epilogue.cuh). No block ever waits for another, so nothing depends on what else is running; and the order of
+//   addition is fixed by the shape, so equal inputs give equal bits.
+//
+//   Data-parallel. Where there are many tiles, a block takes whole ones in turn, block b the tiles b, b + blocks, and
+//   so on: neighbours in time are neighbours in the matrices and find each other's weights and activations in L2.
+//
+//   Cluster split-K (gemm_sm90). Where there are few tiles, the blocks of a cluster share one, each an equal part of
+//   its steps, and add up through distributed shared memory.
+#pragma once
+
+#include "arguments.cuh"
+
+namespace marlin {
+
+// Where an output tile begins.
+template <typename S>
+struct OutputTile {
+  int n, row;  // its number along N, its first row
+
+  __device__ __forceinline__ OutputTile(const GemmArguments& p, int tile) {
+    n = tile / p.tiles_m;
+    row = (tile - n * p.tiles_m) * S::kBlockM;
+  }
+  __device__ __forceinline__ int column() const { return n * S::kBlockN; }
+};
+
+// The iterations of one block, and which output tiles they belong to.
+struct TileScheduler {
+  int begin, end;  // data-parallel: numbered from 0 in each block
+
+  __device__ __forceinline__ explicit TileScheduler(const GemmArguments& p) {
+    const int block = blockIdx.x, blocks = gridDim.x;
+    if (p.iterations_per_block == 0) {
+      begin = 0;
+      end = (p.iterations / p.steps - block + blocks - 1) / blocks * p.steps;
+    } else {
+      begin = block * p.iterations_per_block;
+      end = min(begin + p.iterations_per_block, p.iterations);
+    }
+  }
+  // The block's part of the tile that its cluster shares.
+  __device__ __forceinline__ void split_in_cluster(const GemmArguments& p) {
+    const int tile = blockIdx.x / p.cluster, rank = blockIdx.x % p.cluster;
+    begin = tile * p.steps + rank * p.steps / p.cluster;
+    end = tile * p.steps + (rank + 1) * p.steps / p.cluster;
+  }
+  __device__ __forceinline__ static int tile(const GemmArguments& p, int iteration) {
+    const int n = iteration / p.steps;
+    return p.iterations_per_block == 0 ? n * gridDim.x + blockIdx.x : n;
+  }
+};
+
+}  // namespace marlin
