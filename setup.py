@@ -1,7 +1,7 @@
 """Builds the native libraries; everything else about the package stands in pyproject.toml.
 
     marlin_convert/_cpu.so    kernels/cpu/*.cpp    always, with g++ or $CXX
-    marlin_convert/_cuda.so   kernels/cuda/*.cu    when nvcc is on the PATH or in $CUDA_HOME/bin
+    marlin_convert/_cuda.so   kernels/cuda/*.cu    when nvcc is on the PATH or in $CUDA_HOME/bin; *.cpp there too
 
 Both are plain shared libraries with a C interface: no torch, no Python headers. So one wheel serves every Python and
 every torch, and building needs neither.
@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,26 +29,32 @@ from setuptools.errors import CompileError
 
 # setup.py runs in the project's folder, and setuptools wants source paths relative to it.
 CPU_SOURCES = sorted(Path("kernels/cpu").glob("*.cpp"))
-CUDA_SOURCES = sorted(Path("kernels/cuda").glob("*.cu"))
+CUDA_SOURCES = sorted(path for kind in ("*.cu", "*.cpp") for path in Path("kernels/cuda").glob(kind))
 
 CACHE = Path("build/native")
 
 # The C++ runtime goes into the library and stays hidden there, so that the library runs on systems with an older one
 # and does not meet the runtime of torch.
-SHARED_FLAGS = ["-shared", "-O3", "-std=c++17"]
-RUNTIME_FLAGS = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
-CPU_FLAGS = [*SHARED_FLAGS, "-fPIC", "-fvisibility=hidden", "-pthread", *RUNTIME_FLAGS]
-CUDA_FLAGS = [
-    *SHARED_FLAGS,
-    *("-cudart", "static"),
-    *("--threads", "0"),
-    *("-Xcompiler", "-fPIC,-fvisibility=hidden," + ",".join(RUNTIME_FLAGS[:2])),
+RUNTIME_FLAGS = ["-static-libstdc++", "-static-libgcc"]
+HIDDEN_FLAGS = ["-Wl,--exclude-libs,ALL"]
+CPU_FLAGS = [
+    *("-shared", "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    *RUNTIME_FLAGS,
+    *HIDDEN_FLAGS,
+]
+CUDA_FLAGS = ["-O3", "-std=c++17", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_LINK_FLAGS = [
+    *("-shared", "-cudart", "static"),
+    *("-Xcompiler", ",".join(RUNTIME_FLAGS)),
     *("-Xlinker", "--exclude-libs,ALL"),
 ]
 
 MIN_CAPABILITY = (8, 0)
 # Ampere (A100), Ampere (A10, RTX 30), Ada (L4, RTX 40), Hopper (with wgmma), Blackwell (B200), Blackwell (RTX 50).
 CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
+
+# Sources named gemm_sm90* use instructions of sm_90a: they are compiled for it alone, and left out without it.
+SM90_ARCH, SM90_PREFIX = "90a", "gemm_sm90"
 
 
 def find_nvcc() -> str | None:
@@ -137,8 +144,39 @@ def cpu_command() -> list[str]:
     return [*compiler, *CPU_FLAGS, *map(str, CPU_SOURCES)]
 
 
-def cuda_command(nvcc: str) -> list[str]:
-    return [nvcc, *CUDA_FLAGS, *arch_flags(ARCHS), *map(str, CUDA_SOURCES)]
+def size_flags(nvcc: str) -> list[str]:
+    """Machine code compressed to a third. Drivers before CUDA 12.4 cannot read it; those that CUDA 13 needs can."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.", version)
+    return ["--compress-mode=size"] if release and int(release[1]) >= 13 else []
+
+
+def cuda_commands(nvcc: str) -> dict[Path, list[str]]:
+    """For each source that is compiled, the command, without what it writes."""
+    size, sm90 = size_flags(nvcc), SM90_ARCH in ARCHS
+    commands = {}
+    for source in CUDA_SOURCES:
+        for_sm90 = source.name.startswith(SM90_PREFIX)
+        if for_sm90 and not sm90:
+            continue
+        flags = arch_flags([SM90_ARCH] if for_sm90 else ARCHS)
+        defined = ["-DMARLIN_HAS_SM90"] if sm90 else []
+        commands[source] = [nvcc, *CUDA_FLAGS, *size, *flags, *defined, "-c", str(source)]
+    return commands
+
+
+def cuda_library(nvcc: str, headers: list[Path], hint: str, force: bool) -> Path:
+    """Compiles what is new, on all cores, and links."""
+    commands = cuda_commands(nvcc)
+    # The longest first: those for sm_90a have hundreds of kernels.
+    sources = sorted(commands, key=lambda source: (not source.name.startswith(SM90_PREFIX), source.suffix != ".cu"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def compiled(source: Path) -> Path:
+            return cached(f"{source.stem}.o", commands[source], [source, *headers], hint, force)
+
+        objects = list(pool.map(compiled, sources))
+    return cached("_cuda.so", [nvcc, *CUDA_LINK_FLAGS, *map(str, objects)], objects, hint, force)
 
 
 def compile_library(command: list[str], hint: str) -> None:
@@ -152,20 +190,20 @@ def compile_library(command: list[str], hint: str) -> None:
         raise CompileError(f"{command[0]} failed with exit code {code}, see its messages above: {hint}")
 
 
-def cached_library(name: str, command: list[str], inputs: list[Path], hint: str, force: bool) -> Path:
-    """The library in CACHE, compiled anew if a source is newer or the command is another one.
+def cached(name: str, command: list[str], inputs: list[Path], hint: str, force: bool) -> Path:
+    """What the command writes, in CACHE; made anew if an input is newer or the command is another one.
 
     pip gives every build a new, empty output folder; without this each `pip install -e .` would compile everything.
     """
-    library, stamp = CACHE / name, CACHE / f"{name}.command"
+    output, stamp = CACHE / name, CACHE / f"{name}.command"
     newest = max(path.stat().st_mtime for path in inputs)
     same = stamp.exists() and stamp.read_text() == shlex.join(command)
-    if force or not same or not library.exists() or library.stat().st_mtime <= newest:
+    if force or not same or not output.exists() or output.stat().st_mtime <= newest:
         CACHE.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
-        compile_library([*command, "-o", str(library)], hint)
+        compile_library([*command, "-o", str(output)], hint)
         stamp.write_text(shlex.join(command))
-    return library
+    return output
 
 
 class BuildLibraries(build_ext):
@@ -182,10 +220,12 @@ class BuildLibraries(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         inputs = [Path(path) for path in (*ext.sources, *ext.depends)]
         if ext.name.endswith("_cuda"):
-            command, hint = cuda_command(str(NVCC)), "set MARLIN_NO_CUDA=1 to build without CUDA"
+            hint = "set MARLIN_NO_CUDA=1 to build without CUDA"
+            library = cuda_library(str(NVCC), [Path(path) for path in ext.depends], hint, self.force)
         else:
-            command, hint = cpu_command(), "set CXX to a C++17 compiler such as g++ 9 or newer"
-        shutil.copy(cached_library(output.name, command, inputs, hint, self.force), output)
+            hint = "set CXX to a C++17 compiler such as g++ 9 or newer"
+            library = cached(output.name, cpu_command(), inputs, hint, self.force)
+        shutil.copy(library, output)
 
 
 class PlatformWheel(bdist_wheel):
@@ -197,7 +237,7 @@ class PlatformWheel(bdist_wheel):
 
 def extension(name: str, sources: list[Path], folder: str) -> Extension:
     headers = [path for path in Path(folder).iterdir() if path.suffix in (".h", ".cuh", ".inl")]
-    depends = [Path("setup.py"), *Path("kernels").glob("*.h"), *headers]
+    depends = [*Path("kernels").glob("*.h"), *headers]
     return Extension(f"marlin_convert.{name}", sorted(map(str, sources)), depends=sorted(map(str, depends)))
 
 

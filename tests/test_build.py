@@ -41,7 +41,7 @@ class Project:
         file.write_text(text)
         return file
 
-    def compiler(self, name: str, code: int = 0, archs: str = "") -> Path:
+    def compiler(self, name: str, code: int = 0, archs: str = "", version: str = "12.4") -> Path:
         """A script that logs its arguments, writes the file after -o and exits with `code`."""
         self.bin.mkdir(exist_ok=True)
         script = self.bin / name
@@ -50,6 +50,9 @@ import pathlib, sys
 arguments = sys.argv[1:]
 if arguments == ["--list-gpu-arch"]:
     print({archs!r}, end="")
+    sys.exit()
+if arguments == ["--version"]:
+    print("Cuda compilation tools, release {version}, V{version}.88")
     sys.exit()
 with open({str(self.log(name))!r}, "a") as log:
     log.write(" ".join(arguments) + "\\n")
