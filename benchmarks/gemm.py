@@ -2,7 +2,7 @@
 """The bundled GEMM on this GPU, beside cuBLAS, dequantize + cuBLAS, and any peer that is installed.
 
     python benchmarks/gemm.py [--layers all|NAME,...] [--m 1,8,16,...] [--weights 4:128 8:32z ...] [--json OUT.json]
-                              [--variants 0,...]
+                              [--instances NAME,...]
 
 Needs torch and the CUDA library (marlin_convert/_cuda.so or $MARLIN_CUDA_LIBRARY). Times are medians of replays of CUDA
 graphs whose launches rotate through weights larger than L2, in microseconds. Columns:
@@ -13,6 +13,9 @@ graphs whose launches rotate through weights larger than L2, in microseconds. Co
     gemm     marlin_cuda_gemm
     chosen   what marlin_cuda_choose says is faster: g (gemm) or d (deq+mm)
     marlin, machete   vLLM's, when vllm can be imported; 4 bits in groups of 128 only
+
+--instances times instances of the kernels beside the library's choice, by name (sm80_m16n256_b4_g128), or all like
+sm80_*. Those that do not take the weights are left out.
 
 --weights are BITS:GROUP_SIZE, with a z where zero points are stored and an a for act-order, which takes a gather of the
 activations' columns before each gemm; a group size of -1 is one scale for each column.
@@ -29,11 +32,12 @@ import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
-from marlin_convert.native.cuda import PRODUCT, Weights
+from marlin_convert.native.cuda import PRODUCT, Weights, instances, variant
 
 LAYERS = {  # K, N
     "mistral-gate-up": (4096, 28672),
@@ -214,7 +218,7 @@ def vllm_peers(k: int, n: int, layers: list[Layer]) -> dict[str, Callable[..., C
 
 
 def bench_layer(
-    library: Library, name: str, kind: Kind, rows: list[int], variants: list[int], replays: int
+    library: Library, name: str, kind: Kind, rows: list[int], wanted: dict[str, int], replays: int
 ) -> list[dict]:
     k, n = LAYERS[name]
     copies = max(2, min(16, ROTATE_BYTES // kind.bytes(k, n) + 1))
@@ -234,10 +238,10 @@ def bench_layer(
         row = {"layer": name, "k": k, "n": n, "weights": str(kind), "m": m, "stream": floor}
         row["cublas"] = microseconds([lambda w=w, x=x, y=y: torch.matmul(x, w, out=y) for w in plain], replays)
         row["deq+mm"] = microseconds([lambda w=w, d=dequantized: d(w) for w in layers], replays)
-        for v in variants:
+        for label, v in {"gemm": 0, **wanted}.items():
             calls: Calls = [lambda w=w, x=x, y=y, v=v: library.gemm(x, w, y, v) for w in layers]
             try:
-                row["gemm" if v == 0 else f"v{v:x}"] = microseconds(calls, replays)
+                row[label] = microseconds(calls, replays)
             except RuntimeError as error:
                 if not str(error).startswith("-9"):
                     raise
@@ -255,18 +259,22 @@ def main() -> None:
     parser.add_argument("--layers", default="all")
     parser.add_argument("--m", default="1,8,16,32,64,128,256,512,1024,2048")
     parser.add_argument("--weights", type=Kind.parse, nargs="+", default=[Kind(4, 128, False)], help="see above")
-    parser.add_argument("--variants", default="0", help="see struct Variant in kernels/cuda/gemm.cu; hexadecimal")
+    parser.add_argument("--instances", default="", help="see above")
     parser.add_argument("--replays", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     names = list(LAYERS) if options.layers == "all" else options.layers.split(",")
     rows = [int(m) for m in options.m.split(",")]
-    variants = [int(v, 16) for v in options.variants.split(",")]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, us")
     library = Library()
+    wanted = {
+        name: variant(instance.id)
+        for name, instance in instances(library.lib).items()
+        if any(fnmatch(name, pattern) for pattern in options.instances.split(","))
+    }
     results = []
     for name, kind in itertools.product(names, options.weights):
-        results += bench_layer(library, name, kind, rows, variants, options.replays)
+        results += bench_layer(library, name, kind, rows, wanted, options.replays)
         torch.cuda.empty_cache()
         if options.json:
             options.json.write_text(json.dumps(results, indent=1))

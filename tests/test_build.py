@@ -30,8 +30,8 @@ class Project:
         self.write("kernels/marlin.h", "")
         self.write("kernels/cpu/repack.cpp", "")
         self.write("kernels/cpu/common.h", "")
-        self.write("kernels/cuda/gemm.cu", "")
-        self.write("kernels/cuda/repack.cu", "")
+        for name in ("gemm_sm80.cu", "gemm_sm90_b4.cu", "plan.cpp"):
+            self.write(f"kernels/cuda/{name}", "")
         self.compiler("g++")
         self.gpus()
 
@@ -129,21 +129,49 @@ def gencodes(call: str) -> list[str]:
     return [flag.removeprefix("-gencode=arch=") for flag in call.split() if flag.startswith("-gencode")]
 
 
+def compiled(project: Project) -> dict[str, str]:
+    """The calls of nvcc that compile, by the source's name; each must be followed by a link of all of them."""
+    *calls, link = project.calls("nvcc")
+    sources = {Path(call.split()[call.split().index("-c") + 1]).name: call for call in calls}
+    assert len(sources) == len(calls)
+    objects = {word for word in link.split() if word.endswith(".o")}
+    assert objects == {f"build/native/{Path(source).stem}.o" for source in sources}
+    assert "-shared" in link.split()
+    return sources
+
+
 def test_for_wheels_every_architecture_is_built(project: Project) -> None:
     project.compiler("nvcc", archs=NVCC_LIST)
     project.gpus("8.6")
     project.build(MARLIN_CUDA_ARCHS="all")
     assert project.libraries() == ["_cpu.so", "_cuda.so"]
-    (call,) = project.calls("nvcc")
-    assert {"kernels/cuda/gemm.cu", "kernels/cuda/repack.cu"} <= set(call.split())
+    calls = compiled(project)
+    assert set(calls) == {"gemm_sm80.cu", "gemm_sm90_b4.cu", "plan.cpp"}
     # 100 and 120 are not known to this nvcc; 90a is, as 90; PTX is that of the lowest.
-    assert gencodes(call) == [
+    assert gencodes(calls["gemm_sm80.cu"]) == [
         "compute_80,code=sm_80",
         "compute_86,code=sm_86",
         "compute_89,code=sm_89",
         "compute_90a,code=sm_90a",
         "compute_80,code=compute_80",
     ]
+    assert gencodes(calls["gemm_sm90_b4.cu"]) == ["compute_90a,code=sm_90a"]
+    assert all("-DMARLIN_HAS_SM90" in call.split() for call in calls.values())
+
+
+def test_without_sm90_its_sources_are_left_out(project: Project) -> None:
+    project.compiler("nvcc", archs=NVCC_LIST)
+    project.build(MARLIN_CUDA_ARCHS="80,90")
+    calls = compiled(project)
+    assert set(calls) == {"gemm_sm80.cu", "plan.cpp"}
+    assert not [call for call in calls.values() if "-DMARLIN_HAS_SM90" in call.split()]
+
+
+@pytest.mark.parametrize(("version", "compressed"), [("12.9", False), ("13.0", True)])
+def test_machine_code_is_compressed_from_cuda_13_on(project: Project, version: str, compressed: bool) -> None:
+    project.compiler("nvcc", archs=NVCC_LIST, version=version)
+    project.build(MARLIN_CUDA_ARCHS="80")
+    assert {"--compress-mode=size" in call.split() for call in compiled(project).values()} == {compressed}
 
 
 @pytest.mark.parametrize(
@@ -161,8 +189,7 @@ def test_what_is_built_is_for_the_gpus_that_are_here(project: Project, gpus: lis
     project.gpus(*gpus)
     project.build()
     assert project.libraries() == ["_cpu.so", "_cuda.so"]
-    (call,) = project.calls("nvcc")
-    assert gencodes(call) == built
+    assert gencodes(compiled(project)["gemm_sm80.cu"]) == built
 
 
 @pytest.mark.parametrize("gpus", [[], ["7.5"]])
@@ -201,9 +228,8 @@ def test_cuda_can_be_left_out(project: Project) -> None:
 def test_architectures_can_be_chosen(project: Project, asked: str) -> None:
     project.compiler("nvcc", archs=NVCC_LIST)
     project.build(MARLIN_CUDA_ARCHS=asked)
-    (call,) = project.calls("nvcc")
-    assert call.count("-gencode") == 3
-    assert {"-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_80,code=sm_80"} <= set(call.split())
+    codes = gencodes(compiled(project)["gemm_sm80.cu"])
+    assert sorted(codes) == ["compute_80,code=compute_80", "compute_80,code=sm_80", "compute_90a,code=sm_90a"]
 
 
 def test_unknown_architectures_are_refused(project: Project) -> None:
@@ -235,23 +261,23 @@ def test_only_what_is_older_than_its_sources_is_rebuilt(project: Project) -> Non
     def age(path: str) -> None:
         os.utime(project.root / path, (0, 0))
 
-    assert built() == (1, 1)
-    assert built() == (1, 1)
+    assert built() == (1, 3)  # two sources of CUDA and the link
+    assert built() == (1, 3)
     shutil.rmtree(project.root / "marlin_convert", ignore_errors=True)
     project.write("marlin_convert/_version.py", '__version__ = "1.2.3"\n')
-    assert built() == (1, 1)
+    assert built() == (1, 3)
     assert project.libraries() == ["_cpu.so", "_cuda.so"]
     touch("kernels/cpu/common.h")
-    assert built() == (2, 1)
+    assert built() == (2, 3)
     age("kernels/cpu/common.h")
-    touch("kernels/cuda/gemm.cu")
-    assert built() == (2, 2)
-    age("kernels/cuda/gemm.cu")
+    touch("kernels/cuda/gemm_sm80.cu")
+    assert built() == (2, 5)
+    age("kernels/cuda/gemm_sm80.cu")
     touch("kernels/marlin.h")
-    assert built() == (3, 3)
+    assert built() == (3, 8)
     age("kernels/marlin.h")
     project.build(MARLIN_CUDA_ARCHS="80,86")
-    assert len(project.calls("nvcc")) == 4
+    assert len(project.calls("nvcc")) == 11
 
 
 def test_a_failing_compiler_gives_one_clear_message(project: Project) -> None:
@@ -307,7 +333,7 @@ def test_sdist_has_the_kernels(project: Project) -> None:
     (root,) = (project.root / "unpacked").iterdir()
     assert (root / "kernels/marlin.h").exists()
     assert (root / "kernels/cpu/common.h").exists()
-    assert (root / "kernels/cuda/gemm.cu").exists()
+    assert (root / "kernels/cuda/gemm_sm80.cu").exists()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="no g++ or nm")

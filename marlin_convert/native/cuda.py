@@ -34,12 +34,13 @@ from ..formats.layout import TILE_K, pack_factor
 LIBRARY = Path(os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "_cuda.so")
 
 # MARLIN_CUDA_* of kernels/marlin_cuda.h; a test compares them.
-ABI_VERSION = 2
+ABI_VERSION = 3
 K_MULTIPLE = 64
 N_MULTIPLE = 64
 GROUP_SIZE = 128
 COUNTER_BYTES = 8192
 USE_GEMM, USE_DEQUANTIZE = 0, 1
+MOST_CLUSTER, STREAM_K, DATA_PARALLEL = 8, 9, 10  # splits of `variant`
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 _GROUP_SIZES = (16, 32, 64, GROUP_SIZE)
 
@@ -80,6 +81,38 @@ class Weights(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("scale_dtype", ctypes.c_int32),
     )
+
+
+class Instance(ctypes.Structure):
+    """marlin_cuda_instance_t: an instance of the kernels."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("id", "capability", "bits", "group_size", "zero_points")),
+        *((name, ctypes.c_int32) for name in ("block_m", "block_n", "block_k", "clusters")),
+        ("name", ctypes.c_char * 64),
+    )
+
+
+class Plan(ctypes.Structure):
+    """marlin_cuda_plan_t: what `gemm` would launch; times in microseconds, predicted."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("instance", "stages", "split", "blocks")),
+        *((name, ctypes.c_double) for name in ("us", "gemm_us", "dense_us")),
+    )
+
+
+def instances(lib: ctypes.CDLL) -> dict[str, Instance]:
+    """The instances of the kernels in a library, by name. Needs no GPU."""
+    found = [Instance() for _ in range(lib.marlin_cuda_instance_count())]
+    for index, instance in enumerate(found):
+        _run(lib, "marlin_cuda_instance", index, ctypes.byref(instance))
+    return {instance.name.decode(): instance for instance in found}
+
+
+def variant(instance: int = 0, stages: int = 0, split: int = 0) -> int:
+    """MARLIN_CUDA_VARIANT: asks for an instance by its id, for a depth of the pipeline and a split; 0: any."""
+    return instance | stages << 12 | split << 16
 
 
 #: marlin_cuda_product_t: A, bias, C, workspace, its bytes, stream, M, lda, dtype, device, variant, unused. Packed, as
@@ -139,6 +172,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.marlin_cuda_workspace_bytes.restype = size
     lib.marlin_cuda_workspace_bytes.argtypes = (integer,)
     lib.marlin_cuda_choose.argtypes = (weights, i64, integer)
+    lib.marlin_cuda_instance.argtypes = (integer, ctypes.POINTER(Instance))
+    lib.marlin_cuda_plan.argtypes = (weights, i64, integer, integer, ctypes.POINTER(Plan))
     lib.marlin_cuda_device_info.argtypes = (integer, ctypes.POINTER(DeviceInfo))
     lib.marlin_cuda_gemm.argtypes = (weights, ctypes.c_char_p)
     lib.marlin_cuda_gather.argtypes = (pointer, pointer, pointer, i64, i64, i64, i64, integer, pointer)

@@ -12,23 +12,8 @@ import torch
 PATH = Path(os.environ.get("MARLIN_CUDA_LIBRARY", Path(__file__).parents[2] / "marlin_convert" / "_cuda.so"))
 GROUP_SIZE = 128
 COUNTER_BYTES = 8192  # MARLIN_CUDA_COUNTER_BYTES
+CLUSTERS, STREAM_K, DATA_PARALLEL = range(1, 9), 9, 10  # MARLIN_CUDA_MOST_CLUSTER and so on
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
-
-# The configurations and splits of kernels/cuda/gemm.cu, for `variant`.
-GENERIC = range(1, 6)
-HOPPER = range(6, 15)
-EXTENDED = {4: range(15, 19), 8: range(19, 23)}  # by bits
-HOPPER_EXTENDED = {  # by bits and rows of a group; 128 also takes one group over all rows
-    **{(4, size): range(23 + 9 * i, 32 + 9 * i) for i, size in enumerate((128, 64, 32, 16))},
-    **{(8, size): range(59 + 7 * i, 66 + 7 * i) for i, size in enumerate((128, 64, 32, 16))},
-}
-CLUSTERS = range(1, 9)
-RANGES = 9
-WHOLE = 10
-
-
-def variant(config: int = 0, stages: int = 0, split: int = 0) -> int:
-    return config | stages << 8 | split << 12
 
 
 class Weights(ctypes.Structure):
@@ -39,6 +24,49 @@ class Weights(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("K", "N", "G", "in_features", "out_features")),
         *((name, ctypes.c_int32) for name in ("bits", "scale_dtype")),
     )
+
+
+class Instance(ctypes.Structure):
+    """marlin_cuda_instance_t"""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("id", "capability", "bits", "group_size", "zero_points")),
+        *((name, ctypes.c_int32) for name in ("block_m", "block_n", "block_k", "clusters")),
+        ("name", ctypes.c_char * 64),
+    )
+
+    def takes(self, bits: int, group_size: int, zeros: bool) -> bool:
+        """Weights of these bits and groups (-1: one group), with zero points or without."""
+        group = GROUP_SIZE if group_size < 0 else group_size
+        return self.bits == bits and self.group_size in (0, group) and (self.zero_points or not zeros)
+
+
+class Plan(ctypes.Structure):
+    """marlin_cuda_plan_t"""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("instance", "stages", "split", "blocks")),
+        *((name, ctypes.c_double) for name in ("us", "gemm_us", "dense_us")),
+    )
+
+
+def instances() -> dict[str, Instance]:
+    """All of the library, by name; none without a library."""
+    if not PATH.exists():
+        return {}
+    lib = ctypes.CDLL(str(PATH))
+    found = [Instance() for _ in range(lib.marlin_cuda_instance_count())]
+    for index, instance in enumerate(found):
+        assert lib.marlin_cuda_instance(index, ctypes.byref(instance)) == 0
+    return {instance.name.decode(): instance for instance in found}
+
+
+INSTANCES = instances()
+
+
+def variant(name: str = "", stages: int = 0, split: int = 0) -> int:
+    """MARLIN_CUDA_VARIANT"""
+    return (INSTANCES[name].id if name else 0) | stages << 12 | split << 16
 
 
 def product(**fields: int | None) -> bytes:
@@ -66,6 +94,7 @@ class Library:
         lib.marlin_cuda_workspace_bytes.argtypes = [i32]
         lib.marlin_cuda_workspace_bytes.restype = size
         lib.marlin_cuda_choose.argtypes = [weights, i64, i32]
+        lib.marlin_cuda_plan.argtypes = [weights, i64, i32, i32, ctypes.POINTER(Plan)]
         lib.marlin_cuda_gather.argtypes = [p, p, p, i64, i64, i64, i64, i32, p]
         lib.marlin_cuda_repack.argtypes = lib.marlin_cuda_unpack.argtypes = [p, p, i64, i64, i32, i32, p]
         lib.marlin_cuda_dequantize.argtypes = [weights, p, i32, i32, p]
@@ -103,6 +132,12 @@ class Library:
     def choose(self, m, n, k, groups=1, **fields) -> int:
         layer = Weights(K=k, N=n, G=groups, in_features=k, out_features=n, **{"bits": 4, **fields})
         return self.lib.marlin_cuda_choose(layer, m, self.device)
+
+    def plan(self, m, n, k, groups=1, variant=0, **fields) -> Plan:
+        layer = Weights(K=k, N=n, G=groups, in_features=k, out_features=n, **{"bits": 4, **fields})
+        plan = Plan()
+        self.check(self.lib.marlin_cuda_plan(layer, m, self.device, variant, ctypes.byref(plan)))
+        return plan
 
     def gather(self, a, perm, k):
         out = torch.full((a.shape[0], k), float("nan"), dtype=a.dtype, device=a.device)

@@ -12,12 +12,9 @@ from . import cuda_library  # noqa: E402  (needs torch)
 from .cuda_library import (  # noqa: E402
     CLUSTERS,
     COUNTER_BYTES,
-    EXTENDED,
-    GENERIC,
-    HOPPER,
-    HOPPER_EXTENDED,
-    RANGES,
-    WHOLE,
+    DATA_PARALLEL,
+    INSTANCES,
+    STREAM_K,
     CudaError,
     Layer,
     Library,
@@ -67,8 +64,13 @@ def activations(m: int, k: int, dtype) -> torch.Tensor:
     return torch.randn(m, k, device="cuda").to(dtype)
 
 
-def on_hopper() -> bool:
-    return torch.cuda.get_device_capability() == (9, 0)
+def runs_here(name: str) -> bool:
+    return INSTANCES[name].capability != 90 or torch.cuda.get_device_capability() == (9, 0)
+
+
+def names(bits: int, group_size: int, zeros: bool = False) -> list[str]:
+    """The instances that take such weights and run here."""
+    return [name for name, x in INSTANCES.items() if x.takes(bits, group_size, zeros) and runs_here(name)]
 
 
 # ---- Repack and dequantize: exact. -----------------------------------------------------------------------------------
@@ -145,13 +147,13 @@ def test_largest_shape(library):
             assert_close(out[:, columns], a, (layer.code[:, columns].double() - 8) * scales)
 
 
-def run_splits(library, config: int, layer: Layer, a: torch.Tensor, bias: torch.Tensor, clusters: bool) -> int:
-    """One configuration with every split that it can do, against float64; how many these are."""
+def run_splits(library, name: str, layer: Layer, a: torch.Tensor, bias: torch.Tensor) -> int:
+    """One instance with every split that it can do, against float64; how many these are."""
     weight, ran = layer.weight(), 0
-    for split in (*CLUSTERS, RANGES, WHOLE) if clusters else (RANGES, WHOLE):
+    for split in (*(CLUSTERS if INSTANCES[name].clusters else ()), STREAM_K, DATA_PARALLEL):
         out = poisoned(a.shape[0], layer.n, a.dtype)
         try:
-            library.gemm(a, layer.b, layer.s, out, bias, variant(config, 0, split), **layer.rest)
+            library.gemm(a, layer.b, layer.s, out, bias, variant(name, 0, split), **layer.rest)
         except CudaError as error:
             if error.code != -9 or split not in CLUSTERS:  # more blocks than steps, or than fit
                 raise
@@ -161,32 +163,32 @@ def run_splits(library, config: int, layer: Layer, a: torch.Tensor, bias: torch.
     return ran
 
 
-@pytest.mark.parametrize("config", [*GENERIC, *HOPPER, *HOPPER_EXTENDED[4, GROUP]])
-def test_every_configuration_and_split(library, config):
+@pytest.mark.parametrize("name", [name for name, x in INSTANCES.items() if x.takes(4, GROUP, False)])
+def test_every_instance_and_split(library, name):
     """Also those that the library would not choose here: ragged in M, N and K, tiles shared by many blocks."""
-    if config not in GENERIC and not on_hopper():
-        pytest.skip("a configuration for compute capability 9.0")
+    if not runs_here(name):
+        pytest.skip("an instance for compute capability 9.0")
     for dtype in (FP16, BF16):
         for k, n, groups in ((64, 64, 1), (1088, 320, 1), (1152, 448, 9), (4096, 512, 32), (2048, 4096, 16)):
             layer = Layer(k, n, groups)
             for m in (1, 17, 130, 257):
                 a, bias = activations(m, k, dtype), torch.randn(n, device="cuda").to(dtype)
-                assert run_splits(library, config, layer, a, bias, config not in GENERIC) >= 2
+                assert run_splits(library, name, layer, a, bias) >= 2
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 5, 6, 8, 10])
 def test_stages(library, stages):
     ran = 0
-    for bits, hopper in ((4, (*HOPPER, *HOPPER_EXTENDED[4, GROUP])), (8, HOPPER_EXTENDED[8, GROUP])):
+    for bits in (4, 8):
         layer = Layer(4096, 1024, 32, bits=bits)
         weight = layer.weight()
-        for config in [*(GENERIC if bits == 4 else EXTENDED[8]), *(hopper if on_hopper() else [])]:
-            for split in (RANGES, WHOLE):
-                a, out, choice = activations(9, 4096, FP16), poisoned(9, 1024, FP16), variant(config, stages, split)
+        for name in names(bits, GROUP):
+            for split in (STREAM_K, DATA_PARALLEL):
+                a, out, choice = activations(9, 4096, FP16), poisoned(9, 1024, FP16), variant(name, stages, split)
                 try:
                     library.gemm(a, layer.b, layer.s, out, None, choice, **layer.rest)
                 except CudaError as error:
-                    if error.code != -9:  # more stages than fit, or not a number that the configuration can use
+                    if error.code != -9:  # more stages than fit, or not a number that the instance can use
                         raise
                     continue
                 assert_close(out, a, weight)
@@ -280,7 +282,7 @@ def test_extended_dequantize(library, size, zeros, bits):
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("size", GROUP_SIZES)
 def test_extended(library, size, zeros, bits, dtype):
-    """Every configuration that takes the layer, both splits, ragged in M, N and K."""
+    """Every instance for all GPUs that takes the layer, both splits, ragged in M, N and K."""
     for k, n in ((64, 64), (1152, 448), (2048, 1024)):
         if size == 128 and k == 64:
             continue
@@ -289,34 +291,36 @@ def test_extended(library, size, zeros, bits, dtype):
             weight = layer.weight()
             for m in (1, 9, 17, 130, 257):
                 a, bias = activations(m, k, dtype), torch.randn(n, device="cuda").to(dtype)
-                choices = [0, *(variant(c, 0, s) for c in EXTENDED[bits] for s in (RANGES, WHOLE))]
-                for choice in choices:
+                generic = [name for name in names(bits, size, zeros) if INSTANCES[name].capability == 80]
+                assert generic
+                for choice in [0, *(variant(name, 0, s) for name in generic for s in (STREAM_K, DATA_PARALLEL))]:
                     out = library.gemm(a, layer.b, layer.s, poisoned(m, n, dtype), bias, choice, **layer.rest)
                     assert_close(out, a, weight, bias)
 
 
 @pytest.mark.parametrize(
-    ("bits", "size", "config"),
+    ("name", "size"),
     [
-        (bits, size, config)
-        for bits in (4, 8)
+        (name, size)
+        for name, x in INSTANCES.items()
         for size in GROUP_SIZES
-        for config in HOPPER_EXTENDED[bits, GROUP if size < 0 else size]
+        if x.capability == 90 and x.takes(x.bits, size, True)
     ],
 )
-def test_extended_every_hopper_configuration_and_split(library, bits, size, config):
+def test_extended_every_sm90_instance_and_split(library, name, size):
     """With and without zero points, clusters too; also those that the library would not choose here."""
-    if not on_hopper():
-        pytest.skip("a configuration for compute capability 9.0")
+    if not runs_here(name):
+        pytest.skip("an instance for compute capability 9.0")
+    bits = INSTANCES[name].bits
     for k, n in ((64, 64), (1152, 448), (4096, 320)):
-        if k <= size:  # one group, which is another configuration's
+        if k <= size:  # one group, which is another instance's
             continue
         for zeros in (False, True):
             layer = Layer(k, n, groups_of(k, size), bits=bits, zeros=zeros)
             for dtype in (FP16, BF16):
                 for m in (1, 17, 131):
                     a, bias = activations(m, k, dtype), torch.randn(n, device="cuda").to(dtype)
-                    assert run_splits(library, config, layer, a, bias, True) >= 2
+                    assert run_splits(library, name, layer, a, bias) >= 2
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16])
@@ -333,7 +337,7 @@ def test_padded(library, size, bits, dtype):
                 wide = torch.full((m, rows + 8), float("nan"), dtype=dtype, device="cuda")
                 wide[:, :rows] = activations(m, rows, dtype)
                 a, bias = wide[:, :rows], torch.randn(columns, device="cuda").to(dtype)
-                for choice in (0, variant(EXTENDED[bits][1]), variant(0, 0, RANGES)):
+                for choice in (0, variant(f"sm80_m16n256_b{bits}_gany"), variant("", 0, STREAM_K)):
                     buffer = torch.full((2 * around + m * columns,), 7.0, dtype=dtype, device="cuda")
                     out = buffer[around:-around].view(m, columns)
                     out.fill_(float("nan"))
@@ -364,7 +368,7 @@ def test_extended_equal_bits_every_time(library, m, bits):
     def call(choice: int) -> torch.Tensor:
         return library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), None, choice, **layer.rest)
 
-    for choice in (0, variant(0, 0, RANGES)):
+    for choice in (0, variant("", 0, STREAM_K)):
         first = call(choice)
         assert_close(first, a, layer.weight())
         assert all(torch.equal(first, call(choice)) for _ in range(50))
@@ -380,9 +384,9 @@ def test_writes_nothing_else(library, m):
     layer = Layer(k, n, 9)
     a = activations(m, k, FP16)
     around = 4096
-    for config in [0, *GENERIC]:
+    for choice in [0, *(variant(name) for name in names(4, GROUP) if INSTANCES[name].capability == 80)]:
         buffer = torch.full((2 * around + m * n,), 7.0, dtype=FP16, device="cuda")
-        library.gemm(a, layer.b, layer.s, buffer[around:-around].view(m, n), None, variant(config))
+        library.gemm(a, layer.b, layer.s, buffer[around:-around].view(m, n), None, choice)
         assert (buffer[:around] == 7).all()
         assert (buffer[-around:] == 7).all()
     assert not library.workspace[:COUNTER_BYTES].any()
@@ -392,19 +396,19 @@ def test_writes_nothing_else(library, m):
 def test_equal_bits_every_time(library, m):
     layer = Layer(14336, 1024, 112)  # tall: every tile is shared
     a = activations(m, 14336, FP16)
-    for split in (0, RANGES):
-        first = library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), None, variant(0, 0, split))
+    for split in (0, STREAM_K):
+        first = library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), None, variant("", 0, split))
         for _ in range(50):
-            again = library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), None, variant(0, 0, split))
+            again = library.gemm(a, layer.b, layer.s, poisoned(m, 1024, FP16), None, variant("", 0, split))
             assert torch.equal(first, again)
 
 
 def test_two_streams(library):
     layers = [Layer(4096, 1536, 32), Layer(8192, 1024, 64)]
     inputs = [activations(m, layer.k, FP16) for m, layer in zip((5, 70), layers, strict=True)]
-    for split in (0, RANGES):
+    for split in (0, STREAM_K):
         alone = [
-            library.gemm(a, x.b, x.s, poisoned(a.shape[0], x.n, FP16), None, variant(0, 0, split))
+            library.gemm(a, x.b, x.s, poisoned(a.shape[0], x.n, FP16), None, variant("", 0, split))
             for a, x in zip(inputs, layers, strict=True)
         ]
         streams = [torch.cuda.Stream() for _ in layers]
@@ -414,7 +418,7 @@ def test_two_streams(library):
         for i in range(100):
             for j, (a, x) in enumerate(zip(inputs, layers, strict=True)):
                 with torch.cuda.stream(streams[j]):
-                    library.gemm(a, x.b, x.s, outs[j][i], None, variant(0, 0, split), workspaces[j])
+                    library.gemm(a, x.b, x.s, outs[j][i], None, variant("", 0, split), workspaces[j])
         torch.cuda.synchronize()
         for expected, got in zip(alone, outs, strict=True):
             assert all(torch.equal(expected, out) for out in got)
@@ -439,7 +443,7 @@ def test_in_a_graph(library):
 
 
 def test_version_and_device(library):
-    assert library.lib.marlin_cuda_abi_version() == 2
+    assert library.lib.marlin_cuda_abi_version() == 3
     count = ctypes.c_int()
     library.check(library.lib.marlin_cuda_device_count(ctypes.byref(count)))
     assert count.value == torch.cuda.device_count()
@@ -461,6 +465,19 @@ def test_choose(library):
     assert library.choose(1, 64, 64, bits=3) == -10
 
 
+def test_plan(library):
+    """What is chosen is one of the instances that fit; what is asked for is what is planned."""
+    for m in (1, 16, 100, 3000):
+        plan = library.plan(m, 4096, 4096, 32)
+        (chosen,) = [x for x in INSTANCES.values() if x.id == plan.instance]
+        assert chosen.takes(4, GROUP, False)
+        assert chosen.capability == (90 if torch.cuda.get_device_capability() == (9, 0) else 80)
+        assert 0 < plan.us <= plan.gemm_us
+        assert library.choose(m, 4096, 4096, 32) == (plan.gemm_us > plan.dense_us)
+        asked = library.plan(m, 4096, 4096, 32, variant("sm80_m16n256_b4_g128", 3, STREAM_K))
+        assert (asked.instance, asked.stages, asked.split) == (INSTANCES["sm80_m16n256_b4_g128"].id, 3, STREAM_K)
+
+
 def test_errors(library):
     layer = Layer(256, 128, 2)
     a, out = activations(4, 256, FP16), poisoned(4, 128, FP16)
@@ -477,10 +494,11 @@ def test_errors(library):
         (-4, {"lda": 255}), (-4, {"lda": 260}), (-4, {"in_features": 250}),
         (-5, {"A": x["A"] + 2}), (-5, {"C": x["C"] + 8}), (-5, {"bias": x["C"] + 4}), (-5, {"zeros": x["C"] + 4}),
         (-6, {"dtype": 2}), (-6, {"scale_dtype": 2}), (-7, {"workspace_bytes": 1000}), (-8, {"device": 99}),
-        (-8, {"device": -1}), (-9, {"variant": 200}), (-9, {"variant": -1}), (-9, {"variant": 1 << 20}),
-        (-9, {"variant": variant(1, 0, 2)}), (-9, {"variant": variant(1, 15)}),
-        (-9, {"variant": variant(19)}), (-9, {"variant": variant(1), "zeros": x["C"]}), (-10, {"bits": 3}),
-        (-9, {"variant": variant(HOPPER_EXTENDED[4, 64][0])}),
+        (-8, {"device": -1}), (-9, {"variant": 4000}), (-9, {"variant": -1}), (-9, {"variant": 1 << 20}),
+        (-9, {"variant": variant("sm80_m8n256_b4_g128", 0, 2)}), (-9, {"variant": variant("sm80_m8n256_b4_g128", 15)}),
+        (-9, {"variant": variant("sm80_m8n256_b8_gany")}), (-10, {"bits": 3}),
+        (-9, {"variant": variant("sm80_m8n256_b4_g128"), "zeros": x["C"]}),
+        *((-9, {"variant": variant(name)}) for name in INSTANCES if name == "sm90_m8n128_b4_g64"),
     ]  # fmt: skip
 
     def call(change: dict) -> int:
