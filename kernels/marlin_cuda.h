@@ -5,11 +5,10 @@
 //     a row stride of its own. Buffers that are written must not overlap any other argument.
 //   * W is K x N as stored, padding included. K and N are multiples of MARLIN_CUDA_K_MULTIPLE and
 //     MARLIN_CUDA_N_MULTIPLE. G is the number of groups of rows that share a scale: 1, or K / 16, K / 32, K / 64 or
-//     K / 128 (MARLIN_CUDA_GROUP_SIZE). docs/format.md has the formats.
+//     K / 128 (MARLIN_CUDA_GROUP_SIZE). docs/concepts/format.md has the formats.
 //   * `stream` is a cudaStream_t. Calls are queued there and never wait. They print only with MARLIN_PRINT_PLAN=1 in
-//   the
-//     environment: a line to stderr for each new plan of a product. `device` is a CUDA ordinal; the
-//     calling thread's current device is the same after a call as before it.
+//     the environment: a line to stderr for each new plan of a product. `device` is a CUDA ordinal; the calling thread's
+//     current device is the same after a call as before it.
 //   * The result is MARLIN_OK (0), a cudaError_t (positive), or one of the negative codes below; after a negative code
 //     nothing was queued. marlin_cuda_error_string explains each.
 #ifndef MARLIN_CUDA_H_

@@ -52,6 +52,27 @@ def test_constants_are_those_of_the_header() -> None:
     assert ctypes.sizeof(cuda.DeviceInfo) == 4 * 4 + 2 * 8 + 2 * 4 + 256
 
 
+@pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the CUDA library is not built")
+def test_instances_are_what_their_names_say() -> None:
+    """Numbers and names are for ever; the name tells instructions, output tile, bits and groups."""
+    lib = ctypes.CDLL(str(cuda.LIBRARY))
+    found = cuda.instances(lib)
+    assert len(found) == lib.marlin_cuda_instance_count() > 0
+    assert len({instance.id for instance in found.values()}) == len(found)
+    for name, x in found.items():
+        parts = re.fullmatch(r"sm(80|90)_m(\d+)n(\d+)_b([48])_g(any|16|32|64|128)(z?)", name)
+        assert parts, name
+        capability, m, n, bits, group, z = parts.groups()
+        assert (x.capability, x.block_m, x.block_n, x.bits) == (int(capability), int(m), int(n), int(bits))
+        assert x.group_size == (0 if group == "any" else int(group))
+        assert x.zero_points == (bool(z) or group != "128" or bits == "8")
+        assert 0 < x.id < 1 << 12
+    known = {"sm80_m8n256_b4_g128": 1, "sm80_m128n128_b8_gany": 25, "sm90_m16n128_b4_g64": 122}
+    assert known == {name: found[name].id for name in known if name in found}
+    code = lib.marlin_cuda_instance(len(found), ctypes.byref(cuda.Instance()))
+    assert code == -9  # MARLIN_CUDA_ERROR_VARIANT
+
+
 def test_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
     with pytest.raises(DeviceError, match=re.escape("the CUDA kernels are not built")):
@@ -87,6 +108,8 @@ def test_what_the_driver_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "gemm",
         "workspace_bytes",
         "choose",
+        "instance",
+        "plan",
         "device_info",
         "gather",
         "repack",
