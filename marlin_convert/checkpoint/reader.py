@@ -176,7 +176,10 @@ class Checkpoint:
 
         Raises SourceError when it is another file.
         """
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be opened: {error.strerror}; run it again.") from None
         try:
             if read_header(fd, path, file) != read_header(self._fds[file], self.folder / file, file):
                 raise SourceError(f"{path}: not the file whose header was read before; run it again.")

@@ -562,7 +562,7 @@ def main(args: list[str] | None = None) -> None:
 
 def _leave_download(code: int) -> None:
     """Exit at once, with `code`, if a download that was interrupted still has threads."""
-    hub = sys.modules.get(f"{__package__}.hub")
+    hub = sys.modules.get("marlin_convert.hub.client")
     if hub and hub.downloading():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ..conversion.restore import Restored
     from ..conversion.verify import Verification
     from ..engines.generate import Comparison, Generated
-    from ..hub.download import Source
+    from ..hub.open import Source
 
 FORMAT_NAMES = {"marlin": "original Marlin format", "marlin_ext": "extended Marlin format"}
 #: Engines that read each format beside vLLM and Transformers with marlin-convert; see the README's table.

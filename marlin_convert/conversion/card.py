@@ -15,7 +15,7 @@ from .._version import __version__
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import write_file
 from ..formats.config import QUANT_METHODS
-from ..hub.download import Source
+from ..hub.open import Source
 from .plan import Plan
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from ..formats.config import MARLIN, MARLIN_EXT, find_configs, marlin_ext_settin
 from ..formats.layout import TILE_K, pack_zeros, permute_scales, unpack_zeros, unpermute_scales
 from ..formats.scales import ScaleFit, to_extended, to_fp16
 from ..hub.client import is_folder
-from ..hub.download import Source, fetch, looked_into
+from ..hub.open import Source, fetch, looked_into
 from ..hub.upload import Target, check_target, create_repository, default_name, push
 from ..native import ops
 from ..progress import BytesOnly, Progress

@@ -47,7 +47,7 @@ from ..formats.layout import (
     unpermute_scales,
     zero_point,
 )
-from ..hub.download import Source
+from ..hub.open import Source
 from ..native import ops
 from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all

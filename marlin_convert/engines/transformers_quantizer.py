@@ -39,7 +39,7 @@ from ..device import pick_device
 from ..errors import SourceError, UnsupportedError
 from ..formats.config import MARLIN_EXT, MarlinSettings, is_marlin, read_marlin_settings
 from ..formats.layout import BITS, EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K, padded_size, stored_groups
-from ..hub.download import fetch
+from ..hub.open import fetch
 from ..native import cuda
 from .linear import MarlinLinear
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from marlin_convert.errors import SourceError
-from marlin_convert.hub.download import fetch
+from marlin_convert.hub.open import fetch
 from tests.support.cli import SECRET, Run, refusal
 from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
 from tests.support.hub_server import Hub, Request
