@@ -18,6 +18,7 @@ import errno
 import fcntl
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ from pathlib import Path
 from .answers import RemoteFile
 
 _PARTIAL, _PASSING, _IN_USE = ".marlin-convert.incomplete", ".marlin-convert.passing", ".marlin-convert.lock"
+
+#: Seconds for which a content stays at least.
+_GRACE = 0.5
 
 
 class Cache:
@@ -134,7 +138,9 @@ class Cache:
         with contextlib.closing(use):
             if not (use.only_one() and self.passes(file)):
                 return
-            # Whoever waits for the content, in another program, gets this lock to link to it.
+            # Whoever waits for the content, in another program, asks for its lock several times in a second.
+            with contextlib.suppress(OSError):
+                time.sleep(min(_GRACE, max(0.0, self.blob(file).stat().st_mtime + _GRACE - time.time())))
             with contextlib.suppress(Timeout, OSError), FileLock(self._fetching(file), timeout=0, mode=0o664):
                 if not self._linked(file):
                     self.blob(file).unlink(missing_ok=True)
