@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .._version import __version__
 from ..checkpoint.reader import Tensor
-from ..conversion.convert import Options, looked_at
+from ..conversion.convert import looked_at
 from ..conversion.plan import GROUP_SIZE, make_plan
 from ..device import Device, cuda_devices, pick_device
 from ..errors import DeviceError, SourceError, UnsupportedError, require
 from ..formats.layout import PACK_FACTOR, TILE_K, TILE_N, b_shape
+from ..options import Format, HubAccess, Options
 from ..progress import Progress
 
 if TYPE_CHECKING:
@@ -98,10 +99,10 @@ PRESETS = {
 }
 
 
-def source_shapes(source: str | Path, options: Options) -> tuple[str, list[Shape], Notes]:
+def source_shapes(source: str | Path, access: HubAccess) -> tuple[str, list[Shape], Notes]:
     """(label, distinct shapes, notes) of a checkpoint, GPTQ or Marlin, from its headers."""
-    with looked_at(source, options) as (origin, checkpoint):
-        plan = make_plan(checkpoint)
+    with looked_at(source, access) as (origin, checkpoint):
+        plan = make_plan(checkpoint, Format.MARLIN)
         notes: Notes = {}
         if plan.already_marlin:
             layers = list(_marlin_layers(checkpoint.tensors))
@@ -738,6 +739,7 @@ def run(
     batch: Sequence[int] = BATCH,
     compare: bool = False,
     options: Options | None = None,
+    access: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Measure a checkpoint's layers, or those of a preset, on the GPU that `options.device` names.
@@ -753,7 +755,7 @@ def run(
         title = preset or DEFAULT_PRESET
         shapes, notes = list(PRESETS[title]), Notes()
     else:
-        title, shapes, notes = source_shapes(source, options)
+        title, shapes, notes = source_shapes(source, access or HubAccess())
     peers: list[Peer] = []
     with torch.cuda.device(rig.device), torch.no_grad():
         if compare:

@@ -33,10 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, SourceError
+from ..options import REPORT_FILE
 from .reader import DTYPE_BITS, Buffer
 
-#: The report that every finished output holds; also what tells that a folder may be replaced by --force.
-REPORT_FILE = "marlin_convert.json"
 _LOCK_FILE = ".lock"
 _libc = ctypes.CDLL(None, use_errno=True)
 _NEW = "new"

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, require_unique
 from ..errors import SourceError, UnsupportedError
-from ..formats.config import MARLIN, MARLIN_EXT, GPTQSettings, LayerSettings, parse_settings
+from ..formats.config import GPTQSettings, LayerSettings, parse_settings
 from ..formats.layout import (
     BITS,
     EXT_BITS,
@@ -38,6 +38,8 @@ from ..formats.layout import (
     stored_groups,
     zero_point,
 )
+from ..formats.scales import ScaleFit, to_extended, to_fp16
+from ..options import Format, ZeroPointReading
 
 #: The one group size, besides "all of K", that the original format can hold.
 GROUP_SIZE = max(GROUP_SIZES)
@@ -46,14 +48,15 @@ GPTQ_PARTS = ("qweight", "scales", "qzeros", "g_idx")
 #: Tensors of a Marlin linear, of either format.
 MARLIN_PARTS = (*ORIGINAL_NAMES.values(), *EXTENDED_NAMES.values())
 _SCALE_DTYPES = ("F16", "BF16", "F32")
-#: What `--format` may be: the original format where every layer fits it, one of the two, or nothing.
-FORMATS = ("auto", MARLIN, "marlin-ext")
 #: A linear of one expert in a mixture, Mixtral's, Qwen's or DeepSeek's, up to its number.
 _EXPERTS = re.compile(r"(.*\.)?experts\.(?=\d+\.)")
 #: How zero points are stored: all at the middle; one less, each number by itself or the word as a whole; as they are.
 SYMMETRIC, V1_NIBBLE, V1_WORD, V2 = "symmetric", "v1, each number less one", "v1, each word less one", "v2"
 #: `--zero-points`: how to read a v1 checkpoint in which a zero point is 0, where its writer is not known.
-READINGS = {"nibble": V1_NIBBLE, "word": V1_WORD}
+READINGS = {ZeroPointReading.NIBBLE: V1_NIBBLE, ZeroPointReading.WORD: V1_WORD}
+
+#: A text → the layers that it concerns, in source order.
+Reasons: TypeAlias = "dict[str, list[str]]"
 
 #: Tensor-name endings that give away other quantization methods when no config does.
 _FOREIGN_TENSORS = {
@@ -173,23 +176,24 @@ class Layer:
         return stored
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """What the conversion will do. `refusals`, `misfits` and `notes` map a text to the layers it concerns, in source
-    order; misfits are why the original format cannot hold a layer."""
+    """What the conversion will do, as `make_plan` decides it. `misfits` are why the original format cannot hold a
+    layer; `scale_rounding` is the largest relative error of a scale that is rounded."""
 
     settings: GPTQSettings
     layers: list[Layer] = field(default_factory=list)
     copies: list[Tensor] = field(default_factory=list)
     dropped: list[Tensor] = field(default_factory=list)
-    refusals: dict[str, list[str]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    misfits: dict[str, list[str]] = field(default_factory=dict)
-    format: str = MARLIN  # of the result: "marlin" or "marlin_ext"
+    refusals: Reasons = field(default_factory=dict)
+    notes: Reasons = field(default_factory=dict)
+    misfits: Reasons = field(default_factory=dict)
+    format: Format = Format.MARLIN  # of the result: MARLIN or MARLIN_EXT
     group_size: int = GROUP_SIZE  # of a result in the original format: 128 or -1
     already_marlin: bool = False
     layers_found: int = 0
     bytes_in: int = 0  # of all tensors that the source holds
+    scale_rounding: float = 0.0
 
     @property
     def out_tensors(self) -> list[OutTensor]:
@@ -246,10 +250,10 @@ class Plan:
         refused = {name for names in self.refusals.values() for name in names}
         lines = [f"  - {reason}: {span(names)}" for reason, names in self.refusals.items()]
         many = f"{len(refused)} of {self.layers_found} quantized layers"
-        if self.format == MARLIN:
+        if not self.extended:
             text = (
                 f"{many} do not fit the original Marlin format (4-bit, symmetric, groups of 128 or per-channel, no "
-                "act-order); nothing was converted:"
+                "act-order, scales in fp16); nothing was converted:"
             )
         else:
             text = f"{many} cannot be converted to either Marlin format; nothing was converted:"
@@ -257,7 +261,7 @@ class Plan:
 
     @property
     def extended(self) -> bool:
-        return self.format == MARLIN_EXT
+        return self.format is Format.MARLIN_EXT
 
 
 #: A number within a name, of those that count something: "07" counts nothing.
@@ -303,53 +307,97 @@ def _ranges(numbers: list[int]) -> str:
     return "{" + ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs) + "}"
 
 
-def make_plan(checkpoint: Checkpoint, format: str = MARLIN, zero_points: str | None = None) -> Plan:
-    """Plan the conversion of `checkpoint` to `format`, one of FORMATS; `zero_points` is one of READINGS, or None.
+def make_plan(
+    checkpoint: Checkpoint, format: Format | str = Format.AUTO, zero_points: ZeroPointReading | str | None = None
+) -> Plan:
+    """Plan the conversion of `checkpoint`: what is done and what a dry run shows.
+
+    Of the weights only headers are read; `g_idx`, `qzeros` and scales are read whole. `zero_points` tells how to read a
+    v1 checkpoint in which a zero point is 0.
 
     Raises SourceError for a checkpoint that is incomplete or contradicts itself, UnsupportedError for one that is no
-    GPTQ checkpoint. Layers that cannot be converted are not an error yet: they are listed in `refusals`.
+    GPTQ checkpoint, OptionError for a word that is none. Layers that cannot be converted are not an error yet: they are
+    listed in `refusals`.
     """
-    settings = parse_settings(checkpoint.configs)
-    tensors = checkpoint.tensors
-    plan = Plan(
-        settings, notes={note: [] for note in checkpoint.notes}, bytes_in=sum(t.nbytes for t in tensors.values())
-    )
+    format = Format.chosen(format, "format")
+    reading = None if zero_points is None else ZeroPointReading.chosen(zero_points, "zero_points")
+    settings, tensors = parse_settings(checkpoint.configs), checkpoint.tensors
+    notes: Reasons = {note: [] for note in checkpoint.notes}
+    bytes_in = sum(t.nbytes for t in tensors.values())
     if is_marlin_checkpoint(tensors):
-        plan.already_marlin = True
-        return plan
+        return Plan(settings, notes=notes, bytes_in=bytes_in, already_marlin=True)
     names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    plan.layers_found = len(names)
     if not names:
         raise UnsupportedError(f"{checkpoint.folder}: {_what_else(settings, tensors)}; a GPTQ checkpoint is needed.")
     _require_complete(tensors)
 
-    judged = [_Judged(checkpoint, name, settings, zero_points) for name in names]
-    _one_group_size(plan, judged)
+    judged = [_Judged(checkpoint, name, settings, reading) for name in names]
+    group_size = _one_group_size(judged)
+    misfits = _gathered((layer.misfits, layer.name) for layer in judged)
+    extended = format is Format.MARLIN_EXT or (
+        format is Format.AUTO and (bool(misfits) or any(layer.refusals for layer in judged))
+    )
+    layers, refusals = _convertible(judged, extended)
+    fits = _fitted_scales(checkpoint, layers, extended)
+    unfit = _gathered(([fit.problem] if fit.problem else [], name) for name, fit in fits.items())
+    if unfit and format is Format.AUTO and not extended:
+        misfits = {f"{problem}, which is the original format's type": found for problem, found in unfit.items()}
+        extended = True
+        layers, refusals = _convertible(judged, extended)
+        fits = _fitted_scales(checkpoint, layers, extended)
+        unfit = _gathered(([fit.problem] if fit.problem else [], name) for name, fit in fits.items())
+    refusals |= unfit
     for layer in judged:
-        for reason in layer.misfits:
-            plan.misfits.setdefault(reason, []).append(layer.name)
-    if format == "marlin-ext" or (format == "auto" and (plan.misfits or any(layer.refusals for layer in judged))):
-        plan.format = MARLIN_EXT
-    for layer in judged:
-        refusals = layer.refusals + (layer.extended_refusals if plan.extended else layer.misfits)
-        for reason in refusals:
-            plan.refusals.setdefault(reason, []).append(layer.name)
-        for note in layer.notes + (layer.extended_notes if plan.extended else []):
-            plan.notes.setdefault(note, []).append(layer.name)
-        if layer.layer is not None and not refusals:
-            plan.layers.append(replace(layer.layer, extended=plan.extended))
+        for note in layer.notes + (layer.extended_notes if extended else []):
+            notes.setdefault(note, []).append(layer.name)
     owned = {f"{name}.{part}" for name in names for part in GPTQ_PARTS}
-    for tensor in tensors.values():
-        if tensor.name not in owned:
-            plan.copies.append(tensor)
-        elif tensor.name.endswith((".qzeros", ".g_idx")):
-            plan.dropped.append(tensor)
-    require_unique(plan.out_tensors)
     if "config.json" not in checkpoint.configs:
-        plan.notes["the source has no config.json, so the result has none: no engine can load it without"] = []
+        notes["the source has no config.json, so the result has none: no engine can load it without"] = []
     for key, text in settings.conflicts.items():
-        plan.notes[f"the source's configs disagree on {key} ({text}); the tensors decided"] = []
+        notes[f"the source's configs disagree on {key} ({text}); the tensors decided"] = []
+    plan = Plan(
+        settings,
+        layers=[replace(x, stored_scales=fits[x.name].dtype) for x in layers if not fits[x.name].problem],
+        copies=[tensor for tensor in tensors.values() if tensor.name not in owned],
+        dropped=[t for t in tensors.values() if t.name in owned and t.name.endswith((".qzeros", ".g_idx"))],
+        refusals=refusals,
+        notes=notes,
+        misfits=misfits,
+        format=Format.MARLIN_EXT if extended else Format.MARLIN,
+        group_size=group_size,
+        layers_found=len(names),
+        bytes_in=bytes_in,
+        scale_rounding=max((fit.rounding for fit in fits.values()), default=0.0),
+    )
+    require_unique(plan.out_tensors)
     return plan
+
+
+def _gathered(found: Iterable[tuple[list[str], str]]) -> Reasons:
+    """(reasons, layer) of each layer → each reason's layers, both in order of appearance."""
+    gathered: Reasons = {}
+    for reasons, name in found:
+        for reason in reasons:
+            gathered.setdefault(reason, []).append(name)
+    return gathered
+
+
+def _convertible(judged: list[_Judged], extended: bool) -> tuple[list[Layer], Reasons]:
+    """The layers that the format can hold, but for their scales, and why it cannot hold the others."""
+    against = {x.name: x.refusals + (x.extended_refusals if extended else x.misfits) for x in judged}
+    layers = [replace(x.layer, extended=extended) for x in judged if x.layer is not None and not against[x.name]]
+    return layers, _gathered((reasons, name) for name, reasons in against.items())
+
+
+def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) -> dict[str, ScaleFit]:
+    """What becomes of each layer's scales, without the scales themselves: those of a 70B model are 1 GB."""
+    fit = to_extended if extended else to_fp16
+
+    def fitted(layer: Layer) -> ScaleFit:
+        found = fit(checkpoint.read(layer.scales), layer.scales.dtype)
+        return replace(found, scales=found.scales[:0].copy())  # not a view, which would keep them all
+
+    return {layer.name: fitted(layer) for layer in layers}
 
 
 class _Judged:
@@ -359,9 +407,11 @@ class _Judged:
     extended one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, name: str, settings: GPTQSettings, zero_points: str | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, name: str, settings: GPTQSettings, reading: ZeroPointReading | None
+    ) -> None:
         self.checkpoint, self.name, self.settings = checkpoint, name, settings.for_layer(name)
-        self.reading = zero_points
+        self.reading = reading
         self.refusals: list[str] = []
         self.misfits: list[str] = []
         self.notes: list[str] = []
@@ -630,12 +680,12 @@ def _group_text(layer: Layer) -> str:
     return f"groups of {rows}" + (f" with a short last one (K = {layer.K})" if layer.K % rows else "")
 
 
-def _one_group_size(plan: Plan, judged: Iterable[_Judged]) -> None:
-    """The original format has one group_size for all layers: 128, or -1 when no layer has more than one group."""
+def _one_group_size(judged: Iterable[_Judged]) -> int:
+    """The original format's one group_size for all layers: 128, or -1 when no layer has more than one group. Layers of
+    the other kind, where there are both, get a misfit."""
     fine = [j for j in judged if j.layer is not None and not j.refusals and not j.misfits]
     grouped = [j for j in fine if j.layer is not None and j.layer.G > 1]
     single = [j for j in fine if j.layer is not None and j.layer.G == 1 and j.layer.K != GROUP_SIZE]
-    plan.group_size = GROUP_SIZE if grouped or not single else -1
     if grouped and single:
         few, many = sorted((grouped, single), key=len)
         kind = {id(grouped): "groups of 128", id(single): "one group per column"}
@@ -644,6 +694,7 @@ def _one_group_size(plan: Plan, judged: Iterable[_Judged]) -> None:
                 f"{kind[id(few)]}, while {len(many)} other layers have {kind[id(many)]}; "
                 "the original format has one group_size for all"
             )
+    return GROUP_SIZE if grouped or not single else -1
 
 
 def is_marlin_checkpoint(tensors: dict[str, Tensor]) -> bool:
@@ -701,7 +752,7 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "source": source,
         "already_marlin": plan.already_marlin,
         "convertible": not plan.refusals and not plan.already_marlin,
-        "format": plan.format,
+        "format": plan.format.value,
         "group_size": None if plan.extended else plan.group_size,
         "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
         if plan.extended else [],

@@ -24,16 +24,7 @@ import numpy.typing as npt
 
 from .._version import __version__
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import (
-    REPORT_FILE,
-    OutTensor,
-    Shards,
-    check_free,
-    check_space,
-    new_folder,
-    write_file,
-    write_json,
-)
+from ..checkpoint.writer import OutTensor, Shards, check_free, check_space, new_folder, write_file, write_json
 from ..errors import MarlinConvertError, SourceError, UnsupportedError
 from ..formats.config import LayerSettings, find_configs, read_marlin_settings
 from ..formats.layout import (
@@ -49,10 +40,10 @@ from ..formats.layout import (
 )
 from ..hub.open import Source
 from ..native import ops
+from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE, Format, HubAccess, Options
 from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all
-from .card import CARD_FILE
-from .convert import VERIFY_FILE, Options, keep_apart, opened
+from .convert import keep_apart, opened
 from .plan import GPTQ_PARTS, MARLIN_PARTS, is_marlin_part
 
 _NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}
@@ -117,7 +108,7 @@ class Restored:
 
     source: Source
     out: Path
-    format: str  # that of the Marlin checkpoint
+    format: Format  # that of the Marlin checkpoint
     zero_points: str  # "gptq" (v1) or "gptq_v2"
     layers: list[MarlinLayer]
     copies: list[Tensor]
@@ -132,7 +123,7 @@ class Restored:
             "restored_from": self.source.label,
             "source_commit": self.source.commit,
             "format": self.zero_points,
-            "marlin_format": self.format,
+            "marlin_format": self.format.value,
             "layers_restored": len(self.layers),
             "tensors_copied": len(self.copies),
             "settings_known": self.settings_known,
@@ -152,6 +143,7 @@ def restore(
     progress: Progress | None = None,
     *,
     v2: bool = False,
+    access: HubAccess | None = None,
 ) -> Restored:
     """Write the GPTQ checkpoint that `marlin`, a folder or a Hub id, was made from to `out`.
 
@@ -161,7 +153,7 @@ def restore(
     options, progress, started = options or Options(), progress or Progress(), time.monotonic()
     out = Path(out)
     check_free(out, force=options.force)
-    with opened(marlin, options, progress) as (origin, checkpoint):
+    with opened(marlin, access or HubAccess(), progress) as (origin, checkpoint):
         keep_apart(origin.folder, out)
         noted = _noted(checkpoint)
         format_, layers = marlin_layers(checkpoint, noted)
@@ -206,8 +198,8 @@ def _reading(noted: dict[str, Any]) -> str:
     return "word" if noted.get("zero_point_reading") == "word" else "nibble"
 
 
-def marlin_layers(checkpoint: Checkpoint, noted: dict[str, Any] | None = None) -> tuple[str, list[MarlinLayer]]:
-    """The format ("marlin" or "marlin_ext") and the quantized layers of a Marlin checkpoint.
+def marlin_layers(checkpoint: Checkpoint, noted: dict[str, Any] | None = None) -> tuple[Format, list[MarlinLayer]]:
+    """The format and the quantized layers of a Marlin checkpoint.
 
     Raises UnsupportedError for another kind of checkpoint, SourceError where tensors and settings do not agree.
     """
@@ -227,7 +219,7 @@ def marlin_layers(checkpoint: Checkpoint, noted: dict[str, Any] | None = None) -
     if not found:
         raise SourceError(f"{checkpoint.folder}: no quantization settings in config.json or quantize_config.json.")
     settings = read_marlin_settings(found[0])
-    if (settings.format == "marlin_ext") != bool(extended):
+    if (settings.format is Format.MARLIN_EXT) != bool(extended):
         raise SourceError(
             f"{checkpoint.folder}: the settings say {settings.format}, the tensors are of the "
             f"{'extended' if extended else 'original'} format."

@@ -20,9 +20,10 @@ from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor
 from ..device import Device
 from ..errors import VerificationError
-from ..formats.config import QUANT_METHODS, find_configs, marlin_ext_settings
+from ..formats.config import find_configs, marlin_ext_settings
 from ..formats.layout import TILE_K, pack_factor, unpack_zeros, unpermute_scales, zero_point
 from ..native import ops
+from ..options import Format, QuantMethod
 from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks
 from .layer_reader import (
@@ -444,8 +445,8 @@ def _shape_problem(result: Checkpoint, expected: OutTensor) -> str | None:
 def _check_config(report: Verification, plan: Plan, source: Checkpoint, result: Checkpoint) -> None:
     """Each of the result's configs must describe the checkpoint as it is."""
     required: dict[str, Any] = {
-        "bits": 4, "group_size": plan.group_size, "sym": True, "desc_act": False, "checkpoint_format": "marlin",
-        "is_marlin_format": True,
+        "bits": 4, "group_size": plan.group_size, "sym": True, "desc_act": False,
+        "checkpoint_format": Format.MARLIN.value, "is_marlin_format": True,
     }  # fmt: skip
     if plan.extended:
         required = marlin_ext_settings({x.name: x.settings for x in plan.layers}, lm_head=plan.lm_head)
@@ -455,7 +456,7 @@ def _check_config(report: Verification, plan: Plan, source: Checkpoint, result: 
             report.problems.append(f"{file} has no quantization settings")
     for where, config in found.items():
         wrong = [f"{k} is {config.get(k)!r}, not {v!r}" for k, v in required.items() if config.get(k) != v]
-        if config.get("quant_method") not in QUANT_METHODS:
-            wrong.append(f"quant_method is {config.get('quant_method')!r}, not {' or '.join(QUANT_METHODS)}")
+        if config.get("quant_method") not in list(QuantMethod):
+            wrong.append(f"quant_method is {config.get('quant_method')!r}, not {' or '.join(QuantMethod)}")
         if wrong:
             report.problems.append(f"{where}: {', '.join(wrong)}")

@@ -37,10 +37,11 @@ from ..conversion.layer_reader import source_weight
 from ..conversion.plan import make_plan
 from ..device import pick_device
 from ..errors import SourceError, UnsupportedError
-from ..formats.config import MARLIN_EXT, MarlinSettings, is_marlin, read_marlin_settings
+from ..formats.config import MarlinSettings, is_marlin, read_marlin_settings
 from ..formats.layout import BITS, EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K, padded_size, stored_groups
 from ..hub.open import fetch
 from ..native import cuda
+from ..options import Format
 from .linear import MarlinLinear
 
 if TYPE_CHECKING:
@@ -148,7 +149,12 @@ def _original_layer(name: str, tensors: dict[str, Tensor]) -> StoredLayer:
 
 def _extended_layer(name: str, tensors: dict[str, Tensor], settings: MarlinSettings) -> StoredLayer:
     own, qweight, scales = settings.layer(name), tensors[f"{name}.marlin_qweight"], tensors.get(f"{name}.marlin_scales")
-    if settings.format != MARLIN_EXT or scales is None or scales.dtype not in _SCALE_DTYPES or len(qweight.shape) != 2:
+    if (
+        settings.format is not Format.MARLIN_EXT
+        or scales is None
+        or scales.dtype not in _SCALE_DTYPES
+        or len(qweight.shape) != 2
+    ):
         raise SourceError(
             f"{name}: it has marlin_qweight, and not the settings or the marlin_scales that belong to it; the "
             "checkpoint is damaged."
@@ -491,7 +497,7 @@ def load_dequantized(
     origin = fetch(str(source), revision=revision, token=token, cache_dir=cache_dir)
     tensors: dict[str, torch.Tensor] = {}
     with Checkpoint(origin.folder) as checkpoint:
-        plan = make_plan(checkpoint, "auto")
+        plan = make_plan(checkpoint)
         plan.require_convertible()
         for tensor in plan.copies:
             with safe_open(origin.folder / tensor.file, framework="pt") as file:

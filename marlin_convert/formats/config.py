@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import SourceError, UnsupportedError
+from ..options import Format, QuantMethod
+from .layout import EXT_BITS, EXT_GROUP_SIZES
 
 #: One name for each setting, then the others under which it is met.
 _ALIASES = {
@@ -52,9 +54,6 @@ _AWQ_FORMATS = {"gemm", "gemv", "gemv_fast"}
 _PER_LAYER = ("bits", "group_size", "sym", "desc_act")
 #: Where the source's files contradict each other on one of these, none of them is believed.
 _CONTESTED = (*_PER_LAYER, "checkpoint_format")
-
-#: What a result's quant_method may be: "gptq" for vLLM ≤ 0.10.0, AutoGPTQ and candle-vllm, "marlin" for TGI.
-QUANT_METHODS = ("gptq", "marlin")
 
 
 @dataclass(frozen=True)
@@ -232,11 +231,12 @@ def _require_gptq(where: str, raw: dict[str, Any]) -> None:
         raise UnsupportedError(f"{where}: pack_dtype {pack_dtype}: only weights packed in int32 words can be repacked.")
 
 
-def marlin_settings(source: GPTQSettings, *, group_size: int, lm_head: bool, quant_method: str) -> dict[str, Any]:
+def marlin_settings(
+    source: GPTQSettings, *, group_size: int, lm_head: bool, quant_method: QuantMethod
+) -> dict[str, Any]:
     """The quantization config of an original-format Marlin checkpoint (the same in both of its files).
 
-    `group_size` is 128 or -1; `lm_head` tells whether the head is quantized; `quant_method` is "gptq" (what
-    vLLM ≤ 0.10.0, AutoGPTQ and candle-vllm look for) or "marlin" (what TGI turns its kernels on by).
+    `group_size` is 128 or -1; `lm_head` tells whether the head is quantized.
     """
     meta = source.raw.get("meta")
     holders = (meta if isinstance(meta, dict) else {}, source.raw)  # GPTQModel keeps the details in `meta`
@@ -249,8 +249,8 @@ def marlin_settings(source: GPTQSettings, *, group_size: int, lm_head: bool, qua
         "static_groups": False,
         "true_sequential": said.get("true_sequential", True),
         "lm_head": lm_head,
-        "quant_method": quant_method,
-        "checkpoint_format": "marlin",
+        "quant_method": quant_method.value,
+        "checkpoint_format": Format.MARLIN.value,
         "is_marlin_format": True,
         "model_file_base_name": "model",
     }
@@ -281,11 +281,7 @@ def marlin_model_config(
 # ---------------------------------------------------------------------------------------------------------------
 # What a Marlin checkpoint says, for those that write and read it (docs/concepts/format.md)
 
-#: `checkpoint_format` of the two formats.
-MARLIN, MARLIN_EXT = "marlin", "marlin_ext"
 EXT_VERSION = 1
-_EXT_BITS = (4, 8)
-_EXT_GROUP_SIZES = (16, 32, 64, 128, -1)
 _SHARED = ("bits", "group_size", "sym", "desc_act")
 _OWN = ("in_features", "out_features", "source_group_size")
 
@@ -309,9 +305,9 @@ class LayerSettings:
 
 @dataclass(frozen=True)
 class MarlinSettings:
-    """A Marlin checkpoint's configuration: `format` is "marlin" or "marlin_ext"; `layers` has the exceptions."""
+    """A Marlin checkpoint's configuration: `format` is MARLIN or MARLIN_EXT; `layers` has the exceptions."""
 
-    format: str
+    format: Format
     default: LayerSettings
     layers: Mapping[str, LayerSettings] = field(default_factory=dict)
     lm_head: bool = False
@@ -325,7 +321,7 @@ def is_marlin(quantization: Mapping[str, Any]) -> bool:
     """Whether a quantization config describes a Marlin checkpoint, of either format, whoever made it."""
     said = str(quantization.get("checkpoint_format") or quantization.get("format") or "").lower()
     return (
-        said in (MARLIN, MARLIN_EXT)
+        said in (Format.MARLIN, Format.MARLIN_EXT)
         or quantization.get("is_marlin_format") is True
         or str(quantization.get("quant_method", "")).lower() == "marlin"
     )
@@ -340,7 +336,7 @@ def read_marlin_settings(quantization: Mapping[str, Any]) -> MarlinSettings:
     where = "quantization_config"
     if not is_marlin(quantization):
         raise UnsupportedError(f"{where}: it does not describe a Marlin checkpoint; convert a GPTQ one first.")
-    if str(quantization.get("checkpoint_format", "")).lower() == MARLIN_EXT:
+    if str(quantization.get("checkpoint_format", "")).lower() == Format.MARLIN_EXT:
         return _read_extended(where, quantization)
     known = _normalise(where, dict(quantization))
     layer = LayerSettings(
@@ -355,7 +351,7 @@ def read_marlin_settings(quantization: Mapping[str, Any]) -> MarlinSettings:
             f"here it is {layer.bits} bits, group_size {layer.group_size}, sym {str(layer.sym).lower()}, "
             f"desc_act {str(layer.desc_act).lower()}."
         )
-    return MarlinSettings(MARLIN, layer, lm_head=quantization.get("lm_head") is True)
+    return MarlinSettings(Format.MARLIN, layer, lm_head=quantization.get("lm_head") is True)
 
 
 def _read_extended(where: str, quantization: Mapping[str, Any]) -> MarlinSettings:
@@ -375,7 +371,7 @@ def _read_extended(where: str, quantization: Mapping[str, Any]) -> MarlinSetting
         if not isinstance(entry, Mapping) or set(entry) - {*_SHARED, *_OWN}:
             raise SourceError(f"{where}: layers has {entry!r} for {name}, which is not as the format has it.")
         layers[str(name)] = _extended_layer(f"{where}, {name}", {**shared, **entry})
-    return MarlinSettings(MARLIN_EXT, default, layers, quantization.get("lm_head") is True)
+    return MarlinSettings(Format.MARLIN_EXT, default, layers, quantization.get("lm_head") is True)
 
 
 def _extended_layer(where: str, values: Mapping[str, Any]) -> LayerSettings:
@@ -385,8 +381,8 @@ def _extended_layer(where: str, values: Mapping[str, Any]) -> LayerSettings:
             choice = ", ".join(map(str, allowed)) if allowed else "true or false"
             raise SourceError(f"{where}: {key} is {value!r}; one of {choice} was expected.")
 
-    expect("bits", int, _EXT_BITS)
-    expect("group_size", int, _EXT_GROUP_SIZES)
+    expect("bits", int, EXT_BITS)
+    expect("group_size", int, (*sorted(EXT_GROUP_SIZES), -1))
     expect("sym", bool)
     expect("desc_act", bool)
     for key in _OWN:
@@ -408,7 +404,7 @@ def marlin_ext_settings(layers: Mapping[str, LayerSettings], *, lm_head: bool) -
             entries[name] = entry
     result: dict[str, Any] = {
         "quant_method": "gptq",
-        "checkpoint_format": MARLIN_EXT,
+        "checkpoint_format": Format.MARLIN_EXT.value,
         "marlin_ext_version": EXT_VERSION,
         **shared,
         "lm_head": lm_head,

@@ -19,14 +19,18 @@ from typing import Any
 import pytest
 import torch
 
+from marlin_convert import cli
 from marlin_convert.bench import products as b
 from marlin_convert.bench.products import Cell, Limits, Machine, Peer, Report, Rig, Shape, Speed, Weights
-from marlin_convert.cli import commands as cli
-from marlin_convert.cli.output import Bars, PlainLines, Plot, Screen
+from marlin_convert.cli import commands
+from marlin_convert.cli.output import Screen
+from marlin_convert.cli.plot import Plot
+from marlin_convert.cli.progress import Bars, PlainLines
 from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.device import CPU, Device
 from marlin_convert.errors import DeviceError, MarlinConvertError, OutputError, SourceError, UnsupportedError
 from marlin_convert.native import repack
+from marlin_convert.options import HubAccess
 from marlin_convert.progress import Progress
 from tests.support.cli import Run
 from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
@@ -130,7 +134,7 @@ def test_the_presets_are_the_models() -> None:
 
 
 def test_the_help_names_the_presets() -> None:
-    preset = next(p for p in cli.bench.params if p.name == "preset")
+    preset = next(p for p in commands.bench.params if p.name == "preset")
     assert preset.metavar == "|".join(b.PRESETS)  # type: ignore[attr-defined]
     assert b.DEFAULT_PRESET in preset.help  # type: ignore[attr-defined]
 
@@ -142,7 +146,7 @@ def test_shapes_of_a_gptq_checkpoint(tmp_path: Path) -> None:
         for name, (K, N) in {"attn.k_proj": (256, 256), "attn.v_proj": (256, 256), "mlp.up": (256, 512)}.items()
     }
     write_source(tmp_path / "source", layers | {"odd": GPTQLayer(K=256, N=320)})
-    label, shapes, notes = b.source_shapes(tmp_path / "source", Options())
+    label, shapes, notes = b.source_shapes(tmp_path / "source", HubAccess())
     assert label == "source"
     assert set(shapes) == {Shape("k_proj/v_proj", 256, 256, 2, 4), Shape("up", 256, 512, 2, 2)}
     assert notes == {"left out, Marlin cannot hold it: N = 320 is not a multiple of 256": ["odd"]}
@@ -152,15 +156,15 @@ def test_shapes_of_a_gptq_checkpoint(tmp_path: Path) -> None:
 def test_shapes_of_a_marlin_checkpoint_are_those_of_its_source(tmp_path: Path, group_size: int) -> None:
     write_source(tmp_path / "source", two_layers(group_size=group_size))
     convert(tmp_path / "source", tmp_path / "out", Options(device="cpu"))
-    ours = b.source_shapes(tmp_path / "out", Options())[1]
-    assert set(ours) == set(b.source_shapes(tmp_path / "source", Options())[1])
+    ours = b.source_shapes(tmp_path / "out", HubAccess())[1]
+    assert set(ours) == set(b.source_shapes(tmp_path / "source", HubAccess())[1])
     assert {x.group_size for x in ours} == {group_size}
 
 
 def test_a_source_with_nothing_to_measure(tmp_path: Path) -> None:
     write_source(tmp_path / "source", two_layers(bits=8, stored_zero=127))
     with pytest.raises(UnsupportedError, match="8-bit weights"):
-        b.source_shapes(tmp_path / "source", Options())
+        b.source_shapes(tmp_path / "source", HubAccess())
 
 
 @pytest.mark.parametrize(
@@ -170,7 +174,7 @@ def test_marlin_tensors_that_make_no_layer(tmp_path: Path, B: tuple[int, ...], s
     plain = {"layer.B": torch.zeros(B, dtype=torch.int32), "layer.s": torch.zeros(s, dtype=torch.float16)}
     write_source(tmp_path / "source", {}, plain)
     with pytest.raises(SourceError, match=r"^layer: B \["):
-        b.source_shapes(tmp_path / "source", Options())
+        b.source_shapes(tmp_path / "source", HubAccess())
 
 
 # ---- Numbers ----

@@ -25,7 +25,7 @@ CPU, FORCE = Options(device="cpu"), Options(device="cpu", force=True)
 # pool of workers down (in a worker), or by SIGUSR1.
 DRIVER = """
 import os, signal, sys, threading
-from marlin_convert.cli import commands as cli
+from marlin_convert import cli
 from marlin_convert.conversion import convert, blocks as stream, verify
 from marlin_convert.checkpoint import writer as publish
 
@@ -190,9 +190,9 @@ def test_after_the_rename_the_new_result_is_there(tmp_path: Path, number: signal
 def test_an_interrupt_while_arguments_are_read_is_no_traceback(source: Source, tmp_path: Path) -> None:
     """Ctrl-C can come before anything has begun."""
     code = (
-        "import os, signal, sys\nfrom marlin_convert.cli import commands as cli\n"
+        "import os, signal, sys\nfrom marlin_convert import cli\n"
         "import os, signal, sys\nfrom marlin_convert.hub import client as hub\n"
-        "cli._options = lambda **_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from marlin_convert.cli import commands\ncommands._screen = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
         "cli.main(sys.argv[1:])"
     )
     process = subprocess.run(

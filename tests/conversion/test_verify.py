@@ -434,7 +434,7 @@ def errors_of(source: Source, edit: Callable[[Any, Any], tuple[Any, Any]]) -> tu
     convert(source.folder, out, CPU)
     tensors = load_file(out / "model.safetensors")
     with Checkpoint(source.folder) as checkpoint:
-        (layer,) = make_plan(checkpoint).layers
+        (layer,) = make_plan(checkpoint, "marlin").layers
         qweight, scales = checkpoint.read(layer.qweight), checkpoint.read(layer.scales)
     B, s = edit(tensors["a.B"].numpy(), tensors["a.s"].numpy())
     product = CPUProduct(layer, Groups(scales, None, None), None, {"s": np.ascontiguousarray(s)})
@@ -492,7 +492,7 @@ def test_the_product_is_the_definitions(one_layer: Source) -> None:
     """The reference against activations times weights in float64, computed here from codes and scales."""
     layer = one_layer.layers["a"]
     with Checkpoint(one_layer.folder) as checkpoint:
-        (planned,) = make_plan(checkpoint).layers
+        (planned,) = make_plan(checkpoint, "marlin").layers
         scales = checkpoint.read(planned.scales)
         product = CPUProduct(planned, Groups(scales, None, None), None, {"s": scales})
         product.add_source(0, checkpoint.read(planned.qweight))
