@@ -1,3 +1,4 @@
 """The command line."""
 
+from .commands import cli as cli
 from .main import main as main
