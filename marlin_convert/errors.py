@@ -98,10 +98,8 @@ def require(*packages: str) -> None:
 
 BUG, INTERRUPTED = 70, 130
 
-#: The classes that have an exit code of their own.
-_KINDS: list[type[MarlinConvertError]] = [
-    kind for kind in (MarlinConvertError, *MarlinConvertError.__subclasses__()) if "exit_code" in vars(kind)
-]
+#: Those without an exit code of their own have that of the root.
+_KINDS: list[type[MarlinConvertError]] = [MarlinConvertError, *MarlinConvertError.__subclasses__()]
 
 EXIT_CODES: dict[int, str] = {
     **{kind.exit_code: kind.meaning for kind in sorted(_KINDS, key=lambda kind: kind.exit_code)},

@@ -348,8 +348,11 @@ class Screen:
     @staticmethod
     def _bench_table(report: BenchReport, layer: LayerResult) -> Table:
         shape = layer.shape
+        kind = f", {shape.kind}" if shape.kind else ""
         many = f", {shape.count} layers" if shape.count > 1 else ""
-        title = f"{escape(report.title)} {escape(shape.name)}  {shape.K} x {shape.N}, group {shape.group_size}{many}"
+        title = (
+            f"{escape(report.title)} {escape(shape.name)}  {shape.K} x {shape.N}, group {shape.group_size}{kind}{many}"
+        )
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading in ("M", "fp16", "Marlin", *report.peers, "speedup", "GB/s", "TFLOP/s", "of limit", "", ""):
             table.add_column(escape(heading), justify="right" if heading else "left", no_wrap=True)

@@ -32,8 +32,10 @@ from ..errors import (
     UnsupportedError,
     require,
 )
-from ..formats.config import find_configs, marlin_ext_settings, marlin_model_config, marlin_settings
+from ..formats.gptq import ZeroPointEncoding
+from ..formats.gptq_config import find_configs
 from ..formats.layout import TILE_K, pack_zeros, permute_scales, unpack_zeros, unpermute_scales
+from ..formats.marlin_config import marlin_ext_settings, marlin_model_config, marlin_settings
 from ..hub.client import is_folder
 from ..hub.open import Source, fetch, looked_into
 from ..hub.upload import check_target, create_repository, default_name, push
@@ -53,7 +55,7 @@ from ..progress import BytesOnly, Progress
 from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks, strips
 from .card import Made, model_card, with_verdict, write_card
 from .layer_reader import Order, order_difference, source_columns, source_rows, stored_groups, stored_order
-from .plan import V1_WORD, Layer, Plan, make_plan
+from .plan import Layer, Plan, make_plan
 from .supply import Item, Supply, arrivals, check_room, counted
 from .verify import Verification, Verifier, code_difference, verify
 
@@ -278,7 +280,7 @@ def _source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         "scales_dtype": common,
         "scales_dtypes": {x.name: x.scales.dtype for x in plan.layers if x.scales.dtype != common},
         "g_idx": sum(layer.g_idx is not None for layer in plan.layers) * 2 >= len(plan.layers),
-        "zero_point_reading": "word" if V1_WORD in readings else "nibble",
+        "zero_point_reading": "word" if ZeroPointEncoding.V1_WORD in readings else "nibble",
     }
 
 

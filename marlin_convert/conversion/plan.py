@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -20,7 +20,8 @@ import numpy.typing as npt
 from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, require_unique
 from ..errors import SourceError, UnsupportedError
-from ..formats.config import GPTQSettings, LayerSettings, parse_settings
+from ..formats.gptq import ZeroPointEncoding, decode_zeros
+from ..formats.gptq_config import GPTQSettings, parse_settings
 from ..formats.layout import (
     BITS,
     EXT_BITS,
@@ -38,22 +39,22 @@ from ..formats.layout import (
     stored_groups,
     zero_point,
 )
+from ..formats.marlin_config import LayerSettings
 from ..formats.scales import ScaleFit, to_extended, to_fp16
+from ..formats.stored import MARLIN_PARTS, is_marlin_part
 from ..options import Format, ZeroPointReading
 
 #: The one group size, besides "all of K", that the original format can hold.
 GROUP_SIZE = max(GROUP_SIZES)
 #: Tensors of a GPTQ linear that a converted layer no longer has.
 GPTQ_PARTS = ("qweight", "scales", "qzeros", "g_idx")
-#: Tensors of a Marlin linear, of either format.
-MARLIN_PARTS = (*ORIGINAL_NAMES.values(), *EXTENDED_NAMES.values())
 _SCALE_DTYPES = ("F16", "BF16", "F32")
 #: A linear of one expert in a mixture, Mixtral's, Qwen's or DeepSeek's, up to its number.
 _EXPERTS = re.compile(r"(.*\.)?experts\.(?=\d+\.)")
-#: How zero points are stored: all at the middle; one less, each number by itself or the word as a whole; as they are.
-SYMMETRIC, V1_NIBBLE, V1_WORD, V2 = "symmetric", "v1, each number less one", "v1, each word less one", "v2"
 #: `--zero-points`: how to read a v1 checkpoint in which a zero point is 0, where its writer is not known.
-READINGS = {ZeroPointReading.NIBBLE: V1_NIBBLE, ZeroPointReading.WORD: V1_WORD}
+READINGS = {
+    ZeroPointReading.NIBBLE: ZeroPointEncoding.V1_NIBBLE, ZeroPointReading.WORD: ZeroPointEncoding.V1_WORD
+}  # fmt: skip
 
 #: A text → the layers that it concerns, in source order.
 Reasons: TypeAlias = "dict[str, list[str]]"
@@ -87,7 +88,7 @@ class Layer:
     g_idx: Tensor | None
     bias: Tensor | None
     group_rows: int
-    zeros: str = SYMMETRIC
+    zeros: ZeroPointEncoding = ZeroPointEncoding.SYMMETRIC
     act_order: bool = False
     extended: bool = False
     stored_scales: str = "F16"
@@ -104,7 +105,7 @@ class Layer:
 
     @property
     def sym(self) -> bool:
-        return self.zeros == SYMMETRIC
+        return self.zeros is ZeroPointEncoding.SYMMETRIC
 
     @property
     def stored_K(self) -> int:
@@ -167,13 +168,7 @@ class Layer:
 
     def zero_points(self, qzeros: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
         """The source's `qzeros` [G, ⌈N bits/32⌉] → zero points [G, N]."""
-        if self.zeros == V1_WORD:
-            ones = np.uint32(sum(1 << i for i in range(0, 32, self.bits)))
-            qzeros = (qzeros.view(np.uint32) + ones).view(np.int32)
-        stored = gptq_zeros(qzeros, self.bits, self.N)
-        if self.zeros == V1_NIBBLE:
-            return (stored + np.uint8(1)) & np.uint8(2**self.bits - 1)
-        return stored
+        return decode_zeros(qzeros, self.bits, self.N, self.zeros)
 
 
 @dataclass(frozen=True)
@@ -581,7 +576,7 @@ class _Judged:
                 )
         return True
 
-    def _check_zero_points(self, layer: Layer) -> str:
+    def _check_zero_points(self, layer: Layer) -> ZeroPointEncoding:
         """How zero points are stored. Symmetric means that every one is the middle, 8 or 128: stored one less by
         checkpoint_format gptq, as it is by gptq_v2."""
         sym, version = self.settings.sym, self.settings.checkpoint_format
@@ -591,9 +586,9 @@ class _Judged:
             elif sym is not True:
                 said = "the config says sym false" if sym is False else "no config says whether it is symmetric"
                 self.refusals.append(f"no qzeros, and {said}")
-            return SYMMETRIC
+            return ZeroPointEncoding.SYMMETRIC
         if layer.bits not in EXT_BITS:
-            return SYMMETRIC
+            return ZeroPointEncoding.SYMMETRIC
         words = self.checkpoint.read(layer.qzeros)
         numbers, middle = gptq_zeros(words, layer.bits, layer.N), zero_point(layer.bits)
         stored = next((z for z in (middle - 1, middle) if (numbers == z).all()), None)
@@ -627,28 +622,30 @@ class _Judged:
                 f"checkpoint_format {layout} stores zero point {middle} as {expected}, here it is {stored}; "
                 "read as symmetric"
             )
-        return SYMMETRIC
+        return ZeroPointEncoding.SYMMETRIC
 
-    def _asymmetric(self, layer: Layer, words: npt.NDArray[np.int32], numbers: npt.NDArray[np.uint8]) -> str:
+    def _asymmetric(
+        self, layer: Layer, words: npt.NDArray[np.int32], numbers: npt.NDArray[np.uint8]
+    ) -> ZeroPointEncoding:
         """How the zero points of an asymmetric layer are stored."""
         if "checkpoint_format" in self.settings.conflicts:
             self.extended_refusals.append(
                 "asymmetric, and the configs disagree on checkpoint_format "
                 f"({self.settings.conflicts['checkpoint_format']}), which tells how zero points are stored"
             )
-            return V2
+            return ZeroPointEncoding.V2
         if self.settings.checkpoint_format == "gptq_v2":
-            return V2
+            return ZeroPointEncoding.V2
         if self.reading is not None:
             return READINGS[self.reading]
         highest = 2**layer.bits - 1
         if not (numbers == highest).any():  # every reading agrees
-            return V1_NIBBLE
+            return ZeroPointEncoding.V1_NIBBLE
         writer = self.settings.writer
         if writer == "gptqmodel":
-            return V1_WORD
+            return ZeroPointEncoding.V1_WORD
         if writer == "autoround":
-            return V1_NIBBLE
+            return ZeroPointEncoding.V1_NIBBLE
         lost = (
             "AutoGPTQ, which wrote it, loses the numbers beside it"
             if writer == "autogptq"
@@ -658,7 +655,7 @@ class _Judged:
             f"asymmetric with a zero point stored as {highest}: {lost}; give --zero-points word (GPTQModel) or nibble "
             "(others) if you know"
         )
-        return V1_NIBBLE
+        return ZeroPointEncoding.V1_NIBBLE
 
 
 def _rows_per_group(K: int, G: int, settings: GPTQSettings) -> int | None:
@@ -720,20 +717,6 @@ def _require_complete(tensors: dict[str, Tensor]) -> None:
                 f"{name}: a tensor of a Marlin layer, in a checkpoint whose others are GPTQ's; remove it, or export "
                 "the checkpoint again."
             )
-
-
-def is_marlin_part(tensors: Mapping[str, Tensor], name: str) -> bool:
-    """Whether a reader of either Marlin format takes tensor `name` for a part of a quantized layer.
-
-    `B` and `s` are words that others use too: they count where both are there, and B holds words.
-    """
-    layer, _, part = name.rpartition(".")
-    if part in EXTENDED_NAMES.values():
-        return True
-    if part not in ORIGINAL_NAMES.values():
-        return False
-    weight, scales = (tensors.get(f"{layer}.{part}") for part in ORIGINAL_NAMES.values())
-    return weight is not None and scales is not None and weight.dtype == "I32"
 
 
 def _what_else(settings: GPTQSettings, tensors: dict[str, Tensor]) -> str:

@@ -20,8 +20,11 @@ from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor
 from ..device import Device
 from ..errors import VerificationError
-from ..formats.config import find_configs, marlin_ext_settings
+from ..formats.bf16 import widened
+from ..formats.gptq import weights
+from ..formats.gptq_config import find_configs
 from ..formats.layout import TILE_K, pack_factor, unpack_zeros, unpermute_scales, zero_point
+from ..formats.marlin_config import marlin_ext_settings
 from ..native import ops
 from ..options import Format, QuantMethod
 from ..progress import Progress
@@ -34,7 +37,6 @@ from .layer_reader import (
     source_rows,
     stored_groups,
     stored_order,
-    weights,
 )
 from .plan import Layer, Plan
 
@@ -185,7 +187,7 @@ class CPUProduct:
             )  # fmt: skip
             return
         groups = self.groups[k0 : k0 + len(qweight) * pack_factor(layer.bits)]
-        weight = _wide(weights(qweight, source, groups, layer.bits))
+        weight = widened(weights(qweight, source.scales, source.zeros, groups, layer.bits))
         self.reference += self.x[:, k0 : k0 + len(weight)] @ weight
 
     def add_stored(self, k0: int, B: I32) -> None:
@@ -196,13 +198,6 @@ class CPUProduct:
 
     def errors(self) -> tuple[float, float]:
         return compare(self.result[:, : self.layer.N], self.reference)
-
-
-def _wide(scales: npt.NDArray[Any]) -> F32:
-    """fp16, or bf16 as uint16 → float32."""
-    if scales.dtype != np.uint16:
-        return scales.astype(np.float32)
-    return (scales.astype(np.uint32) << 16).view(np.float32)
 
 
 class CUDAProduct:
@@ -412,7 +407,7 @@ def _groups_difference(layer: Layer, stored: dict[str, Any], expected: Groups) -
         different = ours.view(width) != theirs.view(width)
         if different.any():
             group, column = np.argwhere(different)[0]
-            values = [(_wide(x) if x.dtype == np.uint16 else x)[group, column] for x in (ours, theirs)]
+            values = [(widened(x) if x.dtype == np.uint16 else x)[group, column] for x in (ours, theirs)]
             return f"the {what} of group {group}, column {column} is {values[0]}, not {values[1]}"
     if expected.perm is not None and not np.array_equal(stored["perm"], expected.perm):
         row = int(np.argmax(stored["perm"] != expected.perm))

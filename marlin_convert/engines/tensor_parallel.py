@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..formats import layout
-from ..formats.config import LayerSettings
 from ..formats.layout import EXT_K, TILE_K, TILE_N
+from ..formats.marlin_config import LayerSettings
 from ..native import repack
 
 CONTIGUOUS = torch.contiguous_format

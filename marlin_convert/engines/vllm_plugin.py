@@ -33,8 +33,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.scalar_type import scalar_types
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from ..formats.config import LayerSettings, is_marlin, read_marlin_settings
 from ..formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES
+from ..formats.marlin_config import LayerSettings, is_marlin, read_marlin_settings
 from . import tensor_parallel as shards
 from .tensor_parallel import Piece
 

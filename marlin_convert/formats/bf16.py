@@ -25,9 +25,11 @@ def rounded(values: npt.NDArray[np.float32]) -> Bits:
 
 def finite(values: Bits) -> npt.NDArray[np.bool_]:
     """Tell for each bf16 value whether it is neither infinite nor NaN."""
-    return (values & 0x7F80) != 0x7F80
+    found: npt.NDArray[np.bool_] = (values & 0x7F80) != 0x7F80
+    return found
 
 
 def nonzero(values: Bits) -> npt.NDArray[np.bool_]:
     """Tell for each bf16 value whether it is not 0, of either sign."""
-    return (values & 0x7FFF) != 0
+    found: npt.NDArray[np.bool_] = (values & 0x7FFF) != 0
+    return found

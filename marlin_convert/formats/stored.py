@@ -119,7 +119,7 @@ class StoredLayer(Generic[H]):
             )
         K, N, G = self.stored_K, self.stored_N, self.G
         if self.format is Format.MARLIN_EXT:
-            fits = (K, N) == padded_size(self.K, self.N) and G == stored_groups(self.K, self.settings.group_size)
+            fits = padded_size(self.K, self.N) == (K, N) and stored_groups(self.K, self.settings.group_size) == G
         else:
             fits = K > 0 and N > 0 and K % EXT_K == 0 and N % EXT_N == 0
             fits = fits and self.bits == BITS and G in {1, *(K // size for size in GROUP_SIZES if size > 0)}
@@ -176,18 +176,18 @@ def layer_names(tensors: Mapping[str, Header], format: Format) -> list[str]:
     return [name.removesuffix(ending) for name in tensors if name.endswith(ending) and is_marlin_part(tensors, name)]
 
 
-def stored_layers(tensors: Mapping[str, H], settings: MarlinSettings) -> dict[str, StoredLayer[H]]:
-    """Read the Marlin layers among the tensors of a whole checkpoint, by name; {} where there are none.
+def stored_layers(where: str, tensors: Mapping[str, H], settings: MarlinSettings) -> dict[str, StoredLayer[H]]:
+    """Read the Marlin layers among the tensors of checkpoint `where`, by name; {} where there are none.
 
     Raises SourceError where tensors and settings do not agree, and for layers of both formats.
     """
     found = {format: layer_names(tensors, format) for format in (Format.MARLIN_EXT, Format.MARLIN)}
     if all(found.values()):
         first, second = (names[0] for names in found.values())
-        raise SourceError(f"the checkpoint holds layers of both Marlin formats ({first}, {second}).")
+        raise SourceError(f"{where}: it holds layers of both Marlin formats ({first}, {second}).")
     for format, names in found.items():
         if names and format is not settings.format:
-            raise SourceError(f"the settings say {settings.format}, and {names[0]} is a layer of {format}.")
+            raise SourceError(f"{where}: the settings say {settings.format}, and {names[0]} is a layer of {format}.")
     return {
         name: StoredLayer.from_tensors(name, tensors, settings.layer(name), settings.format)
         for name in found[settings.format]

@@ -9,7 +9,7 @@ import torch
 
 from marlin_convert.engines import tensor_parallel as shards
 from marlin_convert.engines.tensor_parallel import Piece
-from marlin_convert.formats.config import LayerSettings
+from marlin_convert.formats.marlin_config import LayerSettings
 from marlin_convert.native import repack
 
 

@@ -20,8 +20,8 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from marlin_convert.engines import vllm_plugin as plugin  # noqa: E402
 from marlin_convert.engines.tensor_parallel import Piece  # noqa: E402
-from marlin_convert.formats.config import marlin_ext_settings  # noqa: E402
 from marlin_convert.formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES  # noqa: E402
+from marlin_convert.formats.marlin_config import marlin_ext_settings  # noqa: E402
 from marlin_convert.native import repack  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -54,7 +54,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(pieces: dict[str, tuple[Piece, torch.Tensor, dict[str, Any]]], extended: bool) -> Any:
-    from marlin_convert.formats.config import LayerSettings
+    from marlin_convert.formats.marlin_config import LayerSettings
 
     if not extended:
         result = plugin.MarlinCheckpointConfig.from_config(ORIGINAL)

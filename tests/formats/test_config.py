@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 
 from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
-from marlin_convert.formats.config import (
-    GPTQSettings,
+from marlin_convert.formats.gptq_config import GPTQSettings, find_configs, parse_settings
+from marlin_convert.formats.marlin_config import (
     LayerSettings,
-    find_configs,
     marlin_ext_settings,
     marlin_model_config,
     marlin_settings,
-    parse_settings,
     read_marlin_settings,
 )
 
