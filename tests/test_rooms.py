@@ -104,7 +104,7 @@ def test_own_imports_sees_all_of_them() -> None:
     """The checks above can fail only if imports are found: these are known."""
     assert {"native.repack", "formats.layout"} <= own_imports("native.ops")  # repack: inside functions
     assert {"conversion.convert", "cli.output", "errors"} <= own_imports("cli.commands")  # for types and in functions
-    assert own_imports("formats.scales") == set()
+    assert own_imports("formats.bf16") == set()
 
 
 #: Modules of torch tensors through and through, themselves imported late.
