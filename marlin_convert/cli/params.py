@@ -44,7 +44,9 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         output = ctx.find_object(OutputOptions)
         if output is not None:
-            tolerant = click.Context(self, resilient_parsing=True, ignore_unknown_options=True)
+            tolerant = click.Context(
+                self, resilient_parsing=True, ignore_unknown_options=True, help_option_names=ctx.help_option_names
+            )
             found, _, _ = self.make_parser(tolerant).parse_args(args=list(args))
             output.as_json, output.quiet, output.verbose = (
                 bool(found.get(name)) for name in ("as_json", "quiet", "verbose")
@@ -78,15 +80,15 @@ class MainGroup(click.Group):
 class WordChoice(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 on
     """A `Word`, by its spelling."""
 
-    def __init__(self, words: type[Word], option: str) -> None:
+    def __init__(self, words: type[Word]) -> None:
         super().__init__([word.value for word in words])
-        self._words, self._option = words, option
+        self._words = words
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Word:
         try:
-            return self._words.chosen(value, self._option)
-        except OptionError as error:
-            self.fail(error.message, param, ctx)
+            return self._words.chosen(value, "the option")
+        except OptionError:
+            return self._words(super().convert(value, param, ctx))  # fails, in click's words
 
 
 # ---- Options on their own ----
@@ -198,11 +200,11 @@ source_options = _together(where_to_compute, hub_options)
 #: For commands that choose the result's format: `format`, `zero_points`.
 format_options = _together(
     click.option(
-        "--format", type=WordChoice(Format, "--format"), default=Format.AUTO.value, show_default=True,
+        "--format", type=WordChoice(Format), default=Format.AUTO.value, show_default=True,
         help="auto: the original Marlin format if every layer fits it, else the extended one.",
     ),
     click.option(
-        "--zero-points", type=WordChoice(ZeroPointReading, "--zero-points"),
+        "--zero-points", type=WordChoice(ZeroPointReading),
         help="How to read an asymmetric source in which a zero point is 0, if nothing tells who wrote it.",
     ),
 )  # fmt: skip
@@ -212,7 +214,7 @@ writing_options = _together(
     click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT, or on the Hub."),
     shard_size_option,
     click.option(
-        "--quant-method", type=WordChoice(QuantMethod, "--quant-method"), default=QuantMethod.GPTQ.value,
+        "--quant-method", type=WordChoice(QuantMethod), default=QuantMethod.GPTQ.value,
         show_default=True,
         help="quant_method in the result's config: gptq for vLLM ≤ 0.10.0 and AutoGPTQ, marlin for TGI.",
     ),
