@@ -243,7 +243,7 @@ def test_extended_that_is_damaged_or_newer(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"up_proj: marlin_scales is missing"):
         AutoModelForCausalLM.from_pretrained(folder)
     folder = edited(pair, tmp_path / "c", checkpoint_format="marlin", is_marlin_format=True, group_size=128)
-    with pytest.raises(SourceError, match="the settings say marlin, and .* is a layer of marlin_ext"):
+    with pytest.raises(SourceError, match=r"the settings say marlin, and .* is a layer of marlin_ext"):
         AutoModelForCausalLM.from_pretrained(folder)
     for key in ("bits", "group_size", "desc_act", "sym"):  # settings that the tensors contradict
         changed = {"bits": 8, "group_size": 64, "desc_act": True, "sym": False}[key]
