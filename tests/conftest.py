@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
+    # One thread of torch for each process: the threads of OpenMP wait for each other by spinning, which takes three times
+    # as long for models as small as these where another process wants the CPU too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    give_children_the_default_signals()
+
+
+def give_children_the_default_signals() -> None:
     """Give the programs that tests start the default action of signals, also where these are ignored here: of SIGINT in
     the background of a script, of SIGHUP under nohup. A handler that does nothing keeps them ignored in this process
     and, unlike SIG_IGN, is not inherited.
