@@ -189,6 +189,7 @@ class Plan:
     group_size: int = GROUP_SIZE  # of a result in the original format: 128 or -1
     already_marlin: bool = False
     layers_found: int = 0
+    weights_beside: dict[str, int] = field(default_factory=dict)  # files that are copied as they are: name → bytes
     bytes_in: int = 0  # of all tensors that the source holds
 
     @property
@@ -309,6 +310,7 @@ def make_plan(checkpoint: Checkpoint, format: str = MARLIN, zero_points: str | N
     Raises SourceError for a checkpoint that is incomplete or contradicts itself, UnsupportedError for one that is no
     GPTQ checkpoint. Layers that cannot be converted are not an error yet: they are listed in `refusals`.
     """
+    checkpoint.require_fit()
     settings = parse_settings(checkpoint.configs)
     tensors = checkpoint.tensors
     plan = Plan(
@@ -319,6 +321,7 @@ def make_plan(checkpoint: Checkpoint, format: str = MARLIN, zero_points: str | N
         return plan
     names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     plan.layers_found = len(names)
+    plan.weights_beside = checkpoint.weights_beside
     if not names:
         raise UnsupportedError(f"{checkpoint.folder}: {_what_else(settings, tensors)}; a GPTQ checkpoint is needed.")
     _require_complete(tensors)
@@ -716,6 +719,7 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "refused": [{"reason": reason, "layers": names} for reason, names in plan.refusals.items()],
         "notes": [{"note": note, "layers": names} for note, names in plan.notes.items()],
         "copied": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes} for t in plan.copies],
+        "weights_beside": [{"name": name, "bytes": nbytes} for name, nbytes in plan.weights_beside.items()],
         "dropped": [t.name for t in plan.dropped],
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,

@@ -378,7 +378,7 @@ def test_json_when_verification_fails_while_converting(
     main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "marlin_convert.conversion.convert.copy_extra_files", lambda _, folder: flip_bit(folder / "model.safetensors")
+        "marlin_convert.conversion.convert.copy_files", lambda _, folder: flip_bit(folder / "model.safetensors")
     )
     result = main(source.folder, tmp_path / "out", "--verify", "--json")
     assert result.code == document(result)["exit_code"] == 7
