@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
+    # One thread of torch for each process: those of OpenMP wait for each other by spinning, which takes three times as
+    # long for models as small as these when another process wants the CPU too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    give_children_the_default_signals()
+
+
+def give_children_the_default_signals() -> None:
     """Give the programs that tests start the default action of signals, also where these are ignored here: of SIGINT in
     the background of a script, of SIGHUP under nohup. A handler that does nothing keeps them ignored in this process
     and, unlike SIG_IGN, is not inherited.
@@ -75,3 +82,29 @@ def online(hub: Hub, run: Callable[..., Run], tmp_path: Path) -> Callable[..., R
         return result
 
     return online
+
+
+@pytest.fixture
+def main(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Run]]:
+    """Run `cli.main` in this process, where a test can break something inside; signals are put back afterwards."""
+    from marlin_convert import cli
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+
+    def main(*args: object) -> Run:
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main([str(a) for a in args])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return Run(subprocess.CompletedProcess([], code, out, err))
+
+    yield main
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -1,5 +1,9 @@
 """Reading a checkpoint folder: file names, safetensors headers, and byte ranges of tensors.
 
+Files are what is read: a link counts as the file that it leads to, and may not leave the folder for anything else than
+a Hub cache. A file that is changed while it is read would give a mixture: every file's size, time and place are noted
+before and compared at the end.
+
 Nothing here loads a whole tensor by itself: a caller asks for a byte range and gives the buffer. All that a
 header claims is checked against the file before anybody relies on it (the rules are those of the safetensors
 format: an 8-byte little-endian header length, a JSON header, then the data without holes or overlaps).
@@ -8,10 +12,12 @@ Pickle files are never opened.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import stat
 import struct
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -61,6 +67,20 @@ class Tensor:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class FileState:
+    """What tells one file, in one state, from another: its place on which disk, its size, when it was last written."""
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, info: os.stat_result) -> FileState:
+        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+
+
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes that a tensor of `dtype` and `shape` takes in a safetensors file."""
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
@@ -70,25 +90,32 @@ class Checkpoint:
     """An opened source folder. Closing it (or leaving its `with` block) closes the files.
 
     `tensors` maps every tensor's name to where it lies, in the order in which the files hold their data.
-    `extra_files` are the small files beside the weights (names relative to the folder), without the configs
-    named in `CONFIG_FILES`, which are parsed into `configs`.
+    `extra_files` are the files beside the model's own weights, of any kind and in any subfolder (names relative to the
+    folder), without the configs named in `CONFIG_FILES`, which are parsed into `configs`.
+
+    Leaving the `with` block by an error raises SourceError instead, if a file has changed meanwhile: then that is why.
+    For a folder that is being written, `steady` is false.
     """
 
     #: The model's config, then those of the quantization alone: AutoGPTQ's and GPTQModel's, AutoAWQ's, AutoRound's.
     CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        names = sorted(_walk(folder))
-        self.configs = self.read_configs(folder, names)
-        self.extra_files = tuple(n for n in names if n not in self.CONFIG_FILES and not n.endswith(WEIGHT_SUFFIXES))
+    def __init__(self, folder: Path, *, steady: bool = True) -> None:
+        self.folder, self._steady = folder, steady
+        self._unfit: dict[str, str] = {}  # what may not be copied, and why
+        self._states: dict[str, tuple[Path, FileState]] = {}
+        names = sorted(self._find_files())
         self.notes: list[str] = []
-        self.weight_files, index = weight_files(folder, names, self.configs)
         self._fds: dict[str, int] = {}
         try:
+            self.configs = self.read_configs(folder, names)
+            self.weight_files, index, index_file = weight_files(folder, names, self.configs)
+            self.indexed = index is not None
+            own = {*self.CONFIG_FILES, *self.weight_files, index_file}
+            self.extra_files = tuple(n for n in names if n not in own)
             self.tensors = self._read_headers(index)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
 
     @classmethod
@@ -96,13 +123,78 @@ class Checkpoint:
         """The configs among `names`, by their names."""
         return {name: _read_json(folder / name) for name in cls.CONFIG_FILES if name in names}
 
+    @property
+    def weights_beside(self) -> dict[str, int]:
+        """Weights among the extra files, which are not the model's own: name → bytes."""
+        return {n: self.nbytes(n) for n in self.extra_files if n.endswith(WEIGHT_SUFFIXES)}
+
+    def _find_files(self) -> Iterator[str]:
+        """Names of all files, noting their states and what is wrong with them."""
+        root = os.path.realpath(self.folder)
+        for name in _walk(self.folder):
+            path = self.folder / name
+            try:
+                self._note(name, path)
+            except OSError as error:
+                self._unfit[name] = f"it cannot be read: {error.strerror}; remove or mend it."
+                yield name
+                continue
+            if not stat.S_ISREG(path.stat().st_mode):
+                self._unfit[name] = "it cannot be read: no regular file (a pipe, a device, a linked folder); remove it."
+                if path.is_dir():
+                    continue
+            elif path.is_symlink():
+                target = os.path.realpath(path)
+                if not (Path(target).is_relative_to(root) or _in_hub_cache(Path(target))):
+                    self._unfit[name] = (
+                        f"it is a link to {target}, outside the folder; put the file there, or remove it."
+                    )
+            yield name
+
+    def _note(self, name: str, path: Path) -> None:
+        self._states[name] = path, FileState.of(path.stat())
+
+    def moved(self, name: str, path: Path) -> None:
+        """An extra file, of which only the size was known, is at `path` from now on."""
+        try:
+            self._note(name, path)
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}.") from None
+
+    def nbytes(self, name: str) -> int:
+        return self._states[name][1].nbytes
+
+    def require_fit(self) -> None:
+        """Raise SourceError that names a file that may not be copied: no regular one, or a link out of the folder."""
+        for name, why in self._unfit.items():
+            raise SourceError(f"{self.folder / name}: {why}")
+
+    def require_unchanged(self) -> None:
+        """Raise SourceError if any file is not what it was when it was found."""
+        for name, (path, state) in self._states.items():
+            try:
+                now = FileState.of(path.stat())
+            except OSError:
+                now = None
+            if now != state:
+                raise SourceError(
+                    f"{self.folder / name}: it {'changed' if now else 'went away'} while the folder was read, which "
+                    "would give a mixture; run it again when nothing writes there any more."
+                )
+
+    @contextlib.contextmanager
+    def open_extra(self, name: str) -> Iterator[int]:
+        """An extra file, open for reading. Raises SourceError when it is not the regular file that was found."""
+        path, state = self._states[name]
+        with _opened(path) as fd:
+            if FileState.of(os.fstat(fd)) != state:
+                self.require_unchanged()
+            yield fd
+
     def _read_headers(self, index: dict[str, str] | None) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for file in self.weight_files:
-            try:
-                self._fds[file] = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise SourceError(f"{self.folder / file}: cannot be opened: {error.strerror}.") from None
+            self._fds[file] = _open(self.folder / file)
             for tensor in read_header(self._fds[file], self.folder / file, file):
                 home = index.get(tensor.name, file) if index else file
                 if home != file:  # another shard owns this name; the index says which one counts
@@ -176,10 +268,7 @@ class Checkpoint:
 
         Raises SourceError when it is another file.
         """
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be opened: {error.strerror}; run it again.") from None
+        fd = _open(path)
         try:
             if read_header(fd, path, file) != read_header(self._fds[file], self.folder / file, file):
                 raise SourceError(f"{path}: not the file whose header was read before; run it again.")
@@ -188,10 +277,12 @@ class Checkpoint:
             raise
         self._fds[file], fd = fd, self._fds[file]
         os.close(fd)
+        self._note(file, path)
 
     def release(self, file: str) -> None:
         """Close a weight file of which nothing more is read, so that it can leave the disk."""
         os.close(self._fds.pop(file))
+        self._states.pop(file)
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -203,6 +294,38 @@ class Checkpoint:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+        if isinstance(error, Exception) and self._steady:
+            self.require_unchanged()
+
+
+def _open(path: Path) -> int:
+    """A regular file, open for reading. Raises SourceError; a pipe is not waited for."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be opened: {error.strerror}.") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SourceError(f"{path}: it is no regular file; remove it, or put the file itself there.")
+    return fd
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = _open(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _in_hub_cache(path: Path) -> bool:
+    """Whether a file belongs to a repository in a cache of huggingface_hub, wherever that is."""
+    return any(
+        parent.name.startswith(("models--", "datasets--"))
+        and path.relative_to(parent).parts[0] in ("blobs", "snapshots")
+        for parent in path.parents
+    )
 
 
 def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
@@ -278,14 +401,16 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Names of all files below `folder`, relative, with '/'; hidden files and folders (.git, .cache) are left out."""
+    """Names of all files below `folder`, relative, with '/', and of links to folders, which are not followed; hidden
+    files and folders (.git, .cache) are left out."""
     try:
         for parent, folders, files in os.walk(folder, onerror=_raise):
             folders[:] = [f for f in folders if not f.startswith(".")]
+            links = [f for f in folders if Path(parent, f).is_symlink()]
             inside = Path(parent).relative_to(folder)
-            yield from ((inside / file).as_posix() for file in files if not file.startswith("."))
+            yield from ((inside / file).as_posix() for file in (*files, *links) if not file.startswith("."))
     except OSError as error:
-        raise SourceError(f"{folder}: cannot be read: {error.strerror}.") from None
+        raise SourceError(f"{error.filename or folder}: cannot be read: {error.strerror}.") from None
 
 
 def _raise(error: OSError) -> None:
@@ -300,7 +425,8 @@ def _lfs_pointer(path: Path) -> SourceError:
 
 def _read_json(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
     try:
-        raw = path.read_bytes()
+        with _opened(path) as fd, os.fdopen(os.dup(fd), "rb") as file:
+            raw = file.read()
         if raw.startswith(_LFS_POINTER):
             raise _lfs_pointer(path)
         value = json.loads(raw, object_pairs_hook=pairs_hook)
@@ -315,30 +441,31 @@ def _read_json(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | 
 
 def weight_files(
     folder: Path, names: list[str], configs: dict[str, dict[str, Any]]
-) -> tuple[list[str], dict[str, str] | None]:
+) -> tuple[list[str], dict[str, str] | None, str | None]:
     """The safetensors files that make up the checkpoint in `folder`, of whose files (`names`) only the index is read;
-    and the index's tensor → file map where there is one. Raises SourceError or UnsupportedError when there are none.
+    where there is one, its tensor → file map, and its name. Raises SourceError or UnsupportedError when there are none.
     """
     indexes = [n for n in names if n.endswith(INDEX_SUFFIX) and "/" not in n]
     files = [n for n in names if n.endswith(".safetensors") and "/" not in n]
     preferred = f"model{INDEX_SUFFIX}"
     if "model.safetensors" in files and preferred not in indexes:
-        return ["model.safetensors"], None
+        return ["model.safetensors"], None, None
     if indexes:
         if len(indexes) > 1 and preferred not in indexes:
             raise SourceError(
                 f"{folder}: several indexes ({', '.join(indexes)}); keep the one that belongs to the checkpoint."
             )
-        return _indexed_files(folder, preferred if preferred in indexes else indexes[0], names)
+        index = preferred if preferred in indexes else indexes[0]
+        return *_indexed_files(folder, index, names), index
     for config in configs.values():
         for holder in (config, config.get("quantization_config")):
             base = holder.get("model_file_base_name") if isinstance(holder, dict) else None
             if isinstance(base, str) and f"{base}.safetensors" in files:
-                return [f"{base}.safetensors"], None
+                return [f"{base}.safetensors"], None, None
     if not files:
         raise _no_safetensors(folder, names)
     _require_all_parts(folder, files)
-    return files, None
+    return files, None, None
 
 
 def _indexed_files(folder: Path, index: str, names: list[str]) -> tuple[list[str], dict[str, str]]:

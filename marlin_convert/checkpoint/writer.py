@@ -36,6 +36,8 @@ from ..errors import OutputError, SourceError
 from ..options import REPORT_FILE
 from .reader import DTYPE_BITS, Buffer
 
+#: The output's weights in one file; their index, where there are several.
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _LOCK_FILE = ".lock"
 _libc = ctypes.CDLL(None, use_errno=True)
 _NEW = "new"
@@ -312,6 +314,23 @@ def require_unique(tensors: Sequence[OutTensor]) -> None:
         )
 
 
+def _split(tensors: Sequence[OutTensor], max_shard_size: int | str) -> Any:
+    """Which tensor goes into which file, by huggingface_hub's own rule."""
+    from huggingface_hub.serialization._base import split_state_dict_into_shards_factory  # late: it is slow
+
+    return split_state_dict_into_shards_factory(
+        {t.name: t for t in tensors},
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+
+
+def shard_names(tensors: Sequence[OutTensor], max_shard_size: int | str) -> list[str]:
+    """The files that `Shards` would write."""
+    return list(_split(tensors, max_shard_size).filename_to_tensors)
+
+
 @dataclass(frozen=True)
 class _Place:
     file: str
@@ -321,24 +340,19 @@ class _Place:
 
 class Shards:
     """The output's safetensors files, created at their full size with their headers, open for positioned writes; and
-    their index, if there is more than one.
+    their index, if there is more than one, or if `index` asks for it.
 
     Shards are cut by huggingface_hub's own rule, in the order of `tensors`; within a file, data is ordered by
     element size so that every tensor is aligned, as the safetensors library does it.
     """
 
-    def __init__(self, folder: Path, tensors: Sequence[OutTensor], max_shard_size: int | str) -> None:
-        from huggingface_hub.serialization._base import split_state_dict_into_shards_factory  # late: it is slow
-
+    def __init__(
+        self, folder: Path, tensors: Sequence[OutTensor], max_shard_size: int | str, *, index: bool = False
+    ) -> None:
         require_unique(tensors)
         self.folder = folder
         by_name = {t.name: t for t in tensors}
-        self._split = split_state_dict_into_shards_factory(
-            by_name,
-            get_storage_size=lambda tensor: tensor.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
+        self._split = _split(tensors, max_shard_size)
         self._fds: dict[str, int] = {}
         self._places: dict[str, _Place] = {}
         self._missing: dict[str, int] = {}  # bytes, of tensors that come column by column
@@ -348,9 +362,9 @@ class Shards:
         try:
             for file, names in self._split.filename_to_tensors.items():
                 self._create(file, [by_name[name] for name in names])
-            if self._split.is_sharded:
-                index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
-                write_json(folder / "model.safetensors.index.json", index)
+            if index or self._split.is_sharded:
+                content = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+                write_json(folder / INDEX_FILE, content)
         except BaseException:
             self.close()
             raise

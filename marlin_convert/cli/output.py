@@ -139,10 +139,16 @@ class Screen:
             f"{len(plan.layers)} layers to convert, {len(plan.copies)} tensors to copy ({size(copied)}), "
             f"{len(plan.dropped)} dropped (g_idx, qzeros)"
         )
+        self._beside(plan)
         self._say(f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out")
         if not plan.refusals:
             self._format(plan)
         self._notes(plan)
+
+    def _beside(self, plan: Plan) -> None:
+        """Weights that are not the model's own, every one by name."""
+        for name, nbytes in plan.weights_beside.items():
+            self._say(f"beside the model's weights, copied as it is: {escape(name)} ({size(nbytes)})")
 
     def _format(self, plan: Plan) -> None:
         """Which format, why, and who reads it."""
@@ -206,6 +212,7 @@ class Screen:
         if report.verification:
             self._verification_table(report.verification)
         plan = report.plan
+        self._beside(plan)
         self._format(plan)
         self._notes(plan)
         if plan.scale_rounding:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ import numpy.typing as npt
 
 from .._version import __version__
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import Shards, check_free, json_bytes, new_folder, replace_files, write_json
+from ..checkpoint.writer import Shards, check_free, json_bytes, new_folder, replace_files, shard_names, write_json
 from ..device import CPU, Device, pick_device
 from ..errors import (
     AlreadyMarlin,
@@ -54,6 +52,7 @@ from ..options import (
 from ..progress import BytesOnly, Progress
 from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks, strips
 from .card import Made, model_card, with_verdict, write_card
+from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
 from .layer_reader import Order, order_difference, source_columns, source_rows, stored_groups, stored_order
 from .plan import Layer, Plan, make_plan
 from .supply import Item, Supply, arrivals, check_room, counted
@@ -98,6 +97,7 @@ class Report:
             "bytes_out": plan.bytes_out,
             "largest_scale_rounding": plan.scale_rounding,
             "weight_files": self.files,
+            "weights_beside": list(plan.weights_beside),
             "notes": [{"note": note, "layers": names} for note, names in plan.notes.items()],
             "source_quantization": self.source_quantization,
             "verified": None if self.verification is None else self.verification.ok,
@@ -147,13 +147,15 @@ def convert(
         plan.require_convertible()
         report = Report(origin, out, device, plan, ops.describe(), remark)
         report.source_quantization = _source_quantization(checkpoint, plan)
+        require_free_names(checkpoint, shard_names(plan.out_tensors, options.max_shard_size))
+        require_readable(checkpoint)
         check_room(_bytes_needed(checkpoint, plan), checkpoint, origin, out, low_disk=options.low_disk)
         if options.target:
             create_repository(options.target, token=access.token)
-        origin.bring_small_files()
+        origin.bring_extra_files(checkpoint, progress.meanwhile)
         with new_folder(out, force=options.force) as folder:
             with (
-                Shards(folder, plan.out_tensors, options.max_shard_size) as shards,
+                Shards(folder, plan.out_tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards,
                 arrivals(checkpoint, plan, origin, shards, progress, low_disk=options.low_disk) as weights,
                 _early_verifier(checkpoint, plan, folder, device, options, progress) as verifier,
             ):
@@ -161,7 +163,7 @@ def convert(
                 supply = Supply(checkpoint, plan, weights, release=options.low_disk)
                 write_tensors(checkpoint, plan, shards, progress, packer(device, options), supply, verifier)
             write_configs(checkpoint, plan, folder, options.quant_method)
-            copy_extra_files(checkpoint, folder)
+            copy_files(checkpoint, folder)
             if options.verify:
                 with Checkpoint(folder) as written:
                     report.verification = (
@@ -171,6 +173,7 @@ def convert(
                 write_json(folder / VERIFY_FILE, report.verification.as_dict())
             write_card(folder, model_card(checkpoint, plan, _made(report, options)))
             write_json(folder / REPORT_FILE, report.as_file())
+            checkpoint.require_unchanged()
     report.seconds = time.monotonic() - started
     if options.target:
         report.pushed = push_result(out, options.target, force=options.force, token=access.token)
@@ -211,7 +214,10 @@ def plan_only(
     """What `convert` would do with `source`, without reading any weight."""
     options = options or Options()
     with looked_at(source, access or HubAccess()) as (origin, checkpoint):
-        return origin, make_plan(checkpoint, options.format, options.zero_points)
+        plan = make_plan(checkpoint, options.format, options.zero_points)
+        if not plan.already_marlin:
+            require_free_names(checkpoint, shard_names(plan.out_tensors, options.max_shard_size))
+        return origin, plan
 
 
 def verify_pair(
@@ -235,6 +241,8 @@ def verify_pair(
             )
         plan.require_convertible()
         report = verify(checkpoint, plan, result, device, progress)
+        checkpoint.require_unchanged()
+        result.require_unchanged()
     try:
         card = with_verdict(out, report)
         replace_files(out, {VERIFY_FILE: json_bytes(report.as_dict())} | ({CARD_FILE: card} if card else {}))
@@ -248,11 +256,14 @@ def verify_pair(
 
 
 @contextlib.contextmanager
-def opened(source: str | Path, access: HubAccess, progress: Progress) -> Iterator[tuple[Source, Checkpoint]]:
-    """Fetch `source` if it is on the Hub, all of it, and open it."""
+def opened(
+    source: str | Path, access: HubAccess, progress: Progress, *, everything: bool = False
+) -> Iterator[tuple[Source, Checkpoint]]:
+    """Fetch `source` if it is on the Hub, with the weights beside the model's own if `everything` is asked for, and
+    open it."""
     origin = fetch(
         str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir,
-        meanwhile=progress.meanwhile,
+        meanwhile=progress.meanwhile, everything=everything,
     )  # fmt: skip
     with Checkpoint(origin.folder) as checkpoint:
         yield origin, checkpoint
@@ -466,19 +477,6 @@ def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method
     write_json(folder / "quantize_config.json", settings)
 
 
-def copy_extra_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Tokenizer, generation config, chat template, licence, code: whatever lies beside the weights, as it is.
-
-    The source's card is a part of the result's: see `card`.
-    """
-    for name in checkpoint.extra_files:
-        if name in (REPORT_FILE, VERIFY_FILE, CARD_FILE):
-            continue
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / name, target)
-
-
 def _made(report: Report, options: Options) -> Made:
     """What the model card tells, beside the plan. Only options that shape the result are named in it."""
     named = []
@@ -499,14 +497,8 @@ def _made(report: Report, options: Options) -> Made:
 
 
 def _bytes_needed(checkpoint: Checkpoint, plan: Plan) -> int:
-    small = 0
-    for path in (checkpoint.folder / name for name in checkpoint.extra_files):
-        if not path.is_file() or not os.access(path, os.R_OK):
-            raise SourceError(
-                f"{path}: it cannot be read (a broken link, a pipe, or no permission); remove or mend it."
-            )
-        small += path.stat().st_size
-    return plan.bytes_out + small + (16 << 20)  # headers, index, reports, and the file system's own needs
+    # Headers, index, reports, and the file system's own needs.
+    return plan.bytes_out + sum(copied_files(checkpoint).values()) + (16 << 20)
 
 
 @contextlib.contextmanager
@@ -517,7 +509,7 @@ def _early_verifier(
     if not (options.verify and options.low_disk):
         yield None
         return
-    with Checkpoint(folder) as written:
+    with Checkpoint(folder, steady=False) as written:
         yield Verifier(checkpoint, plan, written, device, BytesOnly(progress))
 
 

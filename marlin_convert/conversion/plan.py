@@ -187,6 +187,7 @@ class Plan:
     group_size: int = GROUP_SIZE  # of a result in the original format: 128 or -1
     already_marlin: bool = False
     layers_found: int = 0
+    weights_beside: dict[str, int] = field(default_factory=dict)  # files that are copied as they are: name → bytes
     bytes_in: int = 0  # of all tensors that the source holds
     scale_rounding: float = 0.0
 
@@ -316,6 +317,7 @@ def make_plan(
     """
     format = Format.chosen(format, "format")
     reading = None if zero_points is None else ZeroPointReading.chosen(zero_points, "zero_points")
+    checkpoint.require_fit()
     settings, tensors = parse_settings(checkpoint.configs), checkpoint.tensors
     notes: Reasons = {note: [] for note in checkpoint.notes}
     bytes_in = sum(t.nbytes for t in tensors.values())
@@ -361,6 +363,7 @@ def make_plan(
         format=Format.MARLIN_EXT if extended else Format.MARLIN,
         group_size=group_size,
         layers_found=len(names),
+        weights_beside=checkpoint.weights_beside,
         bytes_in=bytes_in,
         scale_rounding=max((fit.rounding for fit in fits.values()), default=0.0),
     )
@@ -750,6 +753,7 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "refused": [{"reason": reason, "layers": names} for reason, names in plan.refusals.items()],
         "notes": [{"note": note, "layers": names} for note, names in plan.notes.items()],
         "copied": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes} for t in plan.copies],
+        "weights_beside": [{"name": name, "bytes": nbytes} for name, nbytes in plan.weights_beside.items()],
         "dropped": [t.name for t in plan.dropped],
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,

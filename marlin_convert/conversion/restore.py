@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,16 @@ import numpy.typing as npt
 
 from .._version import __version__
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import OutTensor, Shards, check_free, check_space, new_folder, write_file, write_json
+from ..checkpoint.writer import (
+    OutTensor,
+    Shards,
+    check_free,
+    check_space,
+    new_folder,
+    shard_names,
+    write_file,
+    write_json,
+)
 from ..errors import MarlinConvertError, SourceError, UnsupportedError
 from ..formats import bf16
 from ..formats.gptq import ZeroPointEncoding, encode_zeros
@@ -39,10 +47,11 @@ from ..formats.marlin_config import read_marlin_settings
 from ..formats.stored import MARLIN_PARTS, StoredLayer, is_marlin_part, layer_names, stored_layers
 from ..hub.open import Source
 from ..native import ops
-from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE, Format, HubAccess, Options, ZeroPointReading
+from ..options import CARD_FILE, REPORT_FILE, Format, HubAccess, Options, ZeroPointReading
 from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all
 from .convert import keep_apart, opened
+from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
 from .plan import GPTQ_PARTS
 
 _NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}
@@ -154,8 +163,9 @@ def restore(
     options, progress, started = options or Options(), progress or Progress(), time.monotonic()
     out = Path(out)
     check_free(out, force=options.force)
-    with opened(marlin, access or HubAccess(), progress) as (origin, checkpoint):
+    with opened(marlin, access or HubAccess(), progress, everything=True) as (origin, checkpoint):
         keep_apart(origin.folder, out)
+        checkpoint.require_fit()
         noted = _noted(checkpoint)
         layers = [_layer(stored, noted) for stored in marlin_layers(checkpoint).values()]
         owned = {tensor.name for layer in layers for tensor in layer.stored.parts.values()}
@@ -165,14 +175,18 @@ def restore(
         tensors, format = _in_order(layers, copies), layers[0].stored.format
         report = Restored(origin, out, format, "gptq_v2" if v2 else "gptq", layers, copies, bool(noted))
         report.bytes_out = sum(t.nbytes for t in tensors)
-        check_space(out.parent, report.bytes_out + (16 << 20))
+        require_free_names(checkpoint, shard_names(tensors, options.max_shard_size))
+        require_readable(checkpoint)
+        check_space(out.parent, report.bytes_out + sum(copied_files(checkpoint).values()) + (16 << 20))
         with new_folder(out, force=options.force) as folder:
-            with Shards(folder, tensors, options.max_shard_size) as shards:
+            with Shards(folder, tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards:
                 _write_tensors(checkpoint, report, shards, progress, _encoding(noted, v2=v2))
                 report.files = shards.files
             _write_configs(checkpoint, report, folder, noted)
-            _copy_extra_files(checkpoint, folder)
+            copy_files(checkpoint, folder)
+            _restore_card(checkpoint, folder)
             write_json(folder / REPORT_FILE, report.as_file())
+            checkpoint.require_unchanged()
     report.seconds = time.monotonic() - started
     return report
 
@@ -479,18 +493,16 @@ def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any
     return {**result, "dynamic": dynamic} if dynamic else result
 
 
-def _copy_extra_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """What lies beside the weights, as it is; of a card that marlin-convert wrote, the source's, if it holds one."""
-    ours = (checkpoint.folder / REPORT_FILE).is_file()
-    for name in checkpoint.extra_files:
-        if name in (REPORT_FILE, VERIFY_FILE) or (ours and name == CARD_FILE):
-            continue
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / name, target)
+def _restore_card(checkpoint: Checkpoint, folder: Path) -> None:
+    """The source's card: as it is, or out of the one that marlin-convert wrote, if that holds it."""
     card = checkpoint.folder / CARD_FILE
-    if ours and card.is_file():
-        _, marker, rest = card.read_bytes().decode("utf-8", "replace").partition("\n# Card of the source\n")
+    if not card.is_file():
+        return
+    content = card.read_bytes()
+    if (checkpoint.folder / REPORT_FILE).is_file():
+        _, marker, rest = content.decode("utf-8", "replace").partition("\n# Card of the source\n")
         _, _, text = rest.partition(":\n\n")
-        if marker and text.strip():
-            write_file(folder / CARD_FILE, text.encode())
+        if not (marker and text.strip()):
+            return
+        content = text.encode()
+    write_file(folder / CARD_FILE, content)

@@ -37,13 +37,14 @@ def check_room(result: int, checkpoint: Checkpoint, origin: Source, out: Path, *
     fetched beside it."""
     remote = origin.remote
     coming = [] if remote is None else [remote.to_come(file) for file in checkpoint.weight_files]
-    if remote is None or not any(coming):
+    beside = 0 if remote is None else sum(map(remote.to_come, checkpoint.weights_beside))
+    if remote is None or not (any(coming) or beside):
         check_space(out.parent, result)
         return
-    largest, whole = max(coming), sum(coming)
+    largest, whole = max(coming) + beside, sum(coming) + beside
     if not _one_disk(remote.cache.folder, out):
         check_space(out.parent, result)
-        held = min(whole, 2 * largest) if low_disk else whole
+        held = min(whole, 2 * max(coming) + beside) if low_disk else whole
         check_space(remote.cache.folder, held, "what is downloaded takes", "" if low_disk else ", or use --low-disk")
         return
     small = result + largest

@@ -27,17 +27,21 @@ class Source:
     commit: str | None = None  # of the Hub repository
     remote: Remote | None = None
 
-    def bring_small_files(self) -> None:
-        """Let `folder` have what lies beside the weights, which a plan does not read."""
+    def bring_extra_files(self, checkpoint: Checkpoint, meanwhile: Callable[[str, int], Hear]) -> None:
+        """Let `checkpoint`, the one in `folder`, have what lies beside its weights, which a plan does not read."""
         remote = self.remote
         if remote is None:
             return
+        others = list(checkpoint.weights_beside)
         with explained(remote.repo_id, remote.revision):
             cached = interruptible(remote.fetch_small)
-        for name in remote.small_files:
+            hear = meanwhile("downloading other files", sum(map(remote.to_come, others)))
+            interruptible(lambda: [remote.fetch(name, hear) for name in others])
+        for name in checkpoint.extra_files:
             path = self.folder / name
             path.unlink(missing_ok=True)
             path.symlink_to((cached / name).resolve())
+            checkpoint.moved(name, path)
 
     @property
     def on_hub(self) -> bool:
@@ -68,12 +72,13 @@ def fetch(
     token: str | None = None,
     cache_dir: Path | None = None,
     meanwhile: Callable[[str, int], Hear] = _bar,
+    everything: bool = False,
 ) -> Source:
     """The source's folder: itself, when it is one, else downloaded to (or found in) the shared Hub cache.
 
-    Only the weights that make up the checkpoint are downloaded, and the small files beside them; `meanwhile` shows it,
-    as `Progress.meanwhile` does. Raises SourceError
-    when a folder is missing, HubError when the Hub does not give the repository.
+    Only the weights that make up the checkpoint are downloaded, and the small files beside them, or `everything`;
+    `meanwhile` shows it, as `Progress.meanwhile` does. Raises SourceError when a folder is missing, HubError when the
+    Hub does not give the repository.
     """
     if is_folder(source):
         return _folder(source, revision)
@@ -85,6 +90,8 @@ def fetch(
         with _named(source, folder := remote.fetch_small(remote.configs)):
             weights = remote.weights(folder)
         folder = remote.fetch_small()
+        if everything:
+            weights += remote.weights_beside(weights)
         hear = meanwhile("downloading", sum(map(remote.to_come, weights)))
         for name in weights:
             remote.fetch(name, hear)

@@ -63,6 +63,11 @@ class Remote:
     def configs(self) -> list[str]:
         return [n for n in self.files if n in Checkpoint.CONFIG_FILES or (n.endswith(INDEX_SUFFIX) and "/" not in n)]
 
+    def weights_beside(self, weights: Sequence[str]) -> list[str]:
+        """Weights that are not the model's own (which `weights` are), and not fetched with the small files."""
+        own = {*weights, *self.configs}
+        return [name for name in self.files if name.endswith(WEIGHT_SUFFIXES) and name not in own]
+
     def fetch_small(self, names: Sequence[str] | None = None) -> Path:
         """Fetch small files (by default all of them, and the index); the folder in the cache that holds them."""
         wanted = sorted({*self.small_files, *self.configs}) if names is None else names

@@ -8,12 +8,11 @@ import os
 import pty
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import numpy as np
 import pytest
 
 import marlin_convert
-from marlin_convert import cli
 from marlin_convert.cli import commands
 from marlin_convert.errors import EXIT_CODES
 from tests.support.cli import Run
@@ -31,30 +29,6 @@ from tests.support.gptq_checkpoints import GPTQLayer, Source, quantization_confi
 PROGRAM = [sys.executable, "-m", "marlin_convert.cli"]
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 REPORTS = {"marlin_convert.json", "verify.json"}
-
-
-@pytest.fixture
-def main(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Run]]:
-    """Run `cli.main` in this process, where a test can break something inside; signals are put back afterwards."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
-
-    def main(*args: object) -> Run:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main([str(a) for a in args])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return Run(subprocess.CompletedProcess([], code, out, err))
-
-    yield main
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def document(result: Run) -> dict[str, Any]:
@@ -404,7 +378,7 @@ def test_json_when_verification_fails_while_converting(
     main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "marlin_convert.conversion.convert.copy_extra_files", lambda _, folder: flip_bit(folder / "model.safetensors")
+        "marlin_convert.conversion.convert.copy_files", lambda _, folder: flip_bit(folder / "model.safetensors")
     )
     result = main(source.folder, tmp_path / "out", "--verify", "--json")
     assert result.code == document(result)["exit_code"] == 7

@@ -1021,6 +1021,7 @@ def test_plan_as_dict(tmp_path: Path) -> None:
             {"name": "norm.weight", "dtype": "F32", "shape": [3, 5], "bytes": 60},
             {"name": "a.bias", "dtype": "F16", "shape": [512], "bytes": 1024},
         ],
+        "weights_beside": [],
         "dropped": ["a.g_idx", "a.qzeros", "b.g_idx", "b.qzeros"],
         "bytes_in": sum(t.nbytes for t in load_file(tmp_path / "m" / "model.safetensors").values()),
         "bytes_out": 384 * 512 // 2 + 3 * 512 * 2 + 60 + 1024,

@@ -53,9 +53,7 @@ def test_what_cannot_be_written_leaves_the_output_as_it_was(source: Source, out:
     convert(source.folder, out, Options(device="cpu", force=True))
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
-    code = (
-        f"{limit}\nfrom marlin_convert.cli import commands\ncommands.main({['verify', str(source.folder), str(out)]})"
-    )
+    code = f"{limit}\nfrom marlin_convert import cli\ncli.main({['verify', str(source.folder), str(out)]})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 6, done.stderr
     assert done.stderr.splitlines()[-1] == (

@@ -374,14 +374,17 @@ def test_a_server_without_ranges(
     assert refusal(online(REPO, "--dry-run")) == expected
 
 
-def test_weights_that_no_index_names_stay(
+def test_weights_that_no_index_names_travel_as_they_are(
     hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """The same weights once more in another file, as some repositories have them."""
     files = hub.repositories[REPO].commits[hub.repositories[REPO].refs["main"]]
-    hub.repositories[REPO].commit({**files, "consolidated.safetensors": b"the same weights", "onnx/a.onnx": b"again"})
+    beside = {"mtp.safetensors": b"a draft model's", "onnx/a.onnx": b"again"}
+    hub.repositories[REPO].commit({**files, **beside})
+    plan = online(REPO, "--dry-run", "--json").json()
+    assert plan["weights_beside"] == [{"name": name, "bytes": len(data)} for name, data in beside.items()]
+    assert not hub.fetched() & beside.keys()
     assert online(REPO, tmp_path / "out", "--quiet").code == 0
-    assert not hub.fetched() & {"consolidated.safetensors", "onnx/a.onnx"}
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in beside} == beside
     assert online(REPO, tmp_path / "offline", "--quiet", env={"HF_HUB_OFFLINE": "1"}).code == 0
 
 
