@@ -326,7 +326,8 @@ def make_plan(checkpoint: Checkpoint, format: str = MARLIN, zero_points: str | N
         raise UnsupportedError(f"{checkpoint.folder}: {_what_else(settings, tensors)}; a GPTQ checkpoint is needed.")
     _require_complete(tensors)
 
-    judged = [_Judged(checkpoint, name, settings, zero_points) for name in names]
+    own = settings.for_layers(names)
+    judged = [_Judged(checkpoint, name, own[name], zero_points) for name in names]
     _one_group_size(plan, judged)
     for layer in judged:
         for reason in layer.misfits:
@@ -363,7 +364,7 @@ class _Judged:
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, settings: GPTQSettings, zero_points: str | None) -> None:
-        self.checkpoint, self.name, self.settings = checkpoint, name, settings.for_layer(name)
+        self.checkpoint, self.name, self.settings = checkpoint, name, settings
         self.reading = zero_points
         self.refusals: list[str] = []
         self.misfits: list[str] = []

@@ -7,13 +7,14 @@ settings say is a claim: `plan` compares it with the tensors, and the tensors wi
 from __future__ import annotations
 
 import copy
-import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import SourceError, UnsupportedError
+from ..text import shortened
+from .dynamic_rules import RuleError, first_matches
 
 #: One name for each setting, then the others under which it is met.
 _ALIASES = {
@@ -90,19 +91,26 @@ class GPTQSettings:
             return "gptqmodel"
         return "autogptq" if "autogptq" in text else None
 
-    def for_layer(self, name: str) -> GPTQSettings:
-        """The settings of one layer: the first `dynamic` rule whose pattern matches its name overrides.
+    def for_layers(self, names: Sequence[str]) -> dict[str, GPTQSettings]:
+        """The settings of each layer: the first `dynamic` rule whose pattern matches its name overrides.
 
         A rule's key is a regular expression (`re.match`); "+:" before it is decoration, "-:" means that the
-        layer was left unquantized and overrides nothing.
+        layer was left unquantized and overrides nothing. Raises SourceError for a rule that cannot be used.
         """
-        for pattern, override in self.dynamic.items():
-            if re.match(_regular_expression(pattern), name):
-                if pattern.startswith("-:"):
-                    return self
-                left = {key: text for key, text in self.conflicts.items() if key not in override}
-                return replace(self, conflicts=left, **override)
-        return self
+        rules = list(self.dynamic)
+        try:
+            found = first_matches([rule.removeprefix("+:").removeprefix("-:") for rule in rules], names)
+        except RuleError as error:
+            raise SourceError(f"the dynamic rule {shortened(rules[error.rule])} cannot be used: {error.why}.") from None
+        overrides = [None if rule is None or rules[rule].startswith("-:") else rules[rule] for rule in found]
+        return {name: self._overridden(rule) for name, rule in zip(names, overrides, strict=True)}
+
+    def _overridden(self, rule: str | None) -> GPTQSettings:
+        if rule is None:
+            return self
+        override = self.dynamic[rule]
+        left = {key: text for key, text in self.conflicts.items() if key not in override}
+        return replace(self, conflicts=left, **override)
 
 
 def find_configs(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -157,23 +165,17 @@ def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
     )
 
 
-def _regular_expression(pattern: str) -> str:
-    return pattern.removeprefix("+:").removeprefix("-:")
-
-
 def _dynamic_rules(where: str, rules: object) -> dict[str, dict[str, Any]]:
     """`dynamic` as a config has it → each rule's pattern, in order, and the settings that it changes."""
     if rules is None or rules is False:  # GPTQModel writes null where there are none
         return {}
     if not isinstance(rules, dict):
-        raise SourceError(f"{where}: dynamic is {rules!r}; a map of rules was expected.")
+        raise SourceError(f"{where}: dynamic is {shortened(rules)}; a map of rules was expected.")
     parsed = {}
     for pattern, override in rules.items():
-        try:
-            re.compile(_regular_expression(pattern))
-        except re.error as error:
-            raise SourceError(f"{where}: the dynamic rule {pattern!r} is not a regular expression: {error}.") from None
-        known = _normalise(f"{where}, dynamic rule {pattern!r}", override if isinstance(override, dict) else {})
+        known = _normalise(
+            f"{where}, dynamic rule {shortened(pattern)}", override if isinstance(override, dict) else {}
+        )
         parsed[pattern] = {key: known[key] for key in _PER_LAYER if known[key] is not None}
     return parsed
 
@@ -190,10 +192,10 @@ def _normalise(where: str, raw: dict[str, Any]) -> dict[str, Any]:
     for key in ("bits", "group_size"):
         value = known[key]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise SourceError(f"{where}: {key} is {value!r}; a whole number was expected.")
+            raise SourceError(f"{where}: {key} is {shortened(value)}; a whole number was expected.")
     for key in ("sym", "desc_act"):
         if known[key] is not None and not isinstance(known[key], bool):
-            raise SourceError(f"{where}: {key} is {known[key]!r}; true or false was expected.")
+            raise SourceError(f"{where}: {key} is {shortened(known[key])}; true or false was expected.")
     for key in ("checkpoint_format", "quant_method"):
         known[key] = None if known[key] is None else str(known[key]).lower()
     return known
@@ -216,7 +218,9 @@ def _require_gptq(where: str, raw: dict[str, Any]) -> None:
                 "export it with format='auto_gptq', which can be repacked."
             )
     elif method not in _GPTQ_METHODS:
-        raise UnsupportedError(f"{where}: quantized with {method!r}; only GPTQ checkpoints can be repacked to Marlin.")
+        raise UnsupportedError(
+            f"{where}: quantized with {shortened(method)}; only GPTQ checkpoints can be repacked to Marlin."
+        )
     layout = _normalise(where, raw)["checkpoint_format"]
     if method not in _AUTO_ROUND_METHODS and layout is not None and layout not in _GPTQ_FORMATS:
         if layout in _AWQ_FORMATS:
@@ -224,7 +228,7 @@ def _require_gptq(where: str, raw: dict[str, Any]) -> None:
                 f"{where}: an AWQ checkpoint ({layout}); only GPTQ checkpoints can be repacked to Marlin."
             )
         raise UnsupportedError(
-            f"{where}: checkpoint_format {layout!r} cannot be repacked; "
+            f"{where}: checkpoint_format {shortened(layout)} cannot be repacked; "
             f"{', '.join(sorted(_GPTQ_FORMATS - {'marlin'}))} can."
         )
     pack_dtype = raw.get("pack_dtype")
@@ -362,18 +366,18 @@ def _read_extended(where: str, quantization: Mapping[str, Any]) -> MarlinSetting
     version = quantization.get("marlin_ext_version")
     if version != EXT_VERSION or isinstance(version, bool):
         raise UnsupportedError(
-            f"{where}: marlin_ext_version is {version!r} and this is a reader of version {EXT_VERSION}; "
+            f"{where}: marlin_ext_version is {shortened(version)} and this is a reader of version {EXT_VERSION}; "
             "update marlin-convert."
         )
     shared = {key: quantization.get(key) for key in _SHARED}
     default = _extended_layer(where, shared)
     entries = quantization.get("layers", {})
     if not isinstance(entries, Mapping):
-        raise SourceError(f"{where}: layers is {entries!r}; a map from layers to settings was expected.")
+        raise SourceError(f"{where}: layers is {shortened(entries)}; a map from layers to settings was expected.")
     layers = {}
     for name, entry in entries.items():
         if not isinstance(entry, Mapping) or set(entry) - {*_SHARED, *_OWN}:
-            raise SourceError(f"{where}: layers has {entry!r} for {name}, which is not as the format has it.")
+            raise SourceError(f"{where}: layers has {shortened(entry)} for {name}, which is not as the format has it.")
         layers[str(name)] = _extended_layer(f"{where}, {name}", {**shared, **entry})
     return MarlinSettings(MARLIN_EXT, default, layers, quantization.get("lm_head") is True)
 
@@ -383,7 +387,7 @@ def _extended_layer(where: str, values: Mapping[str, Any]) -> LayerSettings:
         value = values.get(key)
         if type(value) is not kind or (allowed is not None and value not in allowed):
             choice = ", ".join(map(str, allowed)) if allowed else "true or false"
-            raise SourceError(f"{where}: {key} is {value!r}; one of {choice} was expected.")
+            raise SourceError(f"{where}: {key} is {shortened(value)}; one of {choice} was expected.")
 
     expect("bits", int, _EXT_BITS)
     expect("group_size", int, _EXT_GROUP_SIZES)
@@ -392,7 +396,7 @@ def _extended_layer(where: str, values: Mapping[str, Any]) -> LayerSettings:
     for key in _OWN:
         value = values.get(key)
         if value is not None and (type(value) is not int or value < 1):
-            raise SourceError(f"{where}: {key} is {value!r}; a positive number was expected.")
+            raise SourceError(f"{where}: {key} is {shortened(value)}; a positive number was expected.")
     return LayerSettings(**dict(values))
 
 
