@@ -37,9 +37,11 @@ from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E40
 from marlin_convert.engines import vllm_plugin as plugin  # noqa: E402
 from marlin_convert.native import repack  # noqa: E402
 
-if not hasattr(torch.ops._C, "silu_and_mul"):  # vLLM's library is for GPUs; 0.26 looks the name up, nothing calls it
-    library = torch_library.Library("_C", "FRAGMENT")
-    library.define("silu_and_mul(Tensor! out, Tensor input) -> ()")
+# vLLM's library is for GPUs; it looks these names up, and nothing here calls them.
+_library = torch_library.Library("_C", "FRAGMENT")
+for _name in ("silu_and_mul", "gelu_new", "gelu_fast", "gelu_quick"):
+    if not hasattr(torch.ops._C, _name):
+        _library.define(f"{_name}(Tensor! out, Tensor input) -> ()")
 
 
 def dequantized(weight: Tensor, scales: Tensor, zeros: Tensor | None, quant_type: Any) -> Tensor:
@@ -98,9 +100,15 @@ plugin._multiply, plugin._multiply_experts = multiply, multiply_experts
 plugin.marlin_make_workspace_new = lambda device, blocks=1: torch.zeros(blocks, dtype=torch.int32)
 
 
+#: Models that vLLM refuses to run in float16.
+BFLOAT16 = ("gemma2", "gemma3_text", "glm4")
+
+
 def load(folder: str, ranks: int) -> nn.Module:
+    kind = json.loads((Path(folder) / "config.json").read_text())["model_type"]
+    dtype = "bfloat16" if kind in BFLOAT16 else "float16"
     config = EngineArgs(
-        model=folder, skip_tokenizer_init=True, dtype="float16", enforce_eager=True, max_model_len=128,
+        model=folder, skip_tokenizer_init=True, dtype=dtype, enforce_eager=True, max_model_len=128,
         tensor_parallel_size=ranks, enable_expert_parallel=sys.argv[4] == "experts",
     ).create_engine_config()  # fmt: skip
     with set_current_vllm_config(config):
@@ -108,7 +116,7 @@ def load(folder: str, ranks: int) -> nn.Module:
             rank, port = int(sys.argv[1]), sys.argv[3]
             init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
             initialize_model_parallel(ranks)
-        torch.set_default_dtype(torch.float16)
+        torch.set_default_dtype(config.model_config.dtype)
         try:
             model = initialize_model(config)
             get_model_loader(config.load_config).load_weights(model, config.model_config)
