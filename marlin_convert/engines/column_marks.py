@@ -1,4 +1,4 @@
-"""Marks in the place of weights, so that an engine's own loading code says which columns a layer gets, and in what order.
+"""Marks in the place of weights: an engine's own loading code says which columns a layer gets, and in what order.
 
 An engine's model knows how a plain weight [N, K] is loaded: which of its layers it belongs to, which of several parts
 of a layer it is, in what order the model wants its columns (heads apart or together), which of them are this rank's.
@@ -21,11 +21,11 @@ from ..formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES
 from . import tensor_parallel as shards
 from .tensor_parallel import Piece
 
-#: A mark is (number of the layer, from 1) · 2^32 + column. Zero is a column of zeros, as engines pad; below it, nothing.
+#: A mark is (number of the layer, from 1) · 2^32 + column; zero is a column of zeros, as engines pad; this is none yet.
 NOTHING = -1
 _SHIFT = 32
 _COLUMN = (1 << _SHIFT) - 1
-_WRITES = (Tensor.copy_, Tensor.__setitem__, Tensor.set_, Tensor.data.__set__)  # type: ignore[attr-defined]
+_WRITES = (Tensor.copy_, Tensor.__setitem__)
 
 
 class Marks(Tensor):
@@ -89,7 +89,7 @@ class Arriving:
 
     def asked(self, marks: Tensor) -> None:
         """Note that a layer of the engine was given `marks`, of whole layers or of parts of them."""
-        numbers, counts = (_plain(marks) >> _SHIFT).unique(return_counts=True)
+        numbers, counts = torch.unique(_plain(marks) >> _SHIFT, return_counts=True)
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
             if not 0 < number <= len(self.stored):
                 raise TypeError("the engine changes the values of its weights while it loads them")

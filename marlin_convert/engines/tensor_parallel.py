@@ -1,9 +1,8 @@
 """Pieces of Marlin layers: what one rank of a tensor-parallel engine holds, and layers side by side as one product.
 
-Tiles are cut along whole tiles only, scales and zero points along whole groups, so that every piece is again a Marlin
-layer, with no repacking; it is a copy, so that the whole can be freed. What cannot be cut so is refused with
-ValueError: a piece is right, or there is none. The one thing that changes is the order of scales when a rank is left
-with a single group (see `layout`).
+Columns are taken in any order: along whole tiles with no repacking, else through codes, exactly. Rows are cut along
+whole tiles and whole groups only. A piece is a copy, so that the whole can be freed, and again a Marlin layer: it is
+right, or there is none (ValueError). Scales change their order when a rank is left with one group (see `layout`).
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def columns(piece: Piece, order: Tensor) -> Piece:
     at_once = max(1, _CODES_AT_ONCE // (piece.stored_N * TILE_K))
     weight = torch.cat([
         repack.pack_marlin(_take(repack.unpack_marlin(rows, piece.bits), order), piece.bits)
-        for rows in piece.weight.split(at_once)
+        for rows in torch.split(piece.weight, at_once)
     ])  # fmt: skip
     scales = repack.permute_scales(_take(repack.unpermute_scales(piece.scales), order))
     zeros = piece.zeros

@@ -184,7 +184,8 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         self.device = torch.get_default_device()
         marks = torch.full((sum(output_partition_sizes), 1), NOTHING, dtype=torch.int64, device="cpu")
         parameter: Any = nn.Parameter(marks, requires_grad=False)
-        way, given = weight_loader or layer.weight_loader, []
+        way: Callable[..., Any] = weight_loader or layer.weight_loader
+        given: list[Tensor] = []
 
         def load(param: Any, loaded: Tensor, *args: Any, **kwargs: Any) -> None:
             if not isinstance(loaded, Marks):
@@ -425,7 +426,7 @@ _configure = loader_utils.configure_quant_config
 _expected: dict[type, MarlinCheckpointConfig] = {}  # classes of models that are about to be built
 
 
-def _configure_model(quant_config: QuantizationConfig, model_class: type[nn.Module]) -> None:
+def _configure_model(quant_config: QuantizationConfig, model_class: Any) -> None:
     """vLLM's own step before it builds a model; a model of a Marlin checkpoint then loads through `_load_model`."""
     _configure(quant_config, model_class)
     _expected.pop(model_class, None)
@@ -513,30 +514,32 @@ def _watch(model: nn.Module, config: MarlinCheckpointConfig) -> list[_Watched]:
                 if own.endswith("weight") and id(parameter) not in found:
                     way = getattr(parameter, "weight_loader", default_weight_loader)
                     watched = found[id(parameter)] = _Watched(f"{name}.{own}", layer, parameter, way)
-                    parameter.weight_loader = partial(_load_watched, watched, config)  # type: ignore[attr-defined]
+                    parameter.weight_loader = partial(_load_watched, watched, config)
     return list(found.values())
 
 
 def _load_watched(
     watched: _Watched, config: MarlinCheckpointConfig, parameter: nn.Parameter, loaded: Tensor, *args: Any, **more: Any
 ) -> Any:
-    layer, name = watched.layer, watched.name.removesuffix(".weight")
-    marks = isinstance(loaded, Marks)
-    if (watched.ours and not marks) or (watched.filled and marks and not watched.ours):
+    layer: Any = watched.layer
+    name = watched.name.removesuffix(".weight")
+    plain = not isinstance(loaded, Marks)
+    if (watched.ours and plain) or (watched.filled and not plain and not watched.ours):
         raise ValueError(f"{name}: vLLM computes it as one layer, and a part of it is not quantized")
     watched.filled = True
-    if not marks:
+    if plain:
         return watched.way(parameter, loaded, *args, **more)
     if isinstance(layer, RoutedExperts):
         raise ValueError(f"{name}: vLLM calls these experts by another name than the checkpoint does")
     if not watched.ours:
         watched.ours = True
-        device = parameter.device
         del layer.weight
-        way = watched.way if getattr(watched.way, "__self__", None) is not layer else layer.weight_loader
-        with device:
+        own = getattr(watched.way, "__self__", None) is not layer  # a loader of the model's own: it cuts marks as well
+        way: Any = watched.way if own else type(layer).weight_loader.__get__(layer)
+        with parameter.device:
             _adopt(layer, MarlinCheckpointMethod(config, name), way, parameter.dtype)
-    return layer.weight.weight_loader(layer.weight, loaded, *args, **more)
+    marks: Any = layer.get_parameter("weight")
+    return marks.weight_loader(marks, loaded, *args, **more)
 
 
 def _adopt(layer: Any, method: MarlinCheckpointMethod, way: Callable[..., Any], dtype: torch.dtype) -> None:

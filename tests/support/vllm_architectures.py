@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
 
 #: model_type → what its configuration needs beside SMALL. More than one name for a type: "type, variant".
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid"},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0, "n_group": 1, "topk_group": 1},
     "apertus": {},
     "arcee": {},
     "bloom": {"n_layer": 2, "n_head": 4, "tie_word_embeddings": True},
@@ -46,7 +46,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "falcon_h1": {},
     "falcon_mamba": {},
     "gemma": {},
-    "gemma2": {},
+    "gemma2": {"tie_word_embeddings": True},
     "gemma3_text": {},
     "glm": {},
     "glm4": {},
@@ -60,12 +60,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
               "use_mamba_kernels": False},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_dim": 256, "conv_L_cache": 3},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_dim": 256, "conv_L_cache": 3, "block_dim": 256},
     "llama": {},
     "llama, biases": {"attention_bias": True, "mlp_bias": True},
     "mamba": {},
     "minicpm3": {},
-    "minimax_m2": {"rotary_dim": 32},
+    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
     "ministral3": {},
     "mistral": {},
     "mixtral": {},
@@ -90,6 +90,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {},
 }  # fmt: skip
+
+#: Those that vLLM runs in bfloat16 only: scales and plain weights are rounded to it, each for itself.
+ROUNDED = ("gemma2", "gemma3_text", "glm4")
+#: (name, ranks) → why it is refused.
+REFUSED: dict[tuple[str, int], str] = {}
 
 #: The linears of all of them: neither embeddings, heads and norms, nor what quantizers leave alone.
 LINEARS = (
