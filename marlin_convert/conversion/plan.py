@@ -328,7 +328,8 @@ def make_plan(
         raise UnsupportedError(f"{checkpoint.folder}: {_what_else(settings, tensors)}; a GPTQ checkpoint is needed.")
     _require_complete(tensors)
 
-    judged = [_Judged(checkpoint, name, settings, reading) for name in names]
+    own = settings.for_layers(names)
+    judged = [_Judged(checkpoint, name, own[name], reading) for name in names]
     group_size = _one_group_size(judged)
     misfits = _gathered((layer.misfits, layer.name) for layer in judged)
     extended = format is Format.MARLIN_EXT or (
@@ -408,7 +409,7 @@ class _Judged:
     def __init__(
         self, checkpoint: Checkpoint, name: str, settings: GPTQSettings, reading: ZeroPointReading | None
     ) -> None:
-        self.checkpoint, self.name, self.settings = checkpoint, name, settings.for_layer(name)
+        self.checkpoint, self.name, self.settings = checkpoint, name, settings
         self.reading = reading
         self.refusals: list[str] = []
         self.misfits: list[str] = []

@@ -6,11 +6,13 @@ settings say is a claim: `plan` compares it with the tensors, and the tensors wi
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import SourceError, UnsupportedError
+from ..text import shortened
+from .dynamic_rules import RuleError, first_matches
 
 #: One name for each setting, then the others under which it is met.
 _ALIASES = {
@@ -84,19 +86,26 @@ class GPTQSettings:
             return "gptqmodel"
         return "autogptq" if "autogptq" in text else None
 
-    def for_layer(self, name: str) -> GPTQSettings:
-        """The settings of one layer: the first `dynamic` rule whose pattern matches its name overrides.
+    def for_layers(self, names: Sequence[str]) -> dict[str, GPTQSettings]:
+        """The settings of each layer: the first `dynamic` rule whose pattern matches its name overrides.
 
         A rule's key is a regular expression (`re.match`); "+:" before it is decoration, "-:" means that the
-        layer was left unquantized and overrides nothing.
+        layer was left unquantized and overrides nothing. Raises SourceError for a rule that cannot be used.
         """
-        for pattern, override in self.dynamic.items():
-            if re.match(_regular_expression(pattern), name):
-                if pattern.startswith("-:"):
-                    return self
-                left = {key: text for key, text in self.conflicts.items() if key not in override}
-                return replace(self, conflicts=left, **override)
-        return self
+        rules = list(self.dynamic)
+        try:
+            found = first_matches([rule.removeprefix("+:").removeprefix("-:") for rule in rules], names)
+        except RuleError as error:
+            raise SourceError(f"the dynamic rule {shortened(rules[error.rule])} cannot be used: {error.why}.") from None
+        overrides = [None if rule is None or rules[rule].startswith("-:") else rules[rule] for rule in found]
+        return {name: self._overridden(rule) for name, rule in zip(names, overrides, strict=True)}
+
+    def _overridden(self, rule: str | None) -> GPTQSettings:
+        if rule is None:
+            return self
+        override = self.dynamic[rule]
+        left = {key: text for key, text in self.conflicts.items() if key not in override}
+        return replace(self, conflicts=left, **override)
 
 
 def find_configs(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -151,23 +160,17 @@ def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
     )
 
 
-def _regular_expression(pattern: str) -> str:
-    return pattern.removeprefix("+:").removeprefix("-:")
-
-
 def _dynamic_rules(where: str, rules: object) -> dict[str, dict[str, Any]]:
     """`dynamic` as a config has it → each rule's pattern, in order, and the settings that it changes."""
     if rules is None or rules is False:  # GPTQModel writes null where there are none
         return {}
     if not isinstance(rules, dict):
-        raise SourceError(f"{where}: dynamic is {rules!r}; a map of rules was expected.")
+        raise SourceError(f"{where}: dynamic is {shortened(rules)}; a map of rules was expected.")
     parsed = {}
     for pattern, override in rules.items():
-        try:
-            re.compile(_regular_expression(pattern))
-        except re.error as error:
-            raise SourceError(f"{where}: the dynamic rule {pattern!r} is not a regular expression: {error}.") from None
-        known = normalised(f"{where}, dynamic rule {pattern!r}", override if isinstance(override, dict) else {})
+        known = normalised(
+            f"{where}, dynamic rule {shortened(pattern)}", override if isinstance(override, dict) else {}
+        )
         parsed[pattern] = {key: known[key] for key in _PER_LAYER if known[key] is not None}
     return parsed
 
@@ -184,10 +187,10 @@ def normalised(where: str, raw: dict[str, Any]) -> dict[str, Any]:
     for key in ("bits", "group_size"):
         value = known[key]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise SourceError(f"{where}: {key} is {value!r}; a whole number was expected.")
+            raise SourceError(f"{where}: {key} is {shortened(value)}; a whole number was expected.")
     for key in ("sym", "desc_act"):
         if known[key] is not None and not isinstance(known[key], bool):
-            raise SourceError(f"{where}: {key} is {known[key]!r}; true or false was expected.")
+            raise SourceError(f"{where}: {key} is {shortened(known[key])}; true or false was expected.")
     for key in ("checkpoint_format", "quant_method"):
         known[key] = None if known[key] is None else str(known[key]).lower()
     return known
@@ -210,7 +213,9 @@ def _require_gptq(where: str, raw: dict[str, Any]) -> None:
                 "export it with format='auto_gptq', which can be repacked."
             )
     elif method not in _GPTQ_METHODS:
-        raise UnsupportedError(f"{where}: quantized with {method!r}; only GPTQ checkpoints can be repacked to Marlin.")
+        raise UnsupportedError(
+            f"{where}: quantized with {shortened(method)}; only GPTQ checkpoints can be repacked to Marlin."
+        )
     layout = normalised(where, raw)["checkpoint_format"]
     if method not in _AUTO_ROUND_METHODS and layout is not None and layout not in _GPTQ_FORMATS:
         if layout in _AWQ_FORMATS:
@@ -218,7 +223,7 @@ def _require_gptq(where: str, raw: dict[str, Any]) -> None:
                 f"{where}: an AWQ checkpoint ({layout}); only GPTQ checkpoints can be repacked to Marlin."
             )
         raise UnsupportedError(
-            f"{where}: checkpoint_format {layout!r} cannot be repacked; "
+            f"{where}: checkpoint_format {shortened(layout)} cannot be repacked; "
             f"{', '.join(sorted(_GPTQ_FORMATS - {'marlin'}))} can."
         )
     pack_dtype = raw.get("pack_dtype")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import SourceError, UnsupportedError
 from ..options import Format, QuantMethod
+from ..text import shortened
 from .gptq_config import GPTQSettings, normalised
 from .layout import EXT_BITS, EXT_GROUP_SIZES
 
@@ -140,18 +141,18 @@ def _read_extended(where: str, quantization: Mapping[str, Any]) -> MarlinSetting
     version = quantization.get("marlin_ext_version")
     if version != EXT_VERSION or isinstance(version, bool):
         raise UnsupportedError(
-            f"{where}: marlin_ext_version is {version!r} and this is a reader of version {EXT_VERSION}; "
+            f"{where}: marlin_ext_version is {shortened(version)} and this is a reader of version {EXT_VERSION}; "
             "update marlin-convert."
         )
     shared = {key: quantization.get(key) for key in _SHARED}
     default = _extended_layer(where, shared)
     entries = quantization.get("layers", {})
     if not isinstance(entries, Mapping):
-        raise SourceError(f"{where}: layers is {entries!r}; a map from layers to settings was expected.")
+        raise SourceError(f"{where}: layers is {shortened(entries)}; a map from layers to settings was expected.")
     layers = {}
     for name, entry in entries.items():
         if not isinstance(entry, Mapping) or set(entry) - {*_SHARED, *_OWN}:
-            raise SourceError(f"{where}: layers has {entry!r} for {name}, which is not as the format has it.")
+            raise SourceError(f"{where}: layers has {shortened(entry)} for {name}, which is not as the format has it.")
         layers[str(name)] = _extended_layer(f"{where}, {name}", {**shared, **entry})
     return MarlinSettings(Format.MARLIN_EXT, default, layers, quantization.get("lm_head") is True)
 
@@ -161,7 +162,7 @@ def _extended_layer(where: str, values: Mapping[str, Any]) -> LayerSettings:
         value = values.get(key)
         if type(value) is not kind or (allowed is not None and value not in allowed):
             choice = ", ".join(map(str, allowed)) if allowed else "true or false"
-            raise SourceError(f"{where}: {key} is {value!r}; one of {choice} was expected.")
+            raise SourceError(f"{where}: {key} is {shortened(value)}; one of {choice} was expected.")
 
     expect("bits", int, EXT_BITS)
     expect("group_size", int, (*sorted(EXT_GROUP_SIZES), -1))
@@ -170,7 +171,7 @@ def _extended_layer(where: str, values: Mapping[str, Any]) -> LayerSettings:
     for key in _OWN:
         value = values.get(key)
         if value is not None and (type(value) is not int or value < 1):
-            raise SourceError(f"{where}: {key} is {value!r}; a positive number was expected.")
+            raise SourceError(f"{where}: {key} is {shortened(value)}; a positive number was expected.")
     return LayerSettings(**dict(values))
 
 

@@ -19,6 +19,7 @@ from tests.engines.test_tensor_parallel import layer as random_layer
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from marlin_convert.engines import vllm_plugin as plugin  # noqa: E402
+from marlin_convert.engines.column_marks import Arriving  # noqa: E402
 from marlin_convert.engines.tensor_parallel import Piece  # noqa: E402
 from marlin_convert.formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES  # noqa: E402
 from marlin_convert.formats.marlin_config import marlin_ext_settings  # noqa: E402
@@ -90,20 +91,32 @@ def load(
     config: Any, names: list[str], pieces: dict[str, Any], linear: Linear, sizes: tuple[int, list[int], int, int],
     shards: list[Any], extended: bool,
 ) -> Any:  # fmt: skip
-    """Through the three calls that vLLM makes: create, load each of the checkpoint's tensors, process."""
-    method = plugin.MarlinCheckpointMethod(config, names)
+    """Through the steps of vLLM's loading: create, load marks cut as vLLM cuts a plain weight, process."""
+    method = plugin.MarlinCheckpointMethod(config, "layer", names)
     own_K, widths, all_K, all_N = sizes
-    method.create_weights(linear, own_K, widths, all_K, all_N, torch.float16, weight_loader=None)
-    for name, shard in zip(names, shards, strict=True):
-        piece = pieces[name][0]
-        for what, ending in (EXTENDED_NAMES if extended else ORIGINAL_NAMES).items():
-            tensor = getattr(piece, what)
-            if tensor is not None:
-                parameter = dict(linear.named_parameters())[ending]
-                arguments = (tensor,) if shard is None else (tensor, shard)
-                parameter.weight_loader(parameter, *arguments)
+
+    def cut(param: Any, loaded: torch.Tensor, shard: Any = None) -> None:
+        part = {"q": 0, "k": 1, "v": 2}.get(shard, shard or 0)
+        rank = linear.rank // (linear.num_kv_head_replicas if part else 1) if all_N > sum(widths) else 0
+        first = sum(widths[:part])
+        param.data[first : first + widths[part]] = loaded.narrow(0, rank * widths[part], widths[part])
+
+    method.create_weights(linear, own_K, widths, all_K, all_N, torch.float16, weight_loader=cut)
+    weights = [
+        (f"{name}.{ending}", getattr(pieces[name][0], what))
+        for name in names
+        for what, ending in (EXTENDED_NAMES if extended else ORIGINAL_NAMES).items()
+        if getattr(pieces[name][0], what) is not None
+    ]
+    config.arriving = Arriving(config.settings, names)
+    of_name = dict(zip(names, shards, strict=True))
+    for key, marks in config.arriving.stream(weights):
+        shard = of_name[key.removesuffix(".weight")]
+        linear.weight.weight_loader(linear.weight, marks, *(() if shard is None else (shard,)))
+    method.finish(linear)
+    config.arriving = None
     method.process_weights_after_loading(linear)
-    assert not set(dict(linear.named_parameters())) & {*ORIGINAL_NAMES.values(), *EXTENDED_NAMES.values()}
+    assert not hasattr(linear, "weight")
     return method
 
 
@@ -166,7 +179,7 @@ def test_row_parallel(ranks: int, extended: bool, kind: dict[str, Any]) -> None:
 def test_row_parallel_act_order_is_refused() -> None:
     name, kind = "model.layers.0.mlp.down_proj", {"group": 64, "order": True}
     pieces = {name: (*random_layer(512, 256, **kind), kind)}
-    with pytest.raises(ValueError, match=r"down_proj: it has act-order, whose rows cannot be split"):
+    with pytest.raises(ValueError, match=r"layer: it has act-order, whose rows cannot be split"):
         load(config_of(pieces, True), [name], pieces, Linear(0), (256, [256], 512, 256), [None], True)
 
 
@@ -184,17 +197,27 @@ def test_what_the_kernel_lacks_is_refused() -> None:
     for kind, message in [({"group": 16}, "no groups of 16"), ({"bits": 8, "asym": True}, "no 8-bit codes with zero")]:
         pieces = {"a": (*random_layer(256, 64, **kind), kind)}
         with pytest.raises(ValueError, match=f"a: vLLM's Marlin kernel has {message}"):
-            plugin.MarlinCheckpointMethod(config_of(pieces, True), ["a"])
+            plugin.MarlinCheckpointMethod(config_of(pieces, True), "a", ["a"])
 
 
-def test_a_missing_tensor_is_an_error() -> None:
+def test_columns_that_have_not_come_are_an_error() -> None:
     pieces = {"a": (*random_layer(256, 64), {})}
-    method = plugin.MarlinCheckpointMethod(config_of(pieces, False), ["a"])
-    linear = Linear(0)
-    method.create_weights(linear, 256, [64], 256, 64, torch.float16)
-    linear.B.weight_loader(linear.B, pieces["a"][0].weight)
-    with pytest.raises(ValueError, match="a: it has weight; scales, weight needed"):
+    config, linear = config_of(pieces, False), Linear(0)
+    method = plugin.MarlinCheckpointMethod(config, "layer", ["a"])
+    method.create_weights(linear, 256, [64], 256, 64, torch.float16, weight_loader=lambda param, loaded: None)
+    config.arriving = Arriving(config.settings, ["a"])
+    with pytest.raises(ValueError, match="layer: 64 of its 64 columns have not been loaded"):
+        method.finish(linear)
+    with pytest.raises(ValueError, match="layer: its weights have not been loaded"):
         method.process_weights_after_loading(linear)
+
+
+def test_a_part_that_is_not_quantized_is_an_error() -> None:
+    config, linear = config_of({"a": (*random_layer(256, 64), {})}, False), Linear(0)
+    method = plugin.MarlinCheckpointMethod(config, "layer", ["a"])
+    method.create_weights(linear, 256, [64], 256, 64, torch.float16, weight_loader=lambda param, loaded: None)
+    with pytest.raises(ValueError, match="layer: vLLM computes it as one layer, and a part of it is not quantized"):
+        linear.weight.weight_loader(linear.weight, torch.zeros(64, 256))
 
 
 @pytest.mark.parametrize(
