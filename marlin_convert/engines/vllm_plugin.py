@@ -1,23 +1,28 @@
-"""A vLLM plugin: vLLM loads Marlin checkpoints of both formats and computes with its own Marlin kernel.
+"""A vLLM plugin: vLLM loads Marlin checkpoints of both formats, computes with our kernels or its own Marlin kernel.
 
 vLLM finds it by its entry point (group `vllm.general_plugins`) when both packages are installed; nothing is imported by
 hand. For vLLM 0.26 to 0.33. Nothing is repacked at load: what the checkpoint holds is what the kernel takes.
 
-Columns and rows are cut for tensor parallelism as `shards` does it, while the layers arrive: a piece is right, or
-loading stops and says why. fp16 scales are cast to the activations' dtype, as vLLM does for GPTQ. Experts are stacked
-for vLLM's fused product; those that it cannot compute are refused by name.
+MARLIN_CONVERT_VLLM_KERNEL chooses for linear layers: `ours`, `vllm`, or `auto`, which is ours where it has been
+measured to be the faster one and for layers that vLLM's kernel does not have.
+
+vLLM's own loading code says which columns a layer gets (see `column_marks`): a piece is right, or loading stops and
+says why. For vLLM's kernel, fp16 scales are cast to the activations' dtype, as vLLM does for GPTQ; ours takes them as
+they are. Experts are stacked for vLLM's fused product; those that it cannot compute are refused by name.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
@@ -38,7 +43,11 @@ from vllm.scalar_type import scalar_types
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm.version import __version__ as VLLM_VERSION
 
+from .._version import __version__
+from ..errors import DeviceError
 from ..formats.marlin_config import LayerSettings, is_marlin, read_marlin_settings
+from ..native import cuda
+from . import linear as _linear  # noqa: F401 - it defines the operator that computes on our kernels
 from . import tensor_parallel as shards
 from .column_marks import NOTHING, Arriving, Marks
 from .tensor_parallel import Piece
@@ -53,6 +62,60 @@ _BLOCKS_OF_EXPERTS = 4
 _TYPES = {
     (4, False): scalar_types.uint4b8, (8, False): scalar_types.uint8b128, (4, True): scalar_types.uint4,
 }  # fmt: skip
+
+
+#: The environment variable that chooses the kernel of linear layers, and its values.
+KERNEL = "MARLIN_CONVERT_VLLM_KERNEL"
+_KERNELS = ("auto", "ours", "vllm")
+#: Where ours has been measured to be at least as fast as vLLM's Marlin kernel: capability, major.
+_FASTER_ON = (9,)
+
+
+class Kernel(NamedTuple):
+    """What computes linear layers, and why. `missing` says why our kernels cannot run here, if they cannot."""
+
+    ours: bool
+    why: str
+    missing: str = ""
+
+
+@cache
+def kernel() -> Kernel:
+    """The choice for this process. Raises ValueError for one that cannot be."""
+    asked = os.environ.get(KERNEL, "").strip().lower() or "auto"
+    if asked not in _KERNELS:
+        raise ValueError(f"{KERNEL} is {asked!r}; it should be one of {', '.join(_KERNELS)}")
+    try:
+        cuda.load_library()
+        missing = ""
+    except DeviceError as error:
+        missing = str(error).rstrip(".")
+    if asked == "ours" and missing:
+        raise ValueError(f"{KERNEL}=ours: {missing}")
+    if asked != "auto":
+        return Kernel(asked == "ours", f"{KERNEL}={asked}", missing)
+    if missing:
+        return Kernel(False, missing, missing)
+    capability = torch.cuda.get_device_capability()
+    where = f"on compute capability {capability[0]}.{capability[1]}"
+    if capability[0] in _FASTER_ON:
+        return Kernel(True, f"the faster one {where}")
+    return Kernel(False, f"ours has not been measured to be faster {where}")
+
+
+@cache
+def _say_kernel() -> None:
+    choice = kernel()
+    name = "marlin-convert's kernels" if choice.ours else "vLLM's Marlin kernel"
+    logger.info("Linear layers of this Marlin checkpoint are computed by %s: %s", name, choice.why)
+
+
+def _part_of_the_cache_key() -> str:
+    """vLLM keys compiled graphs by its environment variables; this is ours among them, as it was decided."""
+    return f"{'ours' if kernel().ours else 'vllm'} {cuda.ABI_VERSION} {__version__}"
+
+
+envs.environment_variables[KERNEL] = _part_of_the_cache_key
 
 
 def register() -> None:
@@ -146,10 +209,12 @@ class MarlinCheckpointConfig(QuantizationConfig):  # type: ignore[misc]
 
 
 class _Product(NamedTuple):
-    """One call of the kernel: the number in its tensors' names, and what the call needs beside them."""
+    """One call of a kernel: the number in its tensors' names, and what the call needs beside them."""
 
     number: int
-    type: Any
+    ours: bool
+    bits: int
+    type: Any  # vLLM's name of the codes
     K: int  # of the activations
     stored_K: int
     N: int
@@ -165,8 +230,11 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         no kernel computes."""
         self.config, self.prefix = config, prefix
         self.pieces: list[Piece] = []
+        _say_kernel()
+        _check_invariance(prefix)
         for name in names:
-            _supported(name, config.layer(name))
+            settings = config.layer(name)
+            _ours(name, settings.bits, not settings.sym, settings.group_size)
 
     def create_weights(
         self,
@@ -187,12 +255,12 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         way: Callable[..., Any] = weight_loader or layer.weight_loader
         given: list[Tensor] = []
 
-        def load(param: Any, loaded: Tensor, *args: Any, **kwargs: Any) -> None:
-            if not isinstance(loaded, Marks):
+        def load(param: Any, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
+            if not isinstance(loaded_weight, Marks):
                 raise ValueError(f"{self.prefix}: vLLM computes it as one layer, and a part of it is not quantized")
-            self._arriving.asked(loaded)
-            given.append(loaded)
-            way(param, loaded, *args, **kwargs)
+            self._arriving.asked(loaded_weight)
+            given.append(loaded_weight)
+            way(param, loaded_weight, *args, **kwargs)
             if bool((param.data >= 0).all()):
                 self._cut(layer, param.data, given[-1])
 
@@ -214,7 +282,7 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
             if self.all_K != piece.K:
                 raise ValueError(f"{self.prefix}: it has {piece.K} rows, the model {self.all_K}")
             own = piece if self.own_K == self.all_K else shards.rows(self.prefix, piece, first, self.own_K)
-            self.pieces.append(_cast(self.prefix, own, self.dtype))
+            self.pieces.append(own if _piece_is_ours(self.prefix, own) else _cast(self.prefix, own, self.dtype))
 
     def finish(self, layer: Any) -> None:
         """Cut what a loader of the model's own has filled. Raises ValueError for columns that have not come."""
@@ -223,54 +291,69 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         del layer.weight
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Join what one call of the kernel can do; nothing is repacked."""
+        """Join what one call of a kernel can do; nothing is repacked."""
         if not self.pieces:
             raise ValueError(f"{self.prefix}: its weights have not been loaded")
         pieces, self.pieces = self.pieces, []
         bias, products, column = getattr(layer, "bias", None), [], 0
         for number, piece in enumerate(shards.join(pieces)):
-            device = piece.weight.device
-            tensors = {
-                "weight": piece.weight,
-                "scales": piece.scales,
-                "zeros": piece.zeros if piece.zeros is not None else torch.empty(0, dtype=torch.int32, device=device),
-                "perm": piece.perm,
-                "bias": None if bias is None else _kernel_bias(bias[column : column + piece.N], piece.stored_N),
-            }
+            device, ours = piece.weight.device, _piece_is_ours(self.prefix, piece)
+            own = None if bias is None else bias.data[column : column + piece.N].clone()
+            if own is not None and not ours:
+                own = _kernel_bias(own, piece.stored_N)
+            zeros = piece.zeros
+            if zeros is None and not ours:
+                zeros = torch.empty(0, dtype=torch.int32, device=device)
+            tensors = {"weight": piece.weight, "scales": piece.scales, "zeros": zeros, "perm": piece.perm, "bias": own}
             for what, tensor in tensors.items():
                 value = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
                 layer.register_parameter(f"marlin{number}_{what}", value)
-            kind = _TYPES[piece.bits, piece.zeros is not None]
+            kind = _TYPES.get((piece.bits, piece.zeros is not None))
             sizes = (piece.K, piece.stored_K, piece.N, piece.stored_N)
-            products.append(_Product(number, kind, *sizes, piece.perm is not None))
+            products.append(_Product(number, ours, piece.bits, kind, *sizes, piece.perm is not None))
             column += piece.N
         self.products = tuple(products)
         layer.qweight = layer.marlin0_weight  # where vLLM looks for a device when it takes a layer's weights apart
-        self.workspace = marlin_make_workspace_new(pieces[0].weight.device)
-        self.nothing = torch.empty(0, dtype=torch.int32, device=pieces[0].weight.device)
+        if not all(product.ours for product in products):
+            self.workspace = marlin_make_workspace_new(pieces[0].weight.device)
+            self.nothing = torch.empty(0, dtype=torch.int32, device=pieces[0].weight.device)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] of this rank → [..., N of this rank]."""
-        results = []
-        for product in self.products:
-            own = x.index_select(-1, getattr(layer, f"marlin{product.number}_perm")) if product.sorted else x
-            if product.stored_K != product.K:
-                own = nn.functional.pad(own, (0, product.stored_K - product.K))
-            y = _multiply(
-                input=own,
-                weight=getattr(layer, f"marlin{product.number}_weight"),
-                weight_scale=getattr(layer, f"marlin{product.number}_scales"),
-                weight_zp=getattr(layer, f"marlin{product.number}_zeros"),
-                workspace=self.workspace,
-                wtype=product.type,
-                output_size_per_partition=product.stored_N,
-                input_size_per_partition=product.stored_K,
-                bias=None if bias is None else getattr(layer, f"marlin{product.number}_bias"),
-                **dict.fromkeys(_EMPTY, self.nothing),
-                **_FIXED,
-            )
-            results.append(y[..., : product.N] if product.stored_N != product.N else y)
+        results = [
+            (self._our_product if product.ours else self._product)(layer, x, product, bias is not None)
+            for product in self.products
+        ]
         return results[0] if len(results) == 1 else torch.cat(results, -1)
+
+    def _our_product(self, layer: Any, x: Tensor, product: _Product, add_bias: bool) -> Tensor:
+        """Our operator: it takes a layer as stored, and chooses its way by the rows that come when it runs."""
+        tensors = [getattr(layer, f"marlin{product.number}_{w}") for w in ("weight", "scales", "bias", "zeros", "perm")]
+        weight, scales, bias, zeros, perm = tensors
+        y: Tensor = torch.ops.marlin_convert.linear(
+            x, weight, scales, bias if add_bias else None, zeros, perm, product.bits, product.K, product.N
+        )
+        return y
+
+    def _product(self, layer: Any, x: Tensor, product: _Product, add_bias: bool) -> Tensor:
+        """vLLM's Marlin kernel: sizes as stored, act-order and padding around it."""
+        own = x.index_select(-1, getattr(layer, f"marlin{product.number}_perm")) if product.sorted else x
+        if product.stored_K != product.K:
+            own = nn.functional.pad(own, (0, product.stored_K - product.K))
+        y: Tensor = _multiply(
+            input=own,
+            weight=getattr(layer, f"marlin{product.number}_weight"),
+            weight_scale=getattr(layer, f"marlin{product.number}_scales"),
+            weight_zp=getattr(layer, f"marlin{product.number}_zeros"),
+            workspace=self.workspace,
+            wtype=product.type,
+            output_size_per_partition=product.stored_N,
+            input_size_per_partition=product.stored_K,
+            bias=getattr(layer, f"marlin{product.number}_bias") if add_bias else None,
+            **dict.fromkeys(_EMPTY, self.nothing),
+            **_FIXED,
+        )
+        return y[..., : product.N] if product.stored_N != product.N else y
 
 
 class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -302,7 +385,10 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self._refuse("experts with act-order")
         if self.settings.in_features is not None or self.settings.out_features is not None:
             self._refuse("experts that are stored padded")
-        _supported(prefix, self.settings)
+        _check_invariance(prefix)
+        lacking = _vllm_lacks(self.settings.bits, not self.settings.sym, self.settings.group_size)
+        if lacking:
+            raise ValueError(f"{prefix}: {lacking}")
 
     def _name(self, number: int, shard: str) -> str:
         return f"{self.prefix}.{number}.{self.parts[shard]}"
@@ -519,16 +605,21 @@ def _watch(model: nn.Module, config: MarlinCheckpointConfig) -> list[_Watched]:
 
 
 def _load_watched(
-    watched: _Watched, config: MarlinCheckpointConfig, parameter: nn.Parameter, loaded: Tensor, *args: Any, **more: Any
+    watched: _Watched,
+    config: MarlinCheckpointConfig,
+    param: nn.Parameter,
+    loaded_weight: Tensor,
+    *args: Any,
+    **more: Any,
 ) -> Any:
     layer: Any = watched.layer
     name = watched.name.removesuffix(".weight")
-    plain = not isinstance(loaded, Marks)
+    plain = not isinstance(loaded_weight, Marks)
     if (watched.ours and plain) or (watched.filled and not plain and not watched.ours):
         raise ValueError(f"{name}: vLLM computes it as one layer, and a part of it is not quantized")
     watched.filled = True
     if plain:
-        return watched.way(parameter, loaded, *args, **more)
+        return watched.way(param, loaded_weight, *args, **more)
     if isinstance(layer, RoutedExperts):
         raise ValueError(f"{name}: vLLM calls these experts by another name than the checkpoint does")
     if not watched.ours:
@@ -536,10 +627,10 @@ def _load_watched(
         del layer.weight
         own = getattr(watched.way, "__self__", None) is not layer  # a loader of the model's own: it cuts marks as well
         way: Any = watched.way if own else type(layer).weight_loader.__get__(layer)
-        with parameter.device:
-            _adopt(layer, MarlinCheckpointMethod(config, name), way, parameter.dtype)
+        with param.device:
+            _adopt(layer, MarlinCheckpointMethod(config, name), way, param.dtype)
     marks: Any = layer.get_parameter("weight")
-    return marks.weight_loader(marks, loaded, *args, **more)
+    return marks.weight_loader(marks, loaded_weight, *args, **more)
 
 
 def _adopt(layer: Any, method: MarlinCheckpointMethod, way: Callable[..., Any], dtype: torch.dtype) -> None:
@@ -566,13 +657,36 @@ def _methods(model: nn.Module) -> list[tuple[Any, Any]]:
     return [(layer, method) for layer, method in found if isinstance(method, kinds)]
 
 
-def _supported(name: str, settings: LayerSettings) -> LayerSettings:
-    """Raises ValueError for what vLLM's kernel lacks."""
-    if (settings.bits, not settings.sym) not in _TYPES:
-        raise ValueError(f"{name}: vLLM's Marlin kernel has no {settings.bits}-bit codes with zero points")
-    if settings.group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
-        raise ValueError(f"{name}: vLLM's Marlin kernel has no groups of {settings.group_size}")
-    return settings
+# ---- Which kernel ----
+
+
+def _vllm_lacks(bits: int, zeros: bool, group_size: int) -> str:
+    """What vLLM's Marlin kernel does not have of such a layer, or nothing."""
+    if (bits, zeros) not in _TYPES:
+        return f"vLLM's Marlin kernel has no {bits}-bit codes with zero points"
+    if group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
+        return f"vLLM's Marlin kernel has no groups of {group_size}"
+    return ""
+
+
+def _ours(name: str, bits: int, zeros: bool, group_size: int) -> bool:
+    """Whether our kernels compute such a layer. Raises ValueError if neither we nor vLLM can."""
+    choice, lacking = kernel(), _vllm_lacks(bits, zeros, group_size)
+    if lacking and (choice.missing or (not choice.ours and choice.why.startswith(KERNEL))):
+        raise ValueError(f"{name}: {lacking}, and marlin-convert's are not used: {choice.missing or choice.why}")
+    return choice.ours or bool(lacking)
+
+
+def _piece_is_ours(name: str, piece: Piece) -> bool:
+    return _ours(name, piece.bits, piece.zeros is not None, -1 if piece.G == 1 else piece.stored_K // piece.G)
+
+
+def _check_invariance(name: str) -> None:
+    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+        raise ValueError(
+            f"{name}: VLLM_BATCH_INVARIANT=1 asks for results that do not depend on the number of rows; the kernels "
+            "for Marlin checkpoints do not give them. Start vLLM without it"
+        )
 
 
 def _cast(name: str, piece: Piece, dtype: torch.dtype) -> Piece:

@@ -18,9 +18,12 @@ from tests.engines.test_tensor_parallel import layer as random_layer
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from vllm.config.utils import hash_factors  # noqa: E402
+
 from marlin_convert.engines import vllm_plugin as plugin  # noqa: E402
 from marlin_convert.engines.column_marks import Arriving  # noqa: E402
 from marlin_convert.engines.tensor_parallel import Piece  # noqa: E402
+from marlin_convert.errors import DeviceError  # noqa: E402
 from marlin_convert.formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES  # noqa: E402
 from marlin_convert.formats.marlin_config import marlin_ext_settings  # noqa: E402
 from marlin_convert.native import repack  # noqa: E402
@@ -52,6 +55,22 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "_multiply", reference)
     monkeypatch.setattr(plugin, "marlin_make_workspace_new", lambda device: torch.zeros(1, dtype=torch.int32))
     monkeypatch.setattr(plugin, "_rank", lambda layer: layer.rank)
+    choose(monkeypatch, "vllm")
+
+
+def choose(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, missing: str = "", capability: tuple[int, int] = (9, 0)
+) -> None:
+    """MARLIN_CONVERT_VLLM_KERNEL, on a machine of one's own: our kernels there or `missing`, a GPU of `capability`."""
+
+    def load() -> None:
+        if missing:
+            raise DeviceError(missing)
+
+    monkeypatch.setenv(plugin.KERNEL, kernel)
+    monkeypatch.setattr(plugin.cuda, "load_library", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    plugin.kernel.cache_clear()
 
 
 def config_of(pieces: dict[str, tuple[Piece, torch.Tensor, dict[str, Any]]], extended: bool) -> Any:
@@ -89,7 +108,7 @@ class Linear(torch.nn.Module):
 
 def load(
     config: Any, names: list[str], pieces: dict[str, Any], linear: Linear, sizes: tuple[int, list[int], int, int],
-    shards: list[Any], extended: bool,
+    shards: list[Any], extended: bool, dtype: torch.dtype = torch.float16,
 ) -> Any:  # fmt: skip
     """Through the steps of vLLM's loading: create, load marks cut as vLLM cuts a plain weight, process."""
     method = plugin.MarlinCheckpointMethod(config, "layer", names)
@@ -101,7 +120,7 @@ def load(
         first = sum(widths[:part])
         param.data[first : first + widths[part]] = loaded.narrow(0, rank * widths[part], widths[part])
 
-    method.create_weights(linear, own_K, widths, all_K, all_N, torch.float16, weight_loader=cut)
+    method.create_weights(linear, own_K, widths, all_K, all_N, dtype, weight_loader=cut)
     weights = [
         (f"{name}.{ending}", getattr(pieces[name][0], what))
         for name in names
@@ -120,11 +139,13 @@ def load(
     return method
 
 
-def check(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+def check(
+    y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None, close: float = 1e-3
+) -> None:
     expected = x.double() @ W + (0 if bias is None else bias.double())
     error = (y.double() - expected).norm() / expected.norm()
     assert y.shape == expected.shape
-    assert error < 1e-3, error
+    assert error < close, error
 
 
 QKV = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"]
@@ -191,6 +212,88 @@ def test_parts_of_different_kinds_and_padding() -> None:
     method = load(config_of(pieces, True), names, pieces, linear, (200, [72, 72], 200, 144), [0, 1], True)
     x = torch.randn(7, 200).half()
     check(method.apply(linear, x, linear.bias), x, torch.cat([pieces[n][1] for n in names], 1), linear.bias.data)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "missing", "capability", "ours", "why"),
+    [
+        ("auto", "", (9, 0), True, "the faster one on compute capability 9.0"),
+        ("", "", (9, 0), True, "the faster one on compute capability 9.0"),
+        ("auto", "", (8, 0), False, "ours has not been measured to be faster on compute capability 8.0"),
+        ("auto", "", (12, 0), False, "ours has not been measured to be faster on compute capability 12.0"),
+        ("auto", "not built.", (9, 0), False, "not built"),
+        ("vllm", "", (9, 0), False, "MARLIN_CONVERT_VLLM_KERNEL=vllm"),
+        ("Ours", "", (8, 0), True, "MARLIN_CONVERT_VLLM_KERNEL=ours"),
+    ],
+)
+def test_which_kernel(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, missing: str, capability: tuple[int, int], ours: bool, why: str
+) -> None:
+    choose(monkeypatch, kernel, missing, capability)
+    assert plugin.kernel()[:2] == (ours, why)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "missing", "message"),
+    [
+        ("ours", "not built.", "MARLIN_CONVERT_VLLM_KERNEL=ours: not built"),
+        ("marlin", "", "MARLIN_CONVERT_VLLM_KERNEL is 'marlin'; it should be one of auto, ours, vllm"),
+    ],
+)
+def test_kernels_that_cannot_be(monkeypatch: pytest.MonkeyPatch, kernel: str, missing: str, message: str) -> None:
+    choose(monkeypatch, kernel, missing)
+    with pytest.raises(ValueError, match=message):
+        plugin.kernel()
+
+
+def test_compiled_graphs_are_keyed_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM itself takes for the key of its cache."""
+    keys = []
+    for kernel in ("ours", "vllm", "ours"):
+        choose(monkeypatch, kernel)
+        keys.append(hash_factors(vllm.envs.compile_factors()))
+    assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [{"group": 16}, {"bits": 8, "asym": True, "group": 64}])
+def test_what_vllm_lacks_is_ours_on_every_gpu(
+    monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """One part of each kind in a layer with a bias, padded; our operator's reference on a CPU."""
+    choose(monkeypatch, "auto", capability=(8, 6))
+    names, kinds = ["gate_proj", "up_proj"], [kind, {"group": 64}]
+    pieces = {n: (*random_layer(200, 72, seed=i, **k), k) for i, (n, k) in enumerate(zip(names, kinds, strict=True))}
+    linear = Linear(0, torch.randn(144).to(dtype))
+    method = load(config_of(pieces, True), names, pieces, linear, (200, [72, 72], 200, 144), [0, 1], True, dtype)
+    assert [product.ours for product in method.products] == [True, False]
+    W, x = torch.cat([pieces[n][1] for n in names], 1), torch.randn(3, 200).to(dtype)
+    check(method.apply(linear, x, linear.bias), x, W, linear.bias.data, 1e-3 if dtype == torch.float16 else 2e-2)
+    check(method.apply(linear, x), x, W, None, 1e-3 if dtype == torch.float16 else 2e-2)
+
+
+@pytest.mark.parametrize("kind", [{}, {"group": 64, "order": True}, {"group": -1}, {"bits": 8, "group": 32}])
+def test_our_kernel(monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]) -> None:
+    choose(monkeypatch, "ours")
+    widths = [512, 128, 128]
+    pieces = {
+        n: (*random_layer(256, w, seed=i, **kind), kind) for i, (n, w) in enumerate(zip(QKV, widths, strict=True))
+    }
+    linear, W = Linear(0, torch.randn(768).half()), torch.cat([pieces[n][1] for n in QKV], 1)
+    method = load(config_of(pieces, True), QKV, pieces, linear, (256, widths, 256, 768), ["q", "k", "v"], True)
+    assert all(product.ours for product in method.products)
+    x = torch.randn(2, 5, 256).half()
+    check(method.apply(linear, x, linear.bias), x, W, linear.bias.data)
+
+
+@pytest.mark.parametrize("kernel", ["ours", "vllm"])
+def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    choose(monkeypatch, kernel)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(
+        ValueError, match=r"^x: VLLM_BATCH_INVARIANT=1 asks for results that do not depend on the number"
+    ):
+        plugin.MarlinCheckpointMethod(config_of({}, False), "x")
 
 
 def test_what_the_kernel_lacks_is_refused() -> None:

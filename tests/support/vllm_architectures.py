@@ -94,7 +94,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 #: Those that vLLM runs in bfloat16 only: scales and plain weights are rounded to it, each for itself.
 ROUNDED = ("gemma2", "gemma3_text", "glm4")
 #: (name, ranks) → why it is refused.
-REFUSED: dict[tuple[str, int], str] = {}
+REFUSED = {
+    (name, ranks): why
+    for ranks in (1, 2)
+    for name, why in {
+        "minimax_m2": "vLLM calls these experts by another name than the checkpoint does",
+        "phimoe": "vLLM computes its experts as one layer, and model.layers.0.mlp.experts.0.down_proj is not quantized",
+    }.items()
+}
 
 #: The linears of all of them: neither embeddings, heads and norms, nor what quantizers leave alone.
 LINEARS = (

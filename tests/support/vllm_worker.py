@@ -98,6 +98,8 @@ def multiply_experts(**a: Any) -> Tensor:
 
 
 plugin._multiply, plugin._multiply_experts = multiply, multiply_experts
+if os.environ.get(plugin.KERNEL) == "ours":  # our operator has a reference on a CPU
+    plugin.cuda.load_library = lambda: None
 plugin.marlin_make_workspace_new = lambda device, blocks=1: torch.zeros(blocks, dtype=torch.int32)
 
 
