@@ -64,7 +64,7 @@ MODELS: dict[str, tuple[PretrainedConfig, str, dict[str, Any]]] = {
 #: What vLLM's own kernel does not have.
 LACKING = {
     "Llama, groups of 16": "vLLM's Marlin kernel has no groups of 16, and marlin-convert's are not used",
-    "Llama, 8 bits, asymmetric": "vLLM's Marlin kernel has no 8-bit codes with zero points, and marlin-convert's are not",
+    "Llama, 8 bits, asymmetric": "vLLM's Marlin kernel has no 8-bit codes with zero points, and marlin-convert's",
 }
 #: (number of ranks, what they share out, whose kernel). Ours rounds its sums to fp16.
 RANKS = [
