@@ -29,7 +29,7 @@ MODULES = {
 #: ground are the modules of no room, but for the doors, which only pass names on.
 ROOMS = (("cli",), ("bench",), ("engines",), ("conversion",), ("native", "hub"), ("formats", "checkpoint"), ("ground",))
 LEVEL = {room: level for level, rooms in enumerate(reversed(ROOMS)) for room in rooms}
-DOORS = {"hf", "vllm"}
+DOORS = {"_api", "hf", "vllm"}
 
 HEAVY = ("torch", "transformers", "numpy", "rich", "huggingface_hub", "safetensors", "tqdm")
 
@@ -76,7 +76,8 @@ def imported(name: str, everywhere: bool) -> set[str]:
 
 def own_imports(name: str, everywhere: bool = True) -> set[str]:
     """Modules of this package that module `name` imports."""
-    return {other.removeprefix("marlin_convert.") for other in imported(name, everywhere)} & MODULES.keys()
+    prefix = "marlin_convert."
+    return {x.removeprefix(prefix) for x in imported(name, everywhere) if x.startswith(prefix)} & MODULES.keys()
 
 
 def test_every_module_stands_in_a_room() -> None:
