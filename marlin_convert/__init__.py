@@ -4,10 +4,9 @@
 are first asked for.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from ._version import __version__
 
+TYPE_CHECKING = False  # as type checkers know it; to import typing takes longer than anything else here
 if TYPE_CHECKING:
     from .engines.linear import MarlinLinear as MarlinLinear
     from .engines.transformers_quantizer import load as load
@@ -17,7 +16,7 @@ __all__ = ["MarlinLinear", "__version__", "load"]
 _LATE = {"MarlinLinear": "engines.linear", "load": "engines.transformers_quantizer"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
