@@ -8,10 +8,9 @@
 is not public. Everything is imported when it is first asked for: running a model needs torch, converting does not.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from ._version import __version__
 
+TYPE_CHECKING = False  # as type checkers know it; to import typing takes longer than anything else here
 if TYPE_CHECKING:
     from ._api import convert as convert
     from ._api import plan as plan
@@ -89,7 +88,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

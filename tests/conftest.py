@@ -84,16 +84,22 @@ def online(hub: Hub, run: Callable[..., Run], tmp_path: Path) -> Callable[..., R
     return online
 
 
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """What the program does with signals ends with the test in whose process it ran."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
-def main(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Run]]:
-    """Run `cli.main` in this process, where a test can break something inside; signals are put back afterwards."""
+def main(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Run `cli.main` in this process, where a test can break something inside."""
     from marlin_convert import cli
 
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
 
     def main(*args: object) -> Run:
         capsys.readouterr()
@@ -105,6 +111,4 @@ def main(
         out, err = capsys.readouterr()
         return Run(subprocess.CompletedProcess([], code, out, err))
 
-    yield main
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return main

@@ -76,7 +76,7 @@ class Steps:
             except queue.Empty:
                 pass
             if time.monotonic() - shown >= INTERVAL:
-                last = next((line.strip() for line in reversed(said) if line.strip()), "")
+                last = next((line.strip() for line in reversed(said) if line and not line.startswith("WARNING")), "")
                 self.say(f"  … {label}: {last[:100]}" if last else f"  … {label}")
                 shown = time.monotonic()
         code = process.wait()

@@ -11,6 +11,7 @@ import click
 
 from .._version import __version__
 from ..errors import AlreadyMarlin, MarlinConvertError, VerificationError, require
+from ..interrupts import ignore_signals
 from ..options import PRESETS, HubAccess, Options, PublishTarget
 from .params import (
     OUT,
@@ -305,6 +306,8 @@ def _convert(
     try:
         with screen.progress() as progress:
             report = convert(source, out, options, progress, access=access)
+            if prompt is None:
+                ignore_signals()  # the result is complete
     except AlreadyMarlin as nothing:
         screen.already_marlin(nothing.message)
         return

@@ -21,8 +21,8 @@ from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
+import vllm.envs as envs
 from torch import Tensor, nn
-from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import pytest
 import marlin_convert
 from marlin_convert.cli import commands
 from marlin_convert.errors import EXIT_CODES
+from marlin_convert.interrupts import Interrupted
 from tests.support.cli import Run
 from tests.support.gptq_checkpoints import GPTQLayer, Source, quantization_config, two_layers, write_source
 
@@ -267,8 +269,10 @@ def test_70_bug(main: Callable[..., Run], source: Source, tmp_path: Path, monkey
     )
     as_json = main(source.folder, tmp_path / "out", "--json")
     assert as_json.code == document(as_json)["exit_code"] == 70
-    with pytest.raises(ZeroDivisionError):
-        main(source.folder, tmp_path / "out", "--verbose")
+    result = main(source.folder, tmp_path / "out", "--verbose")
+    assert result.code == 70
+    assert "Traceback" in result.err
+    assert "ZeroDivisionError" in result.err
 
 
 def test_130_interrupted(
@@ -279,6 +283,22 @@ def test_130_interrupted(
     assert result.code == 130
     # The empty line ends the one that holds the terminal's ^C.
     assert result.err == "\nmarlin-convert: interrupted; nothing half-done was left behind.\n"
+
+
+def test_129_its_terminal_went_away(
+    main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _break(monkeypatch, Interrupted(signal.SIGHUP))
+    assert main(source.folder, tmp_path / "out").code == 129
+
+
+def test_143_asked_to_end(
+    main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _break(monkeypatch, Interrupted(signal.SIGTERM))
+    result = main(source.folder, tmp_path / "out", "--json")
+    assert result.code == 143
+    assert result.json()["exit_code"] == 143
 
 
 def test_every_exit_code_has_a_test() -> None:
