@@ -85,14 +85,14 @@ def layers() -> st.SearchStrategy[Made]:
     kinds = st.builds(
         lambda size, **rest: Made(K=size[0], N=size[1], **rest),
         sizes,
-        bits=st.sampled_from([4, 4, 4, 8, 2, 3]),
+        bits=st.sampled_from([4, 4, 4, 4, 8, 8, 3]),
         group_size=st.sampled_from([128, 128, 32, 64, 16, -1]),
         zeros=st.sampled_from(["symmetric", "symmetric", "none", "asymmetric", "with 0"]),
         order=st.sampled_from(["sequential", "sequential", "none", "shuffled"]),
         dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-        odd_scale=st.sampled_from([None, None, None, *ODD_SCALES]),
+        odd_scale=st.sampled_from([None] * 20 + list(ODD_SCALES)),
         bias=st.booleans(),
-        damage=st.sampled_from([None] * 12 + list(DAMAGES)),
+        damage=st.sampled_from([None] * 40 + list(DAMAGES)),
     )
     return kinds.filter(lambda made: made.K * made.bits % 32 == 0)
 
@@ -107,8 +107,8 @@ def layers() -> st.SearchStrategy[Made]:
             "group_size": st.sampled_from([128, 32, -1, None]),
             "sym": st.booleans(),
             "desc_act": st.booleans(),
-            "checkpoint_format": st.sampled_from(["gptq_v2", "gemm", None]),
-            "quant_method": st.sampled_from(["auto-round", "awq"]),
+            "checkpoint_format": st.sampled_from(["gptq_v2", "gptq_v2", "gemm", "marlin_ext", None]),
+            "quant_method": st.sampled_from(["auto-round", "gptq", "gptqmodel", "awq"]),
             "dynamic": st.sampled_from([{"-:.*1.*": {}}, {"+:.*1.*": {"bits": 8}}]),
         },
     ),
