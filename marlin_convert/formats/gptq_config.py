@@ -134,7 +134,9 @@ def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
         _require_gptq(where, raw)
         known = normalised(where, raw)
         dynamic = dynamic or _dynamic_rules(where, raw.get("dynamic"))
-        is_marlin = is_marlin or raw.get("is_marlin_format") is True or known.get("checkpoint_format") in _MARLIN_FORMATS
+        is_marlin = (
+            is_marlin or raw.get("is_marlin_format") is True or known.get("checkpoint_format") in _MARLIN_FORMATS
+        )
         is_marlin = is_marlin or str(known.get("quant_method", "")).lower() == "marlin"
         for key, value in known.items():
             if value is None or key in conflicts:
