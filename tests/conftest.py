@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.cli import SECRET, Run
+from tests.support.cli import PATIENCE, PROGRAM, SECRET, Run
 
 if TYPE_CHECKING:
     from tests.support.gptq_checkpoints import Source
@@ -54,9 +53,11 @@ def run(tmp_path: Path) -> Callable[..., Run]:
 
     def run(*args: object, env: dict[str, str] | None = None, cwd: Path = tmp_path) -> Run:
         environment = {**os.environ, "HF_HOME": str(tmp_path / "hf-home"), "COLUMNS": "200", **(env or {})}
-        command = [sys.executable, "-m", "marlin_convert.cli", *map(str, args)]
+        command = [*PROGRAM, *map(str, args)]
         return Run(
-            subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120, check=False)
+            subprocess.run(
+                command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=PATIENCE, check=False
+            )
         )
 
     return run
@@ -95,8 +96,8 @@ def _signals() -> Iterator[None]:
 
 @pytest.fixture
 def main(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """Run `cli.main` in this process, where a test can break something inside."""
-    from marlin_convert import cli
+    """Run the command line in this process, where a test can break something inside."""
+    from marlin_convert.cli import main as program
 
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
@@ -105,7 +106,7 @@ def main(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         capsys.readouterr()
         code = 0
         try:
-            cli.main([str(a) for a in args])
+            program([str(a) for a in args])
         except SystemExit as end:
             code = int(end.code or 0)
         out, err = capsys.readouterr()

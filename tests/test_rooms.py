@@ -16,6 +16,7 @@ import pytest
 
 import marlin_convert
 from marlin_convert.native import ops
+from tests.support.cli import PATIENCE
 from tests.support.gptq_checkpoints import Source
 
 PACKAGE = Path(marlin_convert.__file__).parent
@@ -126,8 +127,8 @@ def loaded_after(code: str, *arguments: object, **environment: str) -> set[str]:
     """Top-level packages that a new Python has loaded after running `code`."""
     script = f"import json, sys\n{code}\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
     process = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False,
-        env={**os.environ, **environment},
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True, text=True, timeout=PATIENCE, check=False, env={**os.environ, **environment},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return set(json.loads(process.stdout.splitlines()[-1]))

@@ -729,7 +729,7 @@ def _what_else(settings: GPTQSettings, tensors: dict[str, Tensor]) -> str:
             if name.endswith(ending):
                 return f"{kind} ({name})"
     if settings.is_marlin:
-        return "its config says Marlin, and it has neither Marlin's tensors (B and s) nor GPTQ's (qweight)"
+        return "its config says Marlin, and it has neither Marlin's tensors (B, marlin_qweight) nor GPTQ's (qweight)"
     return "an unquantized checkpoint: none of its tensors is a qweight"
 
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from marlin_convert.checkpoint import writer as publish
 from marlin_convert.checkpoint.writer import REPORT_FILE, OutTensor, Shards, check_space, clear_leftovers, new_folder
 from marlin_convert.errors import OutputError, SourceError
-from tests.support.cli import Run
+from tests.support.cli import PATIENCE, Run
 from tests.support.gptq_checkpoints import Source
 
 
@@ -256,7 +256,7 @@ with new_folder(Path(sys.argv[1]), force=True) as folder:
 
 
 def killed_run(out: Path) -> None:
-    process = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False, timeout=60)
+    process = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False, timeout=PATIENCE)
     assert process.returncode == -9
 
 
@@ -626,7 +626,9 @@ def limited(source: Source, tmp_path: Path, limit: str = "") -> Run:
     """A conversion in a process that has run the code `limit` on itself first."""
     program = ["-m", "marlin_convert.cli", str(source.folder), str(tmp_path / "results" / "out")]
     code = f"{limit}\nimport os, sys\nos.execv(sys.executable, [sys.executable, *{program!r}])"
-    return Run(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False))
+    return Run(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    )
 
 
 def test_a_file_that_may_not_grow(source: Source, tmp_path: Path) -> None:

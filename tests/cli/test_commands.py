@@ -25,7 +25,7 @@ import marlin_convert
 from marlin_convert.cli import commands
 from marlin_convert.errors import EXIT_CODES
 from marlin_convert.interrupts import Interrupted
-from tests.support.cli import Run
+from tests.support.cli import PATIENCE, Run
 from tests.support.gptq_checkpoints import GPTQLayer, Source, quantization_config, two_layers, write_source
 
 PROGRAM = [sys.executable, "-m", "marlin_convert.cli"]
@@ -557,7 +557,7 @@ def heavy_imports(*args: object) -> set[str]:
         f"print('loaded:', *({HEAVY!r} & sys.modules.keys() if 0 else [m for m in {HEAVY!r} if m in sys.modules]))"
     )
     process = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True, timeout=PATIENCE
     )
     return set(process.stdout.splitlines()[-1].split()[1:])
 
@@ -673,7 +673,7 @@ def on_a_terminal(command: list[str], *, columns: int = 100) -> tuple[int, Termi
             break
         raw += part
     os.close(parent)
-    return process.wait(timeout=60), Terminal(raw.decode())
+    return process.wait(timeout=PATIENCE), Terminal(raw.decode())
 
 
 @pytest.mark.parametrize("columns", [80, 160])
@@ -734,7 +734,7 @@ def test_a_closed_pipe_is_no_bug(source: Source, tmp_path: Path, closed: str) ->
     streams |= dict.fromkeys(("stdout", "stderr"), writer) if closed == "both" else {closed: writer}
     process = subprocess.Popen([*PROGRAM, str(source.folder), str(tmp_path / "out"), "--verify"], text=True, **streams)
     os.close(writer)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     for text in (out or "", err or ""):
         assert "Traceback" not in text
@@ -756,7 +756,7 @@ def test_file_names_that_are_not_utf8(source: Source, tmp_path: Path) -> None:
     shutil.copytree(os.fsencode(source.folder), folder)
     for extra in ([], [b"--force", b"--json"]):
         command = [*map(os.fsencode, PROGRAM), folder, folder + b"-out", *extra]
-        process = subprocess.run(command, capture_output=True, timeout=60, check=False)
+        process = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False)
         assert process.returncode == 0, process.stderr
     report = json.loads((Path(os.fsdecode(folder + b"-out")) / "marlin_convert.json").read_text("utf-8"))
     assert report["source"] == "caf\ufffd"

@@ -17,6 +17,7 @@ import pytest
 
 from marlin_convert.conversion.convert import Options, convert
 from tests.conversion.test_convert import assert_equal_to_source
+from tests.support.cli import PATIENCE, running
 from tests.support.gptq_checkpoints import Source, two_layers, write_source
 
 CPU, FORCE = Options(device="cpu"), Options(device="cpu", force=True)
@@ -46,7 +47,7 @@ def stop_at(owner, name, *, calls=0, afterwards=False):
             function(*args, **options)
         if next(counter) >= calls:
             os.write(1, b"ready\\n")
-            assert released.wait(60)
+            assert released.wait()
         if not afterwards:
             return function(*args, **options)
     setattr(owner, name, stopping)
@@ -77,20 +78,16 @@ POINTS = (
 def stopped(point: str, *args: object, setting: str = "") -> Iterator[subprocess.Popen[str]]:
     """The program, waiting at `point`."""
     command = [sys.executable, "-c", DRIVER, point, setting, *map(str, args), "--verify", "--quiet", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line == "ready\n", process.communicate()
         yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=60)
 
 
 def end(process: subprocess.Popen[str]) -> str:
     """Wait for the process; what it wrote to standard error."""
-    return process.communicate(timeout=60)[1]
+    return process.communicate(timeout=PATIENCE)[1]
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -208,7 +205,7 @@ def test_an_interrupt_while_arguments_are_read_is_no_traceback(source: Source, t
     )
     process = subprocess.run(
         [sys.executable, "-c", code, source.folder, tmp_path / "out"],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert process.returncode == 130
     assert process.stderr == "\nmarlin-convert: interrupted; nothing half-done was left behind.\n"

@@ -785,8 +785,8 @@ def marlin_tensors() -> dict[str, torch.Tensor]:
 
 
 MARLIN_LABELS: list[dict[str, Any]] = [
-    {"checkpoint_format": "marlin"}, {"is_marlin_format": True}, {"quant_method": "marlin"}, {},
-    {"is_marlin_format": False},
+    {"checkpoint_format": "marlin"}, {"checkpoint_format": "marlin_ext"}, {"is_marlin_format": True},
+    {"quant_method": "marlin"}, {}, {"is_marlin_format": False},
 ]  # fmt: skip
 
 
@@ -811,7 +811,7 @@ def test_gptq_tensors_labelled_marlin(tmp_path: Path, label: dict[str, Any]) -> 
     assert_converts(plan)
 
 
-@pytest.mark.parametrize("label", [*MARLIN_LABELS[:3]], ids=str)
+@pytest.mark.parametrize("label", MARLIN_LABELS[:4], ids=str)
 def test_labelled_marlin_with_neither_kind_of_tensors(tmp_path: Path, label: dict[str, Any]) -> None:
     message = error_of(lambda: planned(tmp_path, {}, {"a.weight": torch.ones(2)}, **label), UnsupportedError)
     assert "Marlin" in message
