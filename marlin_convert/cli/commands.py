@@ -92,7 +92,7 @@ def convert(
         from ..conversion.convert import plan_only
 
         origin, plan = plan_only(source, options, access=access)
-        screen.plan(origin, plan)
+        screen.plan(origin, plan, options)
         with _said_in_json(output):
             plan.require_convertible()
     elif out is not None:

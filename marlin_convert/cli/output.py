@@ -19,8 +19,11 @@ from rich.progress import MofNCompleteColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..checkpoint.writer import shard_names
 from ..conversion.plan import Layer, Plan, plan_as_dict, span
+from ..engine_support import VLLM, ResultFacts, readers, vllm_needs_our_kernels, vllm_refuses
 from ..hub import client as hub
+from ..options import Options
 from ..progress import Progress
 from ..text import visible
 from .console import Lossy, PlainConsole
@@ -37,8 +40,6 @@ if TYPE_CHECKING:
     from ..hub.open import Source
 
 FORMAT_NAMES = {"marlin": "original Marlin format", "marlin_ext": "extended Marlin format"}
-#: Engines that read each format beside vLLM and Transformers with marlin-convert; see the README's table.
-OTHER_READERS = {"marlin": "vLLM 0.3.3 to 0.10.0, AutoGPTQ, TGI", "marlin_ext": None}
 
 #: Rows of a table before the rest is summed up (--verbose shows all).
 SHORT_TABLE = 12
@@ -101,7 +102,7 @@ class Screen:
         self._say(text)
         self._json({"ok": True, "already_marlin": True, "message": text})
 
-    def plan(self, source: Source, plan: Plan) -> None:
+    def plan(self, source: Source, plan: Plan, options: Options) -> None:
         """What `--dry-run` shows."""
         self._json(plan_as_dict(plan, source.label))
         if plan.already_marlin:
@@ -140,7 +141,8 @@ class Screen:
         self._beside(plan)
         self._say(f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out")
         if not plan.refusals:
-            self._format(plan)
+            files = shard_names(plan.out_tensors, options.max_shard_size)
+            self._format(plan, plan.result_facts(options.quant_method, len(files)))
         self._notes(plan)
 
     def _beside(self, plan: Plan) -> None:
@@ -148,17 +150,20 @@ class Screen:
         for name, nbytes in plan.weights_beside.items():
             self._say(f"beside the model's weights, copied as it is: {name} ({size(nbytes)})")
 
-    def _format(self, plan: Plan) -> None:
+    def _format(self, plan: Plan, facts: ResultFacts) -> None:
         """Which format, why, and who reads it."""
-        refused, others = plan.vllm_refuses, OTHER_READERS[plan.format]
-        engines = ("Transformers" if refused else "vLLM and Transformers") + " with marlin-convert"
-        read = f"{engines}, and {others} read" if others else f"{engines} {'reads' if refused else 'read'}"
-        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {read}")
-        for what, names in refused.items():
-            self._say(f"  vLLM refuses {what}: {', '.join(names) if self.verbose else span(names)}")
-        if plan.extended:
-            for reason, names in plan.misfits.items():
-                self._say(f"  because {reason}: {', '.join(names) if self.verbose else span(names)}")
+        beside, alone = ([engine.name for engine in readers(facts, with_plugin=x)] for x in (True, False))
+        read = " and ".join(beside) + " with marlin-convert" + (f", and {', '.join(alone)}" if alone else "")
+        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {read} {'read' if len(beside + alone) > 1 else 'reads'}")
+        for what, names in vllm_refuses(facts.layers).items():
+            self._say(f"  vLLM refuses {what}: {self._names(names)}")
+        for what, names in vllm_needs_our_kernels(facts.layers).items():
+            self._say(f"  vLLM computes {what} where marlin-convert's CUDA kernels are built: {self._names(names)}")
+        for reason, names in plan.misfits.items() if plan.extended else ():
+            self._say(f"  because {reason}: {self._names(names)}")
+
+    def _names(self, names: list[str]) -> str:
+        return ", ".join(names) if self.verbose else span(names)
 
     def _notes(self, plan: Plan) -> None:
         for note, names in plan.notes.items():
@@ -211,7 +216,8 @@ class Screen:
             self._verification_table(report.verification)
         plan = report.plan
         self._beside(plan)
-        self._format(plan)
+        facts = plan.result_facts(report.quant_method, len(report.files))
+        self._format(plan, facts)
         self._notes(plan)
         if plan.scale_rounding:
             self._note(f"scales rounded, by at most {plan.scale_rounding:.2e} of their value")
@@ -230,10 +236,10 @@ class Screen:
         files = ", ".join(report.files) if len(report.files) < 3 else f"{len(report.files)} weight files"
         self._say(f"where: {report.out} ({files})")
         where = str(report.out)
-        if plan.vllm_refuses:
+        if vllm_refuses(facts.layers):
             self._say(f"load:  marlin_convert.load({where!r})   (Transformers 5)")
         else:
-            self._say(f"load:  vllm serve {where}   (vLLM 0.26 to 0.33, with marlin-convert installed)")
+            self._say(f"load:  vllm serve {where}   ({VLLM}, with marlin-convert installed)")
         if report.pushed:
             self._say(f"hub:   {report.pushed}")
         if report.remark:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .._version import __version__
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import write_file
+from ..engine_support import VLLM, readers, vllm_refuses
 from ..hub.open import Source
 from ..options import CARD_FILE, QuantMethod
 from .plan import Plan
@@ -197,28 +198,15 @@ def _quantization(plan: Plan, made: Made) -> list[tuple[str, str]]:
 
 def _engines(plan: Plan, made: Made) -> list[tuple[str, str]]:
     """Engines that load this very result, and how."""
-    repo = made.repo_id or _SOME_REPOSITORY
+    repo, facts = made.repo_id or _SOME_REPOSITORY, plan.result_facts(made.quant_method, made.weight_files)
     rows = [("engine", "how"), ("with `pip install marlin-convert`:", "")]
-    refused = ", ".join(plan.vllm_refuses)
-    rows.append(("vLLM 0.26 to 0.33", f"no: it refuses {refused}" if refused else f"`vllm serve {repo}`"))
-    rows.append(("Transformers 5", f'`import marlin_convert; model = marlin_convert.load("{repo}")`'))
-    if not plan.extended:
-        rows += [("without it:", ""), *_old_engines(plan, made, repo)]
+    if refused := vllm_refuses(facts.layers):
+        rows.append((VLLM, f"no: it refuses {', '.join(refused)}"))
+    rows += [(engine.name, engine.instruction(repo)) for engine in readers(facts, with_plugin=True)]
+    if alone := readers(facts, with_plugin=False):
+        rows += [("without it:", ""), *((engine.name, engine.instruction(repo)) for engine in alone)]
     if made.repo_id is None:
         rows.append((f"`{_SOME_REPOSITORY}`", "the id of this repository, or a folder that holds it"))
-    return rows
-
-
-def _old_engines(plan: Plan, made: Made, repo: str) -> list[tuple[str, str]]:
-    """Engines that read the original format by themselves."""
-    one_file, rows = made.weight_files == 1, []
-    if made.quant_method == QuantMethod.GPTQ:
-        rows.append(("vLLM 0.3.3 to 0.10.0", f"`vllm serve {repo} --dtype float16`"))
-    if made.quant_method == QuantMethod.GPTQ and one_file:
-        rows.append(("AutoGPTQ 0.7.1", f'`AutoGPTQForCausalLM.from_quantized("{repo}", use_marlin=True)`'))
-    rows.append(("TGI 3.x", f"`text-generation-launcher --model-id {repo} --quantize marlin`"))
-    if made.quant_method == QuantMethod.GPTQ and one_file and plan.group_size != -1:
-        rows.append(("candle-vllm", "reads it as it is"))
     return rows
 
 

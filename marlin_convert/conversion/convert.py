@@ -68,6 +68,7 @@ class Report:
     device: Device
     plan: Plan
     codec: str
+    quant_method: QuantMethod
     remark: str | None = None  # about the device, if there is something to say
     source_quantization: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
@@ -145,7 +146,7 @@ def convert(
         if plan.already_marlin:
             raise AlreadyMarlin(f"{source} already is a Marlin checkpoint; there is nothing to convert.")
         plan.require_convertible()
-        report = Report(origin, out, device, plan, ops.describe(), remark)
+        report = Report(origin, out, device, plan, ops.describe(), options.quant_method, remark)
         report.source_quantization = _source_quantization(checkpoint, plan)
         require_free_names(checkpoint, shard_names(plan.out_tensors, options.max_shard_size))
         require_readable(checkpoint)

@@ -43,6 +43,7 @@ from vllm.scalar_type import scalar_types
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm.version import __version__ as VLLM_VERSION
 
+from .. import engine_support
 from .._version import __version__
 from ..errors import DeviceError
 from ..formats.marlin_config import LayerSettings, is_marlin, read_marlin_settings
@@ -374,17 +375,17 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             why = "is not quantized" if odd in names else "is not one of them"
             raise ValueError(f"{prefix}: vLLM computes its experts as one layer, and {odd} {why}")
         if names & config.biases:
-            self._refuse(f"experts with biases ({min(names & config.biases)})")
+            self._refuse(f"{engine_support.BIASED} ({min(names & config.biases)})")
         if self.moe.moe_parallel_config.use_all2all_kernels:
             self._refuse("experts spread over data-parallel ranks")
         kinds = {replace(config.layer(name), source_group_size=None) for name in sorted(names)}
         self.settings = kinds.pop()
         if kinds:
-            self._refuse("experts of different settings in one block")
+            self._refuse(engine_support.DIFFERENT)
         if self.settings.desc_act:
-            self._refuse("experts with act-order")
+            self._refuse(engine_support.SORTED)
         if self.settings.in_features is not None or self.settings.out_features is not None:
-            self._refuse("experts that are stored padded")
+            self._refuse(engine_support.PADDED)
         _check_invariance(prefix)
         lacking = _vllm_lacks(self.settings.bits, not self.settings.sym, self.settings.group_size)
         if lacking:

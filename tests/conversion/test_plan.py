@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.plan import Plan, make_plan, plan_as_dict, span
+from marlin_convert.engine_support import vllm_needs_our_kernels, vllm_refuses
 from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
 from tests.support.gptq_checkpoints import (
     GPTQLayer,
@@ -968,6 +969,7 @@ def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
         "l.1.experts.1.up_proj": GPTQLayer(group_size=64),
         "l.2.experts.0.up_proj": GPTQLayer(g_idx=order, bias=True),
         "l.3.experts.0.up_proj": GPTQLayer(N=72),
+        "l.4.experts.0.up_proj": GPTQLayer(group_size=16),
         "a": GPTQLayer(K=128, N=64, group_size=16),
         "b": GPTQLayer(K=144, N=64, group_size=48),
         "c": GPTQLayer(bits=8, stored_zero=np.arange(512).reshape(2, 256) % 200),
@@ -978,15 +980,19 @@ def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
     with Checkpoint(tmp_path / "m") as checkpoint:
         plan = make_plan(checkpoint)
     assert {x.name for x in plan.layers} == layers.keys()
-    assert plan.vllm_refuses == {
-        "groups of 16": ["a", "b"],
-        "8 bits with zero points": ["c"],
+    refused = vllm_refuses(plan.layer_facts)
+    assert refused == {
+        "groups of 16": ["l.4.experts.0.up_proj"],
         "experts of different settings in one block": ["l.1.experts.0.up_proj", "l.1.experts.1.up_proj"],
         "experts with act-order": ["l.2.experts.0.up_proj"],
         "experts with biases": ["l.2.experts.0.up_proj"],
         "experts that are stored padded": ["l.3.experts.0.up_proj"],
     }
-    assert {"what": "groups of 16", "layers": ["a", "b"]} in plan_as_dict(plan, "s")["vllm_refuses"]
+    needed = {"groups of 16": ["a", "b"], "8 bits with zero points": ["c"]}
+    assert vllm_needs_our_kernels(plan.layer_facts) == needed
+    document = plan_as_dict(plan, "s")
+    assert {x["what"]: x["layers"] for x in document["vllm_refuses"]} == refused
+    assert {x["what"]: x["layers"] for x in document["vllm_needs_our_kernels"]} == needed
 
 
 # ---- For scripts ----
@@ -1011,6 +1017,7 @@ def test_plan_as_dict(tmp_path: Path) -> None:
         ],
         "why_extended": [],
         "vllm_refuses": [],
+        "vllm_needs_our_kernels": [],
         "refused": [{"reason": "8-bit weights; the original format has 4 bits only", "layers": ["b"]}],
         "notes": [
             {"note": "checkpoint_format gptq stores zero point 8 as 7, here it is 8; read as symmetric",
