@@ -132,7 +132,7 @@ FILE = re.compile(r"[\w./-]+\.(?:py|cpp|cu|cuh|h|inl|md|toml)(?!\w)")
 
 
 def files() -> Iterator[tuple[str, str]]:
-    """(page, file) for every source file that a page names, alone or in a command, and that a comment of kernels/ does."""
+    """(page, file) for every source file that a page or a comment of kernels/ names."""
     for path in (ROOT / "kernels").rglob("*.*"):
         yield from ((name(path), file) for file in re.findall(r"marlin_convert/[\w/]+\.py", path.read_text("utf-8")))
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "tools").rglob("*.md")]:
