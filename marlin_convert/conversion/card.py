@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..checkpoint.output_folder import write_file
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.writer import write_file
 from ..engine_support import VLLM, readers, vllm_refuses
 from ..hub.open import Source
 from ..options import CARD_FILE, QuantMethod

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .._version import __version__
+from ..checkpoint.output_folder import check_free, json_bytes, new_folder, replace_files, write_json
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import Shards, check_free, json_bytes, new_folder, replace_files, shard_names, write_json
+from ..checkpoint.writer import Shards, shard_names
 from ..device import CPU, Device, pick_device
 from ..errors import (
     AlreadyMarlin,

@@ -28,7 +28,7 @@ DRIVER = """
 import os, signal, sys, threading
 from marlin_convert import cli
 from marlin_convert.conversion import convert, blocks as stream, verify
-from marlin_convert.checkpoint import writer as publish
+from marlin_convert.checkpoint import output_folder, writer
 
 released = threading.Event()
 signal.signal(signal.SIGUSR1, lambda *_: released.set())
@@ -57,11 +57,11 @@ if stop_in_worker:
     stream.ThreadPoolExecutor.shutdown = release_and_shut_down
 {
     "before the first write": lambda: stop_at(convert, "write_tensors"),
-    "in the middle of writing": lambda: stop_at(publish.Shards, "write", calls=3),
+    "in the middle of writing": lambda: stop_at(writer.Shards, "write", calls=3),
     "before the configs": lambda: stop_at(convert, "write_configs"),
     "while verifying": lambda: stop_at(verify.CPUProduct, "add_stored"),
-    "before the rename": lambda: stop_at(publish, "_swap_in"),
-    "after the rename": lambda: stop_at(publish, "_swap_in", afterwards=True),
+    "before the rename": lambda: stop_at(output_folder, "_swap_in"),
+    "after the rename": lambda: stop_at(output_folder, "_swap_in", afterwards=True),
 }[sys.argv[1]]()
 cli.main(sys.argv[3:])
 """
