@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._version import __version__
-from ..checkpoint.reader import Checkpoint, Tensor
+from ..checkpoint.reader import Checkpoint, Tensor, read_json
 from ..checkpoint.writer import (
     OutTensor,
     Shards,
@@ -200,11 +200,9 @@ def _noted(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.folder / REPORT_FILE
     if not path.is_file():
         return {}
-    import json
-
     try:
-        noted = json.loads(path.read_bytes())["source_quantization"]
-    except (ValueError, KeyError, TypeError):
+        noted = read_json(path).get("source_quantization")
+    except SourceError:
         return {}
     return noted if isinstance(noted, dict) else {}
 
