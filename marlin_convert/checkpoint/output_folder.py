@@ -219,10 +219,10 @@ def check_space(folder: Path, needed: int, what: str = "the result takes", advic
 
 
 def existing(folder: Path) -> Path:
-    """`folder`, or the nearest one above it that is there."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+    """`folder`, or the nearest one above it that is there and may be seen."""
+    places = (folder, *folder.parents)
+    there = (place for place in places if os.path.exists(place))  # noqa: PTH110 - no error where it may not be seen
+    return next(there, places[-1])
 
 
 def sync_tree(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import threading
 import time
@@ -517,6 +518,6 @@ def _early_verifier(
 
 def keep_apart(source: Path, out: Path) -> None:
     """The source is never touched: the output is neither the source, nor inside it, nor around it."""
-    a, b = source.resolve(), out.resolve()
+    a, b = (Path(os.path.realpath(path)) for path in (source, out))  # unlike resolve, no error for a loop of links
     if a == b or a in b.parents or b in a.parents:
         raise OutputError(f"{out}: it overlaps the source {source}; choose a folder outside it.")
