@@ -29,6 +29,14 @@ def pytest_configure() -> None:
     give_children_the_default_signals()
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks select
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start the program in a process of its own are slow, all of them."""
+    for item in items:
+        if {"run", "online"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 def give_children_the_default_signals() -> None:
     """Give the programs that tests start the default action of signals, also where these are ignored here: of SIGINT in
     the background of a script, of SIGHUP under nohup. A handler that does nothing keeps them ignored in this process

@@ -14,6 +14,8 @@ import marlin_convert
 from marlin_convert.conversion.convert import Options, convert
 from tests.support.cli import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 DEMO = Path(marlin_convert.__file__).parent / "data" / "demo"
 

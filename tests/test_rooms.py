@@ -134,6 +134,7 @@ def loaded_after(code: str, *arguments: object, **environment: str) -> set[str]:
     return set(json.loads(process.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [None, ["--help"], ["--version"], ["convert", "--help"], ["verify", "--help"], ["demo", "--help"], ["verify"],
@@ -158,6 +159,7 @@ assert convert(sys.argv[1], sys.argv[2], Options(verify=True, device="cpu")).ver
 """
 
 
+@pytest.mark.slow
 def test_converting_and_verifying_load_no_torch(source: Source, tmp_path: Path) -> None:
     if not ops.native_available():
         pytest.skip("without the native library, torch does the work")
@@ -167,6 +169,7 @@ def test_converting_and_verifying_load_no_torch(source: Source, tmp_path: Path) 
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_without_the_native_library_torch_does_the_work(source: Source, tmp_path: Path) -> None:
     """And so the test above would see it."""
     loaded = loaded_after(CONVERT, source.folder, tmp_path / "out", **{ops.NO_NATIVE: "1"})

@@ -575,6 +575,7 @@ def test_quick_answers_import_nothing_heavy(args: list[str]) -> None:
     assert heavy_imports(*args) == set()
 
 
+@pytest.mark.slow
 def test_a_conversion_needs_no_torch(source: Source, tmp_path: Path) -> None:
     loaded = heavy_imports(source.folder, tmp_path / "out", "--verify", "--device", "cpu", "--quiet")
     assert (tmp_path / "out").is_dir()
@@ -679,6 +680,7 @@ def on_a_terminal(command: list[str], *, columns: int = 100) -> tuple[int, Termi
     return process.wait(timeout=PATIENCE), Terminal(raw.decode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 160])
 def test_a_bar_on_a_terminal(source: Source, tmp_path: Path, columns: int) -> None:
     command = [sys.executable, "-c", SLOW, str(source.folder), str(tmp_path / "out"), "--verify", "--device", "cpu"]
@@ -702,6 +704,7 @@ def test_a_bar_on_a_terminal(source: Source, tmp_path: Path, columns: int) -> No
     assert all(line for line in rest)
 
 
+@pytest.mark.slow
 def test_an_error_leaves_no_bar_on_a_terminal(source: Source, tmp_path: Path) -> None:
     full = SLOW.replace("write(*args, **kw)", "raise OSError(28, 'No space left on device')")
     code, terminal = on_a_terminal([sys.executable, "-c", full, str(source.folder), str(tmp_path / "out")])
@@ -713,11 +716,13 @@ def test_an_error_leaves_no_bar_on_a_terminal(source: Source, tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_quiet_on_a_terminal(source: Source, tmp_path: Path) -> None:
     code, terminal = on_a_terminal([*PROGRAM, str(source.folder), str(tmp_path / "out"), "--quiet"])
     assert (code, terminal.frames) == (0, "")
 
 
+@pytest.mark.slow
 def test_json_on_a_terminal(source: Source, tmp_path: Path) -> None:
     code, terminal = on_a_terminal([*PROGRAM, str(source.folder), str(tmp_path / "out"), "--json"])
     assert code == 0
@@ -728,6 +733,7 @@ def test_json_on_a_terminal(source: Source, tmp_path: Path) -> None:
 # Pipes, encodings, secrets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
 def test_a_closed_pipe_is_no_bug(source: Source, tmp_path: Path, closed: str) -> None:
     """As with `| head`: the reader is gone before the program has printed all."""
@@ -754,6 +760,7 @@ def test_output_that_is_not_utf8(run: Callable[..., Run], source: Source, tmp_pa
     assert run(source.folder, "y", "--json", env={"PYTHONIOENCODING": "ascii"}).json()["ok"]
 
 
+@pytest.mark.slow
 def test_file_names_that_are_not_utf8(source: Source, tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     shutil.copytree(os.fsencode(source.folder), folder)

@@ -20,6 +20,8 @@ from tests.conversion.test_convert import assert_equal_to_source
 from tests.support.cli import PATIENCE, running
 from tests.support.gptq_checkpoints import Source, two_layers, write_source
 
+pytestmark = pytest.mark.slow
+
 CPU, FORCE = Options(device="cpu"), Options(device="cpu", force=True)
 
 # Waiting ends when a signal's exception arrives (in the main thread), when the main thread has got it and shuts the

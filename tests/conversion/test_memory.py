@@ -19,6 +19,8 @@ from marlin_convert.conversion.plan import make_plan
 from tests.support.cli import PATIENCE
 from tests.support.gptq_checkpoints import quantization_config
 
+pytestmark = pytest.mark.slow
+
 MB = 1_000_000
 
 #: What is promised, and what is held: measured 91 MB with two CPUs and 130 MB with eight, most of it Python and numpy.

@@ -373,6 +373,7 @@ except HubError as error: print(error)
 """
 
 
+@pytest.mark.slow
 def test_load_from_the_hub(pair: Pair, hub: Hub, tmp_path: Path) -> None:
     hub.add("me/tiny-marlin", pair.out)
     process = subprocess.run(

@@ -269,6 +269,7 @@ def test_a_server_that_is_no_hub(hub: Hub, online: Callable[..., Run], tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_ends_at_once(hub: Hub, repository: Source, tmp_path: Path) -> None:
     """huggingface_hub alone would wait for every file, which may be gigabytes, or for the server, as here."""
     arrived, release = threading.Event(), threading.Event()
