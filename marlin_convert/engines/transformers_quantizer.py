@@ -32,7 +32,7 @@ from transformers.utils.import_utils import is_accelerate_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.reader import Checkpoint, Tensor, read_header
-from ..conversion.layer_reader import source_weight
+from ..conversion.layer_reader import LayerReader
 from ..conversion.plan import make_plan
 from ..device import pick_device
 from ..errors import SourceError, UnsupportedError
@@ -440,7 +440,7 @@ def load_dequantized(
             with safe_open(origin.folder / tensor.file, framework="pt") as file:
                 tensors[tensor.name] = file.get_tensor(tensor.name)
         for layer in plan.layers:
-            W = source_weight(checkpoint, layer)
+            W = LayerReader(checkpoint, layer).weight()
             bf16 = W.dtype == np.uint16  # numpy has no bf16
             weight = torch.from_numpy(W.view(np.int16)).view(torch.bfloat16 if bf16 else torch.float16)
             tensors[f"{layer.name}.weight"] = weight.to(torch.float16).t().contiguous()
