@@ -271,10 +271,8 @@ def test_one_line_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> 
     plugin._say_kernel.cache_clear()
     for name in ("a", "b"):
         plugin.MarlinCheckpointMethod(config_of({}, False), name)
-    assert lines == [
-        "Linear layers of this Marlin checkpoint are computed by marlin-convert's kernels: "
-        "the faster one on compute capability 9.0"
-    ]
+    why = "the faster one on compute capability 9.0"
+    assert lines == [f"Linear layers of this Marlin checkpoint are computed by marlin-convert's kernels: {why}"]
     assert plugin.logger.name.startswith("vllm.")
 
 
