@@ -103,7 +103,8 @@ def test_0_an_engine_on_several_ranks(run: Callable[..., Run], tmp_path: Path) -
     }
     source = write_source(tmp_path / "source", layers)
     ask = [source.folder, "--dry-run", "--engine", "vllm"]
-    assert "vLLM 0.26 to 0.33 with marlin-convert, 1 rank: takes every layer" in run(*ask).out
+    one = run(*ask)
+    assert "vLLM 0.26 to 0.33 with marlin-convert, 1 rank: takes every layer" in one.out, one.err
     two = run(*ask, "--tensor-parallel", 2).out
     assert "vLLM 0.26 to 0.33 with marlin-convert, 2 ranks: takes every layer" in two
     assert "act-order in rows that 2 ranks share out: model.layers.0.self_attn.o_proj: exact on marlin-convert's" in two
