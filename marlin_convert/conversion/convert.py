@@ -52,10 +52,18 @@ from ..options import (
     QuantMethod,
 )
 from ..progress import BytesOnly, Progress
-from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks, strips
+from .blocks import Buffers, byte_blocks, column_panels, group_strips, run_all, stored_blocks, strips
 from .card import Made, model_card, with_verdict, write_card
 from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
-from .layer_reader import Order, order_difference, source_columns, source_rows, stored_groups, stored_order
+from .layer_reader import (
+    Order,
+    order_difference,
+    source_columns,
+    source_perm,
+    source_rows,
+    stored_groups,
+    stored_order,
+)
 from .plan import Layer, Plan, make_plan
 from .supply import Item, Supply, arrivals, check_room, counted
 from .verify import Verification, Verifier, code_difference, verify
@@ -340,7 +348,10 @@ def packer(device: Device, options: Options) -> Packer:
     target = cuda.torch_device(device)
 
     def pack(words: npt.NDArray[np.int32], B: npt.NDArray[np.int32], bits: int) -> None:
-        torch.from_numpy(B).copy_(cuda.repack(torch.from_numpy(words).to(target), bits=bits))
+        # Of a wide layer come fewer rows than the kernel takes; each tile row is packed by itself.
+        missing = -len(B) % (cuda.K_MULTIPLE // TILE_K) * TILE_K * bits // 32
+        given = torch.nn.functional.pad(torch.from_numpy(words).to(target), (0, 0, 0, missing))
+        torch.from_numpy(B).copy_(cuda.repack(given, bits=bits)[: len(B)])
 
     return pack
 
@@ -423,21 +434,25 @@ def write_tensors(
         progress.advance(nbytes, layer.name, done=done)
 
     def write_groups(layer: Layer) -> None:
-        """Scales, zero points and the order of rows: small."""
-        groups = stored_groups(checkpoint, layer)
-        s = permute_scales(groups.scales)
-        problem = not np.array_equal(unpermute_scales(s).view(np.uint16), groups.scales.view(np.uint16))
-        shards.write(layer.s.name, s)
-        written = s.nbytes
-        if layer.marlin_qzeros is not None and groups.zeros is not None:
-            qzeros = pack_zeros(groups.zeros, layer.bits)
-            problem = problem or not np.array_equal(unpack_zeros(qzeros, layer.bits), groups.zeros)
-            shards.write(layer.marlin_qzeros.name, qzeros)
-            written += qzeros.nbytes
-        if layer.marlin_perm is not None and groups.perm is not None:
-            shards.write(layer.marlin_perm.name, groups.perm)
-            written += groups.perm.nbytes
-        if problem:
+        """Scales and zero points, strip by strip, and the order of rows."""
+        written, equal = 0, True
+        for first, count in group_strips(layer.stored_G, layer.stored_N):
+            groups = stored_groups(checkpoint, layer, first, count)
+            s = permute_scales(groups.scales, layer.stored_G)
+            own = unpermute_scales(s, layer.stored_G)
+            equal = equal and np.array_equal(own.view(np.uint16), groups.scales.view(np.uint16))
+            shards.write(layer.s.name, s, first * layer.stored_N * s.itemsize)
+            written += s.nbytes
+            if layer.marlin_qzeros is not None and groups.zeros is not None:
+                qzeros = pack_zeros(groups.zeros, layer.bits)
+                equal = equal and np.array_equal(unpack_zeros(qzeros, layer.bits), groups.zeros)
+                shards.write(layer.marlin_qzeros.name, qzeros, first * qzeros.shape[1] * 4)
+                written += qzeros.nbytes
+        perm = source_perm(checkpoint, layer)
+        if layer.marlin_perm is not None and perm is not None:
+            shards.write(layer.marlin_perm.name, perm)
+            written += perm.nbytes
+        if not equal:
             raise MarlinConvertError(
                 f"{layer.name}: permuting the scales went wrong; this is a bug or faulty memory, nothing was kept."
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -40,9 +40,10 @@ from ..formats.layout import (
     zero_point,
 )
 from ..formats.marlin_config import LayerSettings
-from ..formats.scales import ScaleFit, to_extended, to_fp16
+from ..formats.scales import LayerFit, fit_layer
 from ..formats.stored import MARLIN_PARTS, is_marlin_part
 from ..options import Format, QuantMethod, ZeroPointReading
+from .blocks import group_strips
 
 #: The one group size, besides "all of K", that the original format can hold.
 GROUP_SIZE = max(GROUP_SIZES)
@@ -376,13 +377,15 @@ def _convertible(judged: list[_Judged], extended: bool) -> tuple[list[Layer], Re
     return layers, _gathered((reasons, name) for name, reasons in against.items())
 
 
-def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) -> dict[str, ScaleFit]:
-    """What becomes of each layer's scales, without the scales themselves: those of a 70B model are 1 GB."""
-    fit = to_extended if extended else to_fp16
+def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) -> dict[str, LayerFit]:
+    """What becomes of each layer's scales."""
 
-    def fitted(layer: Layer) -> ScaleFit:
-        found = fit(checkpoint.read(layer.scales), layer.scales.dtype)
-        return replace(found, scales=found.scales[:0].copy())  # not a view, which would keep them all
+    def fitted(layer: Layer) -> LayerFit:
+        def rows() -> Iterator[npt.NDArray[Any]]:
+            for first, count in group_strips(layer.G, layer.N):
+                yield checkpoint.read_rows(layer.scales, first, count)
+
+        return fit_layer(rows, layer.scales.dtype, extended=extended)
 
     return {layer.name: fitted(layer) for layer in layers}
 
@@ -581,16 +584,15 @@ class _Judged:
             return ZeroPointEncoding.SYMMETRIC
         if layer.bits not in EXT_BITS:
             return ZeroPointEncoding.SYMMETRIC
-        words = self.checkpoint.read(layer.qzeros)
-        numbers, middle = gptq_zeros(words, layer.bits, layer.N), zero_point(layer.bits)
-        stored = next((z for z in (middle - 1, middle) if (numbers == z).all()), None)
+        numbers, middle = self._stored_numbers(layer, layer.qzeros), zero_point(layer.bits)
+        stored = next((z for z in (middle - 1, middle) if numbers == {z}), None)
         layout, expected = ("gptq_v2", middle) if version == "gptq_v2" else ("gptq", middle - 1)
         if stored is None:
             claim = ", although the config says sym" if sym else ""
             self.misfits.append(f"asymmetric (zero points are not all {middle}{claim})")
             if sym:
                 self.extended_notes.append("the config says sym and zero points differ; converted as asymmetric")
-            return self._asymmetric(layer, words, numbers)
+            return self._asymmetric(layer, numbers)
         doubtful = sym is False or "sym" in self.settings.conflicts
         if doubtful and "checkpoint_format" in self.settings.conflicts:
             self.refusals.append(
@@ -608,7 +610,7 @@ class _Judged:
             self.misfits.append(
                 f"asymmetric (every zero point is stored as {stored}, which is {meant} in checkpoint_format {layout})"
             )
-            return self._asymmetric(layer, words, numbers)
+            return self._asymmetric(layer, numbers)
         else:
             self.notes.append(
                 f"checkpoint_format {layout} stores zero point {middle} as {expected}, here it is {stored}; "
@@ -616,10 +618,18 @@ class _Judged:
             )
         return ZeroPointEncoding.SYMMETRIC
 
-    def _asymmetric(
-        self, layer: Layer, words: npt.NDArray[np.int32], numbers: npt.NDArray[np.uint8]
-    ) -> ZeroPointEncoding:
-        """How the zero points of an asymmetric layer are stored."""
+    def _stored_numbers(self, layer: Layer, qzeros: Tensor) -> set[int]:
+        """Every number that stands in `qzeros`."""
+        present, factor = np.zeros(2**layer.bits, np.bool_), pack_factor(layer.bits)
+        for first, count in group_strips(layer.G, layer.N):
+            words, columns = self.checkpoint.read_rows(qzeros, first, count), layer.N
+            if layer.N % factor == 0 and (words == words[0, 0]).all():  # as they mostly are: one word tells all
+                words, columns = words[:1, :1], factor
+            present[gptq_zeros(words, layer.bits, columns)] = True
+        return set(np.flatnonzero(present).tolist())
+
+    def _asymmetric(self, layer: Layer, numbers: set[int]) -> ZeroPointEncoding:
+        """How the zero points of an asymmetric layer are stored, in which `numbers` stand."""
         if "checkpoint_format" in self.settings.conflicts:
             self.extended_refusals.append(
                 "asymmetric, and the configs disagree on checkpoint_format "
@@ -631,7 +641,7 @@ class _Judged:
         if self.reading is not None:
             return READINGS[self.reading]
         highest = 2**layer.bits - 1
-        if not (numbers == highest).any():  # every reading agrees
+        if highest not in numbers:  # every reading agrees
             return ZeroPointEncoding.V1_NIBBLE
         writer = self.settings.writer
         if writer == "gptqmodel":

@@ -41,7 +41,7 @@ from ..hub.open import Source
 from ..native import cpu
 from ..options import CARD_FILE, REPORT_FILE, Format, HubAccess, Options, ZeroPointReading
 from ..progress import Progress
-from .blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all
+from .blocks import Buffers, byte_blocks, column_panels, group_strips, row_blocks, run_all
 from .convert import keep_apart, opened
 from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
 from .plan import GPTQ_PARTS
@@ -294,7 +294,7 @@ def _write_tensors(
     progress.stage("restoring", report.bytes_out, len(report.layers))
     buffers, counting = Buffers(), threading.Lock()
     panels_left = {
-        layer.name: sum(1 for _ in column_panels(layer.stored)) for layer in report.layers if layer.stored.perm
+        layer.name: sum(1 for _ in column_panels(layer.stored, 3)) for layer in report.layers if layer.stored.perm
     }
 
     def tasks() -> Iterator[Callable[[], None]]:
@@ -303,7 +303,7 @@ def _write_tensors(
             if layer.stored.perm is None:
                 yield partial(write_weights, layer)
                 continue
-            for n0, columns in column_panels(layer.stored):
+            for n0, columns in column_panels(layer.stored, 3):
                 yield partial(write_sorted, layer, n0, columns)
         for tensor in report.copies:
             for start, length in byte_blocks(tensor.nbytes):
@@ -356,11 +356,17 @@ def _write_tensors(
         progress.advance(own.nbytes, layer.name, done=done)
 
     def write_groups(layer: MarlinLayer) -> None:
-        """Scales, zero points and g_idx: small."""
-        groups = _restored_groups(checkpoint, layer, encoding)
-        for part, array in groups.items():
-            shards.write(f"{layer.name}.{part}", array)
-        progress.advance(sum(array.nbytes for array in groups.values()), layer.name)
+        """Scales and zero points, strip by strip, and g_idx."""
+        written = 0
+        for first, count in group_strips(layer.G, layer.N):
+            for part, array in _restored_groups(checkpoint, layer, encoding, first, count).items():
+                shards.write(f"{layer.name}.{part}", array, first * array.shape[1] * array.itemsize)
+                written += array.nbytes
+        if layer.g_idx:
+            g_idx = _restored_g_idx(checkpoint, layer)
+            shards.write(f"{layer.name}.g_idx", g_idx)
+            written += g_idx.nbytes
+        progress.advance(written, layer.name)
 
     def copy_block(tensor: Tensor, start: int, length: int) -> None:
         block = buffers.array("copy", (length,), np.uint8)
@@ -388,32 +394,34 @@ def _permutation(checkpoint: Checkpoint, layer: MarlinLayer) -> tuple[Words, Wor
 
 
 def _restored_groups(
-    checkpoint: Checkpoint, layer: MarlinLayer, encoding: ZeroPointEncoding
+    checkpoint: Checkpoint, layer: MarlinLayer, encoding: ZeroPointEncoding, first: int, count: int
 ) -> dict[str, npt.NDArray[Any]]:
-    s = checkpoint.read(layer.stored.scales)
-    scales = _source_rows(unpermute_scales(s, layer.stored.G), layer, "scales")
-    found: dict[str, npt.NDArray[Any]] = {"scales": _as_dtype(scales, layer)}
-    if layer.stored.zeros is None:
+    """Scales and qzeros of the source's groups `first` …."""
+    stored = layer.stored
+    step = 1 if stored.G == 1 else max(1, layer.group_size // stored.group_size)
+    used = -(-layer.K // stored.group_size) if stored.G > 1 else 1
+    at, rows = first * step, min((first + count) * step, used) - first * step
+
+    def own(values: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
+        """Of stored rows, which repeat the source's where groups were cut, one for each group; without padding."""
+        values = values[:, : layer.N]
+        found = np.ascontiguousarray(values[::step])
+        if not np.array_equal(np.repeat(found, step, axis=0)[:rows], values):
+            raise SourceError(f"{layer.name}: {what} differ within a group of {layer.group_size} rows.")
+        return found
+
+    s = checkpoint.read_rows(stored.scales, at, rows)
+    scales = own(unpermute_scales(s, stored.G), "scales")
+    if stored.zeros is None:
         zeros = np.full(scales.shape, zero_point(layer.bits), np.uint8)
     else:
-        zeros = _source_rows(unpack_zeros(checkpoint.read(layer.stored.zeros), layer.bits), layer, "zero points")
-    found["qzeros"] = encode_zeros(zeros, layer.bits, encoding)
-    if layer.g_idx:
-        groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
-        if layer.stored.perm is not None:
-            groups = groups[_permutation(checkpoint, layer)[1][: layer.K]]
-        found["g_idx"] = groups
-    return found
+        zeros = own(unpack_zeros(checkpoint.read_rows(stored.zeros, at, rows), layer.bits), "zero points")
+    return {"scales": _as_dtype(scales, layer), "qzeros": encode_zeros(zeros, layer.bits, encoding)}
 
 
-def _source_rows(stored: npt.NDArray[Any], layer: MarlinLayer, what: str) -> npt.NDArray[Any]:
-    """Rows of the source's groups out of the stored ones, which repeat them where groups were cut; without padding."""
-    step = 1 if layer.stored.G == 1 else max(1, layer.group_size // layer.stored.group_size)
-    rows = np.ascontiguousarray(stored[::step, : layer.N][: layer.G])
-    used = -(-layer.K // layer.stored.group_size) if layer.stored.G > 1 else 1
-    if not np.array_equal(np.repeat(rows, step, axis=0)[:used], stored[:used, : layer.N]):
-        raise SourceError(f"{layer.name}: {what} differ within a group of {layer.group_size} rows.")
-    return rows
+def _restored_g_idx(checkpoint: Checkpoint, layer: MarlinLayer) -> npt.NDArray[Any]:
+    groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
+    return groups if layer.stored.perm is None else groups[_permutation(checkpoint, layer)[1][: layer.K]]
 
 
 def _as_dtype(scales: npt.NDArray[Any], layer: MarlinLayer) -> npt.NDArray[Any]:

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.convert import Options, convert, verify_pair
-from marlin_convert.conversion.layer_reader import Groups
 from marlin_convert.conversion.plan import make_plan
 from marlin_convert.conversion.verify import TOLERANCE, CPUProduct, LayerCheck, Verification, compare
 from marlin_convert.errors import SourceError, VerificationError
 from marlin_convert.formats.layout import SCALE_PERMUTATION, SCALE_PERMUTATION_SINGLE
 from tests.support.cli import PATIENCE, Run
 from tests.support.gptq_checkpoints import GPTQLayer, Source, marlin_codes, two_layers, write_source
+from tests.support.products import groups_of
 
 CPU = Options(device="cpu")
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -435,7 +435,7 @@ def errors_of(source: Source, edit: Callable[[Any, Any], tuple[Any, Any]]) -> tu
         (layer,) = make_plan(checkpoint, "marlin").layers
         qweight, scales = checkpoint.read(layer.qweight), checkpoint.read(layer.scales)
     B, s = edit(tensors["a.B"].numpy(), tensors["a.s"].numpy())
-    product = CPUProduct(layer, Groups(scales, None, None), None, {"s": np.ascontiguousarray(s)})
+    product = CPUProduct(layer, groups_of(scales, s), None, None)
     product.add_source(0, qweight)
     product.add_stored(0, np.ascontiguousarray(B))
     return product.errors()
@@ -492,7 +492,7 @@ def test_the_product_is_the_definitions(one_layer: Source) -> None:
     with Checkpoint(one_layer.folder) as checkpoint:
         (planned,) = make_plan(checkpoint, "marlin").layers
         scales = checkpoint.read(planned.scales)
-        product = CPUProduct(planned, Groups(scales, None, None), None, {"s": scales})
+        product = CPUProduct(planned, groups_of(scales, scales), None, None)
         product.add_source(0, checkpoint.read(planned.qweight))
         product.add_stored(0, np.zeros((16, 512), np.int32))
     assert product.x.shape == (4, 256)
