@@ -213,12 +213,14 @@ class CPUProduct:
             groups = np.arange(begin, end) // self.layer.group_rows
             first = int(groups[0])
             return self.groups.source(first, int(groups[-1]) - first + 1), groups - first
-        if self.kept is not None:
-            return self.kept, self.g_idx[begin:end].astype(np.intp)
         present, groups = np.unique(self.g_idx[begin:end], return_inverse=True)
+        if self.kept is not None:
+            zeros = None if self.kept.zeros is None else self.kept.zeros[present]
+            return Groups(self.kept.scales[present], zeros), groups
         rows = [self.groups.source(int(group), 1) for group in present]
-        zeros = [row.zeros for row in rows if row.zeros is not None]
-        return Groups(np.concatenate([row.scales for row in rows]), np.concatenate(zeros) if zeros else None), groups
+        all_zeros = [row.zeros for row in rows if row.zeros is not None]
+        scales = np.concatenate([row.scales for row in rows])
+        return Groups(scales, np.concatenate(all_zeros) if all_zeros else None), groups
 
     def add_stored(self, k0: int, B: I32) -> None:
         layer, size = self.layer, self.layer.rows_per_group
