@@ -78,6 +78,7 @@ def run_block(block: Block, place: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, block.text], cwd=place, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.mark for b in blocks(page))], ids=name)
 def test_what_a_page_says_to_run(page: Path, place: Path) -> None:
     printed = ""
@@ -207,6 +208,7 @@ def steady(text: str) -> str:
     return re.sub(r"[\d.]+s,[\d.]+GB/s,nativeCPUlibrary\(.*?\)", "", plain)
 
 
+@pytest.mark.slow
 def test_the_demo_ends_as_the_picture_shows(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("demo_picture", ROOT / "tools" / "demo_picture.py")
     assert spec

@@ -1,4 +1,4 @@
-"""Streaming tensors into new files: read, repack, check, write; block by block, several at a time, in bounded memory."""
+"""Streaming tensors into new files: read, repack, check, write; in blocks, several at a time, in bounded memory."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ class Plan:
         return [
             LayerFacts(
                 x.name, x.bits, x.stored_group_size, not x.sym, x.act_order,
-                padded=(x.stored_K, x.stored_N) != (x.K, x.N), bias=x.bias is not None,
+                padded=(x.stored_K, x.stored_N) != (x.K, x.N), bias=x.bias is not None, K=x.K, N=x.N,
             )
             for x in self.layers
         ]  # fmt: skip

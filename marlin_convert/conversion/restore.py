@@ -197,7 +197,18 @@ def _noted(checkpoint: Checkpoint) -> dict[str, Any]:
         noted = read_json(path).get("source_quantization")
     except SourceError:
         return {}
-    return noted if isinstance(noted, dict) else {}
+    return {key: value for key, value in noted.items() if _is_noted(key, value)} if isinstance(noted, dict) else {}
+
+
+def _is_noted(key: str, value: Any) -> bool:
+    """Whether a value is of the kind that a conversion notes under `key`."""
+    if key == "configs":
+        return isinstance(value, dict) and all(isinstance(config, dict) for config in value.values())
+    if key == "dtypes":
+        return isinstance(value, dict) and value.keys() <= {"torch_dtype", "dtype"}
+    if key == "scales_dtypes":
+        return isinstance(value, dict) and all(isinstance(dtype, str) for dtype in value.values())
+    return not isinstance(value, (dict, list))
 
 
 def _encoding(noted: dict[str, Any], *, v2: bool) -> ZeroPointEncoding:

@@ -263,6 +263,19 @@ def test_kernels_that_cannot_be(monkeypatch: pytest.MonkeyPatch, kernel: str, mi
         plugin.kernel()
 
 
+def test_one_line_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a logger that vLLM shows."""
+    choose(monkeypatch, "auto")
+    lines = []
+    monkeypatch.setattr(plugin.logger, "info", lambda message, *arguments: lines.append(message % arguments))
+    plugin._say_kernel.cache_clear()
+    for name in ("a", "b"):
+        plugin.MarlinCheckpointMethod(config_of({}, False), name)
+    why = "the faster one on compute capability 9.0"
+    assert lines == [f"Linear layers of this Marlin checkpoint are computed by marlin-convert's kernels: {why}"]
+    assert plugin.logger.name.startswith("vllm.")
+
+
 def test_compiled_graphs_are_keyed_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """What vLLM itself takes for the key of its cache."""
     keys = []
