@@ -26,7 +26,7 @@ from tests.support.gptq_checkpoints import GPTQLayer, write_source
 MORE = int(os.environ.get("FUZZ", "1"))
 
 
-def many(examples: int) -> Any:
+def many(examples: int) -> settings:
     return settings(
         max_examples=examples * MORE, deadline=None, derandomize=MORE == 1, database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],

@@ -15,13 +15,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.conversion.convert import Options, convert, packer
+from marlin_convert.conversion.convert import convert, packer
 from marlin_convert.conversion.plan import make_plan
 from marlin_convert.conversion.verify import TOLERANCE, product_for, verify
 from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats.layout import permute_scales
 from marlin_convert.native import cuda, reference
+from marlin_convert.options import Options
 from tests.support.gptq_checkpoints import GPTQLayer, write_source
 from tests.support.products import groups_of
 
