@@ -23,6 +23,8 @@ from marlin_convert.checkpoint.reader import DTYPE_BITS, read_header
 from marlin_convert.errors import BUG, EXIT_CODES, MarlinConvertError
 from tests.support.gptq_checkpoints import GPTQLayer, write_source
 
+pytestmark = pytest.mark.slow
+
 MORE = int(os.environ.get("FUZZ", "1"))
 
 
