@@ -790,7 +790,7 @@ def test_output_that_is_not_utf8(run: Callable[..., Run], source: Source, tmp_pa
 @pytest.mark.slow
 def test_file_names_that_are_not_utf8(source: Source, tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
-    shutil.copytree(os.fsencode(source.folder), folder)
+    shutil.copytree(source.folder, os.fsdecode(folder))
     for extra in ([], [b"--force", b"--json"]):
         command = [*map(os.fsencode, PROGRAM), folder, folder + b"-out", *extra]
         process = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False)

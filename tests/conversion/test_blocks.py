@@ -205,4 +205,4 @@ def test_each_thread_has_its_own_buffers() -> None:
         arrays.append(array)
 
     run_all([take, take], workers=2)
-    assert not np.shares_memory(*arrays)
+    assert not np.shares_memory(arrays[0], arrays[1])

@@ -54,7 +54,8 @@ def write_large_source(
         "model.layers.0.mlp.up_proj.g_idx": ("I32", [K], 4),
         "model.layers.0.mlp.up_proj.scales": ("F32" if wide_scales else "F16", [G, N], 4 if wide_scales else 2),
     }
-    header, position = {}, 0
+    header: dict[str, Any] = {}
+    position = 0
     for name, (dtype, shape, size) in shapes.items():
         end = position + math.prod(shape) * size
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
@@ -117,7 +118,8 @@ def peak_memory(*args: object, cpus: int = 0) -> int:
 def test_scales_are_not_gathered(tmp_path: Path) -> None:
     """Before anything is written, every layer's scales are looked at: one layer at a time, 1 MB each here."""
     layers, K, N = 200, 8192, 8192
-    header, position = {}, 0
+    header: dict[str, Any] = {}
+    position = 0
     for i in range(layers):
         for part, dtype, shape, size in [("qweight", "I32", [K // 8, N], 4), ("scales", "F16", [K // 128, N], 2)]:
             end = position + math.prod(shape) * size

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import OutputError, SourceError, UnsupportedError
 from marlin_convert.native import reference
+from marlin_convert.options import Format, Options
 from tests.support.gptq_checkpoints import (
     GPTQLayer,
     Source,
@@ -63,7 +64,7 @@ def marlin_ext(folder: Path, layers: dict[str, GPTQLayer], **changes: Any) -> No
         repeat = 1 if group == -1 else group // stored_group
         G = 1 if group == -1 else K // stored_group
         middle = 2 ** (layer.bits - 1)
-        sym = np.ndim(layer.stored_zero) == 0
+        sym = not isinstance(layer.stored_zero, np.ndarray)
 
         def rows(values: Any, dtype: torch.dtype, G: int = G, N: int = N, repeat: int = repeat) -> torch.Tensor:
             padded = torch.zeros(G, N, dtype=dtype)
@@ -280,7 +281,7 @@ def test_every_config_of_the_source_is_replaced_and_restored(tmp_path: Path, fil
         tmp_path / "source", quantization=config, extra={file: json.dumps(config), "vocab/quant_config.json": "{}"}
     )
     before = {p.name: json.loads(p.read_text()) for p in source.folder.glob("*.json")}
-    convert(source.folder, tmp_path / "out", Options(device="cpu", format=format_))
+    convert(source.folder, tmp_path / "out", Options(device="cpu", format=Format.chosen(format_, "format")))
     result = {p.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
     assert set(result) == {"config.json", "quantize_config.json", "marlin_convert.json"}
     wanted = format_.replace("-", "_")
