@@ -21,11 +21,8 @@ from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import UnsupportedError
 from marlin_convert.formats.marlin_config import read_marlin_settings
 from marlin_convert.native import cpu, reference
-<<<<<<< HEAD
 from marlin_convert.native.choose import CUDAPacker
-=======
 from marlin_convert.options import Format, Options, ZeroPointReading
->>>>>>> main
 from tests.support import format_reader
 from tests.support.gptq_checkpoints import GPTQLayer, Source, pack_columns, quantization_config, write_source
 

@@ -15,22 +15,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from marlin_convert.checkpoint.reader import Checkpoint
-<<<<<<< HEAD
-from marlin_convert.conversion.convert import Options, convert
-=======
-from marlin_convert.conversion.convert import convert, packer
->>>>>>> main
+from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.plan import make_plan
 from marlin_convert.conversion.verify import TOLERANCE, product_for, verify
 from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats.layout import permute_scales
 from marlin_convert.native import cuda, reference
-<<<<<<< HEAD
 from marlin_convert.native.choose import packer
-=======
 from marlin_convert.options import Options
->>>>>>> main
 from tests.support.gptq_checkpoints import GPTQLayer, write_source
 from tests.support.products import groups_of
 
