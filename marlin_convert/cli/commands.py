@@ -334,8 +334,8 @@ def _convert(
 
     try:
         require("torch", "transformers")
-        screen.doing("continuing a prompt with the source and with the result: loading torch and Transformers")
-        texts = compare(Path(source), out, prompt, DEMO_TOKENS, str(report.device))
+        with screen.doing("continuing a prompt with the source and with the result, on torch and Transformers"):
+            texts = compare(Path(source), out, prompt, DEMO_TOKENS, str(report.device))
     except MarlinConvertError as error:  # the conversion is done, whatever runs here
         screen.report(report, missing=error.message)
     else:

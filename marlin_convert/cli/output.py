@@ -29,7 +29,7 @@ from ..options import Options
 from ..progress import Progress
 from ..text import visible
 from .console import Lossy, PlainConsole
-from .progress import BYTES, Bars, PlainLines, size
+from .progress import BYTES, Bars, PlainLines, size, waiting
 
 if TYPE_CHECKING:
     from ..bench.products import Cell, LayerResult, Machine
@@ -95,10 +95,9 @@ class Screen:
         if not self.silent and not cpu.native_available():
             self.err.print(_labelled(cpu.describe(), "slow:", "yellow"), soft_wrap=True)
 
-    def doing(self, what: str) -> None:
-        """Say what takes a while now, where no bar shows it."""
-        if not self.silent:
-            self.err.print(what, soft_wrap=True)
+    def doing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Say that `what` goes on while the context lasts, where no bar shows it."""
+        return contextlib.nullcontext() if self.silent else waiting(self.err, what)
 
     def already_marlin(self, text: str) -> None:
         self._say(text)
