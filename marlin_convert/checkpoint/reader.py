@@ -99,14 +99,15 @@ class Checkpoint:
     folder), without the configs named in `CONFIG_FILES`, which are parsed into `configs`.
 
     Leaving the `with` block by an error raises SourceError instead, if a file has changed meanwhile: then that is why.
-    For a folder that is being written, `steady` is false.
+    For a folder that is being written, `steady` is false; in one that stands for a repository on the Hub, `partial`
+    tells that fp16 scales, as the weights, may not be there yet.
     """
 
     #: The model's config, then those of the quantization alone: AutoGPTQ's and GPTQModel's, AutoAWQ's, AutoRound's.
     CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
-    def __init__(self, folder: Path, *, steady: bool = True) -> None:
-        self.folder, self._steady = folder, steady
+    def __init__(self, folder: Path, *, steady: bool = True, partial: bool = False) -> None:
+        self.folder, self._steady, self.partial = folder, steady, partial
         self._unfit: dict[str, str] = {}  # what may not be copied, and why
         self._states: dict[str, tuple[Path, FileState]] = {}
         names = sorted(self._find_files())

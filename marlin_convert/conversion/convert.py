@@ -26,7 +26,7 @@ from ..errors import (
 )
 from ..formats.gptq import ZeroPointEncoding
 from ..formats.gptq_config import find_configs
-from ..formats.marlin_config import marlin_ext_settings, marlin_model_config, marlin_settings
+from ..formats.marlin_config import marlin_ext_settings, marlin_model_config, marlin_settings, ties
 from ..hub.client import is_folder
 from ..hub.open import Source, fetch, looked_into
 from ..hub.upload import check_target, create_repository, default_name, push
@@ -271,24 +271,35 @@ def looked_at(source: str | Path, access: HubAccess) -> Iterator[tuple[Source, C
     looking = looked_into(
         str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir, scales=True
     )
-    with looking as origin, Checkpoint(origin.folder) as checkpoint:
+    with looking as origin, Checkpoint(origin.folder, partial=origin.remote is not None) as checkpoint:
         yield origin, checkpoint
 
 
 def _source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """What only the source's files tell, for `to-gptq`: its settings, and the types of what was converted."""
     main = checkpoint.configs.get("config.json", {})
-    dtypes = [layer.scales.dtype for layer in plan.layers]
-    common = max(dict.fromkeys(dtypes), key=dtypes.count)
+    scales, other_scales = _common({x.name: x.scales.dtype for x in plan.layers})
+    g_idx, other_g_idx = _common({x.name: x.g_idx.dtype if x.g_idx else None for x in plan.layers})
     readings = {layer.zeros for layer in plan.layers}
     return {
         "configs": find_configs(checkpoint.configs),
         "dtypes": {key: main.get(key) for key in ("torch_dtype", "dtype")},
-        "scales_dtype": common,
-        "scales_dtypes": {x.name: x.scales.dtype for x in plan.layers if x.scales.dtype != common},
-        "g_idx": sum(layer.g_idx is not None for layer in plan.layers) * 2 >= len(plan.layers),
+        "ties": ties(main) if plan.lm_head else {},
+        "scales_dtype": scales,
+        "scales_dtypes": other_scales,
+        "g_idx_dtype": g_idx,
+        "g_idx_dtypes": other_g_idx,
+        "without_qzeros": [layer.name for layer in plan.layers if layer.qzeros is None],
+        "zero_points_stored": {x.name: x.stored_zero for x in plan.layers if x.stored_zero is not None},
         "zero_point_reading": "word" if ZeroPointEncoding.V1_WORD in readings else "nibble",
     }
+
+
+def _common(values: dict[str, str | None]) -> tuple[str | None, dict[str, str | None]]:
+    """The value that most of the layers have, and the others' values by name."""
+    found = list(values.values())
+    common = max(dict.fromkeys(found), key=found.count)
+    return common, {name: value for name, value in values.items() if value != common}
 
 
 def write_tensors(
@@ -323,7 +334,9 @@ def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method
             plan.settings, group_size=plan.group_size, lm_head=plan.lm_head, quant_method=quant_method
         )
     if "config.json" in checkpoint.configs:
-        config = marlin_model_config(checkpoint.configs["config.json"], settings, float16=not plan.extended)
+        config = marlin_model_config(
+            checkpoint.configs["config.json"], settings, float16=not plan.extended, own_head=plan.lm_head
+        )
         write_json(folder / "config.json", config)
     write_json(folder / "quantize_config.json", settings)
 

@@ -39,7 +39,7 @@ from ..formats.layout import (
     stored_groups,
     zero_point,
 )
-from ..formats.marlin_config import LayerSettings
+from ..formats.marlin_config import LayerSettings, ties
 from ..formats.scales import LayerFit, fit_layer
 from ..formats.stored import MARLIN_PARTS, is_marlin_part
 from ..options import Format, QuantMethod, ZeroPointReading
@@ -91,6 +91,7 @@ class Layer:
     act_order: bool = False
     extended: bool = False
     stored_scales: str = "F16"
+    stored_zero: int | None = None  # of a symmetric layer, if it is not what the source's checkpoint_format stores
 
     @property
     def rows_per_group(self) -> int:
@@ -211,7 +212,7 @@ class Plan:
     @property
     def lm_head(self) -> bool:
         """Whether the output head is quantized."""
-        return any(layer.name.split(".")[-1] == "lm_head" for layer in self.layers)
+        return any(_is_head(layer.name) for layer in self.layers)
 
     @property
     def layer_facts(self) -> list[LayerFacts]:
@@ -247,6 +248,10 @@ class Plan:
     @property
     def extended(self) -> bool:
         return self.format is Format.MARLIN_EXT
+
+
+def _is_head(name: str) -> bool:
+    return name.split(".")[-1] == "lm_head"
 
 
 #: A number within a name, of those that count something: "07" counts nothing.
@@ -338,6 +343,14 @@ def make_plan(
         for note in layer.notes + (layer.extended_notes if extended else []):
             notes.setdefault(note, []).append(layer.name)
     owned = {f"{name}.{part}" for name in names for part in GPTQ_PARTS}
+    without = [x.name for x in layers if fits[x.name].zero]
+    if without:
+        notes["every scale is 0, and so is every weight: the layer was not quantized rightly, or never filled"] = (
+            without
+        )
+    main = checkpoint.configs.get("config.json", {})
+    if any(_is_head(x.name) for x in layers) and any(ties(main).values()):
+        notes["the head is quantized, and the config ties it to the embedding: the result's config does not"] = []
     if "config.json" not in checkpoint.configs:
         notes["the source has no config.json, so the result has none: no engine can load it without"] = []
     for key, text in settings.conflicts.items():
@@ -407,6 +420,7 @@ class _Judged:
         self.notes: list[str] = []
         self.extended_refusals: list[str] = []
         self.extended_notes: list[str] = []
+        self.stored_zero: int | None = None
         self.layer = self._measure()
         if self.layer is not None:
             self.layer = self._sized_by_g_idx(self.layer)
@@ -414,7 +428,8 @@ class _Judged:
             self._check_format(self.layer)
             act_order = self._check_g_idx(self.layer)
             zeros = self._check_zero_points(self.layer)
-            self.layer = replace(self.layer, act_order=act_order, zeros=zeros)
+            stored = self.stored_zero if zeros is ZeroPointEncoding.SYMMETRIC else None
+            self.layer = replace(self.layer, act_order=act_order, zeros=zeros, stored_zero=stored)
 
     def _part(self, part: str) -> Tensor | None:
         return self.checkpoint.tensors.get(f"{self.name}.{part}")
@@ -467,10 +482,13 @@ class _Judged:
     def _bits(self, rows: int, N: int, G: int, qzeros: Tensor | None, g_idx: Tensor | None) -> int | None:
         fitting = [bits for bits in (2, 3, 4, 8) if rows * 32 % bits == 0]
         if qzeros is not None:
-            if len(qzeros.shape) != 2 or qzeros.shape[0] != G or qzeros.dtype != "I32":
-                raise SourceError(
-                    f"{self.name}: qzeros {qzeros.dtype} {list(qzeros.shape)} does not match scales with {G} groups."
+            if qzeros.dtype != "I32":
+                self.refusals.append(
+                    f"qzeros are {qzeros.dtype}; only zero points packed in int32 words can be repacked"
                 )
+                return None
+            if len(qzeros.shape) != 2 or qzeros.shape[0] != G:
+                raise SourceError(f"{self.name}: qzeros {list(qzeros.shape)} does not match scales with {G} groups.")
             fitting = [bits for bits in fitting if -(-N * bits // 32) == qzeros.shape[1]]
         if g_idx is not None:
             if g_idx.dtype not in ("I32", "I64") or len(g_idx.shape) != 1:
@@ -612,6 +630,7 @@ class _Judged:
             )
             return self._asymmetric(layer, numbers)
         else:
+            self.stored_zero = stored
             self.notes.append(
                 f"checkpoint_format {layout} stores zero point {middle} as {expected}, here it is {stored}; "
                 "read as symmetric"

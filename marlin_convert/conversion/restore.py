@@ -34,7 +34,7 @@ from ..formats.layout import (
     unpermute_scales,
     zero_point,
 )
-from ..formats.marlin_config import read_marlin_settings
+from ..formats.marlin_config import TIED, read_marlin_settings
 from ..formats.stored import MARLIN_PARTS, StoredLayer, is_marlin_part, layer_names, stored_layers
 from ..hub.open import Source
 from ..native import cpu
@@ -46,7 +46,8 @@ from .files import copied_files, copy_files, needs_index, require_free_names, re
 from .pipeline import Piece, TensorStream, went_wrong
 from .plan import GPTQ_PARTS
 
-_NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}
+_NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I32": np.int32, "I64": np.int64}
+_SCALES, _INDEX = ("F16", "BF16", "F32"), ("I32", "I64")  # dtypes of the source
 
 #: Parts of GPTQ layers that nothing else has; "scales" may be anybody's.
 _GPTQ_ONLY = ("qweight", "qzeros", "g_idx")
@@ -60,7 +61,9 @@ class MarlinLayer:
 
     stored: StoredLayer[Tensor]
     scales_dtype: str  # of the source
-    g_idx: bool  # whether the source had one
+    g_idx: str | None  # the dtype of the source's, if it had one
+    qzeros: bool = True  # whether the source had them
+    stored_zero: int | None = None  # in qzeros of a symmetric layer, where its checkpoint_format stores another number
 
     @property
     def name(self) -> str:
@@ -99,8 +102,11 @@ class MarlinLayer:
             "qzeros": OutTensor(f"{self.name}.qzeros", "I32", (self.G, columns), self.G * columns * 4),
             "scales": OutTensor(f"{self.name}.scales", self.scales_dtype, (self.G, self.N), self.G * self.N * width),
         }
+        if not self.qzeros:
+            del found["qzeros"]
         if self.g_idx:
-            found["g_idx"] = OutTensor(f"{self.name}.g_idx", "I32", (self.K,), self.K * 4)
+            width = np.dtype(_NUMPY[self.g_idx]).itemsize
+            found["g_idx"] = OutTensor(f"{self.name}.g_idx", self.g_idx, (self.K,), self.K * width)
         return found
 
 
@@ -159,13 +165,14 @@ def restore(
         keep_apart(origin.folder, out)
         checkpoint.require_fit()
         noted = _noted(checkpoint)
-        layers = [_layer(stored, noted) for stored in marlin_layers(checkpoint).values()]
+        zero_points = "gptq_v2" if v2 else "gptq"
+        layers = [_layer(stored, noted, zero_points) for stored in marlin_layers(checkpoint).values()]
         owned = {tensor.name for layer in layers for tensor in layer.stored.parts.values()}
         owned |= _stray_g_idx(checkpoint, layers)
         copies = [t for t in checkpoint.tensors.values() if t.name not in owned]
         _require_one_format(checkpoint, layers, copies)
         tensors, format = _in_order(layers, copies), layers[0].stored.format
-        report = Restored(origin, out, format, "gptq_v2" if v2 else "gptq", layers, copies, bool(noted))
+        report = Restored(origin, out, format, zero_points, layers, copies, bool(noted))
         report.bytes_out = sum(t.nbytes for t in tensors)
         require_free_names(checkpoint, shard_names(tensors, options.max_shard_size))
         require_readable(checkpoint)
@@ -206,8 +213,12 @@ def _is_noted(key: str, value: Any) -> bool:
         return isinstance(value, dict) and all(isinstance(config, dict) for config in value.values())
     if key == "dtypes":
         return isinstance(value, dict) and value.keys() <= {"torch_dtype", "dtype"}
-    if key == "scales_dtypes":
-        return isinstance(value, dict) and all(isinstance(dtype, str) for dtype in value.values())
+    kinds: dict[str, Any] = {"scales_dtypes": str, "g_idx_dtypes": (str, type(None)), "zero_points_stored": int}
+    kinds["ties"] = (bool, type(None))
+    if key in kinds:
+        return isinstance(value, dict) and all(isinstance(entry, kinds[key]) for entry in value.values())
+    if key == "without_qzeros":
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
     return not isinstance(value, (dict, list))
 
 
@@ -235,16 +246,30 @@ def marlin_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer[Tensor]]:
     return stored_layers(str(checkpoint.folder), checkpoint.tensors, read_marlin_settings(found[0]))
 
 
-def _layer(stored: StoredLayer[Tensor], noted: dict[str, Any]) -> MarlinLayer:
+def _layer(stored: StoredLayer[Tensor], noted: dict[str, Any], zero_points: str) -> MarlinLayer:
     if stored.K * stored.bits % 32:
         raise SourceError(f"{stored.name}: K = {stored.K} does not fill whole words of {stored.bits}-bit codes.")
-    dtypes, default = noted.get("scales_dtypes") or {}, noted.get("scales_dtype")
-    dtype = dtypes.get(stored.name, default)
+    name = stored.name
+    scales = (noted.get("scales_dtypes") or {}).get(name, noted.get("scales_dtype"))
+    g_idx = (noted.get("g_idx_dtypes") or {}).get(name, noted.get("g_idx_dtype", "I32"))
     return MarlinLayer(
         stored,
-        dtype if dtype in _NUMPY else stored.scales.dtype,
-        noted.get("g_idx", True) is not False or stored.perm is not None,
+        scales if scales in _SCALES else stored.scales.dtype,
+        g_idx if g_idx in _INDEX else "I32" if stored.perm is not None else None,
+        stored.zeros is not None or name not in (noted.get("without_qzeros") or ()),
+        _stored_zero(noted, name, stored.bits, zero_points) if stored.zeros is None else None,
     )
+
+
+def _stored_zero(noted: dict[str, Any], name: str, bits: int, zero_points: str) -> int | None:
+    """What a symmetric layer's source stored under a checkpoint_format that stores something else, if it is the one in
+    which zero points are stored now."""
+    formats = [
+        config.get("checkpoint_format") or config.get("format") for config in (noted.get("configs") or {}).values()
+    ]
+    said = next((str(f).lower() for f in formats if f), "gptq")
+    number = (noted.get("zero_points_stored") or {}).get(name)
+    return number if said == zero_points and number in (zero_point(bits), zero_point(bits) - 1) else None
 
 
 def _stray_g_idx(checkpoint: Checkpoint, layers: list[MarlinLayer]) -> set[str]:
@@ -348,7 +373,7 @@ class GPTQWriter(TensorStream):
                 written += array.nbytes
         if layer.g_idx:
             groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
-            g_idx = groups if order is None else groups[order.inverse[: layer.K]]
+            g_idx = (groups if order is None else groups[order.inverse[: layer.K]]).astype(_NUMPY[layer.g_idx])
             self.shards.write(f"{layer.name}.g_idx", g_idx)
             written += g_idx.nbytes
         return written
@@ -405,7 +430,12 @@ def _restored_groups(
         zeros = np.full(scales.shape, zero_point(layer.bits), np.uint8)
     else:
         zeros = own(unpack_zeros(checkpoint.read_rows(stored.zeros, at, rows), layer.bits), "zero points")
-    return {"scales": _as_dtype(scales, layer), "qzeros": encode_zeros(zeros, layer.bits, encoding)}
+    found = {"scales": _as_dtype(scales, layer)}
+    if not layer.qzeros:
+        return found
+    if layer.stored_zero is not None:
+        zeros, encoding = np.full(scales.shape, layer.stored_zero, np.uint8), ZeroPointEncoding.V2
+    return {**found, "qzeros": encode_zeros(zeros, layer.bits, encoding)}
 
 
 def _as_dtype(scales: npt.NDArray[Any], layer: MarlinLayer) -> npt.NDArray[Any]:
@@ -438,12 +468,25 @@ def _write_configs(checkpoint: Checkpoint, report: Restored, folder: Path, noted
                 main.pop(key, None)
             else:
                 main[key] = value
+        _restore_ties(main, noted.get("ties") or {})
         write_json(folder / "config.json", main)
     for name in Checkpoint.CONFIG_FILES[1:]:
         if name in configs:
             write_json(folder / name, _with_format(configs[name], report.zero_points))
         elif not configs and name == "quantize_config.json":
             write_json(folder / name, settings)
+
+
+def _restore_ties(main: dict[str, Any], ties: dict[str, Any]) -> None:
+    """Say again what the source said on whether head and embedding are one; see `marlin_config.ties`."""
+    for name, said in ties.items():
+        part = main.get(name) if name else main
+        if not isinstance(part, dict):
+            continue
+        if said is None:
+            part.pop(TIED, None)
+        else:
+            part[TIED] = said
 
 
 def _with_format(config: dict[str, Any], zero_points: str) -> dict[str, Any]:
