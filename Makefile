@@ -20,6 +20,9 @@ lint: $(VENV)/.dev
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/clang-format --dry-run -Werror $(wildcard $(foreach kind,h c cpp cu cuh inl,kernels/*.$(kind) kernels/*/*.$(kind)))
+	$(RUN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[bu]*.yml
 
 # The pages of the reference that the program itself writes.
 GENERATED := docs/reference/cli.md docs/reference/exit-codes.md

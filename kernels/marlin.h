@@ -94,9 +94,9 @@ MARLIN_EXPORT int64_t marlin_cpu_first_difference(const int32_t* a, const int32_
 // A block of rows of a layer. The scales and zero points are the whole layer's, each row of them for rows_per_group rows.
 // rows_per_group and k0 are multiples of MARLIN_TILE_K.
 typedef struct {
-  const int32_t* weights;   // rows k0 .. k0 + k: qweight [k bits/32, n], or B [k/16, n bits/2]
-  const uint16_t* scales;   // [groups, n]; with B in Marlin's order of columns, chosen by `groups`
-  const uint8_t* zeros;     // [groups, n], the columns in their own order; null: the middle, 8 or 128
+  const int32_t* weights;  // rows k0 .. k0 + k: qweight [k bits/32, n], or B [k/16, n bits/2]
+  const uint16_t* scales;  // [groups, n]; with B in Marlin's order of columns, chosen by `groups`
+  const uint8_t* zeros;    // [groups, n], the columns in their own order; null: the middle, 8 or 128
   int64_t k0, k, n, groups, rows_per_group;
   int32_t bits;
   int32_t bf16;  // the scales, and the weights as they are rounded: 0 fp16, 1 bf16

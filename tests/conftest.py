@@ -89,7 +89,7 @@ def main(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Run]]:
     """Run `cli.main` in this process, where a test can break something inside; signals are put back afterwards."""
-    from marlin_convert.cli import commands as cli
+    from marlin_convert import cli
 
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)

@@ -104,13 +104,13 @@ def test_own_imports_sees_all_of_them() -> None:
     """The checks above can fail only if imports are found: these are known."""
     assert {"native.repack", "formats.layout"} <= own_imports("native.ops")  # repack: inside functions
     assert {"conversion.convert", "cli.output", "errors"} <= own_imports("cli.commands")  # for types and in functions
-    assert own_imports("formats.scales") == set()
+    assert own_imports("formats.bf16") == set()
 
 
 #: Modules of torch tensors through and through, themselves imported late.
 TORCH_MODULES = {
-    "bench.products", "bench.tokens", "engines.linear", "engines.tensor_parallel", "engines.transformers_quantizer",
-    "engines.vllm_plugin", "hf", "native.cuda", "vllm",
+    "bench.products", "bench.tokens", "engines.column_marks", "engines.linear", "engines.tensor_parallel",
+    "engines.transformers_quantizer", "engines.vllm_plugin", "hf", "native.cuda", "vllm",
 }  # fmt: skip
 
 

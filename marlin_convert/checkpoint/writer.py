@@ -33,14 +33,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, SourceError
+from ..options import REPORT_FILE
 from .reader import DTYPE_BITS, Buffer
 
-#: The report that every finished output holds; also what tells that a folder may be replaced by --force.
-REPORT_FILE = "marlin_convert.json"
 #: The output's weights in one file; their index, where there are several.
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _LOCK_FILE = ".lock"
 _libc = ctypes.CDLL(None, use_errno=True)
+_ATTEMPTS = 100  # to make a folder that other runs, as they end, remove
 _NEW = "new"
 _REPLACED = "replaced"  # where an earlier result waits while the new one takes its place
 
@@ -53,37 +53,69 @@ _REPLACED = "replaced"  # where an earlier result waits while the new one takes 
 def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends well, it is synced to disk and becomes `out`.
 
-    With `force`, an earlier result at `out` is replaced (only a folder that this tool made, or an empty one).
-    Raises OutputError when `out` is taken or its parent is not writable.
+    With `force`, an earlier result at `out` is replaced (only a folder that this tool made, or an empty one). Folders
+    above `out` are made, and removed again if it does not come to be. An interrupt that comes when `out` is complete
+    changes nothing any more. Raises OutputError when `out` is taken or its parent is not writable.
     """
     check_free(out, force=force)
-    with contextlib.ExitStack() as cleaning:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            clear_leftovers(out)
-            folder = cleaning.enter_context(_locked_folder(out)) / _NEW
-            folder.mkdir()
-        except OSError as error:
-            raise OutputError(f"{out.parent}: cannot be written to: {error.strerror}; choose another place.") from None
-        try:
-            yield folder
-            sync_tree(folder)
-            check_free(out, force=force)  # it may have appeared while the work went on
-            _swap_in(folder, out, force=force)
-        except BrokenPipeError:  # of the screen that shows the progress, not of the disk
+    inode = -1
+
+    def complete() -> bool:
+        with contextlib.suppress(OSError):
+            return out.lstat().st_ino == inode
+        return False
+
+    try:
+        with contextlib.ExitStack() as cleaning:
+            try:
+                cleaning.enter_context(_parents_of(out))
+                clear_leftovers(out)
+                folder = cleaning.enter_context(_locked_folder(out)) / _NEW
+                folder.mkdir()
+                inode = folder.stat().st_ino
+            except OSError as error:
+                raise OutputError(
+                    f"{out.parent}: cannot be written to: {error.strerror}; choose another place."
+                ) from None
+            try:
+                yield folder
+                sync_tree(folder)
+                check_free(out, force=force)  # it may have appeared while the work went on
+                _swap_in(folder, out, force=force)
+            except BrokenPipeError:  # of the screen that shows the progress, not of the disk
+                raise
+            except OSError as error:
+                raise OutputError(
+                    f"{error.filename or out}: writing failed: {error.strerror or error}; nothing was left behind."
+                ) from None
+    except KeyboardInterrupt:
+        if not complete():
             raise
-        except OSError as error:
-            raise OutputError(
-                f"{error.filename or out}: writing failed: {error.strerror or error}; nothing was left behind."
-            ) from None
+
+
+@contextlib.contextmanager
+def _parents_of(out: Path) -> Iterator[None]:
+    """The folders above `out`; those that were not there before are removed again, if nothing is in them."""
+    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 @contextlib.contextmanager
 def _locked_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, locked by this process, removed at the end."""
-    while True:
-        with contextlib.ExitStack() as cleaning:
+    for _ in range(_ATTEMPTS):
+        try:
             hidden = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".tmp", dir=out.parent))
+        except FileNotFoundError:  # another run has ended that had made the folders above, and removed them
+            out.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        with contextlib.ExitStack() as cleaning:
             try:
                 lock = os.open(hidden / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             except BaseException:
@@ -96,6 +128,7 @@ def _locked_folder(out: Path) -> Iterator[Path]:
             if (hidden / _LOCK_FILE).exists():
                 yield hidden
                 return
+    raise OutputError(f"{out.parent}: other programs keep removing it; choose another place.")
 
 
 def check_free(out: Path, *, force: bool) -> None:
@@ -133,7 +166,7 @@ def clear_leftovers(out: Path) -> list[Path]:
     """
     try:
         found = [f for f in out.parent.iterdir() if f.name.startswith(_prefix(out)) and f.suffix == ".tmp"]
-    except PermissionError:  # one may create files there without seeing what there is
+    except OSError:  # one may create files there without seeing what there is; or another run has just removed it
         return []
     return [hidden for hidden in found if _clear(hidden, out)]
 
@@ -174,6 +207,14 @@ def _clear(hidden: Path, out: Path) -> bool:
 
 def _remove(hidden: Path) -> None:
     """Remove a hidden folder, its lock last: if this is killed too, the next run still knows what it finds."""
+    try:
+        _remove_once(hidden)
+    except KeyboardInterrupt:
+        _remove_once(hidden)
+        raise
+
+
+def _remove_once(hidden: Path) -> None:
     for folder in (hidden / _NEW, hidden / _REPLACED, hidden):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""What the command line prints: bars and plain progress lines, tables, summaries, JSON documents.
+"""What the command line prints: tables, summaries, JSON documents.
 
 People read standard error while work goes on and standard output for the result; with --json, standard output
 holds one JSON document and nothing else.
@@ -10,39 +10,26 @@ import contextlib
 import json
 import logging
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import Progress as RichBars
-from rich.table import Column, Table
-from rich.text import Text
+from rich.progress import MofNCompleteColumn
+from rich.table import Table
 
 from ..conversion.plan import Layer, Plan, plan_as_dict, span
-from ..errors import MarlinConvertError, OutputError
 from ..hub import client as hub
 from ..progress import Progress
+from .progress import BYTES, Bars, PlainLines, size
 
 if TYPE_CHECKING:
     from ..bench.products import Cell, LayerResult, Machine
     from ..bench.products import Report as BenchReport
     from ..bench.tokens import Report as TokenReport
-    from ..conversion.convert import Options, Report
+    from ..conversion.convert import Report
     from ..conversion.restore import Restored
     from ..conversion.verify import Verification
     from ..engines.generate import Comparison, Generated
@@ -52,133 +39,8 @@ FORMAT_NAMES = {"marlin": "original Marlin format", "marlin_ext": "extended Marl
 #: Engines that read each format beside vLLM and Transformers with marlin-convert; see the README's table.
 OTHER_READERS = {"marlin": "vLLM 0.3.3 to 0.10.0, AutoGPTQ, TGI", "marlin_ext": None}
 
-#: Seconds between plain progress lines when the output is no terminal.
-PLAIN_INTERVAL = 5.0
-
 #: Rows of a table before the rest is summed up (--verbose shows all).
 SHORT_TABLE = 12
-
-
-class LayerColumn(ProgressColumn):
-    """The layer at hand, in what room the other columns leave: the end of its name, which tells most."""
-
-    class Tail:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-            room = options.max_width
-            yield Text(self.name if len(self.name) <= room else "…" + self.name[len(self.name) + 1 - room :], "dim")
-
-    def render(self, task: Task) -> Tail:
-        return self.Tail(task.fields["layer"])
-
-
-#: Columns of a bar that counts bytes.
-BYTES = (DownloadColumn, TransferSpeedColumn)
-
-
-class Bars(Progress):
-    """A live bar on one line: bytes and their rate (or what `amounts` shows), time left, layers, the layer at hand."""
-
-    def __init__(self, console: Console, amounts: tuple[type[ProgressColumn], ...] = BYTES) -> None:
-        self._bars = RichBars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10 if console.width < 100 else 24, table_column=Column(no_wrap=True)),
-            *(column(table_column=Column(no_wrap=True)) for column in amounts),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[layers]}"),
-            LayerColumn(table_column=Column(no_wrap=True, ratio=1)),
-            console=console,
-            transient=True,
-            expand=True,
-        )
-        self._lock = threading.Lock()
-
-    def stage(self, label: str, total_bytes: int, layers: int) -> None:
-        self._done, self._layers, self._layer = 0, layers, ""
-        self._task = self._bars.add_task(label, total=total_bytes, layers=f"0/{layers} layers", layer="")
-        self._bars.start()
-
-    def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
-        with self._lock:
-            self._done += done
-            self._layer = layer or self._layer
-            self._bars.update(
-                self._task, advance=nbytes, layers=f"{self._done}/{self._layers} layers", layer=self._layer
-            )
-
-    def end(self) -> None:
-        self._bars.remove_task(self._task)
-        self._bars.stop()
-
-    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
-        if not total_bytes:
-            return super().meanwhile(label, total_bytes)
-        task = self._bars.add_task(label, total=total_bytes, layers="", layer="")
-        self._bars.start()
-        return lambda nbytes: self._bars.update(task, advance=nbytes)
-
-    def stop(self) -> None:
-        self._bars.stop()
-
-
-class PlainLines(Progress):
-    """One line every few seconds, for logs. `amount` writes what is counted: bytes, unless told otherwise."""
-
-    def __init__(self, console: Console, amount: Callable[[float], str] | None = None) -> None:
-        self._console, self._amount = console, amount or size
-        self._lock = threading.Lock()
-
-    def stage(self, label: str, total_bytes: int, layers: int) -> None:
-        self._label, self._total, self._layers = label, total_bytes, layers
-        self._bytes = self._done = 0
-        self._started = self._last = time.monotonic()
-        self._print(f"{label}: {layers} layers, {self._amount(total_bytes)}")
-
-    def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
-        with self._lock:
-            self._bytes += nbytes
-            self._done += done
-            now = time.monotonic()
-            if now - self._last < PLAIN_INTERVAL:
-                return
-            self._last = now
-            rate = self._bytes / (now - self._started)
-            left = (self._total - self._bytes) / rate if rate else 0
-            self._print(
-                f"{self._label}: {100 * self._bytes // max(1, self._total)} %, {self._done}/{self._layers} layers, "
-                f"{self._amount(self._bytes)} of {self._amount(self._total)}, {self._amount(rate)}/s, {left:.0f} s left"
-                + (f", {layer}" if layer else "")
-            )
-
-    def end(self) -> None:
-        seconds = time.monotonic() - self._started
-        self._print(f"{self._label}: done, {self._layers} layers, {self._amount(self._bytes)} in {seconds:.1f} s")
-
-    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
-        if not total_bytes:
-            return super().meanwhile(label, total_bytes)
-        started = last = time.monotonic()
-        come = 0
-        self._print(f"{label}: {self._amount(total_bytes)}")
-
-        def hear(nbytes: int) -> None:
-            nonlocal come, last
-            come, now = come + nbytes, time.monotonic()
-            if come >= total_bytes:
-                self._print(f"{label}: done, {self._amount(come)} in {now - started:.1f} s")
-            elif now - last >= PLAIN_INTERVAL:
-                last, rate = now, max(come, 1) / (now - started)
-                self._print(
-                    f"{label}: {100 * come // total_bytes} %, {self._amount(come)} of {self._amount(total_bytes)}, "
-                    f"{self._amount(rate)}/s, {(total_bytes - come) / rate:.0f} s left"
-                )
-
-        return hear
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Console(Console):
@@ -224,7 +86,8 @@ class Screen:
         if self.as_json:
             print(json.dumps(value, indent=2))
 
-    def start(self, source: str, options: Options) -> None:
+    def start(self) -> None:
+        """Warn, before a conversion, that it will be slow here."""
         from ..native import ops
 
         if not self.silent and not ops.native_available():
@@ -352,8 +215,8 @@ class Screen:
         self._beside(plan)
         self._format(plan)
         self._notes(plan)
-        if report.scale_rounding:
-            self._say(f"[yellow]note[/] scales rounded, by at most {report.scale_rounding:.2e} of their value")
+        if plan.scale_rounding:
+            self._say(f"[yellow]note[/] scales rounded, by at most {plan.scale_rounding:.2e} of their value")
         self._say(
             f"[green]done[/] {len(plan.layers)} layers converted, {len(plan.copies)} tensors copied; "
             f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out, {report.seconds:.1f} s, "
@@ -492,8 +355,11 @@ class Screen:
     @staticmethod
     def _bench_table(report: BenchReport, layer: LayerResult) -> Table:
         shape = layer.shape
+        kind = f", {shape.kind}" if shape.kind else ""
         many = f", {shape.count} layers" if shape.count > 1 else ""
-        title = f"{escape(report.title)} {escape(shape.name)}  {shape.K} x {shape.N}, group {shape.group_size}{many}"
+        title = (
+            f"{escape(report.title)} {escape(shape.name)}  {shape.K} x {shape.N}, group {shape.group_size}{kind}{many}"
+        )
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading in ("M", "fp16", "Marlin", *report.peers, "speedup", "GB/s", "TFLOP/s", "of limit", "", ""):
             table.add_column(escape(heading), justify="right" if heading else "left", no_wrap=True)
@@ -527,74 +393,6 @@ def _clocks(clocks: dict[str, float | None] | None) -> str:
     return f"; under load {', '.join(parts)}" if parts else "; clocks unknown (no nvidia-smi)"
 
 
-class Plot:
-    """Speedup over fp16 against batch size, one line for each layer, as an image at `path`.
-
-    Made before the measurement, so that what is missing is said at once: MarlinConvertError without matplotlib or
-    for a file type that it cannot write, OutputError for a folder that is not there.
-    """
-
-    IDEAL = 4  # times fewer bits to read than fp16 has
-
-    def __init__(self, path: Path) -> None:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MarlinConvertError(
-                f'--plot needs matplotlib ({error}): pip install "marlin-convert[plot]", or leave --plot out.'
-            ) from None
-        self.path, self._figure = path, Figure(figsize=(8, 5), layout="constrained")
-        types = self._figure.canvas.get_supported_filetypes()
-        if path.suffix.lower().removeprefix(".") not in types:
-            raise MarlinConvertError(f"{path}: matplotlib writes no such file; end its name in .png, .svg or .pdf.")
-        if not path.parent.is_dir():
-            raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
-
-    def draw(self, report: BenchReport) -> OutputError | None:
-        """Draw and write the image; the error when it cannot be written."""
-        axes = self._figure.subplots()
-        for layer in report.layers:
-            rows, speedups = [cell.M for cell in layer.cells], [cell.speedup for cell in layer.cells]
-            axes.plot(rows, speedups, marker="o", markersize=4, label=str(layer.shape))
-        axes.axhline(self.IDEAL, color="0.4", linestyle="--", linewidth=1, label=f"ideal {self.IDEAL}x")
-        axes.axhline(1, color="0.7", linewidth=1)
-        self._batches(axes, {cell.M for layer in report.layers for cell in layer.cells})
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("batch size M")
-        axes.set_ylabel("speedup over fp16 (cuBLAS)")
-        return self._written(axes, report.machine.name, report.title)
-
-    def draw_tokens(self, report: TokenReport) -> OutputError | None:
-        """The same for tokens per second, one line for fp16 and one for Marlin, both axes logarithmic."""
-        axes = self._figure.subplots()
-        for label, pick in (("Marlin", "marlin"), ("fp16", "fp16")):
-            points = [(cell.batch, getattr(cell, pick)) for cell in report.cells if getattr(cell, pick)]
-            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=label)
-        self._batches(axes, {cell.batch for cell in report.cells})
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.set_xlabel("batch size")
-        axes.set_ylabel("tokens per second, all sequences")
-        return self._written(axes, report.machine.name, report.title)
-
-    @staticmethod
-    def _batches(axes: Any, sizes: set[int]) -> None:
-        axes.set_xscale("log", base=2)
-        ticks = sorted(sizes)
-        axes.set_xticks(ticks, labels=[str(M) for M in ticks])
-        axes.minorticks_off()
-
-    def _written(self, axes: Any, machine: str, title: str) -> OutputError | None:
-        axes.set_title(f"Marlin on {machine}: {title}".replace("$", r"\$"))
-        axes.grid(alpha=0.3)
-        axes.legend()
-        try:
-            self._figure.savefig(self.path, dpi=150)
-        except OSError as error:
-            return OutputError(f"{self.path}: the plot cannot be written: {error.strerror or error}.")
-        return None
-
-
 def _kind(layer: Layer) -> str:
     """What distinguishes a layer beside its size and bits."""
     padded = f"padded to {layer.stored_K} x {layer.stored_N}"
@@ -612,12 +410,3 @@ def _verdict(report: Verification) -> str:
         f"{equal} of {len(report.layers)} layers exactly equal, {report.tensors_equal} other tensors byte for byte; "
         f"outputs on {escape(report.device)}: largest relative error {report.worst:.1e}"
     )
-
-
-def size(count: float) -> str:
-    """Bytes for people, in decimal units as disks and the Hub count them."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from .._version import __version__
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import write_file
-from ..formats.config import QUANT_METHODS
 from ..hub.open import Source
+from ..options import CARD_FILE, QuantMethod
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from .verify import Verification
 
-CARD_FILE = "README.md"
 TAGS = ("marlin", "gptq")
 
 #: What the source's card says about itself only: results and successors are not this repository's.
@@ -38,7 +37,7 @@ class Made:
     """What a card tells about a conversion, beside its plan. `options` are those that shaped the result."""
 
     source: Source
-    quant_method: str
+    quant_method: QuantMethod
     weight_files: int
     scale_rounding: float
     options: tuple[str, ...] = ()
@@ -181,7 +180,7 @@ def _quantization(plan: Plan, made: Made) -> list[tuple[str, str]]:
     kinds = {"BF16": "bf16", "F16": "fp16"}
     scales = " and ".join(sorted({kinds[layer.stored_scales] for layer in plan.layers}))
     rounding = f", rounded by at most {made.scale_rounding:.2e} of their value" if made.scale_rounding else ""
-    method = QUANT_METHODS[0] if plan.extended else made.quant_method
+    method = QuantMethod.GPTQ if plan.extended else made.quant_method
     return [
         ("", ""),
         ("bits", _widths(plan)),
@@ -213,12 +212,12 @@ def _engines(plan: Plan, made: Made) -> list[tuple[str, str]]:
 def _old_engines(plan: Plan, made: Made, repo: str) -> list[tuple[str, str]]:
     """Engines that read the original format by themselves."""
     one_file, rows = made.weight_files == 1, []
-    if made.quant_method == QUANT_METHODS[0]:
+    if made.quant_method == QuantMethod.GPTQ:
         rows.append(("vLLM 0.3.3 to 0.10.0", f"`vllm serve {repo} --dtype float16`"))
-    if made.quant_method == QUANT_METHODS[0] and one_file:
+    if made.quant_method == QuantMethod.GPTQ and one_file:
         rows.append(("AutoGPTQ 0.7.1", f'`AutoGPTQForCausalLM.from_quantized("{repo}", use_marlin=True)`'))
     rows.append(("TGI 3.x", f"`text-generation-launcher --model-id {repo} --quantize marlin`"))
-    if made.quant_method == QUANT_METHODS[0] and one_file and plan.group_size != -1:
+    if made.quant_method == QuantMethod.GPTQ and one_file and plan.group_size != -1:
         rows.append(("candle-vllm", "reads it as it is"))
     return rows
 

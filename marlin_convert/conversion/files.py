@@ -9,11 +9,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.writer import INDEX_FILE, REPORT_FILE, SINGLE_FILE
+from ..checkpoint.writer import INDEX_FILE, SINGLE_FILE
 from ..errors import OutputError, SourceError
-from .card import CARD_FILE
+from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE
 
-VERIFY_FILE = "verify.json"
 #: What every result has of its own, and a source's are not copied: the card is a part of the result's (see `card`).
 OWN_FILES = (REPORT_FILE, VERIFY_FILE, CARD_FILE)
 _CHUNK = 1 << 20

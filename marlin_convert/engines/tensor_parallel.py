@@ -1,9 +1,8 @@
 """Pieces of Marlin layers: what one rank of a tensor-parallel engine holds, and layers side by side as one product.
 
-Tiles are cut along whole tiles only, scales and zero points along whole groups, so that every piece is again a Marlin
-layer, with no repacking; it is a copy, so that the whole can be freed. What cannot be cut so is refused with
-ValueError: a piece is right, or there is none. The one thing that changes is the order of scales when a rank is left
-with a single group (see `layout`).
+Columns are taken in any order: along whole tiles with no repacking, else through codes, exactly. Rows are cut along
+whole tiles and whole groups only. A piece is a copy, so that the whole can be freed, and again a Marlin layer: it is
+right, or there is none (ValueError). Scales change their order when a rank is left with one group (see `layout`).
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ..formats import layout
-from ..formats.config import LayerSettings
 from ..formats.layout import EXT_K, TILE_K, TILE_N
+from ..formats.marlin_config import LayerSettings
 from ..native import repack
 
-CONTIGUOUS = torch.contiguous_format
+#: Codes that are unpacked at once when columns leave their tiles: 128 MiB of int64.
+_CODES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -79,33 +79,51 @@ def whole(name: str, settings: LayerSettings, tensors: dict[str, Tensor]) -> Pie
     return Piece(settings.bits, own_K, own_N, weight, scales, tensors.get("zeros"), tensors.get("perm"))
 
 
-def columns(name: str, piece: Piece, first: int, count: int) -> Piece:
-    """Columns first .. first + count of a layer, as a rank of column parallelism has them.
+def columns(piece: Piece, order: Tensor) -> Piece:
+    """The columns of a layer that `order` int64 [N of the result] names, in that order; -1 is a column of zeros.
 
-    Beyond the layer's own columns there are zeros (a vocabulary padded by the engine). Raises ValueError for a cut
-    through a tile.
+    Any order is exact: whole tiles are moved as they are, other columns are taken out of their tiles and put into new
+    ones. The result is a copy, unless it is all of the layer.
     """
-    if first == 0 and count == piece.N:
+    order, count = order.to(piece.weight.device), order.shape[0]
+    if count == piece.N and torch.equal(order, torch.arange(count, device=order.device)):
         return piece
-    if first % TILE_N or (count % TILE_N and first + count < piece.N):
-        raise ValueError(
-            f"{name}: columns {first} to {first + count} of {piece.N} cut through a tile of {TILE_N}; "
-            "use fewer tensor-parallel ranks"
-        )
-    stored = -(-count // TILE_N) * TILE_N
+    order = torch.nn.functional.pad(order, (0, -count % TILE_N), value=-1)
+    tiles, positions = order.reshape(-1, TILE_N), torch.arange(order.shape[0], device=order.device).reshape(-1, TILE_N)
+    first, beyond = tiles[:, :1], positions >= count
+    zero = ((tiles < 0) | beyond).all(1)
+    moved = (first[:, 0] % TILE_N == 0) & ((tiles == first + positions % TILE_N) | beyond).all(1)
+    if bool((zero | moved).all()):
+        last = piece.stored_N // TILE_N
+        tile = torch.where(zero, last, first[:, 0].clamp(min=0) // TILE_N)
+        weight, scales = _take_tiles(piece.weight, last, tile), _take_tiles(piece.scales, last, tile)
+        zeros = None if piece.zeros is None else _take_tiles(piece.zeros, last, tile)
+        return replace(piece, N=count, weight=weight, scales=scales, zeros=zeros)
+    at_once = max(1, _CODES_AT_ONCE // (piece.stored_N * TILE_K))
+    weight = torch.cat([
+        repack.pack_marlin(_take(repack.unpack_marlin(rows, piece.bits), order), piece.bits)
+        for rows in torch.split(piece.weight, at_once)
+    ])  # fmt: skip
+    scales = repack.permute_scales(_take(repack.unpermute_scales(piece.scales), order))
+    zeros = piece.zeros
+    if zeros is not None:
+        zeros = repack.pack_zeros(_take(repack.unpack_zeros(zeros, piece.bits), order), piece.bits)
+    return replace(piece, N=count, weight=weight, scales=scales, zeros=zeros)
 
-    def cut(tensor: Tensor, per_column: float) -> Tensor:
-        begin, end = int(first * per_column), int((first + stored) * per_column)
-        part = tensor[:, begin : min(end, tensor.shape[1])]
-        return torch.nn.functional.pad(part, (0, end - begin - part.shape[1])).clone(memory_format=CONTIGUOUS)
 
-    return replace(
-        piece,
-        N=count,
-        weight=cut(piece.weight, piece.bits / 2),
-        scales=cut(piece.scales, 1),
-        zeros=None if piece.zeros is None else cut(piece.zeros, piece.bits / 32),
-    )
+def _take(matrix: Tensor, order: Tensor) -> Tensor:
+    """Columns of `matrix`, zeros where `order` is negative."""
+    taken = matrix[:, order.clamp(min=0)]
+    taken[:, order < 0] = 0
+    return taken
+
+
+def _take_tiles(tensor: Tensor, count: int, order: Tensor) -> Tensor:
+    """Columns of the tiles in `order` of a layer's tensor, which has `count` of them; tile `count` is zeros."""
+    tiles = tensor.reshape(tensor.shape[0], count, -1)
+    taken = tiles[:, order.clamp(max=count - 1)]
+    taken[:, order == count] = 0
+    return taken.reshape(tensor.shape[0], -1)
 
 
 def rows(name: str, piece: Piece, first: int, count: int) -> Piece:

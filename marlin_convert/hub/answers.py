@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from ..errors import HubError
+from ..text import shortened
 from .client import no_hub, patiently
 
 #: Bounds of what is read: bytes of one answer; files of a repository (the Hub advises at most 100 000); bytes of a
@@ -64,7 +65,7 @@ def describe(repo_id: str, revision: str | None, token: str | None, *, unreachab
     answer, _ = _ask(repo_id, address, token, unreachable=unreachable)
     commit = answer.get("sha") if isinstance(answer, dict) else None
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-        raise no_hub(repo_id, f"it names the commit {_shown(commit)}")
+        raise no_hub(repo_id, f"it names the commit {shortened(commit)}")
     return Described(commit, answer.get("private") is True)
 
 
@@ -88,7 +89,7 @@ def files_of(repo_id: str, commit: str, token: str | None) -> dict[str, RemoteFi
     files: dict[str, RemoteFile] = {}
     for entry in _entries(repo_id, commit, token):
         if not isinstance(entry, dict) or entry.get("type") not in ("file", "directory"):
-            raise no_hub(repo_id, f"it lists {_shown(entry)}")
+            raise no_hub(repo_id, f"it lists {shortened(entry)}")
         if entry["type"] == "directory":
             continue
         file = _file(repo_id, entry)
@@ -108,18 +109,18 @@ def files_of(repo_id: str, commit: str, token: str | None) -> dict[str, RemoteFi
 def _file(repo_id: str, entry: dict[str, Any]) -> RemoteFile:
     name, size, lfs = entry.get("path"), entry.get("size"), entry.get("lfs")
     if not isinstance(name, str) or not _is_inside(name):
-        raise no_hub(repo_id, f"it lists a file {_shown(name)}")
+        raise no_hub(repo_id, f"it lists a file {shortened(name)}")
     if type(size) is not int or not 0 <= size <= MAX_FILE_BYTES:
-        raise no_hub(repo_id, f"it gives {name} a size of {_shown(size)}")
+        raise no_hub(repo_id, f"it gives {name} a size of {shortened(size)}")
     if lfs is None:
         oid, pattern = entry.get("oid"), _COMMIT  # git names contents as it names commits
     else:
         oid, pattern = lfs.get("oid") if isinstance(lfs, dict) else None, _SHA256
     if not isinstance(oid, str) or not pattern.fullmatch(oid):
-        raise no_hub(repo_id, f"it gives {name} a hash of {_shown(oid)}")
+        raise no_hub(repo_id, f"it gives {name} a hash of {shortened(oid)}")
     xet = entry.get("xetHash")
     if xet is not None and (not isinstance(xet, str) or not _SHA256.fullmatch(xet)):
-        raise no_hub(repo_id, f"it gives {name} a Xet hash of {_shown(xet)}")
+        raise no_hub(repo_id, f"it gives {name} a Xet hash of {shortened(xet)}")
     return RemoteFile(name, size, oid, xet)
 
 
@@ -132,11 +133,6 @@ def _is_inside(name: str) -> bool:
         and len(name.encode()) <= MAX_NAME_BYTES
         and all(part not in ("", ".", "..") and len(part.encode()) <= MAX_PART_BYTES for part in parts)
     )
-
-
-def _shown(value: object) -> str:
-    text = ascii(value) if value is not None else "nothing"
-    return text if len(text) <= 80 else f"{text[:60]}…"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -156,7 +152,7 @@ def _entries(repo_id: str, commit: str, token: str | None) -> Iterator[Any]:
     while address is not None:
         answer, address = _ask(repo_id, address, token)
         if not isinstance(answer, list):
-            raise no_hub(repo_id, f"it lists {_shown(answer)}")
+            raise no_hub(repo_id, f"it lists {shortened(answer)}")
         if address is not None and not answer:
             raise no_hub(repo_id, "its list goes on without an end")
         yield from answer

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._version import __version__
 from ..checkpoint.reader import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from ..errors import HubError
+from ..options import PublishTarget
 from .answers import account_of, describe, files_of
 from .client import checked_token, explained, interruptible, no_hub, patiently
 
@@ -19,24 +20,13 @@ if TYPE_CHECKING:
 _READ = (".safetensors", INDEX_SUFFIX)  # what engines read of a repository
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where a result goes on the Hub, and how. A `repo_id` without an owner is the user's own."""
-
-    repo_id: str
-    private: bool = False
-    branch: str | None = None
-    create_pr: bool = False
-    commit_message: str | None = None
-
-
 def default_name(label: str) -> str:
     """The name of the repository for what was made from the source `label`."""
     name = re.sub(r"[^A-Za-z0-9._-]+|-{2,}|\.{2,}", "-", label.split("/")[-1]).strip("-.") or "model"
     return f"{name[:80].rstrip('-.')}-marlin"
 
 
-def check_target(target: Target, *, token: str | None, force: bool) -> Target:
+def check_target(target: PublishTarget, *, token: str | None, force: bool) -> PublishTarget:
     """The target with its owner's name, if this user may write there; changes nothing on the Hub.
 
     Raises HubError when the user may not, or, without `force`, when weights that are there would be overwritten.
@@ -62,7 +52,7 @@ def check_target(target: Target, *, token: str | None, force: bool) -> Target:
     return target
 
 
-def create_repository(target: Target, *, token: str | None) -> None:
+def create_repository(target: PublishTarget, *, token: str | None) -> None:
     """Create the repository, unless it is there."""
     with explained(target.repo_id, target.branch, doing="upload"):
         from huggingface_hub import HfApi
@@ -71,7 +61,7 @@ def create_repository(target: Target, *, token: str | None) -> None:
         patiently(lambda: api.create_repo(target.repo_id, private=target.private or None, exist_ok=True))
 
 
-def push(folder: Path, target: Target, *, token: str | None, force: bool) -> str:
+def push(folder: Path, target: PublishTarget, *, token: str | None, force: bool) -> str:
     """Upload every file of `folder` in one commit; the address of the commit or pull request.
 
     What an earlier try has uploaded is not uploaded again. Raises HubError; the repository then is as it was.
@@ -112,7 +102,7 @@ def push(folder: Path, target: Target, *, token: str | None, force: bool) -> str
     return str(done.pr_url or done.commit_url)
 
 
-def _own(api: HfApi, target: Target) -> Target:
+def _own(api: HfApi, target: PublishTarget) -> PublishTarget:
     """The target with its owner's name; raises HubError when whose token it is may not write there."""
     try:
         who = account_of(patiently(api.whoami))
@@ -130,7 +120,7 @@ def _own(api: HfApi, target: Target) -> Target:
     return target
 
 
-def _exists(api: HfApi, target: Target, token: str | None) -> bool:
+def _exists(api: HfApi, target: PublishTarget, token: str | None) -> bool:
     """Whether the repository is there; raises when it is and may not be written to."""
     from huggingface_hub import CommitOperationAdd, errors
 
@@ -146,7 +136,7 @@ def _exists(api: HfApi, target: Target, token: str | None) -> bool:
     return True
 
 
-def _head(target: Target, token: str | None) -> str | None:
+def _head(target: PublishTarget, token: str | None) -> str | None:
     """The commit that the result will follow; None when the target's branch is not there."""
     from huggingface_hub import errors
 
@@ -157,7 +147,7 @@ def _head(target: Target, token: str | None) -> str | None:
         return None
 
 
-def _weights_there(target: Target, commit: str | None, token: str | None) -> dict[str, str]:
+def _weights_there(target: PublishTarget, commit: str | None, token: str | None) -> dict[str, str]:
     """Names and SHA-256 (of LFS files, as weights are) of the weights and indexes at a commit, if it is one."""
     if commit is None:
         return {}
@@ -165,6 +155,6 @@ def _weights_there(target: Target, commit: str | None, token: str | None) -> dic
     return {f.name: f.oid if len(f.oid) == 64 else "" for f in files.values() if f.name.endswith(WEIGHT_SUFFIXES)}
 
 
-def _other_weights(target: Target) -> str:
+def _other_weights(target: PublishTarget) -> str:
     where = f", branch {target.branch}," if target.branch else ""
     return f"{target.repo_id}{where} holds other weights; choose another repository, or overwrite them with --force."

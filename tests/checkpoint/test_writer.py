@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -453,6 +454,67 @@ def test_a_lock_that_another_run_took_for_a_leftover(tmp_path: Path, monkeypatch
     write_new(out)
     assert len(removed) == 2
     assert contents(tmp_path) == {"out/weights": "new"}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_runs_that_start_and_end_at_the_same_time(tmp_path: Path, force: bool) -> None:
+    """Each succeeds, or says that another was faster; none trips over what another one makes and removes."""
+    out, count = tmp_path / "a" / "b" / "out", 12
+    together, ends = threading.Barrier(count), []
+
+    def run(number: int) -> str:
+        try:
+            with new_folder(out, force=force) as folder:
+                (folder / REPORT_FILE).write_text("{}")
+                if number % 2:
+                    raise ValueError  # a run that fails removes the folders above that it made
+        except (OutputError, ValueError) as error:
+            return str(error)
+        return "done"
+
+    def start(number: int) -> None:
+        together.wait()
+        ends.extend(run(number) for _ in range(20))
+
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    taken = f"{out}: it exists already; choose another name, or replace it with --force."
+    assert set(ends) <= {"done", "", taken}
+    assert len(ends) == count * 20
+    assert ends.count("done") == (count * 20 // 2 if force else 1)
+    assert contents(tmp_path) == {f"a/b/out/{REPORT_FILE}": "{}"}
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_an_interrupt_at_any_step_of_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """The output is complete, and the run goes on; or it is not there, and nothing else."""
+    out, left = tmp_path / "above" / "out", [steps]
+
+    def interrupting(function: Any) -> Any:
+        def step(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        return step
+
+    def run() -> None:
+        with new_folder(out) as folder:
+            (folder / "weights").write_text("new")
+            for owner, name in ((os, "fsync"), (publish, "check_free"), (publish, "_sync_folder"), (shutil, "rmtree")):
+                monkeypatch.setattr(owner, name, interrupting(getattr(owner, name)))
+
+    try:
+        run()
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+    assert contents(tmp_path) == ({} if interrupted else {"above/out/weights": "new"})
+    assert [p.name for p in tmp_path.iterdir()] == ([] if interrupted else ["above"])
 
 
 # ---------------------------------------------------------------------------------------------------------------

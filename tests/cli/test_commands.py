@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import marlin_convert
-from marlin_convert.cli import commands as cli
+from marlin_convert.cli import commands
 from marlin_convert.errors import EXIT_CODES
 from tests.support.cli import Run
 from tests.support.gptq_checkpoints import GPTQLayer, Source, quantization_config, two_layers, write_source
@@ -483,7 +483,7 @@ def test_demo(run: Callable[..., Run], tmp_path: Path) -> None:
     }
     assert run("demo").code == 6
     assert run("demo", "elsewhere", "--json").json()["ok"]
-    assert run("verify", cli.DEMO_FOLDER, out).code == 0
+    assert run("verify", commands.DEMO_FOLDER, out).code == 0
     # Nothing is left of GPTQ in the result.
     header = (out / "model.safetensors").read_bytes()[:20000]
     assert b".B" in header
@@ -506,13 +506,13 @@ def test_version(run: Callable[..., Run]) -> None:
     assert (result.code, result.out, result.err) == (0, f"marlin-convert {marlin_convert.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", [None, *cli.cli.commands])
+@pytest.mark.parametrize("command", [None, *commands.cli.commands])
 def test_help(main: Callable[..., Run], command: str | None) -> None:
     args = [] if command is None else [command]
     result = main(*args, "--help")
     assert (result.code, result.err) == (0, "")
     assert main(*args, "-h").out == result.out
-    shown = cli.cli.commands[command or "convert"]
+    shown = commands.cli.commands[command or "convert"]
     options = [p for p in shown.params if isinstance(p, click.Option)]
     assert options
     for option in options:
@@ -522,7 +522,7 @@ def test_help(main: Callable[..., Run], command: str | None) -> None:
             assert name in result.out
     assert shown.help
     if command is None:
-        assert all(f"  {name} " in result.out for name in cli.cli.commands)
+        assert all(f"  {name} " in result.out for name in commands.cli.commands)
         assert all(re.search(rf"^  {code} +\S", result.out, re.MULTILINE) for code in EXIT_CODES)
 
 
@@ -532,7 +532,7 @@ HEAVY = ("torch", "transformers", "numpy", "rich", "huggingface_hub", "safetenso
 def heavy_imports(*args: object) -> set[str]:
     """Which of the heavy packages a run of the program has imported by its end."""
     code = (
-        "import sys\nfrom marlin_convert.cli.commands import main\n"
+        "import sys\nfrom marlin_convert.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         f"print('loaded:', *({HEAVY!r} & sys.modules.keys() if 0 else [m for m in {HEAVY!r} if m in sys.modules]))"
     )
@@ -577,7 +577,7 @@ def test_plain_lines_in_a_log(run: Callable[..., Run], source: Source, tmp_path:
 def test_plain_lines_on_the_way(
     main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("marlin_convert.cli.output.PLAIN_INTERVAL", 0)
+    monkeypatch.setattr("marlin_convert.cli.progress.PLAIN_INTERVAL", 0)
     lines = main(source.folder, tmp_path / "out").err.splitlines()[1:-1]
     pattern = (
         r"converting: (\d+) %, (\d)/2 layers, [\d.]+ k?B of 152\.1 kB, [\d.]+ [kMG]?B/s, \d+ s left, model\.[\w.]+"
@@ -622,7 +622,7 @@ class Terminal:
 
 SLOW = """
 import sys, threading, time
-from marlin_convert.cli import commands as cli
+from marlin_convert import cli
 from marlin_convert.conversion import convert
 write, one_at_a_time = convert.Shards.write, threading.Lock()
 def slow(*args, **kw):

@@ -25,7 +25,7 @@ CPU, FORCE = Options(device="cpu"), Options(device="cpu", force=True)
 # pool of workers down (in a worker), or by SIGUSR1.
 DRIVER = """
 import os, signal, sys, threading
-from marlin_convert.cli import commands as cli
+from marlin_convert import cli
 from marlin_convert.conversion import convert, blocks as stream, verify
 from marlin_convert.checkpoint import writer as publish
 
@@ -113,6 +113,15 @@ def test_interrupted(source: Source, tmp_path: Path, point: str, number: signal.
     assert snapshot(source.folder) == before
 
 
+@pytest.mark.parametrize("point", ["in the middle of writing", "before the rename"])
+def test_folders_above_are_removed_too(source: Source, tmp_path: Path, point: str) -> None:
+    with stopped(point, source.folder, tmp_path / "not" / "there" / "out") as process:
+        process.send_signal(signal.SIGINT)
+        end(process)
+    assert process.returncode == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_lost_terminal_interrupts(source: Source, tmp_path: Path) -> None:
     with stopped("in the middle of writing", source.folder, tmp_path / "out") as process:
         process.send_signal(signal.SIGHUP)
@@ -179,6 +188,8 @@ def test_after_the_rename_the_new_result_is_there(tmp_path: Path, number: signal
     with stopped("after the rename", new.folder, out, "--force") as process:
         process.send_signal(number)
         end(process)
+    if number == signal.SIGINT:
+        assert process.returncode == 0  # the result is complete
     assert_equal_to_source(new, out)
     hidden = [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     assert len(hidden) == (0 if number == signal.SIGINT else 1)
@@ -190,9 +201,9 @@ def test_after_the_rename_the_new_result_is_there(tmp_path: Path, number: signal
 def test_an_interrupt_while_arguments_are_read_is_no_traceback(source: Source, tmp_path: Path) -> None:
     """Ctrl-C can come before anything has begun."""
     code = (
-        "import os, signal, sys\nfrom marlin_convert.cli import commands as cli\n"
+        "import os, signal, sys\nfrom marlin_convert import cli\n"
         "import os, signal, sys\nfrom marlin_convert.hub import client as hub\n"
-        "cli._options = lambda **_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from marlin_convert.cli import commands\ncommands._screen = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
         "cli.main(sys.argv[1:])"
     )
     process = subprocess.run(

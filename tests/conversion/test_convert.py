@@ -235,7 +235,7 @@ def test_rounding_of_scales_is_reported(tmp_path: Path) -> None:
     report = convert(source.folder, tmp_path / "out", Options(device="cpu"))
     own = np.float32(0.01)
     expected = max(2**-12 / (1 + 2**-12), abs(float(np.float16(own)) - float(own)) / float(own))
-    assert report.scale_rounding == pytest.approx(expected, rel=1e-6)
+    assert report.plan.scale_rounding == pytest.approx(expected, rel=1e-6)
 
 
 def test_output_must_not_touch_the_source(source: Source, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.blocks import PANEL_BYTES, WORKERS
-from marlin_convert.conversion.convert import Options, planned
+from marlin_convert.conversion.plan import make_plan
 from tests.support.gptq_checkpoints import quantization_config
 
 MB = 1_000_000
@@ -75,7 +75,7 @@ def write_large_source(
 MEASURED = """
 import sys
 from pathlib import Path
-from marlin_convert.cli import commands as cli
+from marlin_convert import cli
 cli.main(sys.argv[1:])
 print([line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")][0])
 """
@@ -105,7 +105,7 @@ def test_scales_are_not_gathered(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization_config()}))
     with Checkpoint(tmp_path) as checkpoint:
         tracemalloc.start()
-        plan, _ = planned(checkpoint, Options())
+        plan = make_plan(checkpoint)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert len(plan.layers) == layers

@@ -34,7 +34,7 @@ NO_QUANTIZATION: dict[str, Any] = {}
 
 def plan_of(folder: Path) -> Plan:
     with Checkpoint(folder) as checkpoint:
-        return make_plan(checkpoint)
+        return make_plan(checkpoint, "marlin")
 
 
 def planned(
@@ -320,7 +320,7 @@ def test_g_idx_tells_the_size_of_groups(tmp_path: Path, K: int, group_size: int,
     )
     write_source(tmp_path / "m", {"a": layer})
     with Checkpoint(tmp_path / "m") as checkpoint:
-        plan = make_plan(checkpoint, "auto")
+        plan = make_plan(checkpoint)
     assert plan.refusals == {}
     assert (plan.layers[0].group_rows, plan.layers[0].act_order) == (group_size, order)
     assert (
@@ -903,7 +903,7 @@ def tensors_touched(source: Source, reads: Reads) -> set[str]:
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("shards", [1, 2])
-def test_only_g_idx_and_qzeros_are_read(
+def test_weights_and_plain_tensors_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], shards: int
 ) -> None:
     source = write_source(tmp_path / "m", two_layers(**changes), shards=shards)
@@ -911,12 +911,14 @@ def test_only_g_idx_and_qzeros_are_read(
         reads = Reads(context)
         plan_of(source.folder)
     touched = tensors_touched(source, reads)
-    assert {name.rsplit(".", 1)[1] for name in touched} <= {"g_idx", "qzeros"}
+    assert {name.rsplit(".", 1)[1] for name in touched} <= {"g_idx", "qzeros", "scales"}
     if not changes:
-        assert touched == {f"{n}.{part}" for n in source.layers for part in ("g_idx", "qzeros")}
+        assert touched == {f"{n}.{part}" for n in source.layers for part in ("g_idx", "qzeros", "scales")}
 
 
-def test_plan_of_a_70b_model_reads_zero_points_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_of_a_70b_model_reads_zero_points_and_the_scales_of_what_it_converts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """40 GB of holes on disk: whoever reads weights here is found out by the count, and by the clock."""
     layers, N, K = 80, 28672, 8192
     zeros = layer_zeros(K // 128, N).numpy().tobytes()
@@ -945,7 +947,10 @@ def test_plan_of_a_70b_model_reads_zero_points_only(tmp_path: Path, monkeypatch:
         plan = plan_of(tmp_path)
     assert [x.name for x in plan.layers] == [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]
     assert_refused(plan, "asymmetric", name="model.layers.79.mlp.up_proj")
-    assert sum(b - a for _, a, b in reads.ranges) == 8 + len(raw) + layers * len(zeros)
+    assert (
+        sum(b - a for _, a, b in reads.ranges)
+        == 8 + len(raw) + layers * len(zeros) + len(plan.layers) * K // 128 * N * 2
+    )
     assert plan.bytes_in == position
 
 
@@ -971,7 +976,7 @@ def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
     }
     write_source(tmp_path / "m", layers, quantization=quantization_config(sym=False))
     with Checkpoint(tmp_path / "m") as checkpoint:
-        plan = make_plan(checkpoint, "auto")
+        plan = make_plan(checkpoint)
     assert {x.name for x in plan.layers} == layers.keys()
     assert plan.vllm_refuses == {
         "groups of 16": ["a", "b"],

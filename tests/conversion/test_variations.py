@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from marlin_convert.conversion.convert import Options, convert, verify_pair
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import UnsupportedError
-from marlin_convert.formats.config import read_marlin_settings
+from marlin_convert.formats.marlin_config import read_marlin_settings
 from marlin_convert.native import ops, repack
 from tests.support import format_reader
 from tests.support.gptq_checkpoints import GPTQLayer, Source, pack_columns, quantization_config, write_source

@@ -9,7 +9,7 @@ import torch
 
 from marlin_convert.engines import tensor_parallel as shards
 from marlin_convert.engines.tensor_parallel import Piece
-from marlin_convert.formats.config import LayerSettings
+from marlin_convert.formats.marlin_config import LayerSettings
 from marlin_convert.native import repack
 
 
@@ -61,7 +61,7 @@ def test_columns(ranks: int, kind: dict[str, Any]) -> None:
     whole, weight = layer(256, 512, **kind)
     for rank in range(ranks):
         first, count = rank * 512 // ranks, 512 // ranks
-        piece = shards.columns("x", whole, first, count)
+        piece = shards.columns(whole, torch.arange(first, first + count))
         assert (piece.K, piece.N, piece.stored_N) == (256, count, count)
         assert torch.equal(weight_of(piece), weight[:, first : first + count])
 
@@ -80,7 +80,7 @@ def test_rows(ranks: int, kind: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", [*KINDS, {"group": 64, "order": True}])
 def test_pieces_keep_nothing_of_the_whole_in_memory(kind: dict[str, Any]) -> None:
     whole, _ = layer(512, 256, **kind)
-    pieces = [shards.columns("x", whole, 128, 128)]
+    pieces = [shards.columns(whole, torch.arange(128, 256)), shards.columns(whole, torch.arange(100, 200))]
     if whole.perm is None:
         pieces.append(shards.rows("x", whole, 256, 256))
     for piece in pieces:
@@ -119,20 +119,50 @@ def test_rows_that_cannot_be_cut(kind: dict[str, Any], first: int, count: int, m
         shards.rows("x", whole, first, count)
 
 
-@pytest.mark.parametrize(("first", "count"), [(32, 64), (0, 96), (128, 32)])
-def test_columns_that_cannot_be_cut(first: int, count: int) -> None:
-    whole, _ = layer(128, 192)
-    with pytest.raises(ValueError, match="cut through a tile of 64; use fewer tensor-parallel ranks"):
-        shards.columns("x", whole, first, count)
+ORDERED = [*KINDS, {"group": 64, "order": True}, {"group": 32, "bits": 8, "asym": True, "order": True}]
+
+
+@pytest.mark.parametrize("kind", ORDERED)
+@pytest.mark.parametrize("N", [320, 296])
+def test_columns_in_any_order(kind: dict[str, Any], N: int) -> None:
+    """Single columns, whole tiles, tiles that begin elsewhere, columns twice, columns of zeros, the last of them."""
+    whole, weight = layer(128, N, **kind)
+    orders = [
+        torch.randperm(N, generator=torch.Generator().manual_seed(1)),
+        torch.cat([torch.arange(128, 192), torch.arange(0, 64)]),
+        torch.arange(32, 96),
+        torch.cat([torch.arange(96), torch.arange(96)]),
+        torch.cat([torch.arange(64, 100), torch.full((28,), -1), torch.arange(64)]),
+        torch.full((70,), -1),
+        torch.arange(192, N),
+        torch.arange(256, 296),
+        torch.tensor([N - 1]),
+    ]
+    for order in orders:
+        piece = shards.columns(whole, order)
+        assert (piece.K, piece.N, piece.stored_N) == (128, len(order), -(-len(order) // 64) * 64)
+        assert torch.equal(weight_of(piece), torch.where(order < 0, 0, weight[:, order.clamp(min=0)]))
+
+
+def test_columns_of_a_large_layer_are_moved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_CODES_AT_ONCE", 64 * 16 * 3)
+    whole, weight = layer(256, 128, asym=True)
+    order = torch.arange(127, -1, -1)
+    assert torch.equal(weight_of(shards.columns(whole, order)), weight[:, order])
+
+
+def test_all_columns_are_no_copy() -> None:
+    whole, _ = layer(128, 200)
+    assert shards.columns(whole, torch.arange(200)) is whole
 
 
 def test_padding_of_a_vocabulary_is_zero() -> None:
     whole, weight = layer(128, 200, asym=True)
-    piece = shards.columns("x", whole, 128, 192)
+    piece = shards.columns(whole, torch.cat([torch.arange(128, 200), torch.full((120,), -1)]))
     assert piece.stored_N == 192
     found = weight_of(piece)
     assert torch.equal(found[:, :72], weight[:, 128:])
-    assert (found[:, 128:] == 0).all()
+    assert (found[:, 72:] == 0).all()
 
 
 def test_neighbours_are_joined_where_one_product_can_do_them() -> None:

@@ -26,9 +26,10 @@ import torch
 
 from marlin_convert.checkpoint import writer as publish
 from marlin_convert.conversion import supply
-from marlin_convert.conversion.convert import Options, looked_at
+from marlin_convert.conversion.convert import looked_at
 from marlin_convert.conversion.supply import check_room
 from marlin_convert.errors import OutputError
+from marlin_convert.options import HubAccess
 from tests.support import hub_server
 from tests.support.cli import Run, refusal
 from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
@@ -437,7 +438,7 @@ def test_room_on_the_disk(hub: Hub, repository: Source, tmp_path: Path, monkeypa
     files = {p.name: RemoteFile(p.name, p.stat().st_size, "0" * 64) for p in weights_of(repository)}
     remote = Remote(REPO, None, "0" * 40, None, tmp_path / "cache", files)
     source, largest = sum(f.size for f in files.values()), max(f.size for f in files.values())
-    with looked_at(repository.folder, Options()) as (origin, checkpoint):
+    with looked_at(repository.folder, HubAccess()) as (origin, checkpoint):
         origin, result = dataclasses.replace(origin, remote=remote), 8_000_000
 
         def check(*, low_disk: bool) -> None:
