@@ -64,10 +64,12 @@ struct CostModel {
   double misaligned_kb;   //   and for each KB of sums
   double clock;           // sm90_wide: cycles per us of the tensor cores, at 4096 flops a cycle,
   double step_floor;      //   cycles that a step takes however small its tile,
+  double step_floor_zeros, step_floor_b8;  // and further ones with zero points, with 8 bits,
   double tile_end;        //   and cycles at the end of a tile,
   double tile_end_output; //     and for each of its outputs;
   double exchange;        //   cycles to exchange sums,
-  double exchange_output; //     and for each output that a block exchanges
+  double exchange_output; //     and for each output that a block exchanges,
+  double exchange_misaligned;  // and so many times that where ranges end inside of tiles
   double product_flops;   // flops per us of large products, 2 M N K
   double dense_launches;  // us: dequantizing and then cuBLAS, its launches,
   double dense_memory;    //   bytes per us read and written by dequantizing,

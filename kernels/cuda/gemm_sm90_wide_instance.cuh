@@ -35,12 +35,12 @@ Instance wide_instance(int id, const char* name) {
   return i;
 }
 
-// The tiles that every kind of weights has. 256 rows or columns halve what is read from L2 for each product, and 256
-// rows also what is decoded; smaller ones fill the SMs where there are few tiles.
-#define MARLIN_SM90_WIDE(ID, SUFFIX, BITS, ZEROS)                                 \
-  wide_instance<16, 1, BITS, ZEROS>(ID + 0, "sm90_wide_m128n128_" SUFFIX),        \
-      wide_instance<26, 1, BITS, ZEROS>(ID + 3, "sm90_wide_m208n128_" SUFFIX),    \
-      wide_instance<32, 1, BITS, ZEROS>(ID + 4, "sm90_wide_m256n128_" SUFFIX),    \
-      wide_instance<16, 2, BITS, ZEROS>(ID + 5, "sm90_wide_m128n256_" SUFFIX)
+// 256 rows or columns halve what is read from L2 for each product, and 256 rows also what is decoded; smaller tiles fill
+// the SMs where there are few: 128 x 128, and 104 x 256 where the waves of the others end badly.
+#define MARLIN_SM90_WIDE(ID, SUFFIX, BITS, ZEROS)                              \
+  wide_instance<16, 1, BITS, ZEROS>(ID + 0, "sm90_wide_m128n128_" SUFFIX),     \
+      wide_instance<32, 1, BITS, ZEROS>(ID + 1, "sm90_wide_m256n128_" SUFFIX), \
+      wide_instance<16, 2, BITS, ZEROS>(ID + 2, "sm90_wide_m128n256_" SUFFIX), \
+      wide_instance<13, 2, BITS, ZEROS>(ID + 3, "sm90_wide_m104n256_" SUFFIX)
 
 }  // namespace marlin

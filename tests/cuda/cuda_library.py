@@ -139,18 +139,20 @@ class Library:
         self.check(self.lib.marlin_cuda_plan(layer, m, self.device, variant, ctypes.byref(plan)))
         return plan
 
+    def instance(self, layer: Layer, a: torch.Tensor, choice: int = 0) -> Instance:
+        """The one that multiplies `a` with this layer."""
+        zeros = None if layer.rest["zeros"] is None else 1
+        plan = self.plan(a.shape[0], layer.n, layer.k, layer.groups, choice, bits=layer.bits, zeros=zeros)
+        return next(x for x in INSTANCES.values() if x.id == plan.instance)
+
     def operand(self, layer: Layer, a: torch.Tensor, choice: int = 0) -> torch.Tensor:
         """The W [K, N] that gemm multiplies `a` with, in float64: exact, or rounded to the type of `a` once.
 
-        Rounded where the instance that runs does so; never with one group, whose scales enter after the sums.
+        It is rounded where the instance that runs does so; never with one group, whose scales enter after the sums.
         """
-        zeros = layer.rest["zeros"]
-        plan = self.plan(
-            a.shape[0], layer.n, layer.k, layer.groups, choice, bits=layer.bits, zeros=None if zeros is None else 1
-        )
-        (instance,) = [x for x in INSTANCES.values() if x.id == plan.instance]
-        rounds = instance.rounds_weights and layer.groups > 1
-        return layer.weight(torch.float32).to(a.dtype).double() if rounds else layer.weight()
+        if layer.groups > 1 and self.instance(layer, a, choice).rounds_weights:
+            return layer.weight(torch.float32).to(a.dtype).double()
+        return layer.weight()
 
     def gather(self, a, perm, k):
         out = torch.full((a.shape[0], k), float("nan"), dtype=a.dtype, device=a.device)
