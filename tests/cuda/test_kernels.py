@@ -448,7 +448,7 @@ def test_in_a_graph(library):
 
 
 def test_version_and_device(library):
-    assert library.lib.marlin_cuda_abi_version() == 3
+    assert library.lib.marlin_cuda_abi_version() == 4
     count = ctypes.c_int()
     library.check(library.lib.marlin_cuda_device_count(ctypes.byref(count)))
     assert count.value == torch.cuda.device_count()
