@@ -1,7 +1,7 @@
 // marlin.h: the contract between the languages.
 //
 // Constants, error codes and C prototypes of the native CPU library (`_cpu.so`). The layout itself is explained in
-// marlin_convert/layout.py, which a test compares with the constants below. Plain C: no torch, no Python.
+// marlin_convert/formats/layout.py, which a test compares with the constants below. Plain C: no torch, no Python.
 //
 // Conventions
 //   * Sizes are int64_t and count elements, not bytes. All matrices are row-major and contiguous.
@@ -16,7 +16,7 @@
 
 #include <stdint.h>
 
-// Raise it with every change of a prototype or of a meaning, here and in marlin_convert/ops.py.
+// Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/ops.py.
 #define MARLIN_CPU_ABI_VERSION 3
 
 // The layout; the same names as in layout.py.

@@ -96,7 +96,9 @@ def require(*packages: str) -> None:
         raise MissingPackageError(f'this needs {" and ".join(missing)}: pip install "marlin-convert[run]".')
 
 
-BUG, INTERRUPTED = 70, 130
+BUG = 70
+#: A signal ended it: 128 and the signal's number.
+HUNG_UP, INTERRUPTED, TERMINATED = 129, 130, 143
 
 #: Those without an exit code of their own have that of the root.
 _KINDS: list[type[MarlinConvertError]] = [MarlinConvertError, *MarlinConvertError.__subclasses__()]
@@ -104,5 +106,7 @@ _KINDS: list[type[MarlinConvertError]] = [MarlinConvertError, *MarlinConvertErro
 EXIT_CODES: dict[int, str] = {
     **{kind.exit_code: kind.meaning for kind in sorted(_KINDS, key=lambda kind: kind.exit_code)},
     BUG: "a bug in marlin-convert; please report it",
-    INTERRUPTED: "interrupted",
+    HUNG_UP: "its terminal went away (SIGHUP)",
+    INTERRUPTED: "interrupted (SIGINT, which Ctrl-C sends)",
+    TERMINATED: "asked to end (SIGTERM)",
 }  # fmt: skip

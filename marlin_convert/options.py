@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import OptionError
+from .text import shortened
 
 #: The largest weight file that is written, as Transformers cuts its shards.
 DEFAULT_SHARD_SIZE = "5GB"
@@ -129,10 +130,10 @@ def shard_size(value: int | str) -> int | str:
     Raises OptionError otherwise.
     """
     if isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:KB|MB|GB|TB)", value.strip(), re.IGNORECASE | re.ASCII)
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(?:KB|MB|GB|TB)", value.strip(), re.IGNORECASE | re.ASCII)
         fits = match is not None and float(match[1]) > 0
     else:
         fits = type(value) is int and value > 0
     if not fits:
-        raise OptionError(f"{value!r} is no size; write it like 5GB or 500MB.")
+        raise OptionError(f"{shortened(value)} is no size; write it like 5GB or 500MB.")
     return value

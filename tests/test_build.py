@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 NVCC_LIST = "compute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\n"  # as CUDA 12.4 has it
 

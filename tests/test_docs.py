@@ -30,8 +30,12 @@ from tests.support.cli import Run
 from tests.support.gptq_checkpoints import Source
 from tests.test_rooms import ROOMS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: Files that pages name without their folder: sources, and the model card of a checkpoint.
+SHORT = {path.name for folder in ("kernels", "tests") for path in (ROOT / folder).rglob("*")} | {"README.md"}
 BLOCK = re.compile(r"(?:<!-- (run|prints)(?: (\d+))? -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -124,6 +128,24 @@ def test_the_architecture_page_draws_the_rooms_in_their_order() -> None:
     drawing = (ROOT / "docs/concepts/architecture.md").read_text().split("```")[1].splitlines()
     rows = [next(y for y, line in enumerate(drawing) if set(rooms) <= set(line.split())) for rooms in ROOMS]
     assert rows == sorted(rows)
+
+
+FILE = re.compile(r"[\w./-]+\.(?:py|cpp|cu|cuh|h|inl|md|toml)(?!\w)")
+
+
+def files() -> Iterator[tuple[str, str]]:
+    """(page, file) for every source file that a page or a comment of kernels/ names."""
+    for path in (ROOT / "kernels").rglob("*.*"):
+        yield from ((name(path), file) for file in re.findall(r"marlin_convert/[\w/]+\.py", path.read_text("utf-8")))
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "tools").rglob("*.md")]:
+        for span in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+            yield from ((name(page), file) for file in FILE.findall(span))
+
+
+@pytest.mark.parametrize(("page", "file"), sorted(set(files())))
+def test_files_that_a_page_names_exist(page: str, file: str) -> None:
+    places = [ROOT, ROOT / "marlin_convert", (ROOT / page).parent]
+    assert any((place / file).is_file() for place in places) or file in SHORT
 
 
 # ---- JSON ----
@@ -225,7 +247,7 @@ def test_the_errors_of_troubleshooting_exist() -> None:
 def test_every_variable_that_is_read_is_documented() -> None:
     sources = [*(ROOT / "marlin_convert").rglob("*.py"), ROOT / "setup.py"]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
-    read = set(re.findall(r'"(MARLIN_[A-Z_]*(?:NATIVE|CUDA|ARCHS|LIBRARY)\w*)"', text))
+    read = set(re.findall(r'"(MARLIN_[A-Z_]+)"', text))
     read |= set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', text))
     kernels = [path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.c*")]
     read |= set(re.findall(r'getenv\("(\w+)"\)', "\n".join(kernels)))

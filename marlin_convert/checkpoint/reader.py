@@ -13,22 +13,24 @@ Pickle files are never opened.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
 import stat
 import struct
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import SourceError, UnsupportedError
+from ..text import shortened
+from .bounded import open_regular, opened, parse_json, read_bytes, read_file
 
 #: Bits of one element, by the dtype names that the safetensors format uses.
 DTYPE_BITS = {
@@ -41,6 +43,9 @@ DTYPE_BITS = {
 
 #: The safetensors format caps its header at this many bytes; a larger one is damage or an attack.
 MAX_HEADER_BYTES = 100_000_000
+
+#: More than any checkpoint has: tensors of one file, dimensions of a tensor, characters of a tensor's name.
+MAX_TENSORS, MAX_DIMENSIONS, MAX_NAME = 300_000, 64, 500
 
 #: Weights in formats that are not read: pickles are never unpickled, the others hold no GPTQ tensors.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -55,7 +60,7 @@ _LFS_POINTER = b"version "
 Buffer: TypeAlias = "npt.NDArray[Any]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """Where one tensor lies: `nbytes` bytes from byte `offset` of file `file` (a name relative to the folder)."""
 
@@ -121,7 +126,7 @@ class Checkpoint:
     @classmethod
     def read_configs(cls, folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
         """The configs among `names`, by their names."""
-        return {name: _read_json(folder / name) for name in cls.CONFIG_FILES if name in names}
+        return {name: read_json(folder / name) for name in cls.CONFIG_FILES if name in names}
 
     @property
     def weights_beside(self) -> dict[str, int]:
@@ -186,7 +191,7 @@ class Checkpoint:
     def open_extra(self, name: str) -> Iterator[int]:
         """An extra file, open for reading. Raises SourceError when it is not the regular file that was found."""
         path, state = self._states[name]
-        with _opened(path) as fd:
+        with opened(path) as fd:
             if FileState.of(os.fstat(fd)) != state:
                 self.require_unchanged()
             yield fd
@@ -194,7 +199,7 @@ class Checkpoint:
     def _read_headers(self, index: dict[str, str] | None) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for file in self.weight_files:
-            self._fds[file] = _open(self.folder / file)
+            self._fds[file] = open_regular(self.folder / file)
             for tensor in read_header(self._fds[file], self.folder / file, file):
                 home = index.get(tensor.name, file) if index else file
                 if home != file:  # another shard owns this name; the index says which one counts
@@ -210,7 +215,7 @@ class Checkpoint:
         missing = sorted(set(index or ()) - set(found))
         if index and missing:
             raise SourceError(
-                f"{self.folder}: the index names {missing[0]!r} in {index[missing[0]]}, which does not hold it"
+                f"{self.folder}: the index names {shortened(missing[0])} in {index[missing[0]]}, which does not hold it"
                 f"{f' ({len(missing)} such tensors)' if len(missing) > 1 else ''}; "
                 "the download is incomplete or damaged."
             )
@@ -268,7 +273,7 @@ class Checkpoint:
 
         Raises SourceError when it is another file.
         """
-        fd = _open(path)
+        fd = open_regular(path)
         try:
             if read_header(fd, path, file) != read_header(self._fds[file], self.folder / file, file):
                 raise SourceError(f"{path}: not the file whose header was read before; run it again.")
@@ -298,27 +303,6 @@ class Checkpoint:
             self.require_unchanged()
 
 
-def _open(path: Path) -> int:
-    """A regular file, open for reading. Raises SourceError; a pipe is not waited for."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be opened: {error.strerror}.") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise SourceError(f"{path}: it is no regular file; remove it, or put the file itself there.")
-    return fd
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    fd = _open(path)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def _in_hub_cache(path: Path) -> bool:
     """Whether a file belongs to a repository in a cache of huggingface_hub, wherever that is."""
     return any(
@@ -338,48 +322,46 @@ def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
         return SourceError(f"{path}: damaged safetensors file: {what}; fetch or export it again.")
 
     size = os.fstat(fd).st_size
-    prefix = os.pread(fd, 8, 0)
-    if len(prefix) < 8:
-        raise damaged(f"it has {size} bytes, too few for a header")
-    if prefix == _LFS_POINTER:
-        raise _lfs_pointer(path)
-    (length,) = struct.unpack("<Q", prefix)
-    if length > MAX_HEADER_BYTES or 8 + length > size:
-        raise damaged(f"its header claims {length} bytes and the file has {size}")
-    raw = b""
-    while len(raw) < length:
-        part = os.pread(fd, length - len(raw), 8 + len(raw))
-        if not part:
-            raise damaged("its header cannot be read to the end")
-        raw += part
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)  # from bytes, json takes UTF-16 as well
+        prefix = read_bytes(fd, 0, 8)
+        if len(prefix) < 8:
+            raise damaged(f"it has {size} bytes, too few for a header")
+        if prefix == _LFS_POINTER:
+            raise _lfs_pointer(path)
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES or 8 + length > size:
+            raise damaged(f"its header claims {length} bytes and the file has {size}")
+        raw = read_bytes(fd, 8, length)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}.") from None
+    if len(raw) < length:
+        raise damaged("its header cannot be read to the end")
+    if (count := raw.count(b'"data_offsets"')) > MAX_TENSORS:
+        raise SourceError(f"{path}: it has {count} tensors; of one file, at most {MAX_TENSORS} are read.")
+    try:
+        header = parse_json(raw, _claims, _whole_number)
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise damaged(f"its header is not valid JSON ({error})") from None
+    del raw
     header.pop("__metadata__", None)
 
     data_start, tensors = 8 + length, []
-    for name, entry in header.items():
-        if not name.isprintable():  # no exporter writes such a name, and a message could not show it
-            raise damaged(f"the tensor name {name!r} holds characters that cannot be printed")
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if not isinstance(dtype, str) or not isinstance(shape, list):
-                raise TypeError
-            if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise damaged(f"the header entry of {name} is malformed") from None
+    for name, claims in header.items():
+        if not is_tensor_name(name):  # no exporter writes such a name, and a message could not show it
+            raise damaged(f"the tensor name {shortened(name)} is too long, or cannot be printed")
+        if not isinstance(claims, _Claims) or not claims.well_formed():
+            raise damaged(f"the header entry of {name} is malformed")
+        dtype, shape, (begin, end) = claims.dtype, tuple(claims.shape), claims.offsets
         if dtype not in DTYPE_BITS:
-            raise damaged(f"{name} has the unknown dtype {dtype!r}")
+            raise damaged(f"{name} has the unknown dtype {shortened(dtype)}")
         if math.prod(shape) * DTYPE_BITS[dtype] % 8:
-            raise damaged(f"{name} ({dtype} {shape}) does not end at a whole byte")
-        shape = tuple(shape)
-        if end - begin != tensor_bytes(dtype, shape):
-            raise damaged(f"{name} ({dtype} {list(shape)}) takes {tensor_bytes(dtype, shape)} bytes, not {end - begin}")
-        tensors.append(Tensor(name, dtype, shape, file, data_start + begin, end - begin))
+            raise damaged(f"{name} ({dtype} {shortened(list(shape))}) does not end at a whole byte")
+        if end - begin != (nbytes := tensor_bytes(dtype, shape)):
+            taken = f"{nbytes} bytes" if nbytes < 1 << 64 else "more bytes than there are"
+            raise damaged(f"{name} ({dtype} {shortened(list(shape))}) takes {taken}, not {end - begin}")
+        tensors.append(Tensor(name, sys.intern(dtype), shape, file, data_start + begin, end - begin))
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     position = data_start
     for tensor in tensors:
@@ -391,6 +373,43 @@ def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
         what = "it is truncated" if position > size else "it has bytes that no tensor owns"
         raise damaged(f"{what}: the header describes {position} bytes and the file has {size}")
     return tensors
+
+
+class _Claims(NamedTuple):
+    """What a header says about one tensor."""
+
+    dtype: Any
+    shape: Any
+    offsets: Any
+
+    def well_formed(self) -> bool:
+        if not isinstance(self.dtype, str) or not isinstance(self.shape, list) or not isinstance(self.offsets, list):
+            return False
+        numbers = [*self.shape, *self.offsets]
+        return (
+            len(self.offsets) == 2
+            and len(self.shape) <= MAX_DIMENSIONS
+            and all(type(number) is int and number >= 0 for number in numbers)
+        )
+
+
+def _claims(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Claims:
+    """An object of a header: what it says about one tensor, in little memory, or whatever else it is."""
+    found = _unique_keys(pairs)
+    if isinstance(found.get("data_offsets"), list):
+        return _Claims(found.get("dtype"), found.get("shape"), found["data_offsets"])
+    return found
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 20:  # no file has so many bytes
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a tensor may have this name: not very long, and printable."""
+    return len(name) <= MAX_NAME and name.isprintable()
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -423,16 +442,14 @@ def _lfs_pointer(path: Path) -> SourceError:
     )
 
 
-def _read_json(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
+def read_json(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
+    """The object in a JSON file. Raises SourceError when there is none."""
+    raw = read_file(path)
+    if raw.startswith(_LFS_POINTER):
+        raise _lfs_pointer(path)
     try:
-        with _opened(path) as fd, os.fdopen(os.dup(fd), "rb") as file:
-            raw = file.read()
-        if raw.startswith(_LFS_POINTER):
-            raise _lfs_pointer(path)
-        value = json.loads(raw, object_pairs_hook=pairs_hook)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw, pairs_hook)
+    except ValueError as error:
         raise SourceError(f"{path}: not valid JSON ({error}); fetch or export it again.") from None
     if not isinstance(value, dict):
         raise SourceError(f"{path}: a JSON object was expected, not {type(value).__name__}.")
@@ -469,16 +486,19 @@ def weight_files(
 
 
 def _indexed_files(folder: Path, index: str, names: list[str]) -> tuple[list[str], dict[str, str]]:
-    weight_map = _read_json(folder / index, _unique_keys).get("weight_map")
+    weight_map = read_json(folder / index, _unique_keys).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{folder / index}: it has no weight_map; fetch or export it again.")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not _stays_inside(file):
             raise SourceError(
-                f"{folder / index}: {tensor!r} points to {file!r}, outside the folder; this index is refused."
+                f"{folder / index}: {shortened(tensor)} points to {shortened(file)}, outside the folder; "
+                "this index is refused."
             )
         if not file.endswith(".safetensors"):
-            raise SourceError(f"{folder / index}: {tensor!r} points to {file!r}, which is not a safetensors file.")
+            raise SourceError(
+                f"{folder / index}: {shortened(tensor)} points to {shortened(file)}, which is not a safetensors file."
+            )
     files = sorted(set(weight_map.values()))
     missing = [f for f in files if f not in names]
     if missing:

@@ -11,6 +11,7 @@ import click
 
 from .._version import __version__
 from ..errors import AlreadyMarlin, MarlinConvertError, VerificationError, require
+from ..interrupts import ignore_signals
 from ..options import PRESETS, HubAccess, Options, PublishTarget
 from .params import (
     OUT,
@@ -91,7 +92,7 @@ def convert(
         from ..conversion.convert import plan_only
 
         origin, plan = plan_only(source, options, access=access)
-        screen.plan(origin, plan)
+        screen.plan(origin, plan, options)
         with _said_in_json(output):
             plan.require_convertible()
     elif out is not None:
@@ -305,6 +306,8 @@ def _convert(
     try:
         with screen.progress() as progress:
             report = convert(source, out, options, progress, access=access)
+            if prompt is None:
+                ignore_signals()  # the result is complete
     except AlreadyMarlin as nothing:
         screen.already_marlin(nothing.message)
         return

@@ -15,14 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 from rich.table import Table
+from rich.text import Text
 
+from ..checkpoint.writer import shard_names
 from ..conversion.plan import Layer, Plan, plan_as_dict, span
+from ..engine_support import VLLM, ResultFacts, readers, vllm_needs_our_kernels, vllm_refuses
 from ..hub import client as hub
+from ..options import Options
 from ..progress import Progress
+from ..text import visible
+from .console import Lossy, PlainConsole
 from .progress import BYTES, Bars, PlainLines, size
 
 if TYPE_CHECKING:
@@ -36,17 +40,9 @@ if TYPE_CHECKING:
     from ..hub.open import Source
 
 FORMAT_NAMES = {"marlin": "original Marlin format", "marlin_ext": "extended Marlin format"}
-#: Engines that read each format beside vLLM and Transformers with marlin-convert; see the README's table.
-OTHER_READERS = {"marlin": "vLLM 0.3.3 to 0.10.0, AutoGPTQ, TGI", "marlin_ext": None}
 
 #: Rows of a table before the rest is summed up (--verbose shows all).
 SHORT_TABLE = 12
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Leave it to `cli.main` what to do when the reader of a pipe went away; rich would exit at once."""
-        raise BrokenPipeError
 
 
 class Screen:
@@ -56,8 +52,8 @@ class Screen:
         self.as_json, self.verbose = as_json, verbose
         self.silent = quiet or as_json
         # A file or a pipe has no width of its own; tables should not be folded for it.
-        self.out = _Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-        self.err = _Console(stderr=True, highlight=False)
+        self.out = PlainConsole(width=None if sys.stdout.isatty() else 200)
+        self.err = PlainConsole(file=Lossy(sys.stderr))
         if self.silent or not self.err.is_terminal:
             hub.quiet()
 
@@ -78,9 +74,13 @@ class Screen:
         else:
             yield PlainLines(self.err, (lambda count: f"{count:.0f} timings") if timings else None)
 
-    def _say(self, text: str = "") -> None:
+    def _say(self, text: str = "", label: str = "", style: str = "") -> None:
+        """One line, behind a coloured `label`."""
         if not self.silent:
-            self.out.print(text, markup=True, soft_wrap=True)
+            self.out.print(_labelled(text, label, style), soft_wrap=True)
+
+    def _note(self, text: str) -> None:
+        self._say(text, "note", "yellow")
 
     def _json(self, value: dict[str, Any]) -> None:
         if self.as_json:
@@ -91,24 +91,24 @@ class Screen:
         from ..native import ops
 
         if not self.silent and not ops.native_available():
-            self.err.print(f"[yellow]slow:[/] {escape(ops.describe())}", soft_wrap=True)
+            self.err.print(_labelled(ops.describe(), "slow:", "yellow"), soft_wrap=True)
 
     def doing(self, what: str) -> None:
         """Say what takes a while now, where no bar shows it."""
         if not self.silent:
-            self.err.print(escape(what), soft_wrap=True)
+            self.err.print(what, soft_wrap=True)
 
     def already_marlin(self, text: str) -> None:
-        self._say(escape(text))
+        self._say(text)
         self._json({"ok": True, "already_marlin": True, "message": text})
 
-    def plan(self, source: Source, plan: Plan) -> None:
+    def plan(self, source: Source, plan: Plan, options: Options) -> None:
         """What `--dry-run` shows."""
         self._json(plan_as_dict(plan, source.label))
         if plan.already_marlin:
-            self._say(f"{escape(source.label)} already is a Marlin checkpoint; there is nothing to convert.")
+            self._say(f"{source.label} already is a Marlin checkpoint; there is nothing to convert.")
             return
-        title = f"{escape(source.label)} → {FORMAT_NAMES[plan.format]}"
+        title = f"{source.label} → {FORMAT_NAMES[plan.format]}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading, justify in (
             ("layers", "right"),
@@ -129,11 +129,10 @@ class Screen:
             for layer in plan.layers:
                 kind = f", {_kind(layer)}" if _kind(layer) else ""
                 self._say(
-                    f"  convert {escape(layer.name)}  {layer.K} x {layer.N}, {layer.bits} bits, "
-                    f"group {layer.group_size}{kind}"
+                    f"  convert {layer.name}  {layer.K} x {layer.N}, {layer.bits} bits, group {layer.group_size}{kind}"
                 )
             for tensor in plan.copies:
-                self._say(f"  copy    {escape(tensor.name)}  {tensor.dtype} {list(tensor.shape)}")
+                self._say(f"  copy    {tensor.name}  {tensor.dtype} {list(tensor.shape)}")
         copied = sum(t.nbytes for t in plan.copies)
         self._say(
             f"{len(plan.layers)} layers to convert, {len(plan.copies)} tensors to copy ({size(copied)}), "
@@ -142,30 +141,34 @@ class Screen:
         self._beside(plan)
         self._say(f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out")
         if not plan.refusals:
-            self._format(plan)
+            files = shard_names(plan.out_tensors, options.max_shard_size)
+            self._format(plan, plan.result_facts(options.quant_method, len(files)))
         self._notes(plan)
 
     def _beside(self, plan: Plan) -> None:
         """Weights that are not the model's own, every one by name."""
         for name, nbytes in plan.weights_beside.items():
-            self._say(f"beside the model's weights, copied as it is: {escape(name)} ({size(nbytes)})")
+            self._say(f"beside the model's weights, copied as it is: {name} ({size(nbytes)})")
 
-    def _format(self, plan: Plan) -> None:
+    def _format(self, plan: Plan, facts: ResultFacts) -> None:
         """Which format, why, and who reads it."""
-        refused, others = plan.vllm_refuses, OTHER_READERS[plan.format]
-        engines = ("Transformers" if refused else "vLLM and Transformers") + " with marlin-convert"
-        read = f"{engines}, and {others} read" if others else f"{engines} {'reads' if refused else 'read'}"
-        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {read}")
-        for what, names in refused.items():
-            self._say(f"  vLLM refuses {what}: {', '.join(names) if self.verbose else span(names)}")
-        if plan.extended:
-            for reason, names in plan.misfits.items():
-                self._say(f"  because {escape(reason)}: {', '.join(names) if self.verbose else span(names)}")
+        beside, alone = ([engine.name for engine in readers(facts, with_plugin=x)] for x in (True, False))
+        read = " and ".join(beside) + " with marlin-convert" + (f", and {', '.join(alone)}" if alone else "")
+        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {read} {'read' if len(beside + alone) > 1 else 'reads'}")
+        for what, names in vllm_refuses(facts.layers).items():
+            self._say(f"  vLLM refuses {what}: {self._names(names)}")
+        for what, names in vllm_needs_our_kernels(facts.layers).items():
+            self._say(f"  vLLM computes {what} where marlin-convert's CUDA kernels are built: {self._names(names)}")
+        for reason, names in plan.misfits.items() if plan.extended else ():
+            self._say(f"  because {reason}: {self._names(names)}")
+
+    def _names(self, names: list[str]) -> str:
+        return ", ".join(names) if self.verbose else span(names)
 
     def _notes(self, plan: Plan) -> None:
         for note, names in plan.notes.items():
             where = "" if not names else f": {', '.join(names) if self.verbose else span(names)}"
-            self._say(f"[yellow]note[/] {escape(note)}{escape(where)}")
+            self._note(f"{note}{where}")
 
     @contextlib.contextmanager
     def text(self, prompt: str) -> Iterator[Callable[[str], None]]:
@@ -175,10 +178,10 @@ class Screen:
         def piece(text: str) -> None:
             nonlocal started
             if not started and not self.silent:
-                self.out.print(prompt, style="dim", end="", markup=False, soft_wrap=True)
+                self.out.print(prompt, style="dim", end="", soft_wrap=True)
             started = True
             if not self.as_json:
-                sys.stdout.write(text)
+                sys.stdout.write(visible(text))
                 sys.stdout.flush()
 
         log = logging.getLogger("marlin_convert")
@@ -200,10 +203,10 @@ class Screen:
         self.err.print(
             f"{done.new_tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_second:.1f} tokens/s on {done.device} "
             f"in {done.dtype}; loaded in {done.load_seconds:.1f} s",
-            markup=False, soft_wrap=True,
+            soft_wrap=True,
         )  # fmt: skip
         if done.note:
-            self.err.print(f"[yellow]note[/] {escape(done.note)}", soft_wrap=True)
+            self.err.print(_labelled(done.note, "note", "yellow"), soft_wrap=True)
 
     def report(self, report: Report, texts: Comparison | None = None, missing: str | None = None) -> None:
         """The summary at the end of a conversion. `texts`: what source and result made of a prompt, or why nothing."""
@@ -213,32 +216,34 @@ class Screen:
             self._verification_table(report.verification)
         plan = report.plan
         self._beside(plan)
-        self._format(plan)
+        facts = plan.result_facts(report.quant_method, len(report.files))
+        self._format(plan, facts)
         self._notes(plan)
         if plan.scale_rounding:
-            self._say(f"[yellow]note[/] scales rounded, by at most {plan.scale_rounding:.2e} of their value")
+            self._note(f"scales rounded, by at most {plan.scale_rounding:.2e} of their value")
         self._say(
-            f"[green]done[/] {len(plan.layers)} layers converted, {len(plan.copies)} tensors copied; "
+            f"{len(plan.layers)} layers converted, {len(plan.copies)} tensors copied; "
             f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out, {report.seconds:.1f} s, "
-            f"{report.gigabytes_per_second:.2f} GB/s, {escape(report.codec)}"
-        )
+            f"{report.gigabytes_per_second:.2f} GB/s, {report.codec}",
+            "done", "green",
+        )  # fmt: skip
         if report.verification:
-            self._say(f"[green]verified[/] {_verdict(report.verification)}")
+            self._say(_verdict(report.verification), "verified", "green")
         if texts:
             self._continuation(texts)
         if missing:
-            self._say(f"[yellow]note[/] no prompt was continued: {escape(missing)}")
+            self._note(f"no prompt was continued: {missing}")
         files = ", ".join(report.files) if len(report.files) < 3 else f"{len(report.files)} weight files"
-        self._say(f"where: {escape(str(report.out))} ({files})")
-        where = escape(str(report.out))
-        if plan.vllm_refuses:
+        self._say(f"where: {report.out} ({files})")
+        where = str(report.out)
+        if vllm_refuses(facts.layers):
             self._say(f"load:  marlin_convert.load({where!r})   (Transformers 5)")
         else:
-            self._say(f"load:  vllm serve {where}   (vLLM 0.26 to 0.33, with marlin-convert installed)")
+            self._say(f"load:  vllm serve {where}   ({VLLM}, with marlin-convert installed)")
         if report.pushed:
-            self._say(f"hub:   {escape(report.pushed)}")
+            self._say(f"hub:   {report.pushed}")
         if report.remark:
-            self._say(f"[yellow]note:[/]  {escape(report.remark)}")
+            self._note(report.remark)
         if report.device.kind == "cpu":
             self._say(
                 "note:  converted on the CPU; running the result needs an NVIDIA GPU of compute capability 8.0 or newer"
@@ -248,31 +253,32 @@ class Screen:
         """The result of `marlin-convert to-gptq`."""
         self._json(report.as_dict())
         self._say(
-            f"[green]restored[/] {len(report.layers)} layers from {report.format} to {report.zero_points}, "
-            f"{len(report.copies)} tensors copied; {size(report.bytes_out)} out, {report.seconds:.1f} s"
-        )
+            f"{len(report.layers)} layers from {report.format} to {report.zero_points}, "
+            f"{len(report.copies)} tensors copied; {size(report.bytes_out)} out, {report.seconds:.1f} s",
+            "restored", "green",
+        )  # fmt: skip
         if not report.settings_known:
-            self._say("[yellow]note[/] the source's own settings are not known here: they are what the tensors imply")
-        self._say(f"where: {escape(str(report.out))}")
+            self._note("the source's own settings are not known here: they are what the tensors imply")
+        self._say(f"where: {report.out}")
 
     def _continuation(self, texts: Comparison) -> None:
-        self._say(f"prompt: {escape(texts.prompt)}")
+        self._say(f"prompt: {texts.prompt}")
         for name, text in (("source, dequantized", texts.source), ("result", texts.result)):
-            self._say(f"  {name + ':':<20} {escape(' '.join(text.split()))}")
+            self._say(f"  {name + ':':<20} {' '.join(text.split())}")
         self._say(f"  {'the same text' if texts.equal else 'not the same text: two tokens were almost equally likely'}")
 
     def pushed(self, address: str) -> None:
         """The result of `marlin-convert push`."""
         self._json({"ok": True, "pushed": address})
-        self._say(f"[green]published[/] {escape(address)}")
+        self._say(address, "published", "green")
 
     def verification(self, report: Verification, out: Path) -> None:
         """The result of `marlin-convert verify`."""
         self._json({**report.as_dict(), "out": str(out)})
         self._verification_table(report)
         for problem in report.problems:
-            self._say(f"[red]differs[/] {escape(problem)}")
-        self._say(f"{'[green]verified[/]' if report.ok else '[red]not equal[/]'} {_verdict(report)}")
+            self._say(problem, "differs", "red")
+        self._say(_verdict(report), *(("verified", "green") if report.ok else ("not equal", "red")))
 
     def _verification_table(self, report: Verification) -> None:
         table = Table(box=None, pad_edge=False)
@@ -289,12 +295,12 @@ class Screen:
             report.layers if self.verbose or len(report.layers) <= SHORT_TABLE else bad or report.layers[:SHORT_TABLE]
         )
         for x in shown:
-            verdict = "equal" if x.ok else f"[red]{escape(x.problem or 'differs')}[/]"
+            verdict = Text("equal") if x.ok else Text(x.problem or "differs", "red")
             errors = ("-", "-") if x.max_error is None else (f"{x.max_error:.2e}", f"{x.relative_error:.2e}")
-            table.add_row(escape(x.name), f"{x.K} x {x.N}", verdict, *errors)
+            table.add_row(x.name, f"{x.K} x {x.N}", verdict, *errors)
         self._table(table)
         if len(shown) < len(report.layers):
-            self._say(f"[dim]… and {len(report.layers) - len(shown)} more layers (--verbose shows all)[/]")
+            self._say("", f"… and {len(report.layers) - len(shown)} more layers (--verbose shows all)", "dim")
 
     def bench(self, report: BenchReport, plot: Path | None) -> None:
         """The result of `marlin-convert bench`: one table for each layer."""
@@ -318,17 +324,17 @@ class Screen:
     def _machine(self, machine: Machine, peers: dict[str, str] | None = None) -> None:
         versions = ", ".join(f"{name} {version}" for name, version in {**machine.versions, **(peers or {})}.items())
         self._say(
-            f"{escape(machine.name)} ({machine.device}), capability {machine.capability}, {machine.multiprocessors} "
-            f"multiprocessors, L2 {size(machine.l2_bytes)}, driver {escape(machine.driver)}{_clocks(machine.clocks)}"
+            f"{machine.name} ({machine.device}), capability {machine.capability}, {machine.multiprocessors} "
+            f"multiprocessors, L2 {size(machine.l2_bytes)}, driver {machine.driver}{_clocks(machine.clocks)}"
         )
-        self._say(escape(versions))
+        self._say(versions)
 
     def _bench_end(self, notes: dict[str, list[str]], plot: Path | None) -> None:
         for note, where in notes.items():
             places = where if self.verbose or len(where) <= 3 else [*where[:3], f"and {len(where) - 3} more"]
-            self._say(f"[yellow]note[/] {escape(note)}: {escape('; '.join(places))}")
+            self._note(f"{note}: {'; '.join(places)}")
         if plot:
-            self._say(f"plot:  {escape(str(plot))}")
+            self._say(f"plot:  {plot}")
 
     def tokens(self, report: TokenReport, plot: Path | None) -> None:
         """The result of `marlin-convert bench --tokens`."""
@@ -336,7 +342,7 @@ class Screen:
         self._machine(report.machine)
         method = report.as_dict()["method"]
         sizes = ", ".join(f"{name} {size(count)}" for name, count in report.weight_bytes.items())
-        table = Table(title=f"{escape(report.title)}: tokens/s", title_justify="left", box=None, pad_edge=False)
+        table = Table(title=f"{report.title}: tokens/s", title_justify="left", box=None, pad_edge=False)
         for heading in ("batch", "fp16", "Marlin", "speedup"):
             table.add_column(heading, justify="right", no_wrap=True)
         for cell in report.cells:
@@ -357,12 +363,10 @@ class Screen:
         shape = layer.shape
         kind = f", {shape.kind}" if shape.kind else ""
         many = f", {shape.count} layers" if shape.count > 1 else ""
-        title = (
-            f"{escape(report.title)} {escape(shape.name)}  {shape.K} x {shape.N}, group {shape.group_size}{kind}{many}"
-        )
+        title = f"{report.title} {shape.name}  {shape.K} x {shape.N}, group {shape.group_size}{kind}{many}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading in ("M", "fp16", "Marlin", *report.peers, "speedup", "GB/s", "TFLOP/s", "of limit", "", ""):
-            table.add_column(escape(heading), justify="right" if heading else "left", no_wrap=True)
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
         for cell in layer.cells:
             table.add_row(*_bench_row(cell))
         return table
@@ -393,6 +397,10 @@ def _clocks(clocks: dict[str, float | None] | None) -> str:
     return f"; under load {', '.join(parts)}" if parts else "; clocks unknown (no nvidia-smi)"
 
 
+def _labelled(text: str, label: str, style: str) -> Text:
+    return Text.assemble((label, style), " " if label and text else "", text)
+
+
 def _kind(layer: Layer) -> str:
     """What distinguishes a layer beside its size and bits."""
     padded = f"padded to {layer.stored_K} x {layer.stored_N}"
@@ -408,5 +416,5 @@ def _verdict(report: Verification) -> str:
     equal = sum(x.exact for x in report.layers)
     return (
         f"{equal} of {len(report.layers)} layers exactly equal, {report.tensors_equal} other tensors byte for byte; "
-        f"outputs on {escape(report.device)}: largest relative error {report.worst:.1e}"
+        f"outputs on {report.device}: largest relative error {report.worst:.1e}"
     )

@@ -145,7 +145,7 @@ class PlainLines(Progress):
         return hear
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
 
 def size(count: float) -> str:

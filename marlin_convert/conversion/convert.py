@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import threading
 import time
@@ -16,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .._version import __version__
+from ..checkpoint.output_folder import check_free, json_bytes, new_folder, replace_files, write_json
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import Shards, check_free, json_bytes, new_folder, replace_files, shard_names, write_json
+from ..checkpoint.writer import Shards, shard_names
 from ..device import CPU, Device, pick_device
 from ..errors import (
     AlreadyMarlin,
@@ -68,6 +70,7 @@ class Report:
     device: Device
     plan: Plan
     codec: str
+    quant_method: QuantMethod
     remark: str | None = None  # about the device, if there is something to say
     source_quantization: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
@@ -145,7 +148,7 @@ def convert(
         if plan.already_marlin:
             raise AlreadyMarlin(f"{source} already is a Marlin checkpoint; there is nothing to convert.")
         plan.require_convertible()
-        report = Report(origin, out, device, plan, ops.describe(), remark)
+        report = Report(origin, out, device, plan, ops.describe(), options.quant_method, remark)
         report.source_quantization = _source_quantization(checkpoint, plan)
         require_free_names(checkpoint, shard_names(plan.out_tensors, options.max_shard_size))
         require_readable(checkpoint)
@@ -515,6 +518,6 @@ def _early_verifier(
 
 def keep_apart(source: Path, out: Path) -> None:
     """The source is never touched: the output is neither the source, nor inside it, nor around it."""
-    a, b = source.resolve(), out.resolve()
+    a, b = (Path(os.path.realpath(path)) for path in (source, out))  # unlike resolve, no error for a loop of links
     if a == b or a in b.parents or b in a.parents:
         raise OutputError(f"{out}: it overlaps the source {source}; choose a folder outside it.")

@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, require_unique
+from ..engine_support import LayerFacts, ResultFacts, vllm_needs_our_kernels, vllm_refuses
 from ..errors import SourceError, UnsupportedError
 from ..formats.gptq import ZeroPointEncoding, decode_zeros
 from ..formats.gptq_config import GPTQSettings, parse_settings
 from ..formats.layout import (
-    BITS,
     EXT_BITS,
     EXTENDED_NAMES,
     GROUP_SIZES,
@@ -42,15 +42,13 @@ from ..formats.layout import (
 from ..formats.marlin_config import LayerSettings
 from ..formats.scales import ScaleFit, to_extended, to_fp16
 from ..formats.stored import MARLIN_PARTS, is_marlin_part
-from ..options import Format, ZeroPointReading
+from ..options import Format, QuantMethod, ZeroPointReading
 
 #: The one group size, besides "all of K", that the original format can hold.
 GROUP_SIZE = max(GROUP_SIZES)
 #: Tensors of a GPTQ linear that a converted layer no longer has.
 GPTQ_PARTS = ("qweight", "scales", "qzeros", "g_idx")
 _SCALE_DTYPES = ("F16", "BF16", "F32")
-#: A linear of one expert in a mixture, Mixtral's, Qwen's or DeepSeek's, up to its number.
-_EXPERTS = re.compile(r"(.*\.)?experts\.(?=\d+\.)")
 #: `--zero-points`: how to read a v1 checkpoint in which a zero point is 0, where its writer is not known.
 READINGS = {
     ZeroPointReading.NIBBLE: ZeroPointEncoding.V1_NIBBLE, ZeroPointReading.WORD: ZeroPointEncoding.V1_WORD
@@ -215,29 +213,19 @@ class Plan:
         return any(layer.name.split(".")[-1] == "lm_head" for layer in self.layers)
 
     @property
-    def vllm_refuses(self) -> dict[str, list[str]]:
-        """What vLLM's Marlin kernel, or this project's plugin for vLLM, does not take → the layers that have it."""
-        found: dict[str, list[str]] = {}
-        blocks = {layer.name: match[0] for layer in self.layers if (match := _EXPERTS.match(layer.name))}
-        kinds: dict[str, set[LayerSettings]] = {}
-        for layer in self.layers:
-            if layer.name in blocks:
-                kind = replace(layer.settings, source_group_size=None)
-                kinds.setdefault(blocks[layer.name], set()).add(kind)
-        for layer in self.layers:
-            expert = layer.name in blocks
-            lacks = {
-                "groups of 16": layer.stored_group_size == TILE_K,
-                "8 bits with zero points": layer.bits != BITS and not layer.sym,
-                "experts of different settings in one block": expert and len(kinds[blocks[layer.name]]) > 1,
-                "experts with act-order": expert and layer.act_order,
-                "experts that are stored padded": expert and (layer.stored_K, layer.stored_N) != (layer.K, layer.N),
-                "experts with biases": expert and layer.bias is not None,
-            }
-            for what, has in lacks.items():
-                if has:
-                    found.setdefault(what, []).append(layer.name)
-        return found
+    def layer_facts(self) -> list[LayerFacts]:
+        """What decides whether an engine computes the layers."""
+        return [
+            LayerFacts(
+                x.name, x.bits, x.stored_group_size, not x.sym, x.act_order,
+                padded=(x.stored_K, x.stored_N) != (x.K, x.N), bias=x.bias is not None,
+            )
+            for x in self.layers
+        ]  # fmt: skip
+
+    def result_facts(self, quant_method: QuantMethod, weight_files: int) -> ResultFacts:
+        """What decides whether an engine reads the result."""
+        return ResultFacts(self.format, self.layer_facts, self.group_size, quant_method, weight_files)
 
     def require_convertible(self) -> None:
         """Raise UnsupportedError that names every refused layer, one line for each cause."""
@@ -729,12 +717,13 @@ def _what_else(settings: GPTQSettings, tensors: dict[str, Tensor]) -> str:
             if name.endswith(ending):
                 return f"{kind} ({name})"
     if settings.is_marlin:
-        return "its config says Marlin, and it has neither Marlin's tensors (B and s) nor GPTQ's (qweight)"
+        return "its config says Marlin, and it has neither Marlin's tensors (B, marlin_qweight) nor GPTQ's (qweight)"
     return "an unquantized checkpoint: none of its tensors is a qweight"
 
 
 def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
     """The plan for scripts (`--dry-run --json`): every layer, what happens to it, sizes in bytes."""
+    facts = plan.layer_facts
     return {
         "source": source,
         "already_marlin": plan.already_marlin,
@@ -743,7 +732,10 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "group_size": None if plan.extended else plan.group_size,
         "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
         if plan.extended else [],
-        "vllm_refuses": [{"what": what, "layers": names} for what, names in plan.vllm_refuses.items()],
+        "vllm_refuses": [{"what": what, "layers": names} for what, names in vllm_refuses(facts).items()],
+        "vllm_needs_our_kernels": [
+            {"what": what, "layers": names} for what, names in vllm_needs_our_kernels(facts).items()
+        ],
         "layers": [
             {"name": x.name, "K": x.K, "N": x.N, "bits": x.bits, "group_size": x.group_size, "sym": x.sym,
              "desc_act": x.act_order, "stored_K": x.stored_K, "stored_N": x.stored_N,

@@ -22,17 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .._version import __version__
-from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import (
-    OutTensor,
-    Shards,
-    check_free,
-    check_space,
-    new_folder,
-    shard_names,
-    write_file,
-    write_json,
-)
+from ..checkpoint.output_folder import check_free, check_space, new_folder, write_file, write_json
+from ..checkpoint.reader import Checkpoint, Tensor, read_json
+from ..checkpoint.writer import OutTensor, Shards, shard_names
 from ..errors import MarlinConvertError, SourceError, UnsupportedError
 from ..formats import bf16
 from ..formats.gptq import ZeroPointEncoding, encode_zeros
@@ -200,11 +192,9 @@ def _noted(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.folder / REPORT_FILE
     if not path.is_file():
         return {}
-    import json
-
     try:
-        noted = json.loads(path.read_bytes())["source_quantization"]
-    except (ValueError, KeyError, TypeError):
+        noted = read_json(path).get("source_quantization")
+    except SourceError:
         return {}
     return noted if isinstance(noted, dict) else {}
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
+from ..checkpoint.output_folder import check_space, existing
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import Shards, check_space, existing
+from ..checkpoint.writer import Shards
 from ..hub.open import Source
 from ..hub.prefetch import Arrivals
 from ..progress import Progress

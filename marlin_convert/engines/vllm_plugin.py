@@ -21,8 +21,8 @@ from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
+import vllm.envs as envs
 from torch import Tensor, nn
-from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
@@ -43,6 +43,7 @@ from vllm.scalar_type import scalar_types
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm.version import __version__ as VLLM_VERSION
 
+from .. import engine_support
 from .._version import __version__
 from ..errors import DeviceError
 from ..formats.marlin_config import LayerSettings, is_marlin, read_marlin_settings
@@ -220,6 +221,7 @@ class _Product(NamedTuple):
     N: int
     stored_N: int
     sorted: bool  # act-order
+    spread: bool  # rows of zeros between others, see `tensor_parallel.rows`
 
 
 class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
@@ -281,8 +283,17 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         for piece in pieces:
             if self.all_K != piece.K:
                 raise ValueError(f"{self.prefix}: it has {piece.K} rows, the model {self.all_K}")
-            own = piece if self.own_K == self.all_K else shards.rows(self.prefix, piece, first, self.own_K)
+            own = piece if self.own_K == self.all_K else self._rows(piece, first)
             self.pieces.append(own if _piece_is_ours(self.prefix, own) else _cast(self.prefix, own, self.dtype))
+
+    def _rows(self, piece: Piece, first: int) -> Piece:
+        if _not_ours() and piece.G > 1 and not shards.cuts_whole_groups(piece, first, self.own_K):
+            why = "it has act-order" if piece.perm is not None else f"they cut through its {piece.G} groups"
+            raise ValueError(
+                f"{self.prefix}: rows {first} to {first + self.own_K} of {piece.K}, of this rank, become groups of 16 "
+                f"({why}), which vLLM's Marlin kernel does not have; marlin-convert's are not used: {_not_ours()}"
+            )
+        return shards.rows(piece, first, self.own_K)
 
     def finish(self, layer: Any) -> None:
         """Cut what a loader of the model's own has filled. Raises ValueError for columns that have not come."""
@@ -310,7 +321,9 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
                 layer.register_parameter(f"marlin{number}_{what}", value)
             kind = _TYPES.get((piece.bits, piece.zeros is not None))
             sizes = (piece.K, piece.stored_K, piece.N, piece.stored_N)
-            products.append(_Product(number, ours, piece.bits, kind, *sizes, piece.perm is not None))
+            sort = piece.perm is not None
+            spread = piece.perm is not None and piece.perm.numel() != piece.K
+            products.append(_Product(number, ours, piece.bits, kind, *sizes, sort, spread))
             column += piece.N
         self.products = tuple(products)
         layer.qweight = layer.marlin0_weight  # where vLLM looks for a device when it takes a layer's weights apart
@@ -330,8 +343,11 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         """Our operator: it takes a layer as stored, and chooses its way by the rows that come when it runs."""
         tensors = [getattr(layer, f"marlin{product.number}_{w}") for w in ("weight", "scales", "bias", "zeros", "perm")]
         weight, scales, bias, zeros, perm = tensors
+        K = product.K
+        if product.spread:
+            x, perm, K = x.index_select(-1, perm), None, product.stored_K
         y: Tensor = torch.ops.marlin_convert.linear(
-            x, weight, scales, bias if add_bias else None, zeros, perm, product.bits, product.K, product.N
+            x, weight, scales, bias if add_bias else None, zeros, perm, product.bits, K, product.N
         )
         return y
 
@@ -374,17 +390,17 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             why = "is not quantized" if odd in names else "is not one of them"
             raise ValueError(f"{prefix}: vLLM computes its experts as one layer, and {odd} {why}")
         if names & config.biases:
-            self._refuse(f"experts with biases ({min(names & config.biases)})")
+            self._refuse(f"{engine_support.BIASED} ({min(names & config.biases)})")
         if self.moe.moe_parallel_config.use_all2all_kernels:
             self._refuse("experts spread over data-parallel ranks")
         kinds = {replace(config.layer(name), source_group_size=None) for name in sorted(names)}
         self.settings = kinds.pop()
         if kinds:
-            self._refuse("experts of different settings in one block")
+            self._refuse(engine_support.DIFFERENT)
         if self.settings.desc_act:
-            self._refuse("experts with act-order")
+            self._refuse(engine_support.SORTED)
         if self.settings.in_features is not None or self.settings.out_features is not None:
-            self._refuse("experts that are stored padded")
+            self._refuse(engine_support.PADDED)
         _check_invariance(prefix)
         lacking = _vllm_lacks(self.settings.bits, not self.settings.sym, self.settings.group_size)
         if lacking:
@@ -446,7 +462,10 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if (piece.K, piece.N) != (K, N):
             raise ValueError(f"{name}: it is {piece.K} x {piece.N}, the model {K} x {N}")
         if shard == "w2":
-            piece = shards.rows(name, piece, rank * self.own, self.own)
+            first = rank * self.own
+            if ranks > 1 and not shards.cuts_whole_groups(piece, first, self.own):
+                self._refuse(f"experts whose rows {first} to {first + self.own}, of this rank, cut through groups")
+            piece = shards.rows(piece, first, self.own)
         else:
             piece = shards.columns(piece, torch.arange(rank * self.own, (rank + 1) * self.own))
         return _cast(name, piece, self.dtype)
@@ -671,10 +690,16 @@ def _vllm_lacks(bits: int, zeros: bool, group_size: int) -> str:
 
 def _ours(name: str, bits: int, zeros: bool, group_size: int) -> bool:
     """Whether our kernels compute such a layer. Raises ValueError if neither we nor vLLM can."""
-    choice, lacking = kernel(), _vllm_lacks(bits, zeros, group_size)
-    if lacking and (choice.missing or (not choice.ours and choice.why.startswith(KERNEL))):
-        raise ValueError(f"{name}: {lacking}, and marlin-convert's are not used: {choice.missing or choice.why}")
-    return choice.ours or bool(lacking)
+    lacking = _vllm_lacks(bits, zeros, group_size)
+    if lacking and _not_ours():
+        raise ValueError(f"{name}: {lacking}, and marlin-convert's are not used: {_not_ours()}")
+    return kernel().ours or bool(lacking)
+
+
+def _not_ours() -> str:
+    """Why our kernels compute nothing here, not even what vLLM's cannot; or nothing."""
+    choice = kernel()
+    return choice.missing or ("" if choice.ours or not choice.why.startswith(KERNEL) else choice.why)
 
 
 def _piece_is_ours(name: str, piece: Piece) -> bool:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 #: Processor seconds of the other process: for all of it, and for each rule and name; at most.
-_SECONDS, _SECONDS_EACH, _MOST_SECONDS = 0.4, 2e-6, 10.0
+_SECONDS, _SECONDS_EACH, _MOST_SECONDS = 0.25, 2e-6, 10.0
 _BYTES = 1 << 30  # of memory that it may ask for
 
 #: What it runs: a line with the number of every rule that it begins, then one of JSON.

@@ -44,7 +44,8 @@ OTHER_METHODS = {
 
 _GPTQ_METHODS = {"gptq", "gptqmodel", "marlin"}
 _AUTO_ROUND_METHODS = {"auto-round", "auto_round", "autoround", "intel/auto-round"}
-_GPTQ_FORMATS = {"gptq", "gptq_v2", "marlin"}
+_MARLIN_FORMATS = {"marlin", "marlin_ext"}  # read far enough to see whether there is anything to convert
+_GPTQ_FORMATS = {"gptq", "gptq_v2"} | _MARLIN_FORMATS
 _AWQ_FORMATS = {"gemm", "gemv", "gemv_fast"}
 
 #: What a `dynamic` rule can change for the layers that it matches.
@@ -133,7 +134,9 @@ def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
         _require_gptq(where, raw)
         known = normalised(where, raw)
         dynamic = dynamic or _dynamic_rules(where, raw.get("dynamic"))
-        is_marlin = is_marlin or raw.get("is_marlin_format") is True or known.get("checkpoint_format") == "marlin"
+        is_marlin = (
+            is_marlin or raw.get("is_marlin_format") is True or known.get("checkpoint_format") in _MARLIN_FORMATS
+        )
         is_marlin = is_marlin or str(known.get("quant_method", "")).lower() == "marlin"
         for key, value in known.items():
             if value is None or key in conflicts:
@@ -224,7 +227,7 @@ def _require_gptq(where: str, raw: dict[str, Any]) -> None:
             )
         raise UnsupportedError(
             f"{where}: checkpoint_format {shortened(layout)} cannot be repacked; "
-            f"{', '.join(sorted(_GPTQ_FORMATS - {'marlin'}))} can."
+            f"{', '.join(sorted(_GPTQ_FORMATS - _MARLIN_FORMATS))} can."
         )
     pack_dtype = raw.get("pack_dtype")
     if pack_dtype is not None and str(pack_dtype).removeprefix("torch.") != "int32":

@@ -250,7 +250,7 @@ def before(monkeypatch: pytest.MonkeyPatch, moment: str, change: Callable[[], ob
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model-00002-of-00002.safetensors", "sub/a.bin"])
 @pytest.mark.parametrize("change", [grow, write_again, replace, remove])
-@pytest.mark.parametrize("moment", ["planned", "write_tensors", "copy_files", "verify", "model_card"])
+@pytest.mark.parametrize("moment", ["make_plan", "write_tensors", "copy_files", "verify", "model_card"])
 def test_a_source_that_changes_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Path], None], moment: str
 ) -> None:

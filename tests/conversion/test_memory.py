@@ -16,7 +16,10 @@ import pytest
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.blocks import PANEL_BYTES, WORKERS
 from marlin_convert.conversion.plan import make_plan
+from tests.support.cli import PATIENCE
 from tests.support.gptq_checkpoints import quantization_config
+
+pytestmark = pytest.mark.slow
 
 MB = 1_000_000
 
@@ -84,7 +87,7 @@ print([line.split()[1] for line in Path("/proc/self/status").read_text().splitli
 def peak_memory(*args: object) -> int:
     """Peak resident bytes of a whole run of the program, files mapped into it included."""
     command = [sys.executable, "-c", MEASURED, *map(str, args)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     return int(process.stdout.splitlines()[-1]) * 1024
 
 

@@ -160,7 +160,7 @@ def hashes(name: str, folder: Path, run: Callable[[list[str]], object]) -> dict[
     """What `run`, given the command line's arguments, makes of a source: hashed by kind of file, names included."""
     source, out = CASES[name].source(folder / "source"), folder / "out"
     run([str(source), str(out), "--device", "cpu", "--quiet", *CASES[name].options])
-    kinds = {"weights": "*.safetensors*", "configs": "*config.json"}
+    kinds = {"weights": "model*.safetensors*", "configs": "*config.json"}
     found: dict[str, str] = {}
     for kind, pattern in kinds.items():
         digest = hashlib.sha256()

@@ -178,6 +178,7 @@ def test_layers_side_by_side(tmp_path: Path) -> None:
     assert_restored(source, tmp_path / "back")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("panel", "strip"), [(1, 1), (60_000, 20_000), (10**9, 20_000)])
 def test_act_order_in_many_panels(

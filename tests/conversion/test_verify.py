@@ -22,7 +22,7 @@ from marlin_convert.conversion.plan import make_plan
 from marlin_convert.conversion.verify import TOLERANCE, CPUProduct, LayerCheck, Verification, compare
 from marlin_convert.errors import SourceError, VerificationError
 from marlin_convert.formats.layout import SCALE_PERMUTATION, SCALE_PERMUTATION_SINGLE
-from tests.support.cli import Run
+from tests.support.cli import PATIENCE, Run
 from tests.support.gptq_checkpoints import GPTQLayer, Source, marlin_codes, two_layers, write_source
 
 CPU = Options(device="cpu")
@@ -54,7 +54,7 @@ def test_what_cannot_be_written_leaves_the_output_as_it_was(source: Source, out:
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
     code = f"{limit}\nfrom marlin_convert import cli\ncli.main({['verify', str(source.folder), str(out)]})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 6, done.stderr
     assert done.stderr.splitlines()[-1] == (
         f"marlin-convert: {out}: equal to its source, but verify.json and README.md cannot be written there: File too "

@@ -21,6 +21,8 @@ from marlin_convert.engines.generate import Sampling, generate
 from tests.support.cli import Run
 from tests.support.tiny_models import PROMPT, SAMPLE, continues_greedily, dequantized_demo, perplexity, relative
 
+pytestmark = pytest.mark.slow
+
 CPU = Options(device="cpu")
 
 
@@ -50,8 +52,11 @@ def test_logits(both: tuple[Any, Any, Any]) -> None:
         assert relative(model(ids).logits, reference(ids).logits) <= 2e-3
 
 
-def test_perplexity(both: tuple[Any, Any, Any]) -> None:
-    model, reference, tokenizer = both
+def test_perplexity(out: Path, tmp_path: Path) -> None:
+    """In float32, which every CPU multiplies fast."""
+    dense = dequantized_demo(tmp_path / "dense")
+    reference = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    model, tokenizer = marlin_convert.load(out, device="cpu", dtype=torch.float32), AutoTokenizer.from_pretrained(out)
     text = SAMPLE.read_text()
     measured, wanted = perplexity(model, tokenizer, text), perplexity(reference, tokenizer, text)
     assert 5 < wanted < 50  # a model that knows its text: one with random weights has some 2000

@@ -24,6 +24,7 @@ from marlin_convert.engines import transformers_quantizer as hf
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.errors import DeviceError, SourceError, UnsupportedError
 from marlin_convert.native import cuda
+from tests.support.cli import PATIENCE
 from tests.support.hub_server import Hub
 from tests.support.tiny_models import (
     BLOCKS,
@@ -372,10 +373,12 @@ except HubError as error: print(error)
 """
 
 
+@pytest.mark.slow
 def test_load_from_the_hub(pair: Pair, hub: Hub, tmp_path: Path) -> None:
     hub.add("me/tiny-marlin", pair.out)
     process = subprocess.run(
-        [sys.executable, "-c", LOAD, tmp_path / "logits"], capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", LOAD, tmp_path / "logits"],
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
         env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf-home")},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr

@@ -69,7 +69,7 @@ LACKING = {
 #: (number of ranks, what they share out, whose kernel). Ours rounds its sums to fp16.
 RANKS = [
     (1, "tensors", "vllm"), (2, "tensors", "vllm"), (4, "tensors", "vllm"), (2, "experts", "vllm"),
-    (1, "tensors", "ours"), (2, "tensors", "ours"),
+    (1, "tensors", "ours"), (2, "tensors", "ours"), (4, "tensors", "ours"),
 ]  # fmt: skip
 CLOSE = {"vllm": 1e-9, "ours": 2e-3}
 
@@ -79,7 +79,9 @@ def mixture(name: str) -> bool:
 
 
 EXPERTS_REFUSED = "experts: this plugin does not run experts with act-order; load the GPTQ checkpoint"
-ROWS_REFUSED = "act-order, whose rows cannot be split over tensor-parallel ranks"
+ROWS_REFUSED = (
+    "become groups of 16 (it has act-order), which vLLM's Marlin kernel does not have; marlin-convert's are not used"
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_every_rank_has_its_piece(ranks: Any, name: str) -> None:
     if shared == "experts" and not mixture(name):
         pytest.skip("vLLM shares out the experts of mixtures only")
     for result in (of_rank[name] for of_rank in found):
-        if "act-order" in name and (mixture(name) or count > 1):
+        if "act-order" in name and (mixture(name) or (count > 1 and kernel == "vllm")):
             assert (EXPERTS_REFUSED if mixture(name) else ROWS_REFUSED) in result
             continue
         if name in LACKING and kernel == "vllm":
@@ -173,6 +175,8 @@ def test_every_architecture(everywhere: Any, built: dict[str, Pair], name: str) 
     by name."""
     count, found = everywhere
     for result in found[name]:
+        if isinstance(result, str) and result.startswith("not even the plain model"):
+            pytest.skip(f"this version of vLLM loads {result[:300]}")
         if (name, count) in REFUSED:
             assert REFUSED[name, count] in result
             continue

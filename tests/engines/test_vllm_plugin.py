@@ -197,10 +197,27 @@ def test_row_parallel(ranks: int, extended: bool, kind: dict[str, Any]) -> None:
         check(method.apply(linear, x), x, pieces[name][1][rank * own : (rank + 1) * own])
 
 
-def test_row_parallel_act_order_is_refused() -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kind", [{"group": 64}, {"group": 128, "asym": True}, {"group": -1}, {"bits": 8, "group": 32}])
+def test_row_parallel_act_order(monkeypatch: pytest.MonkeyPatch, ranks: int, kind: dict[str, Any]) -> None:
+    """Each rank has some rows of every group: on our kernels, in groups of 16."""
+    choose(monkeypatch, "auto", capability=(8, 0))
+    name, kind = "model.layers.0.mlp.down_proj", {**kind, "order": True}
+    pieces = {name: (*random_layer(512, 256, **kind), kind)}
+    own = 512 // ranks
+    for rank in range(ranks):
+        linear = Linear(rank, torch.randn(256).half())
+        method = load(config_of(pieces, True), [name], pieces, linear, (own, [256], 512, 256), [None], True)
+        assert method.products[0].ours == (ranks > 1 and kind["group"] != -1)
+        x = torch.randn(2, 5, own).half()
+        check(method.apply(linear, x), x, pieces[name][1][rank * own : (rank + 1) * own])
+
+
+def test_row_parallel_act_order_is_refused_without_our_kernels() -> None:
     name, kind = "model.layers.0.mlp.down_proj", {"group": 64, "order": True}
     pieces = {name: (*random_layer(512, 256, **kind), kind)}
-    with pytest.raises(ValueError, match=r"layer: it has act-order, whose rows cannot be split"):
+    message = r"layer: rows 0 to 256 of 512, of this rank, become groups of 16 \(it has act-order\)"
+    with pytest.raises(ValueError, match=message):
         load(config_of(pieces, True), [name], pieces, Linear(0), (256, [256], 512, 256), [None], True)
 
 

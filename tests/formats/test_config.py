@@ -356,7 +356,6 @@ def test_dynamic_rule_with_an_odd_value() -> None:
         ({"quant_method": "torchao"}, "torchao"),
         ({"quant_method": "something-new"}, "'something-new'"),
         ({"quant_method": "gptq", "checkpoint_format": "bitblas"}, "'bitblas'"),
-        ({"quant_method": "gptq", "checkpoint_format": "marlin_ext"}, "'marlin_ext'"),
     ],
     ids=str,
 )

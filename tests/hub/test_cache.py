@@ -16,6 +16,7 @@ from marlin_convert.errors import HubError
 from marlin_convert.hub.answers import RemoteFile
 from marlin_convert.hub.cache import Cache
 from marlin_convert.hub.download import download
+from tests.support.cli import PATIENCE
 
 REPO = "someone/large-gptq"
 COMMIT = "c" * 40
@@ -72,7 +73,7 @@ def test_what_another_program_is_linking_to_stays(cache: Cache, tmp_path: Path) 
         cache.give_up(FILE, cache.use(FILE))
     finally:
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
     assert cache.blob(FILE).read_bytes() == CONTENT
     cache.give_up(FILE, cache.use(FILE))  # the next who passes takes it along
     assert not cache.blob(FILE).exists()

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 from marlin_convert.errors import SourceError
 from marlin_convert.hub.open import fetch
-from tests.support.cli import SECRET, Run, refusal
+from tests.support.cli import PATIENCE, PROGRAM, SECRET, Run, refusal, running
 from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
 from tests.support.hub_server import Hub, Request
 
@@ -270,6 +269,7 @@ def test_a_server_that_is_no_hub(hub: Hub, online: Callable[..., Run], tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_ends_at_once(hub: Hub, repository: Source, tmp_path: Path) -> None:
     """huggingface_hub alone would wait for every file, which may be gigabytes, or for the server, as here."""
     arrived, release = threading.Event(), threading.Event()
@@ -277,20 +277,18 @@ def test_an_interrupted_download_ends_at_once(hub: Hub, repository: Source, tmp_
     def hold(request: Request) -> None:
         if request.method == "GET" and request.path.endswith("00002-of-00002.safetensors"):
             arrived.set()
-            release.wait(60)
+            release.wait()
 
     hub.fault = hold
-    process = subprocess.Popen(
-        [sys.executable, "-m", "marlin_convert.cli", REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache"],
-        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf-home")},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = [*PROGRAM, REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache"]
+    patience = {"HF_HUB_DOWNLOAD_TIMEOUT": str(2 * PATIENCE)}  # the client's own
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), **patience}
     try:
-        assert arrived.wait(30)
-        process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=8)[1]  # the client's own patience is 10 s
+        with running(command, env=env, stderr=subprocess.PIPE) as process:
+            assert arrived.wait(PATIENCE)
+            process.send_signal(signal.SIGINT)
+            error = process.communicate(timeout=PATIENCE)[1]
     finally:
-        process.kill()
         release.set()
     assert process.returncode == 130
     assert error == "\nmarlin-convert: interrupted; nothing half-done was left behind.\n"

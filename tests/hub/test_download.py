@@ -24,14 +24,14 @@ import numpy as np
 import pytest
 import torch
 
-from marlin_convert.checkpoint import writer as publish
+from marlin_convert.checkpoint import output_folder
 from marlin_convert.conversion import supply
 from marlin_convert.conversion.convert import looked_at
 from marlin_convert.conversion.supply import check_room
 from marlin_convert.errors import OutputError
 from marlin_convert.options import HubAccess
 from tests.support import hub_server
-from tests.support.cli import Run, refusal
+from tests.support.cli import PATIENCE, PROGRAM, Run, refusal, running
 from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
 from tests.support.hub_server import Hub, Request, at_first
 
@@ -182,7 +182,7 @@ def test_low_disk_interrupted(
 
     hub.fault = hold_the_last
     with program(hub, tmp_path, "--low-disk") as process:
-        assert arrived.wait(30)
+        assert arrived.wait(PATIENCE)
         process.kill()
     left = {name for name in disk.weights() if (disk.blobs / name).exists()}
     assert disk.weights()
@@ -213,17 +213,10 @@ def test_a_layer_in_the_first_and_the_last_file(
 
 @contextlib.contextmanager
 def program(hub: Hub, tmp_path: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "marlin_convert.cli", REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache",
-         "--quiet", *options],
-        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf-home")},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
+    command = [*PROGRAM, REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache", "--quiet", *options]
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf-home")}
+    with running(command, env=env, stderr=subprocess.PIPE) as process:
         yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
@@ -244,7 +237,7 @@ def test_an_interrupted_download_is_taken_up_again(
     with program(hub, tmp_path) as process:
         assert until(lambda: sum(disk.weights().values()) >= 20_000_000)
         process.send_signal(number)
-        process.wait(10)
+        process.wait(PATIENCE)
     ended.set()
     assert not (tmp_path / "out").exists()
     hub.alter = lambda _, content: content
@@ -266,7 +259,7 @@ class Stalling(bytes):
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice) and key.start is not None and key.start >= self.pause:  # type: ignore[attr-defined]
-            self.event.wait(60)  # type: ignore[attr-defined]
+            self.event.wait(PATIENCE)  # type: ignore[attr-defined]
         return super().__getitem__(key)
 
 
@@ -457,7 +450,9 @@ def test_room_on_the_disk(hub: Hub, repository: Source, tmp_path: Path, monkeypa
             assert needed == expected
             needed.clear()
         monkeypatch.undo()
-        monkeypatch.setattr(publish.shutil, "disk_usage", lambda _: type("Usage", (), {"free": result + largest + 5}))
+        monkeypatch.setattr(
+            output_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": result + largest + 5})
+        )
         check(low_disk=True)
         with pytest.raises(OutputError) as error:
             check(low_disk=False)
@@ -553,7 +548,7 @@ def both(hub: Hub, online: Callable[..., Run], tmp_path: Path, first: list[str],
     hub.fault = begin_another
     result = online(REPO, tmp_path / "first", *common, *first)
     assert (result.code, result.err) == (0, "")
-    error = began[0].communicate(timeout=60)[1]
+    error = began[0].communicate(timeout=PATIENCE)[1]
     assert (began[0].returncode, error) == (0, "")
     for path in (tmp_path / "first").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
@@ -594,5 +589,5 @@ def test_huggingface_hub_waits_for_a_file(
     hub.fault = ask_for_it
     result = online(REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache", "--quiet", "--low-disk")
     assert (result.code, result.err) == (0, "")
-    path = Path(others[0].communicate(timeout=60)[0].strip())
+    path = Path(others[0].communicate(timeout=PATIENCE)[0].strip())
     assert path.read_bytes() == (repository.folder / name).read_bytes()

@@ -33,8 +33,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {},
     "bloom": {"n_layer": 2, "n_head": 4, "tie_word_embeddings": True},
-    "cohere": {},
-    "cohere2": {},
+    "cohere": {"model_max_length": 256},
+    "cohere2": {"model_max_length": 256},
     "deepseek_v2": {},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "ernie4_5": {},
@@ -102,6 +102,7 @@ REFUSED = {
         "phimoe": "vLLM computes its experts as one layer, and model.layers.0.mlp.experts.0.down_proj is not quantized",
     }.items()
 }
+REFUSED["gpt_neox, heads of 96", 2] = "attention.dense: rows 0 to 192 of 384, of this rank, become groups of 16"
 
 #: The linears of all of them: neither embeddings, heads and norms, nor what quantizers leave alone.
 LINEARS = (
