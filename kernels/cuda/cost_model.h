@@ -63,8 +63,8 @@ struct CostModel {
   double misaligned;      // us when ranges end inside tiles: a block then has two tiles' ends,
   double misaligned_kb;   //   and for each KB of sums
   double clock;           // sm90_wide: cycles per us of the tensor cores, at 4096 flops a cycle,
-  double step_floor;      //   cycles that a step takes however small its tile,
-  double step_floor_zeros, step_floor_b8;  // and further ones with zero points, with 8 bits,
+  // and cycles that a step takes however small its tile: by 128 or 256 columns, 4 or 8 bits, without zero points or with
+  double step_floor[2][2][2];
   double tile_end;        //   and cycles at the end of a tile,
   double tile_end_output; //     and for each of its outputs;
   double exchange;        //   cycles to exchange sums,

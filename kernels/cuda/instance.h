@@ -1,7 +1,7 @@
 // instance.h: the instances of the kernel templates, as data. Each has a number and a name that never change, such as
 // sm90_m16n128_b4_g64: instructions of sm_90, output tiles of 16 rows (M) by 128 columns (N), 4 bits, groups of 64.
-// Names end in z where an instance beside it, for the same numbers, takes no zero points; "gany" takes any groups, and
-// so do all of sm90_wide.
+// Names end in z where an instance beside it, for the same numbers, takes no zero points; "gany" takes any groups.
+// Those of sm90_wide that end in z take weights with zero points alone.
 #pragma once
 
 #include <vector>

@@ -120,7 +120,6 @@ MARLIN_WGMMA_BOTH(1, "8", "%0, %1, %2, %3", "4", "5", "6", "7", "8", "9", MARLIN
 MARLIN_WGMMA_BOTH(2, "16", "%0, %1, %2, %3, %4, %5, %6, %7", "8", "9", "10", "11", "12", "13", MARLIN_D1(0), MARLIN_D1(1))
 MARLIN_WGMMA_BOTH(4, "32", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "16", "17", "18", "19", "20", "21", MARLIN_D4(0))
 MARLIN_WGMMA_BOTH(8, "64", MARLIN_R8_0, "32", "33", "34", "35", "36", "37", MARLIN_D8(0))
-MARLIN_WGMMA_BOTH(13, "104", MARLIN_R8_0 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51", "52", "53", "54", "55", "56", "57", MARLIN_D8(0), MARLIN_D4(8), MARLIN_D1(12))
 MARLIN_WGMMA_BOTH(16, "128", MARLIN_R8_0 ", " MARLIN_R8_1, "64", "65", "66", "67", "68", "69", MARLIN_D8(0), MARLIN_D8(8))
 MARLIN_WGMMA_BOTH(32, "256", MARLIN_R8_0 ", " MARLIN_R8_1 ", " MARLIN_R8_2 ", " MARLIN_R8_3, "128", "129", "130", "131", "132", "133", MARLIN_D8(0), MARLIN_D8(8), MARLIN_D8(16), MARLIN_D8(24))
 #undef MARLIN_WGMMA_BOTH
