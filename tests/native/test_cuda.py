@@ -22,7 +22,7 @@ from marlin_convert.conversion.verify import TOLERANCE, product_for, verify
 from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats.layout import permute_scales
-from marlin_convert.native import cuda, repack
+from marlin_convert.native import cuda, reference
 from tests.support.gptq_checkpoints import GPTQLayer, write_source
 
 
@@ -162,8 +162,8 @@ def test_tensors_on_the_cpu_are_refused() -> None:
 def twin(monkeypatch: pytest.MonkeyPatch) -> Device:
     """A "GPU" whose memory is the CPU's and whose kernels are the twin's."""
     monkeypatch.setattr(cuda, "torch_device", lambda _: torch.device("cpu"))
-    monkeypatch.setattr(cuda, "gemm", lambda a, B, s: repack.matmul_marlin(a.float(), B, s).half())
-    monkeypatch.setattr(cuda, "repack", repack.gptq_to_marlin)
+    monkeypatch.setattr(cuda, "gemm", lambda a, B, s: reference.matmul_marlin(a.float(), B, s).half())
+    monkeypatch.setattr(cuda, "repack", reference.gptq_to_marlin)
     return Device("cuda", 0, "a twin", (8, 0))
 
 
@@ -195,7 +195,7 @@ def test_the_gpus_product_finds_wrong_scales(tmp_path: Path, twin: Device) -> No
         for k0 in range(0, 256, 64):
             block = np.ascontiguousarray(qweight[k0 // 8 : k0 // 8 + 8])
             product.add_source(k0, block)
-            product.add_stored(k0, repack.gptq_to_marlin(torch.from_numpy(block)).numpy())
+            product.add_stored(k0, reference.gptq_to_marlin(torch.from_numpy(block)).numpy())
         errors.append(product.errors()[1])
     assert errors[0] < 5e-4
     assert errors[1] > 0.1
@@ -205,7 +205,7 @@ def test_the_gpus_product_finds_wrong_scales(tmp_path: Path, twin: Device) -> No
 def test_repacking_on_the_gpu(twin: Device) -> None:
     """Asked for by name, the GPU repacks; auto leaves it to the CPU. Both write into the array they are given."""
     qweight = np.random.default_rng(0).integers(-(2**31), 2**31, (32, 256), dtype=np.int32)
-    expected = repack.gptq_to_marlin(torch.from_numpy(qweight)).numpy()
+    expected = reference.gptq_to_marlin(torch.from_numpy(qweight)).numpy()
     for options in (Options(device="cuda:0"), Options(device="auto")):
         B = np.zeros((16, 512), np.int32)
         packer(twin, options)(qweight, B, 4)
