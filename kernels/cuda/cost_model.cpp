@@ -40,8 +40,8 @@ CostModel sm90_wide_on_h100() {
   CostModel m = sm90_on_h100();
   m.launch = 3.0;
   m.clock = 1754;
-  const double floors[2][2][2] = {{{500, 737}, {559, 737}}, {{550, 1131}, {1131, 1190}}};
-  std::copy(&floors[0][0][0], &floors[0][0][0] + 8, &m.step_floor[0][0][0]);
+  const double floors[3][2][2] = {{{500, 737}, {559, 737}}, {{550, 956}, {710, 996}}, {{550, 1131}, {1131, 1190}}};
+  std::copy(&floors[0][0][0], &floors[0][0][0] + 12, &m.step_floor[0][0][0]);
   m.tile_end = 1000;
   m.tile_end_output = 0.05;
   m.exchange = 2930;
@@ -119,7 +119,7 @@ Prediction predict_wide(const CostModel& m, const TileShape& tile, double readin
   const double outputs = static_cast<double>(tile.block_m) * tile.block_n;
   const double flops_per_cycle = 4096;
   const double tensor = 2 * outputs * tile.block_k / flops_per_cycle;
-  const double floor = m.step_floor[tile.block_n == 256][tile.bits == 8][x.zeros];
+  const double floor = m.step_floor[tile.block_n / 64 - 2][tile.bits == 8][x.zeros];
   const double step = std::pow(std::pow(tensor, 5) + std::pow(floor, 5), 0.2);
   const double end = m.tile_end + m.tile_end_output * outputs;
   double cycles = static_cast<double>(schedule.busiest) * step + static_cast<double>(schedule.waves) * end;

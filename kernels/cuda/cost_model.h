@@ -63,8 +63,8 @@ struct CostModel {
   double misaligned;      // us when ranges end inside tiles: a block then has two tiles' ends,
   double misaligned_kb;   //   and for each KB of sums
   double clock;           // sm90_wide: cycles per us of the tensor cores, at 4096 flops a cycle,
-  // and cycles that a step takes however small its tile: by 128 or 256 columns, 4 or 8 bits, without zero points or with
-  double step_floor[2][2][2];
+  // and cycles that a step takes however few its rows: by 128, 192 or 256 columns, 4 or 8 bits, without zero points or with
+  double step_floor[3][2][2];
   double tile_end;        //   and cycles at the end of a tile,
   double tile_end_output; //     and for each of its outputs;
   double exchange;        //   cycles to exchange sums,

@@ -68,7 +68,12 @@ def test_instances_are_what_their_names_say() -> None:
         takes_zeros = 2 * bool(z) if wide else bool(z) or group != "128" or bits == "8"
         assert (x.zero_points, x.rounds_weights) == (takes_zeros, bool(wide))
         assert 0 < x.id < 1 << 12
-    known = {"sm80_m8n256_b4_g128": 1, "sm80_m128n128_b8_gany": 25, "sm90_m16n128_b4_g64": 122, "sm90_wide_m256n128_b8_ganyz": 331}
+    known = {
+        "sm80_m8n256_b4_g128": 1,
+        "sm80_m128n128_b8_gany": 25,
+        "sm90_m16n128_b4_g64": 122,
+        "sm90_wide_m256n128_b8_ganyz": 331,
+    }
     assert known == {name: found[name].id for name in known if name in found}
     code = lib.marlin_cuda_instance(len(found), ctypes.byref(cuda.Instance()))
     assert code == -9  # MARLIN_CUDA_ERROR_VARIANT
