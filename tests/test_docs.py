@@ -165,7 +165,7 @@ def test_json_documents_have_the_documented_keys(
     found = {
         "convert": run(source.folder, out, "--verify", "--json").json(),
         "verify": json.loads((out / "verify.json").read_text()),
-        "dry-run": run(source.folder, "--dry-run", "--json").json(),
+        "dry-run": run(source.folder, "--dry-run", "--engine", "vllm", "--json").json(),
         "to-gptq": run("to-gptq", out, tmp_path / "gptq", "--json").json(),
         "error": run(source.folder, out, "--json").json(),
     }

@@ -35,7 +35,7 @@ from ..errors import (
 from ..formats.gptq import ZeroPointEncoding
 from ..formats.gptq_config import find_configs
 from ..formats.layout import TILE_K, pack_zeros, permute_scales, unpack_zeros, unpermute_scales
-from ..formats.marlin_config import marlin_ext_settings, marlin_model_config, marlin_settings
+from ..formats.marlin_config import marlin_ext_settings, marlin_model_config, marlin_settings, ties
 from ..hub.client import is_folder
 from ..hub.open import Source, fetch, looked_into
 from ..hub.upload import check_target, create_repository, default_name, push
@@ -52,10 +52,18 @@ from ..options import (
     QuantMethod,
 )
 from ..progress import BytesOnly, Progress
-from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks, strips
+from .blocks import Buffers, byte_blocks, column_panels, group_strips, run_all, stored_blocks, strips
 from .card import Made, model_card, with_verdict, write_card
 from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
-from .layer_reader import Order, order_difference, source_columns, source_rows, stored_groups, stored_order
+from .layer_reader import (
+    Order,
+    order_difference,
+    source_columns,
+    source_perm,
+    source_rows,
+    stored_groups,
+    stored_order,
+)
 from .plan import Layer, Plan, make_plan
 from .supply import Item, Supply, arrivals, check_room, counted
 from .verify import Verification, Verifier, code_difference, verify
@@ -278,24 +286,35 @@ def looked_at(source: str | Path, access: HubAccess) -> Iterator[tuple[Source, C
     looking = looked_into(
         str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir, scales=True
     )
-    with looking as origin, Checkpoint(origin.folder) as checkpoint:
+    with looking as origin, Checkpoint(origin.folder, partial=origin.remote is not None) as checkpoint:
         yield origin, checkpoint
 
 
 def _source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """What only the source's files tell, for `to-gptq`: its settings, and the types of what was converted."""
     main = checkpoint.configs.get("config.json", {})
-    dtypes = [layer.scales.dtype for layer in plan.layers]
-    common = max(dict.fromkeys(dtypes), key=dtypes.count)
+    scales, other_scales = _common({x.name: x.scales.dtype for x in plan.layers})
+    g_idx, other_g_idx = _common({x.name: x.g_idx.dtype if x.g_idx else None for x in plan.layers})
     readings = {layer.zeros for layer in plan.layers}
     return {
         "configs": find_configs(checkpoint.configs),
         "dtypes": {key: main.get(key) for key in ("torch_dtype", "dtype")},
-        "scales_dtype": common,
-        "scales_dtypes": {x.name: x.scales.dtype for x in plan.layers if x.scales.dtype != common},
-        "g_idx": sum(layer.g_idx is not None for layer in plan.layers) * 2 >= len(plan.layers),
+        "ties": ties(main) if plan.lm_head else {},
+        "scales_dtype": scales,
+        "scales_dtypes": other_scales,
+        "g_idx_dtype": g_idx,
+        "g_idx_dtypes": other_g_idx,
+        "without_qzeros": [layer.name for layer in plan.layers if layer.qzeros is None],
+        "zero_points_stored": {x.name: x.stored_zero for x in plan.layers if x.stored_zero is not None},
         "zero_point_reading": "word" if ZeroPointEncoding.V1_WORD in readings else "nibble",
     }
+
+
+def _common(values: dict[str, str | None]) -> tuple[str | None, dict[str, str | None]]:
+    """The value that most of the layers have, and the others' values by name."""
+    found = list(values.values())
+    common = max(dict.fromkeys(found), key=found.count)
+    return common, {name: value for name, value in values.items() if value != common}
 
 
 def usable_device(options: Options) -> tuple[Device, str | None]:
@@ -340,7 +359,10 @@ def packer(device: Device, options: Options) -> Packer:
     target = cuda.torch_device(device)
 
     def pack(words: npt.NDArray[np.int32], B: npt.NDArray[np.int32], bits: int) -> None:
-        torch.from_numpy(B).copy_(cuda.repack(torch.from_numpy(words).to(target), bits=bits))
+        # Of a wide layer come fewer rows than the kernel takes; each tile row is packed by itself.
+        missing = -len(B) % (cuda.K_MULTIPLE // TILE_K) * TILE_K * bits // 32
+        given = torch.nn.functional.pad(torch.from_numpy(words).to(target), (0, 0, 0, missing))
+        torch.from_numpy(B).copy_(cuda.repack(given, bits=bits)[: len(B)])
 
     return pack
 
@@ -423,21 +445,25 @@ def write_tensors(
         progress.advance(nbytes, layer.name, done=done)
 
     def write_groups(layer: Layer) -> None:
-        """Scales, zero points and the order of rows: small."""
-        groups = stored_groups(checkpoint, layer)
-        s = permute_scales(groups.scales)
-        problem = not np.array_equal(unpermute_scales(s).view(np.uint16), groups.scales.view(np.uint16))
-        shards.write(layer.s.name, s)
-        written = s.nbytes
-        if layer.marlin_qzeros is not None and groups.zeros is not None:
-            qzeros = pack_zeros(groups.zeros, layer.bits)
-            problem = problem or not np.array_equal(unpack_zeros(qzeros, layer.bits), groups.zeros)
-            shards.write(layer.marlin_qzeros.name, qzeros)
-            written += qzeros.nbytes
-        if layer.marlin_perm is not None and groups.perm is not None:
-            shards.write(layer.marlin_perm.name, groups.perm)
-            written += groups.perm.nbytes
-        if problem:
+        """Scales and zero points, strip by strip, and the order of rows."""
+        written, equal = 0, True
+        for first, count in group_strips(layer.stored_G, layer.stored_N):
+            groups = stored_groups(checkpoint, layer, first, count)
+            s = permute_scales(groups.scales, layer.stored_G)
+            own = unpermute_scales(s, layer.stored_G)
+            equal = equal and np.array_equal(own.view(np.uint16), groups.scales.view(np.uint16))
+            shards.write(layer.s.name, s, first * layer.stored_N * s.itemsize)
+            written += s.nbytes
+            if layer.marlin_qzeros is not None and groups.zeros is not None:
+                qzeros = pack_zeros(groups.zeros, layer.bits)
+                equal = equal and np.array_equal(unpack_zeros(qzeros, layer.bits), groups.zeros)
+                shards.write(layer.marlin_qzeros.name, qzeros, first * qzeros.shape[1] * 4)
+                written += qzeros.nbytes
+        perm = source_perm(checkpoint, layer)
+        if layer.marlin_perm is not None and perm is not None:
+            shards.write(layer.marlin_perm.name, perm)
+            written += perm.nbytes
+        if not equal:
             raise MarlinConvertError(
                 f"{layer.name}: permuting the scales went wrong; this is a bug or faulty memory, nothing was kept."
             )
@@ -475,7 +501,9 @@ def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method
             plan.settings, group_size=plan.group_size, lm_head=plan.lm_head, quant_method=quant_method
         )
     if "config.json" in checkpoint.configs:
-        config = marlin_model_config(checkpoint.configs["config.json"], settings, float16=not plan.extended)
+        config = marlin_model_config(
+            checkpoint.configs["config.json"], settings, float16=not plan.extended, own_head=plan.lm_head
+        )
         write_json(folder / "config.json", config)
     write_json(folder / "quantize_config.json", settings)
 

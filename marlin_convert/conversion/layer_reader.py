@@ -13,7 +13,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import UnsupportedError
 from ..formats.gptq import every_code, weights
 from ..formats.layout import TILE_K, TILE_N, pack_factor, tile_words, zero_point
-from ..formats.scales import to_extended, to_fp16
+from ..formats.scales import as_stored
 from ..native import cpu
 from .blocks import Buffers
 from .plan import Layer
@@ -23,27 +23,28 @@ Words: TypeAlias = "npt.NDArray[np.int32]"
 
 @dataclass(frozen=True)
 class Groups:
-    """What a layer has for its groups: scales [G, N] (fp16, or bf16 as uint16), zero points uint8 [G, N] unless it is
-    symmetric, and with act-order the source's row of each stored row, int32 [K]. Columns in their own order."""
+    """What a layer, or some of its groups, have: scales [G, N] (fp16, or bf16 as uint16), and zero points uint8 [G, N]
+    unless it is symmetric. Columns in their own order."""
 
     scales: npt.NDArray[Any]
     zeros: npt.NDArray[np.uint8] | None
-    perm: Words | None
 
 
-def source_groups(checkpoint: Checkpoint, layer: Layer) -> Groups:
-    """As the source has them; scales in the type in which they are stored. Raises UnsupportedError where it cannot
-    hold them."""
-    fit = to_extended if layer.extended else to_fp16
-    found = fit(checkpoint.read(layer.scales), layer.scales.dtype)
+def source_groups(checkpoint: Checkpoint, layer: Layer, first: int = 0, count: int | None = None) -> Groups:
+    """Groups `first` … as the source has them; scales in the type in which they are stored. Raises UnsupportedError
+    where it cannot hold them."""
+    count = layer.G - first if count is None else count
+    found = as_stored(checkpoint.read_rows(layer.scales, first, count), layer.scales.dtype, layer.stored_scales)
     if found.problem:  # known before, but for fp16 scales that have only just come from the Hub
         raise UnsupportedError(f"{layer.name}: {found.problem}; nothing was converted.")
-    return Groups(found.scales, source_zeros(checkpoint, layer), source_perm(checkpoint, layer))
+    return Groups(found.scales, source_zeros(checkpoint, layer, first, count))
 
 
-def source_zeros(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[np.uint8] | None:
-    """Zero points [G, N], unless the layer is symmetric."""
-    return None if layer.sym or layer.qzeros is None else layer.zero_points(checkpoint.read(layer.qzeros))
+def source_zeros(checkpoint: Checkpoint, layer: Layer, first: int, count: int) -> npt.NDArray[np.uint8] | None:
+    """Zero points [count, N] of groups `first` …, unless the layer is symmetric."""
+    if layer.sym or layer.qzeros is None:
+        return None
+    return layer.zero_points(checkpoint.read_rows(layer.qzeros, first, count))
 
 
 def source_perm(checkpoint: Checkpoint, layer: Layer) -> Words | None:
@@ -53,22 +54,23 @@ def source_perm(checkpoint: Checkpoint, layer: Layer) -> Words | None:
     return np.argsort(checkpoint.read(layer.g_idx), kind="stable").astype(np.int32)
 
 
-def stored_groups(checkpoint: Checkpoint, layer: Layer) -> Groups:
-    """As they are stored: cut groups repeated, padding zero."""
-    source = source_groups(checkpoint, layer)
-    return Groups(
-        _stored(source.scales, layer), None if source.zeros is None else _stored(source.zeros, layer), source.perm
-    )
-
-
-def _stored(values: npt.NDArray[Any], layer: Layer) -> npt.NDArray[Any]:
-    if values.shape == (layer.stored_G, layer.stored_N):
-        return values
-    stored = np.zeros((layer.stored_G, layer.stored_N), values.dtype)
+def stored_groups(checkpoint: Checkpoint, layer: Layer, first: int, count: int) -> Groups:
+    """Groups `first` … as they are stored: cut groups repeated, padding zero."""
     step = 1 if layer.G == 1 else layer.group_rows // layer.stored_group_size
     used = 1 if layer.G == 1 else -(-layer.K // layer.stored_group_size)
-    stored[:used, : layer.N] = np.repeat(values, step, axis=0)[:used]
-    return stored
+    own = max(0, min(count, used - first))
+    if own == count and step == 1 and layer.stored_N == layer.N:
+        return source_groups(checkpoint, layer, first, count)
+    kind = np.uint16 if layer.stored_scales == "BF16" else np.float16
+    scales: npt.NDArray[Any] = np.zeros((count, layer.stored_N), kind)
+    zeros = None if layer.sym else np.zeros((count, layer.stored_N), np.uint8)
+    if own:
+        rows = np.arange(first, first + own) // step
+        source = source_groups(checkpoint, layer, int(rows[0]), int(rows[-1] - rows[0]) + 1)
+        scales[:own, : layer.N] = source.scales[rows - rows[0]]
+        if zeros is not None and source.zeros is not None:
+            zeros[:own, : layer.N] = source.zeros[rows - rows[0]]
+    return Groups(scales, zeros)
 
 
 def source_rows(checkpoint: Checkpoint, layer: Layer, k0: int, rows: int, buffers: Buffers) -> Words:
@@ -156,9 +158,9 @@ def _fill(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[np.uint8]:
     if layer.sym:
         return np.full(layer.stored_N, zero_point(layer.bits), np.uint8)
     fill = np.zeros(layer.stored_N, np.uint8)
-    zeros = source_zeros(checkpoint, layer)
+    zeros = source_zeros(checkpoint, layer, layer.G - 1, 1)
     assert zeros is not None
-    fill[: layer.N] = zeros[-1]
+    fill[: layer.N] = zeros[0]
     return fill
 
 

@@ -35,18 +35,19 @@ from ..formats.layout import (
     unpermute_scales,
     zero_point,
 )
-from ..formats.marlin_config import read_marlin_settings
+from ..formats.marlin_config import TIED, read_marlin_settings
 from ..formats.stored import MARLIN_PARTS, StoredLayer, is_marlin_part, layer_names, stored_layers
 from ..hub.open import Source
 from ..native import cpu
 from ..options import CARD_FILE, REPORT_FILE, Format, HubAccess, Options, ZeroPointReading
 from ..progress import Progress
-from .blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all
+from .blocks import Buffers, byte_blocks, column_panels, group_strips, row_blocks, run_all
 from .convert import keep_apart, opened
 from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
 from .plan import GPTQ_PARTS
 
-_NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}
+_NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I32": np.int32, "I64": np.int64}
+_SCALES, _INDEX = ("F16", "BF16", "F32"), ("I32", "I64")  # dtypes of the source
 
 #: Parts of GPTQ layers that nothing else has; "scales" may be anybody's.
 _GPTQ_ONLY = ("qweight", "qzeros", "g_idx")
@@ -60,7 +61,9 @@ class MarlinLayer:
 
     stored: StoredLayer[Tensor]
     scales_dtype: str  # of the source
-    g_idx: bool  # whether the source had one
+    g_idx: str | None  # the dtype of the source's, if it had one
+    qzeros: bool = True  # whether the source had them
+    stored_zero: int | None = None  # in qzeros of a symmetric layer, where its checkpoint_format stores another number
 
     @property
     def name(self) -> str:
@@ -99,8 +102,11 @@ class MarlinLayer:
             "qzeros": OutTensor(f"{self.name}.qzeros", "I32", (self.G, columns), self.G * columns * 4),
             "scales": OutTensor(f"{self.name}.scales", self.scales_dtype, (self.G, self.N), self.G * self.N * width),
         }
+        if not self.qzeros:
+            del found["qzeros"]
         if self.g_idx:
-            found["g_idx"] = OutTensor(f"{self.name}.g_idx", "I32", (self.K,), self.K * 4)
+            width = np.dtype(_NUMPY[self.g_idx]).itemsize
+            found["g_idx"] = OutTensor(f"{self.name}.g_idx", self.g_idx, (self.K,), self.K * width)
         return found
 
 
@@ -159,13 +165,14 @@ def restore(
         keep_apart(origin.folder, out)
         checkpoint.require_fit()
         noted = _noted(checkpoint)
-        layers = [_layer(stored, noted) for stored in marlin_layers(checkpoint).values()]
+        zero_points = "gptq_v2" if v2 else "gptq"
+        layers = [_layer(stored, noted, zero_points) for stored in marlin_layers(checkpoint).values()]
         owned = {tensor.name for layer in layers for tensor in layer.stored.parts.values()}
         owned |= _stray_g_idx(checkpoint, layers)
         copies = [t for t in checkpoint.tensors.values() if t.name not in owned]
         _require_one_format(checkpoint, layers, copies)
         tensors, format = _in_order(layers, copies), layers[0].stored.format
-        report = Restored(origin, out, format, "gptq_v2" if v2 else "gptq", layers, copies, bool(noted))
+        report = Restored(origin, out, format, zero_points, layers, copies, bool(noted))
         report.bytes_out = sum(t.nbytes for t in tensors)
         require_free_names(checkpoint, shard_names(tensors, options.max_shard_size))
         require_readable(checkpoint)
@@ -205,8 +212,12 @@ def _is_noted(key: str, value: Any) -> bool:
         return isinstance(value, dict) and all(isinstance(config, dict) for config in value.values())
     if key == "dtypes":
         return isinstance(value, dict) and value.keys() <= {"torch_dtype", "dtype"}
-    if key == "scales_dtypes":
-        return isinstance(value, dict) and all(isinstance(dtype, str) for dtype in value.values())
+    kinds: dict[str, Any] = {"scales_dtypes": str, "g_idx_dtypes": (str, type(None)), "zero_points_stored": int}
+    kinds["ties"] = (bool, type(None))
+    if key in kinds:
+        return isinstance(value, dict) and all(isinstance(entry, kinds[key]) for entry in value.values())
+    if key == "without_qzeros":
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
     return not isinstance(value, (dict, list))
 
 
@@ -234,16 +245,30 @@ def marlin_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer[Tensor]]:
     return stored_layers(str(checkpoint.folder), checkpoint.tensors, read_marlin_settings(found[0]))
 
 
-def _layer(stored: StoredLayer[Tensor], noted: dict[str, Any]) -> MarlinLayer:
+def _layer(stored: StoredLayer[Tensor], noted: dict[str, Any], zero_points: str) -> MarlinLayer:
     if stored.K * stored.bits % 32:
         raise SourceError(f"{stored.name}: K = {stored.K} does not fill whole words of {stored.bits}-bit codes.")
-    dtypes, default = noted.get("scales_dtypes") or {}, noted.get("scales_dtype")
-    dtype = dtypes.get(stored.name, default)
+    name = stored.name
+    scales = (noted.get("scales_dtypes") or {}).get(name, noted.get("scales_dtype"))
+    g_idx = (noted.get("g_idx_dtypes") or {}).get(name, noted.get("g_idx_dtype", "I32"))
     return MarlinLayer(
         stored,
-        dtype if dtype in _NUMPY else stored.scales.dtype,
-        noted.get("g_idx", True) is not False or stored.perm is not None,
+        scales if scales in _SCALES else stored.scales.dtype,
+        g_idx if g_idx in _INDEX else "I32" if stored.perm is not None else None,
+        stored.zeros is not None or name not in (noted.get("without_qzeros") or ()),
+        _stored_zero(noted, name, stored.bits, zero_points) if stored.zeros is None else None,
     )
+
+
+def _stored_zero(noted: dict[str, Any], name: str, bits: int, zero_points: str) -> int | None:
+    """What a symmetric layer's source stored under a checkpoint_format that stores something else, if it is the one in
+    which zero points are stored now."""
+    formats = [
+        config.get("checkpoint_format") or config.get("format") for config in (noted.get("configs") or {}).values()
+    ]
+    said = next((str(f).lower() for f in formats if f), "gptq")
+    number = (noted.get("zero_points_stored") or {}).get(name)
+    return number if said == zero_points and number in (zero_point(bits), zero_point(bits) - 1) else None
 
 
 def _stray_g_idx(checkpoint: Checkpoint, layers: list[MarlinLayer]) -> set[str]:
@@ -294,7 +319,7 @@ def _write_tensors(
     progress.stage("restoring", report.bytes_out, len(report.layers))
     buffers, counting = Buffers(), threading.Lock()
     panels_left = {
-        layer.name: sum(1 for _ in column_panels(layer.stored)) for layer in report.layers if layer.stored.perm
+        layer.name: sum(1 for _ in column_panels(layer.stored, 3)) for layer in report.layers if layer.stored.perm
     }
 
     def tasks() -> Iterator[Callable[[], None]]:
@@ -303,7 +328,7 @@ def _write_tensors(
             if layer.stored.perm is None:
                 yield partial(write_weights, layer)
                 continue
-            for n0, columns in column_panels(layer.stored):
+            for n0, columns in column_panels(layer.stored, 3):
                 yield partial(write_sorted, layer, n0, columns)
         for tensor in report.copies:
             for start, length in byte_blocks(tensor.nbytes):
@@ -356,11 +381,17 @@ def _write_tensors(
         progress.advance(own.nbytes, layer.name, done=done)
 
     def write_groups(layer: MarlinLayer) -> None:
-        """Scales, zero points and g_idx: small."""
-        groups = _restored_groups(checkpoint, layer, encoding)
-        for part, array in groups.items():
-            shards.write(f"{layer.name}.{part}", array)
-        progress.advance(sum(array.nbytes for array in groups.values()), layer.name)
+        """Scales and zero points, strip by strip, and g_idx."""
+        written = 0
+        for first, count in group_strips(layer.G, layer.N):
+            for part, array in _restored_groups(checkpoint, layer, encoding, first, count).items():
+                shards.write(f"{layer.name}.{part}", array, first * array.shape[1] * array.itemsize)
+                written += array.nbytes
+        if layer.g_idx:
+            g_idx = _restored_g_idx(checkpoint, layer)
+            shards.write(f"{layer.name}.g_idx", g_idx)
+            written += g_idx.nbytes
+        progress.advance(written, layer.name)
 
     def copy_block(tensor: Tensor, start: int, length: int) -> None:
         block = buffers.array("copy", (length,), np.uint8)
@@ -388,32 +419,41 @@ def _permutation(checkpoint: Checkpoint, layer: MarlinLayer) -> tuple[Words, Wor
 
 
 def _restored_groups(
-    checkpoint: Checkpoint, layer: MarlinLayer, encoding: ZeroPointEncoding
+    checkpoint: Checkpoint, layer: MarlinLayer, encoding: ZeroPointEncoding, first: int, count: int
 ) -> dict[str, npt.NDArray[Any]]:
-    s = checkpoint.read(layer.stored.scales)
-    scales = _source_rows(unpermute_scales(s, layer.stored.G), layer, "scales")
-    found: dict[str, npt.NDArray[Any]] = {"scales": _as_dtype(scales, layer)}
-    if layer.stored.zeros is None:
+    """Scales and qzeros of the source's groups `first` …."""
+    stored = layer.stored
+    step = 1 if stored.G == 1 else max(1, layer.group_size // stored.group_size)
+    used = -(-layer.K // stored.group_size) if stored.G > 1 else 1
+    at, rows = first * step, min((first + count) * step, used) - first * step
+
+    def own(values: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
+        """Of stored rows, which repeat the source's where groups were cut, one for each group; without padding."""
+        values = values[:, : layer.N]
+        found = np.ascontiguousarray(values[::step])
+        if not np.array_equal(np.repeat(found, step, axis=0)[:rows], values):
+            raise SourceError(f"{layer.name}: {what} differ within a group of {layer.group_size} rows.")
+        return found
+
+    s = checkpoint.read_rows(stored.scales, at, rows)
+    scales = own(unpermute_scales(s, stored.G), "scales")
+    if stored.zeros is None:
         zeros = np.full(scales.shape, zero_point(layer.bits), np.uint8)
     else:
-        zeros = _source_rows(unpack_zeros(checkpoint.read(layer.stored.zeros), layer.bits), layer, "zero points")
-    found["qzeros"] = encode_zeros(zeros, layer.bits, encoding)
-    if layer.g_idx:
-        groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
-        if layer.stored.perm is not None:
-            groups = groups[_permutation(checkpoint, layer)[1][: layer.K]]
-        found["g_idx"] = groups
-    return found
+        zeros = own(unpack_zeros(checkpoint.read_rows(stored.zeros, at, rows), layer.bits), "zero points")
+    found = {"scales": _as_dtype(scales, layer)}
+    if not layer.qzeros:
+        return found
+    if layer.stored_zero is not None:
+        zeros, encoding = np.full(scales.shape, layer.stored_zero, np.uint8), ZeroPointEncoding.V2
+    return {**found, "qzeros": encode_zeros(zeros, layer.bits, encoding)}
 
 
-def _source_rows(stored: npt.NDArray[Any], layer: MarlinLayer, what: str) -> npt.NDArray[Any]:
-    """Rows of the source's groups out of the stored ones, which repeat them where groups were cut; without padding."""
-    step = 1 if layer.stored.G == 1 else max(1, layer.group_size // layer.stored.group_size)
-    rows = np.ascontiguousarray(stored[::step, : layer.N][: layer.G])
-    used = -(-layer.K // layer.stored.group_size) if layer.stored.G > 1 else 1
-    if not np.array_equal(np.repeat(rows, step, axis=0)[:used], stored[:used, : layer.N]):
-        raise SourceError(f"{layer.name}: {what} differ within a group of {layer.group_size} rows.")
-    return rows
+def _restored_g_idx(checkpoint: Checkpoint, layer: MarlinLayer) -> npt.NDArray[Any]:
+    groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
+    if layer.stored.perm is not None:
+        groups = groups[_permutation(checkpoint, layer)[1][: layer.K]]
+    return groups.astype(_NUMPY[layer.g_idx or "I32"])
 
 
 def _as_dtype(scales: npt.NDArray[Any], layer: MarlinLayer) -> npt.NDArray[Any]:
@@ -446,12 +486,25 @@ def _write_configs(checkpoint: Checkpoint, report: Restored, folder: Path, noted
                 main.pop(key, None)
             else:
                 main[key] = value
+        _restore_ties(main, noted.get("ties") or {})
         write_json(folder / "config.json", main)
     for name in Checkpoint.CONFIG_FILES[1:]:
         if name in configs:
             write_json(folder / name, _with_format(configs[name], report.zero_points))
         elif not configs and name == "quantize_config.json":
             write_json(folder / name, settings)
+
+
+def _restore_ties(main: dict[str, Any], ties: dict[str, Any]) -> None:
+    """Say again what the source said on whether head and embedding are one; see `marlin_config.ties`."""
+    for name, said in ties.items():
+        part = main.get(name) if name else main
+        if not isinstance(part, dict):
+            continue
+        if said is None:
+            part.pop(TIED, None)
+        else:
+            part[TIED] = said
 
 
 def _with_format(config: dict[str, Any], zero_points: str) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def test_a_plan_without_fetching_the_weights(
     folder.mkdir()
     for name, content in hub.repositories[REPO].commits[hub.repositories[REPO].refs["main"]].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        assert isinstance(content, bytes)
         (folder / name).write_bytes(content)
     local = online(folder, "--dry-run", "--json").json()
     assert {**local, "source": REPO} == plan
@@ -142,7 +143,7 @@ def test_the_cache_is_used(hub: Hub, repository: Source, online: Callable[..., R
 def test_a_revision(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
     """A branch, a tag and a commit; each with weights of its own."""
     other = write_source(tmp_path / "upload", two_layers(group_size=-1))
-    files = {p.name: p.read_bytes() for p in other.folder.iterdir()}
+    files: dict[str, bytes | Path] = {p.name: p.read_bytes() for p in other.folder.iterdir()}
     commit = hub.repositories[REPO].commit(files, "per-channel")
     for i, revision in enumerate(("per-channel", commit)):
         report = online(REPO, tmp_path / f"out{i}", "--revision", revision, "--json").json()

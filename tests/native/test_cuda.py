@@ -15,15 +15,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.conversion.convert import Options, convert, packer
-from marlin_convert.conversion.layer_reader import Groups
+from marlin_convert.conversion.convert import convert, packer
 from marlin_convert.conversion.plan import make_plan
 from marlin_convert.conversion.verify import TOLERANCE, product_for, verify
 from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats.layout import permute_scales
 from marlin_convert.native import cuda, reference
+from marlin_convert.options import Options
 from tests.support.gptq_checkpoints import GPTQLayer, write_source
+from tests.support.products import groups_of
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +197,7 @@ def test_the_gpus_product_finds_wrong_scales(tmp_path: Path, twin: Device) -> No
     doubled[1, 7] *= 2
     errors = []
     for s in (permute_scales(scales), permute_scales(scales, G=1), doubled):
-        product = product_for(twin, planned, Groups(scales, None, None), None, {"s": s})
+        product = product_for(twin, planned, groups_of(scales, s), None, None)
         for k0 in range(0, 256, 64):
             block = np.ascontiguousarray(qweight[k0 // 8 : k0 // 8 + 8])
             product.add_source(k0, block)
