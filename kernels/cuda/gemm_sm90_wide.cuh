@@ -37,9 +37,9 @@ namespace marlin {
 
 template <int MB_, int J_, int WN_, int BITS_, bool ZEROS_, bool MIXED_>
 struct WideShape {
-  static constexpr int MB = MB_;          // 8-row blocks of an output tile: the N of wgmma is 8 MB
-  static constexpr int J = J_;            // sub-tiles of 16 columns of each warp: 1 or 2
-  static constexpr int WN = WN_;          // consumer warpgroups, side by side along N: 2 or 3
+  static constexpr int MB = MB_;  // 8-row blocks of an output tile: the N of wgmma is 8 MB
+  static constexpr int J = J_;    // sub-tiles of 16 columns of each warp: 1 or 2
+  static constexpr int WN = WN_;  // consumer warpgroups, side by side along N: 2 or 3
   static constexpr int BITS = BITS_;
   static constexpr bool kZeros = ZEROS_;  // zero points are stored
   static constexpr bool kMixed = MIXED_;  // scales are not of the activations' type, one is fp16 and the other bf16
@@ -50,7 +50,8 @@ struct WideShape {
   static_assert(WN == 2 || (WN == 3 && MB * J <= 16), "more sums do not fit");
   static constexpr int kBlockM = 8 * MB, kBlockN = 64 * J * WN, kBlockK = kWideStep;
   static constexpr int KT = kBlockK / MARLIN_TILE_K;
-  static constexpr int kDepth = 2;  // fragments along K: one is multiplied while the next is decoded. Four are no faster
+  static constexpr int kDepth =
+      2;  // fragments along K: one is multiplied while the next is decoded. Four are no faster
 
   // A stage in shared memory, in bytes; swizzled boxes start at multiples of 1024.
   static constexpr int kActivationBytes = kBlockM * 128;  // [kBlockM][64] 16-bit activations
@@ -217,7 +218,8 @@ struct WideMemory {
 // One producer lane: calls copy(stage, full, row0, column0, step) for every step of the block, as far ahead as the ring
 // is long. `copy` tells the barrier how many bytes will land, and starts their copies.
 template <typename S, typename Copy>
-__device__ __forceinline__ void produce(const WideArguments& p, WideParts work, const WideMemory<S>& memory, Copy copy) {
+__device__ __forceinline__ void produce(const WideArguments& p, WideParts work, const WideMemory<S>& memory,
+                                        Copy copy) {
   int slot = 0;
   uint32_t parity = 1;  // the first pass over the ring waits for nothing
   const int parts = work.parts(p);
@@ -334,7 +336,8 @@ __device__ __forceinline__ unsigned reduce_shared_tile(const WideArguments& p, f
   // Of range `r`. It may lead one tile and follow in another.
   const auto place_of = [&](int r) {
     const int64_t place = static_cast<int64_t>(r) * 2 + (r == leader);
-    return reinterpret_cast<float4*>(p.partials + place * S::kPartialFloats) + wg * (S::kPartialFloats / 4 / S::WN) + tid;
+    return reinterpret_cast<float4*>(p.partials + place * S::kPartialFloats) + wg * (S::kPartialFloats / 4 / S::WN) +
+           tid;
   };
   const auto write = [&](unsigned slices) {
     float4* const to = place_of(block);
@@ -343,7 +346,8 @@ __device__ __forceinline__ unsigned reduce_shared_tile(const WideArguments& p, f
       if (slices >> i & 1) {
 #pragma unroll
         for (int q = 0; q < kQuads; q++)
-          if (i * S::kSliceBlocks + q / J < MB) store_partial(to + (i * kQuads + q) * 128, sum[q % J][i * S::kSliceBlocks + q / J]);
+          if (i * S::kSliceBlocks + q / J < MB)
+            store_partial(to + (i * kQuads + q) * 128, sum[q % J][i * S::kSliceBlocks + q / J]);
       }
     meet();
   };
@@ -451,7 +455,9 @@ __device__ __forceinline__ void store_tile(const WideArguments& p, const float (
       bias[j][h] = 0.0f;
       if (p.step_groups == 0 && inside)
         scale[j][h] = scale_to_float(p.s[column / 64 * 64 + scale_index(column % 64, true)], p.bf16_scales);
-      if (p.bias != nullptr && inside) bias[j][h] = scale_to_float(static_cast<const uint16_t*>(p.bias)[column], std::is_same<T, __nv_bfloat16>::value);
+      if (p.bias != nullptr && inside)
+        bias[j][h] =
+            scale_to_float(static_cast<const uint16_t*>(p.bias)[column], std::is_same<T, __nv_bfloat16>::value);
     }
   const auto pair = [&](int j, int b, int h) {
     return round_pair(fmaf(sum[j][b][2 * h], scale[j][h], bias[j][h]),
@@ -574,7 +580,8 @@ __device__ __forceinline__ void consume(const WideArguments& p, WideParts work, 
       for (int kt = 0; kt < KT; kt++) {
         wgmma_fence();
 #pragma unroll
-        for (int j = 0; j < J; j++) wgmma<T, MB>(sum[j], a[kt % kDepth][j], operand + kt * (MARLIN_TILE_K * 2 / 16), kt > 0 || step > 0);
+        for (int j = 0; j < J; j++)
+          wgmma<T, MB>(sum[j], a[kt % kDepth][j], operand + kt * (MARLIN_TILE_K * 2 / 16), kt > 0 || step > 0);
         wgmma_commit();
         // What was decoded for these wgmmas makes room for the same of the next step: a whole step hides its latency.
         if (more) {
@@ -598,7 +605,8 @@ __device__ __forceinline__ void consume(const WideArguments& p, WideParts work, 
 
     unsigned slices = (1 << S::kSlices) - 1;
     if (count < p.steps)
-      slices = reduce_shared_tile<S>(p, sum, work.tile - p.whole_tiles, work.at >= work.end, memory.found, wg, warp % 4);
+      slices =
+          reduce_shared_tile<S>(p, sum, work.tile - p.whole_tiles, work.at >= work.end, memory.found, wg, warp % 4);
     if (slices == 0) continue;
     const WidePlace place(p, work.tile);
     store_tile<T, S>(p, sum, slices, place.m * S::kBlockM, place.n * S::kBlockN + wg * 64 * S::J,
@@ -611,7 +619,8 @@ __device__ __forceinline__ void consume(const WideArguments& p, WideParts work, 
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_sm90_wide_kernel(const __grid_constant__ WideArguments p, const __grid_constant__ CUtensorMap activations_map,
-                          const __grid_constant__ CUtensorMap weights_map, const __grid_constant__ CUtensorMap scales_map,
+                          const __grid_constant__ CUtensorMap weights_map,
+                          const __grid_constant__ CUtensorMap scales_map,
                           const __grid_constant__ CUtensorMap zeros_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared[];

@@ -28,20 +28,20 @@ struct Divisor {
 };
 
 struct WideArguments {
-  const uint16_t* s;        // [G, N] permuted scales
-  const void* bias;         // [out_features] or null
-  void* C;                  // [M, out_features]
-  float* partials;          // [ranges, 2, kWidePartialFloats] sums of output tiles that several blocks share
-  unsigned* counters;       // [split tiles, warpgroups, kWideSlices], zero between calls
+  const uint16_t* s;   // [G, N] permuted scales
+  const void* bias;    // [out_features] or null
+  void* C;             // [M, out_features]
+  float* partials;     // [ranges, 2, kWidePartialFloats] sums of output tiles that several blocks share
+  unsigned* counters;  // [split tiles, warpgroups, kWideSlices], zero between calls
   int M, out_features;
   bool bf16_scales;
   bool weights_once;  // one block reads them: L2 need not keep them
-  int step_groups;  // groups that the 64 rows of a step meet: 1, 2 or 4; 0: one group for all of K
-  int group_shift;  // log2 of the steps that share a group: 1 with groups of 128, else 0
-  int steps;        // along K: K / 64
-  int stages;       // of the pipeline in shared memory, at least kWideMinStages
-  int tiles_m;      // output tiles along M,
-  int raster;       //   of which so many are taken together
+  int step_groups;    // groups that the 64 rows of a step meet: 1, 2 or 4; 0: one group for all of K
+  int group_shift;    // log2 of the steps that share a group: 1 with groups of 128, else 0
+  int steps;          // along K: K / 64
+  int stages;         // of the pipeline in shared memory, at least kWideMinStages
+  int tiles_m;        // output tiles along M,
+  int raster;         //   of which so many are taken together
   // K split. Output tiles 0 .. whole_tiles - 1 are done whole: block b takes b, b + blocks, ..., which are whole_rounds,
   // and one more for the first whole_rest blocks. The steps of the other tiles are cut into `ranges` equal ranges, and
   // block b takes the b-th.

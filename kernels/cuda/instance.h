@@ -18,7 +18,7 @@ struct Instance {
   MainLoop loop;
   const void* kernels[4];  // by dtype; sm90_wide: and then, for scales that are not of the activations' type, again
   int bits;
-  int group_size;    // rows that share a scale; 128 is also for G == 1; 0: any number
+  int group_size;  // rows that share a scale; 128 is also for G == 1; 0: any number
   ZeroPoints zero_points;
   int threads, block_m, block_n, block_k;
   // Shared memory: bytes of each pipeline stage and beside the stages; how many stages, and a multiple of what.

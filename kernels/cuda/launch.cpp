@@ -52,8 +52,7 @@ int describe(CUtensorMap* map, const void* data, const Layout& layout) {
 
 // Rows of tiles of `bits` as lines, of elements of 8 bytes; what matters is that the order of bytes stays.
 int describe_weights(CUtensorMap* map, const Instance& instance, const marlin_cuda_weights_t& w) {
-  const auto line = static_cast<cuuint32_t>(instance.line_bytes),
-             row_bytes = static_cast<cuuint32_t>(w.N * 2 * w.bits);
+  const auto line = static_cast<cuuint32_t>(instance.line_bytes), row_bytes = static_cast<cuuint32_t>(w.N * 2 * w.bits);
   const Layout tiles = {CU_TENSOR_MAP_DATA_TYPE_INT64,
                         3,
                         {line / 8, row_bytes / line, static_cast<cuuint64_t>(w.K / MARLIN_TILE_K)},
@@ -82,8 +81,8 @@ int wide_kernel(const marlin_cuda_weights_t& w, const marlin_cuda_product_t& x) 
 
 // A launch of gemm_sm90_wide.cuh.
 int launch_wide(const Plan& plan, const marlin_cuda_weights_t& w, const marlin_cuda_product_t& x) {
-  constexpr int kRaster = 8;           // 8 tiles of 256 rows: activations and weights of a wave fit into L2
-  constexpr int kPatience = 200000;    // clocks: the sharers of a tile run at the same time, unless the GPU is shared
+  constexpr int kRaster = 8;         // 8 tiles of 256 rows: activations and weights of a wave fit into L2
+  constexpr int kPatience = 200000;  // clocks: the sharers of a tile run at the same time, unless the GPU is shared
   const Instance& instance = *plan.instance;
   const Schedule& s = plan.schedule;
   const int group_size = static_cast<int>(w.K / w.G);

@@ -105,7 +105,8 @@ int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& fac
   const int64_t group = weights.G == 1 ? MARLIN_CUDA_GROUP_SIZE : weights.K / weights.G;
   const auto fits = [&](const Instance& i) {
     return runs(i, facts) && i.bits == weights.bits && (i.group_size == 0 || i.group_size == group) &&
-           (i.zero_points == kAlways ? zeros : i.zero_points == kEither || !(i.loop == MainLoop::kSm90Wide ? zeros : extended));
+           (i.zero_points == kAlways ? zeros
+                                     : i.zero_points == kEither || !(i.loop == MainLoop::kSm90Wide ? zeros : extended));
   };
   const auto candidate = [&](const Instance& i) {
     return fits(i) && i.loop == loop && (i.loop == MainLoop::kSm90Wide || (i.zero_points == kEither) == extended);
@@ -150,7 +151,8 @@ void print_plan(int64_t M, const marlin_cuda_weights_t& w, const Plan& plan) {
   const Schedule& s = plan.schedule;
   char split[32];
   if (s.split <= kMostCluster)
-    std::snprintf(split, sizeof(split), plan.instance->loop == MainLoop::kSm90 ? "cluster of %d" : "K split %d", s.split);
+    std::snprintf(split, sizeof(split), plan.instance->loop == MainLoop::kSm90 ? "cluster of %d" : "K split %d",
+                  s.split);
   else
     std::snprintf(split, sizeof(split), "%s", s.split == kStreamK ? "stream-K" : "data-parallel");
   std::fprintf(stderr,

@@ -88,16 +88,16 @@ template <typename T, int MB>
 __device__ __forceinline__ void wgmma(float (&d)[MB][4], const uint32_t (&a)[4], uint64_t b, bool add);
 
 // Registers of an 8-row block, and of eight of them; and what they are to the compiler.
-#define MARLIN_R8_0 \
+#define MARLIN_R8_0                                                        \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MARLIN_R8_1 \
+#define MARLIN_R8_1                                                                  \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MARLIN_R8_2 \
+#define MARLIN_R8_2                                                                  \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define MARLIN_R8_3 \
+#define MARLIN_R8_3                                                                              \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define MARLIN_D1(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
@@ -117,11 +117,15 @@ __device__ __forceinline__ void wgmma(float (&d)[MB][4], const uint32_t (&a)[4],
   MARLIN_WGMMA(__half, "f16", MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, __VA_ARGS__) \
   MARLIN_WGMMA(__nv_bfloat16, "bf16", MB, N, REGISTERS, A0, A1, A2, A3, B, ADD, __VA_ARGS__)
 MARLIN_WGMMA_BOTH(1, "8", "%0, %1, %2, %3", "4", "5", "6", "7", "8", "9", MARLIN_D1(0))
-MARLIN_WGMMA_BOTH(2, "16", "%0, %1, %2, %3, %4, %5, %6, %7", "8", "9", "10", "11", "12", "13", MARLIN_D1(0), MARLIN_D1(1))
-MARLIN_WGMMA_BOTH(4, "32", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "16", "17", "18", "19", "20", "21", MARLIN_D4(0))
+MARLIN_WGMMA_BOTH(2, "16", "%0, %1, %2, %3, %4, %5, %6, %7", "8", "9", "10", "11", "12", "13", MARLIN_D1(0),
+                  MARLIN_D1(1))
+MARLIN_WGMMA_BOTH(4, "32", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "16", "17", "18",
+                  "19", "20", "21", MARLIN_D4(0))
 MARLIN_WGMMA_BOTH(8, "64", MARLIN_R8_0, "32", "33", "34", "35", "36", "37", MARLIN_D8(0))
-MARLIN_WGMMA_BOTH(16, "128", MARLIN_R8_0 ", " MARLIN_R8_1, "64", "65", "66", "67", "68", "69", MARLIN_D8(0), MARLIN_D8(8))
-MARLIN_WGMMA_BOTH(32, "256", MARLIN_R8_0 ", " MARLIN_R8_1 ", " MARLIN_R8_2 ", " MARLIN_R8_3, "128", "129", "130", "131", "132", "133", MARLIN_D8(0), MARLIN_D8(8), MARLIN_D8(16), MARLIN_D8(24))
+MARLIN_WGMMA_BOTH(16, "128", MARLIN_R8_0 ", " MARLIN_R8_1, "64", "65", "66", "67", "68", "69", MARLIN_D8(0),
+                  MARLIN_D8(8))
+MARLIN_WGMMA_BOTH(32, "256", MARLIN_R8_0 ", " MARLIN_R8_1 ", " MARLIN_R8_2 ", " MARLIN_R8_3, "128", "129", "130", "131",
+                  "132", "133", MARLIN_D8(0), MARLIN_D8(8), MARLIN_D8(16), MARLIN_D8(24))
 #undef MARLIN_WGMMA_BOTH
 #undef MARLIN_WGMMA
 #undef MARLIN_D8
