@@ -34,7 +34,7 @@ from ..formats.layout import TILE_K, pack_factor
 LIBRARY = Path(os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "_cuda.so")
 
 # MARLIN_CUDA_* of kernels/marlin_cuda.h; a test compares them.
-ABI_VERSION = 3
+ABI_VERSION = 4
 K_MULTIPLE = 64
 N_MULTIPLE = 64
 GROUP_SIZE = 128
@@ -88,7 +88,7 @@ class Instance(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("id", "capability", "bits", "group_size", "zero_points")),
-        *((name, ctypes.c_int32) for name in ("block_m", "block_n", "block_k", "clusters")),
+        *((name, ctypes.c_int32) for name in ("block_m", "block_n", "block_k", "clusters", "rounds_weights")),
         ("name", ctypes.c_char * 64),
     )
 
