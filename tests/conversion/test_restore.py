@@ -320,7 +320,7 @@ def test_every_tensor_comes_back_in_its_own_type_or_not_at_all(tmp_path: Path, f
         if name in layers:
             tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].to(torch.int64)
     write_source(tmp_path / "source", {}, tensors)
-    convert(tmp_path / "source", tmp_path / "out", Options(device="cpu", format=format_))
+    convert(tmp_path / "source", tmp_path / "out", Options(device="cpu", format=Format(format_)))
     restore(tmp_path / "out", tmp_path / "back")
     assert_same_tensors(tmp_path / "back", tensors)
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
