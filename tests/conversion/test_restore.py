@@ -273,7 +273,7 @@ def test_a_stray_g_idx(tmp_path: Path, group_size: int) -> None:
 
 
 @pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json", "quantization_config.json"])
-@pytest.mark.parametrize("format_", ["marlin", "marlin_ext"])
+@pytest.mark.parametrize("format_", ["marlin", "marlin-ext"])
 def test_every_config_of_the_source_is_replaced_and_restored(tmp_path: Path, file: str, format_: str) -> None:
     """AutoRound writes quantization_config.json. No file of the result may say what its tensors are no longer."""
     config = quantization_config(autoround_version="0.16.1", checkpoint_format=None)
@@ -305,14 +305,14 @@ def test_a_g_idx_that_the_restored_layer_would_not_have(tmp_path: Path) -> None:
         restore(tmp_path / "out", tmp_path / "back")
 
 
-@pytest.mark.parametrize("format_", ["marlin", "marlin_ext"])
-def test_every_tensor_comes_back_in_its_own_type_or_not_at_all(tmp_path: Path, format_: str) -> None:
+@pytest.mark.parametrize("format_", [Format.MARLIN, Format.MARLIN_EXT])
+def test_every_tensor_comes_back_in_its_own_type_or_not_at_all(tmp_path: Path, format_: Format) -> None:
     """Layers with g_idx in int64, in int32 and without; with qzeros and without; stored as the label says, or not."""
     layers = {
         "a": GPTQLayer(), "b": GPTQLayer(), "c": GPTQLayer(g_idx=None), "d": GPTQLayer(stored_zero=None),
         "e": GPTQLayer(stored_zero=8), "f": GPTQLayer(group_size=128, K=128),
     }  # fmt: skip
-    if format_ == "marlin_ext":
+    if format_ is Format.MARLIN_EXT:
         layers["g"] = GPTQLayer(K=256, N=64, g_idx=shuffled(256, 128))
         layers["h"] = GPTQLayer(bits=8, stored_zero=128)
     tensors = {key: value for name, layer in layers.items() for key, value in layer.tensors(name).items()}
