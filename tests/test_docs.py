@@ -30,8 +30,6 @@ from tests.support.cli import Run
 from tests.support.gptq_checkpoints import Source
 from tests.test_rooms import ROOMS
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: Files that pages name without their folder: sources, and the model card of a checkpoint.

@@ -9,10 +9,9 @@ checkpoints that other tools made, the settings are those that the tensors imply
 from __future__ import annotations
 
 import copy
+import itertools
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from .._version import __version__
 from ..checkpoint.output_folder import check_free, check_space, new_folder, write_file, write_json
 from ..checkpoint.reader import Checkpoint, Tensor, read_json
 from ..checkpoint.writer import OutTensor, Shards, shard_names
-from ..errors import MarlinConvertError, SourceError, UnsupportedError
+from ..errors import SourceError, UnsupportedError
 from ..formats import bf16
 from ..formats.gptq import ZeroPointEncoding, encode_zeros
 from ..formats.gptq_config import find_configs
@@ -41,9 +40,10 @@ from ..hub.open import Source
 from ..native import cpu
 from ..options import CARD_FILE, REPORT_FILE, Format, HubAccess, Options, ZeroPointReading
 from ..progress import Progress
-from .blocks import Buffers, byte_blocks, column_panels, group_strips, row_blocks, run_all
+from .blocks import column_panels, group_strips, run_all, stored_blocks
 from .convert import keep_apart, opened
 from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
+from .pipeline import Piece, TensorStream, went_wrong
 from .plan import GPTQ_PARTS
 
 _NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I32": np.int32, "I64": np.int64}
@@ -179,7 +179,8 @@ def restore(
         check_space(out.parent, report.bytes_out + sum(copied_files(checkpoint).values()) + (16 << 20))
         with new_folder(out, force=options.force) as folder:
             with Shards(folder, tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards:
-                _write_tensors(checkpoint, report, shards, progress, _encoding(noted, v2=v2))
+                writer = GPTQWriter(checkpoint, shards, progress, _encoding(noted, v2=v2))
+                _write_tensors(writer, report, progress)
                 report.files = shards.files
             _write_configs(checkpoint, report, folder, noted)
             copy_files(checkpoint, folder)
@@ -312,110 +313,98 @@ def _in_order(layers: list[MarlinLayer], copies: list[Tensor]) -> list[OutTensor
 # Tensors
 
 
-def _write_tensors(
-    checkpoint: Checkpoint, report: Restored, shards: Shards, progress: Progress, encoding: ZeroPointEncoding
-) -> None:
-    """Stream every tensor: read, unpack, check, write."""
-    progress.stage("restoring", report.bytes_out, len(report.layers))
-    buffers, counting = Buffers(), threading.Lock()
-    panels_left = {
-        layer.name: sum(1 for _ in column_panels(layer.stored, 3)) for layer in report.layers if layer.stored.perm
-    }
+class GPTQWriter(TensorStream):
+    """Writes GPTQ layers from Marlin ones; each block is packed again and compared before it is written."""
 
-    def tasks() -> Iterator[Callable[[], None]]:
-        for layer in report.layers:
-            yield partial(write_groups, layer)
-            if layer.stored.perm is None:
-                yield partial(write_weights, layer)
-                continue
-            for n0, columns in column_panels(layer.stored, 3):
-                yield partial(write_sorted, layer, n0, columns)
-        for tensor in report.copies:
-            for start, length in byte_blocks(tensor.nbytes):
-                yield partial(copy_block, tensor, start, length)
+    def __init__(self, checkpoint: Checkpoint, shards: Shards, progress: Progress, encoding: ZeroPointEncoding) -> None:
+        super().__init__(checkpoint, shards, progress)
+        self.encoding = encoding
 
-    def unpacked(layer: MarlinLayer, k0: int, rows: int, words: Words) -> None:
-        """Read stored rows k0 … of a layer into `words` [rows bits/32, stored_N], checked by packing them again."""
-        B = buffers.array("B", (rows // TILE_K, layer.stored.weight.shape[1]), np.int32)
-        checkpoint.read_into(layer.stored.weight, B, k0 * layer.stored.stored_N * layer.bits // 8)
-        cpu.unpack(B, out=words, bits=layer.bits)
-        again = cpu.pack(words, out=buffers.array("again", B.shape, np.int32), bits=layer.bits)
+    def pieces(self, layer: MarlinLayer) -> list[Piece]:
+        """All of the work on a layer."""
+        stored = layer.stored
+        order = None if stored.perm is None else _Order.read(self.checkpoint, stored)
+        groups: list[Piece] = [partial(self._write_groups, layer, order)]
+        if order is not None:
+            return groups + [partial(self._write_columns, layer, order, *panel) for panel in column_panels(stored, 3)]
+        return groups + [partial(self._write_rows, layer, *block) for block in stored_blocks(stored)]
+
+    def _write_rows(self, layer: MarlinLayer, k0: int, rows: int) -> int:
+        """Stored rows k0 … of a layer."""
+        stored, bits, array = layer.stored, layer.bits, self.buffers.array
+        B = array("B", (rows // TILE_K, stored.weight.shape[1]), np.int32)
+        self.checkpoint.read_into(stored.weight, B, k0 * stored.stored_N * bits // 8)
+        words = cpu.unpack(B, out=array("words", (rows * bits // 32, stored.stored_N), np.int32), bits=bits)
+        again = cpu.pack(words, out=array("again", B.shape, np.int32), bits=bits)
         if cpu.first_difference(B, again) is not None:
-            raise _went_wrong(layer, "unpacking")
+            raise went_wrong(layer.name, "unpacking went wrong")
+        own = max(0, min(rows, layer.K - k0)) * bits // 32
+        if own:
+            qweight = np.ascontiguousarray(words[:own, : layer.N])
+            self.shards.write(f"{layer.name}.qweight", qweight, k0 * bits // 32 * layer.N * 4)
+        return own * layer.N * 4
 
-    def write_weights(layer: MarlinLayer) -> None:
-        for k0, rows in row_blocks(layer.stored.stored_K, layer.stored.stored_N * layer.bits // 4):
-            words = buffers.array("words", (rows * layer.bits // 32, layer.stored.stored_N), np.int32)
-            unpacked(layer, k0, rows, words)
-            own = max(0, min(rows, layer.K - k0)) * layer.bits // 32
-            if own:
-                shards.write(
-                    f"{layer.name}.qweight", np.ascontiguousarray(words[:own, : layer.N]),
-                    k0 * layer.bits // 32 * layer.N * 4,
-                )  # fmt: skip
-            progress.advance(own * layer.N * 4, layer.name)
-        progress.advance(0, layer.name, done=True)
-
-    def write_sorted(layer: MarlinLayer, n0: int, columns: int) -> None:
+    def _write_columns(self, layer: MarlinLayer, order: _Order, n0: int, columns: int) -> int:
         """Columns n0 … of a layer with act-order: any row may come from anywhere, so that all of them are needed."""
-        (perm, inverse), bits = _permutation(checkpoint, layer), layer.bits
-        B = buffers.array("B columns", (layer.stored.stored_K // TILE_K, columns * bits // 2), np.int32)
-        checkpoint.read_columns(layer.stored.weight, B, n0 * bits // 2)
-        words = buffers.array("sorted", (layer.stored.stored_K * bits // 32, columns), np.int32)
-        cpu.unpack(B, out=words, bits=bits)
-        natural = buffers.array("natural", (layer.K * bits // 32, columns), np.int32)
+        stored, bits, array = layer.stored, layer.bits, self.buffers.array
+        B = array("B columns", (stored.stored_K // TILE_K, columns * bits // 2), np.int32)
+        self.checkpoint.read_columns(stored.weight, B, n0 * bits // 2)
+        words = cpu.unpack(B, out=array("sorted", (stored.stored_K * bits // 32, columns), np.int32), bits=bits)
+        natural = array("natural", (layer.K * bits // 32, columns), np.int32)
         fill = np.zeros(columns, np.uint8)
-        cpu.arrange(words, natural, bits=bits, fill=fill, rows=layer.K, perm=inverse)
+        cpu.arrange(words, natural, bits=bits, fill=fill, rows=layer.K, perm=order.inverse)
         # Of padding only the last tile of the layer's own rows is looked at, and taken to be as it is.
-        if layer.stored.stored_K > layer.K:
+        if stored.stored_K > layer.K:
             last = words[layer.K * bits // 32].view(np.uint32) >> layer.K * bits % 32
             fill = (last & np.uint32(2**bits - 1)).astype(np.uint8)
         tiles = B[: -(-layer.K // TILE_K)]
-        if cpu.sorted_difference(tiles, natural, bits=bits, perm=perm, fill=fill) is not None:
-            raise _went_wrong(layer, "unpacking")
+        if cpu.sorted_difference(tiles, natural, bits=bits, perm=order.perm, fill=fill) is not None:
+            raise went_wrong(layer.name, "unpacking went wrong")
         own = np.ascontiguousarray(natural[:, : layer.N - n0])
-        shards.write_columns(f"{layer.name}.qweight", own, n0)
-        with counting:
-            panels_left[layer.name] -= 1
-            done = panels_left[layer.name] == 0
-        progress.advance(own.nbytes, layer.name, done=done)
+        self.shards.write_columns(f"{layer.name}.qweight", own, n0)
+        return own.nbytes
 
-    def write_groups(layer: MarlinLayer) -> None:
+    def _write_groups(self, layer: MarlinLayer, order: _Order | None) -> int:
         """Scales and zero points, strip by strip, and g_idx."""
         written = 0
         for first, count in group_strips(layer.G, layer.N):
-            for part, array in _restored_groups(checkpoint, layer, encoding, first, count).items():
-                shards.write(f"{layer.name}.{part}", array, first * array.shape[1] * array.itemsize)
+            for part, array in _restored_groups(self.checkpoint, layer, self.encoding, first, count).items():
+                self.shards.write(f"{layer.name}.{part}", array, first * array.shape[1] * array.itemsize)
                 written += array.nbytes
         if layer.g_idx:
-            g_idx = _restored_g_idx(checkpoint, layer)
-            shards.write(f"{layer.name}.g_idx", g_idx)
+            groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
+            g_idx = (groups if order is None else groups[order.inverse[: layer.K]]).astype(_NUMPY[layer.g_idx])
+            self.shards.write(f"{layer.name}.g_idx", g_idx)
             written += g_idx.nbytes
-        progress.advance(written, layer.name)
+        return written
 
-    def copy_block(tensor: Tensor, start: int, length: int) -> None:
-        block = buffers.array("copy", (length,), np.uint8)
-        checkpoint.read_into(tensor, block, start)
-        shards.write(tensor.name, block, start)
-        progress.advance(length, tensor.name)
 
-    run_all(tasks())
+@dataclass(frozen=True)
+class _Order:
+    """The order of the stored rows of a layer with act-order: `perm` [K] as stored, and its inverse [K'], which leaves
+    padding where it is."""
+
+    perm: Words
+    inverse: Words
+
+    @staticmethod
+    def read(checkpoint: Checkpoint, stored: StoredLayer[Tensor]) -> _Order:
+        assert stored.perm is not None
+        perm = checkpoint.read(stored.perm)
+        inverse = np.arange(stored.stored_K, dtype=np.int32)
+        if not np.array_equal(np.sort(perm), np.arange(stored.K)):
+            raise SourceError(f"{stored.name}: marlin_perm is not an order of the {stored.K} rows.")
+        inverse[perm] = np.arange(stored.K, dtype=np.int32)
+        return _Order(perm, inverse)
+
+
+def _write_tensors(writer: GPTQWriter, report: Restored, progress: Progress) -> None:
+    """Stream every tensor."""
+    progress.stage("restoring", report.bytes_out, len(report.layers))
+    layers = (t for x in report.layers for t in writer.counted(x.name, writer.pieces(x), layer=True))
+    copies = (t for x in report.copies for t in writer.counted(x.name, writer.copying(x), layer=False))
+    run_all(itertools.chain(layers, copies))
     progress.end()
-
-
-def _went_wrong(layer: MarlinLayer, what: str) -> MarlinConvertError:
-    return MarlinConvertError(f"{layer.name}: {what} went wrong; this is a bug or faulty memory, nothing was kept.")
-
-
-def _permutation(checkpoint: Checkpoint, layer: MarlinLayer) -> tuple[Words, Words]:
-    """`perm` [K] as stored, and its inverse [stored_K], which leaves padding where it is."""
-    assert layer.stored.perm is not None
-    perm = checkpoint.read(layer.stored.perm)
-    inverse = np.arange(layer.stored.stored_K, dtype=np.int32)
-    if not np.array_equal(np.sort(perm), np.arange(layer.K)):
-        raise SourceError(f"{layer.name}: marlin_perm is not an order of the {layer.K} rows.")
-    inverse[perm] = np.arange(layer.K, dtype=np.int32)
-    return perm, inverse
 
 
 def _restored_groups(
@@ -447,13 +436,6 @@ def _restored_groups(
     if layer.stored_zero is not None:
         zeros, encoding = np.full(scales.shape, layer.stored_zero, np.uint8), ZeroPointEncoding.V2
     return {**found, "qzeros": encode_zeros(zeros, layer.bits, encoding)}
-
-
-def _restored_g_idx(checkpoint: Checkpoint, layer: MarlinLayer) -> npt.NDArray[Any]:
-    groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
-    if layer.stored.perm is not None:
-        groups = groups[_permutation(checkpoint, layer)[1][: layer.K]]
-    return groups.astype(_NUMPY[layer.g_idx or "I32"])
 
 
 def _as_dtype(scales: npt.NDArray[Any], layer: MarlinLayer) -> npt.NDArray[Any]:

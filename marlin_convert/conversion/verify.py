@@ -30,16 +30,7 @@ from ..native import cpu
 from ..options import Format, QuantMethod
 from ..progress import Progress
 from .blocks import STRIP_ELEMENTS, Buffers, byte_blocks, column_panels, group_strips, run_all, stored_blocks
-from .layer_reader import (
-    Groups,
-    order_difference,
-    source_columns,
-    source_groups,
-    source_perm,
-    source_rows,
-    stored_groups,
-    stored_order,
-)
+from .layer_reader import Groups, LayerReader, code_difference, order_difference
 from .plan import Layer, Plan
 
 #: Largest relative error (Frobenius norm) between Marlin's product and the reference. fp32 accumulation stays
@@ -387,29 +378,28 @@ def _check_layer(
     problem = next(filter(None, (_shape_problem(result, tensor) for tensor in layer.out)), None)
     if problem:
         return LayerCheck(layer.name, layer.K, layer.N, layer.G, False, None, None, problem)
-    groups = LayerGroups(partial(source_groups, source, layer), partial(_result_groups, result, layer))
+    reader = LayerReader(source, layer)
+    groups = LayerGroups(reader.source_groups, partial(_result_groups, result, layer))
     perm = result.read(result.tensors[layer.marlin_perm.name]) if layer.marlin_perm else None
-    problem = _groups_difference(source, layer, groups) or _perm_difference(perm, source_perm(source, layer))
-    g_idx = source.read(layer.g_idx) if layer.act_order and layer.g_idx is not None else None
-    product = product_for(device, layer, groups, g_idx, perm)
+    problem = _groups_difference(reader, groups) or _perm_difference(perm, reader.perm)
+    product = product_for(device, layer, groups, reader.g_idx, perm)
     progress.advance(sum(t.nbytes for t in layer.out) - layer.B.nbytes, layer.name)
 
     if layer.act_order:
-        problem = problem or _order_problem(source, result, layer, buffers)
-    per_row = layer.N * layer.bits // 8  # bytes of the source
+        problem = problem or _order_problem(reader, result, buffers)
     for k0, rows in stored_blocks(layer):
         B = buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
         result.read_into(result.tensors[layer.B.name], B, k0 // TILE_K * layer.B.shape[1] * 4)
         own, words = max(0, min(rows, layer.K - k0)), None
         if not layer.act_order:
-            words = source_rows(source, layer, k0, rows, buffers)
+            words = reader.rows(k0, rows, buffers)
             unpacked = cpu.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
             problem = problem or code_difference(unpacked, words, k0, layer.bits)
         if own:
             qweight = words
             if qweight is None or (own, layer.N) != (rows, layer.stored_N):
                 qweight = buffers.array("qweight", (own * layer.bits // 32, layer.N), np.int32)
-                source.read_into(layer.qweight, qweight, k0 * per_row)
+                reader.source_rows(k0, own, qweight)
             product.add_source(k0, qweight)
         product.add_stored(k0, B)
         progress.advance(B.nbytes, layer.name)
@@ -421,11 +411,11 @@ def _check_layer(
     return LayerCheck(layer.name, layer.K, layer.N, layer.G, exact, max_error, relative_error, problem)
 
 
-def _order_problem(source: Checkpoint, result: Checkpoint, layer: Layer, buffers: Buffers) -> str | None:
+def _order_problem(reader: LayerReader, result: Checkpoint, buffers: Buffers) -> str | None:
     """Where the codes of a layer with act-order first differ; None if nowhere."""
-    order = stored_order(source, layer)
+    layer, order = reader.layer, reader.order
     for n0, columns in column_panels(layer):
-        qweight = source_columns(source, layer, n0, columns, buffers)
+        qweight = reader.columns(n0, columns, buffers)
         B = buffers.array("B columns", (layer.stored_K // TILE_K, columns * layer.bits // 2), np.int32)
         result.read_columns(result.tensors[layer.B.name], B, n0 * layer.bits // 2)
         problem = order_difference(B, qweight, order.columns(n0, columns), layer.bits, n0)
@@ -442,10 +432,11 @@ def _result_groups(result: Checkpoint, layer: Layer, first: int, count: int) -> 
     return Groups(s, unpack_zeros(result.read_rows(result.tensors[layer.marlin_qzeros.name], first, count), layer.bits))
 
 
-def _groups_difference(source: Checkpoint, layer: Layer, groups: LayerGroups) -> str | None:
+def _groups_difference(reader: LayerReader, groups: LayerGroups) -> str | None:
     """Where scales or zero points first differ; None if nowhere."""
+    layer = reader.layer
     for first, count in group_strips(layer.stored_G, layer.stored_N):
-        stored, expected = groups.stored(first, count), stored_groups(source, layer, first, count)
+        stored, expected = groups.stored(first, count), reader.stored_groups(first, count)
         found = {"scale": (unpermute_scales(stored.scales, layer.stored_G), expected.scales)}
         if stored.zeros is not None and expected.zeros is not None:
             found["zero point"] = (stored.zeros, expected.zeros)
@@ -465,19 +456,6 @@ def _perm_difference(stored: I32 | None, expected: I32 | None) -> str | None:
         return None
     row = int(np.argmax(stored != expected))
     return f"stored row {row} is said to be the source's row {stored[row]}, not {expected[row]}"
-
-
-def code_difference(unpacked: I32, words: I32, k0: int, bits: int = 4) -> str | None:
-    """Where two blocks of GPTQ words first differ: the row and column of the weight and both codes; None if nowhere."""
-    at = cpu.first_difference(unpacked, words)
-    if at is None:
-        return None
-    word_row, column = divmod(at, words.shape[1])
-    ours, theirs = int(unpacked.flat[at]) & 0xFFFFFFFF, int(words.flat[at]) & 0xFFFFFFFF
-    mask = 2**bits - 1
-    code = next(i for i in range(pack_factor(bits)) if (ours ^ theirs) >> bits * i & mask)
-    row = k0 + word_row * pack_factor(bits) + code
-    return f"the code of row {row}, column {column} is {ours >> bits * code & mask}, not {theirs >> bits * code & mask}"
 
 
 def _shape_problem(result: Checkpoint, expected: OutTensor) -> str | None:

@@ -151,7 +151,7 @@ def test_1_a_wrong_layer_never_reaches_the_disk(
         out[0, 0] ^= 1
         return out
 
-    monkeypatch.setattr("marlin_convert.conversion.convert.cpu.pack", faulty)
+    monkeypatch.setattr("marlin_convert.native.cpu.pack", faulty)
     result = main(source.folder, tmp_path / "out", "--quiet")
     assert result.code == 1
     assert "repacking went wrong" in one_line(result)
@@ -173,7 +173,7 @@ def test_1_a_wrong_order_of_rows_never_reaches_the_disk(
         swapped[[3, 200]] = perm[[200, 3]]
         return pack(qweight, out, perm=swapped, **rest)
 
-    monkeypatch.setattr("marlin_convert.conversion.convert.cpu.pack_sorted", faulty)
+    monkeypatch.setattr("marlin_convert.native.cpu.pack_sorted", faulty)
     result = main(source.folder, tmp_path / "out", "--quiet")
     assert result.code == 1
     assert "a: repacking went wrong (the code of row 3, column " in one_line(result)

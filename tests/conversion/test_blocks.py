@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marlin_convert.conversion import blocks as stream
@@ -17,6 +17,7 @@ from marlin_convert.conversion.blocks import Buffers, byte_blocks, column_panels
 from tests.support.cli import PATIENCE
 
 
+@settings(deadline=None)
 @given(st.integers(1, 600), st.integers(1, 2000))
 def test_row_blocks_cover_every_row_once(tile_rows: int, quarter_columns: int) -> None:
     K, N = 16 * tile_rows, 64 * quarter_columns
@@ -46,6 +47,7 @@ class Stored:
     bits: int = 4
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 500), st.sampled_from([4, 8]))
 def test_panels_and_strips_cover_every_column_once(eight_tile_rows: int, tiles: int, bits: int) -> None:
     layer = Stored(128 * eight_tile_rows, 64 * tiles, bits)
@@ -74,6 +76,7 @@ def test_panels_of_known_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40_000_000))
 def test_byte_blocks_cover_every_byte_once(nbytes: int) -> None:
     blocks = list(byte_blocks(nbytes))

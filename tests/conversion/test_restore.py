@@ -305,14 +305,14 @@ def test_a_g_idx_that_the_restored_layer_would_not_have(tmp_path: Path) -> None:
         restore(tmp_path / "out", tmp_path / "back")
 
 
-@pytest.mark.parametrize("format_", ["marlin", "marlin-ext"])
-def test_every_tensor_comes_back_in_its_own_type_or_not_at_all(tmp_path: Path, format_: str) -> None:
+@pytest.mark.parametrize("format_", [Format.MARLIN, Format.MARLIN_EXT])
+def test_every_tensor_comes_back_in_its_own_type_or_not_at_all(tmp_path: Path, format_: Format) -> None:
     """Layers with g_idx in int64, in int32 and without; with qzeros and without; stored as the label says, or not."""
     layers = {
         "a": GPTQLayer(), "b": GPTQLayer(), "c": GPTQLayer(g_idx=None), "d": GPTQLayer(stored_zero=None),
         "e": GPTQLayer(stored_zero=8), "f": GPTQLayer(group_size=128, K=128),
     }  # fmt: skip
-    if format_ == "marlin-ext":
+    if format_ is Format.MARLIN_EXT:
         layers["g"] = GPTQLayer(K=256, N=64, g_idx=shuffled(256, 128))
         layers["h"] = GPTQLayer(bits=8, stored_zero=128)
     tensors = {key: value for name, layer in layers.items() for key, value in layer.tensors(name).items()}
@@ -320,7 +320,7 @@ def test_every_tensor_comes_back_in_its_own_type_or_not_at_all(tmp_path: Path, f
         if name in layers:
             tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].to(torch.int64)
     write_source(tmp_path / "source", {}, tensors)
-    convert(tmp_path / "source", tmp_path / "out", Options(device="cpu", format=format_))
+    convert(tmp_path / "source", tmp_path / "out", Options(device="cpu", format=Format(format_)))
     restore(tmp_path / "out", tmp_path / "back")
     assert_same_tensors(tmp_path / "back", tensors)
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(

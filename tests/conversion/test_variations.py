@@ -21,6 +21,7 @@ from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import UnsupportedError
 from marlin_convert.formats.marlin_config import read_marlin_settings
 from marlin_convert.native import cpu, reference
+from marlin_convert.native.choose import CUDAPacker
 from marlin_convert.options import Format, Options, ZeroPointReading
 from tests.support import format_reader
 from tests.support.gptq_checkpoints import GPTQLayer, Source, pack_columns, quantization_config, write_source
@@ -212,10 +213,11 @@ def test_another_packer_gives_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     source = write_source(tmp_path / "source", {NAME: layer}, quantization=quantization)
     convert(source.folder, tmp_path / "ours", CPU)
 
-    def other(words: Any, B: Any, bits: int) -> None:
-        B[...] = reference.gptq_to_marlin(torch.from_numpy(words), bits).numpy()
+    class Other(CUDAPacker):
+        def pack(self, words: Any, B: Any, bits: int) -> None:
+            B[...] = reference.gptq_to_marlin(torch.from_numpy(words), bits).numpy()
 
-    monkeypatch.setattr("marlin_convert.conversion.convert.packer", lambda *_: other)
+    monkeypatch.setattr("marlin_convert.conversion.convert.packer", lambda *_: Other(torch.device("cpu")))
     convert(source.folder, tmp_path / "theirs", CPU)
     ours, theirs = (load_file(tmp_path / x / "model.safetensors") for x in ("ours", "theirs"))
     for name, tensor in ours.items():

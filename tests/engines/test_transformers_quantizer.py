@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -283,6 +284,25 @@ def test_keys_left_over_are_an_error(pair: Pair, tmp_path: Path) -> None:
     folder = without(pair, tmp_path / "a", "", layer)
     with pytest.raises(SourceError, match=r"layers.7.mlp.up_proj.B, .*\(in the checkpoint and not in the model\)"):
         from_pretrained(folder)
+
+
+def test_other_keys_left_over_are_only_said(
+    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers of older versions, scales of a cache, another class's layer: none makes a weight random."""
+    attention = "model.layers.0.self_attn"
+    extra = {
+        f"{attention}.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), f"{attention}.masked_bias": torch.tensor(-1e9),
+        f"{attention}.rotary_emb.inv_freq": torch.ones(32), f"{attention}.k_proj.k_scale": torch.ones(1),
+        "visual.weight": torch.ones(2),
+    }  # fmt: skip
+    ids = tokens(512)
+    with torch.no_grad():
+        expected = from_pretrained(pair.out)(ids).logits
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        found = from_pretrained(without(pair, tmp_path / "a", "", extra))(ids).logits
+    assert torch.equal(found, expected)
+    assert "k_proj.k_scale" in caplog.text
 
 
 def test_a_config_of_another_size(pair: Pair, tmp_path: Path) -> None:

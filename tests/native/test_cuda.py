@@ -15,13 +15,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.conversion.convert import convert, packer
+from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.plan import make_plan
 from marlin_convert.conversion.verify import TOLERANCE, product_for, verify
 from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats.layout import permute_scales
 from marlin_convert.native import cuda, reference
+from marlin_convert.native.choose import packer
 from marlin_convert.options import Options
 from tests.support.gptq_checkpoints import GPTQLayer, write_source
 from tests.support.products import groups_of
@@ -214,5 +215,5 @@ def test_repacking_on_the_gpu(twin: Device) -> None:
     expected = reference.gptq_to_marlin(torch.from_numpy(qweight)).numpy()
     for options in (Options(device="cuda:0"), Options(device="auto")):
         B = np.zeros((16, 512), np.int32)
-        packer(twin, options)(qweight, B, 4)
+        packer(twin, options.device).pack(qweight, B, 4)
         np.testing.assert_array_equal(B, expected)
