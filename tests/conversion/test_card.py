@@ -34,7 +34,7 @@ A picture: ![logo](assets/logo.txt)
 """
 
 
-def card(tmp_path: Path, text: str | bytes | None = None, name: str = "source", **options: Any) -> ModelCard:
+def card(tmp_path: Path, text: str | bytes | None = None, name: str = "source", **options: Any) -> Any:
     """The card of a conversion of a source that has the card `text`."""
     source = write_source(tmp_path / name)
     if text is not None:
