@@ -70,6 +70,7 @@ struct CostModel {
   double exchange;             //   cycles to exchange sums,
   double exchange_output;      //     and for each output that a block exchanges,
   double exchange_misaligned;  // and so many times that where ranges end inside of tiles
+  double stream_k;             //   and steps so many times as long: blocks that are apart in K share less in L2
   double product_flops;        // flops per us of large products, 2 M N K
   double dense_launches;       // us: dequantizing and then cuBLAS, its launches,
   double dense_memory;         //   bytes per us read and written by dequantizing,

@@ -27,6 +27,7 @@ from tests.support.gptq_checkpoints import (
     Source,
     pack_columns,
     quantization_config,
+    shuffled,
     two_layers,
     write_source,
 )
@@ -83,11 +84,6 @@ def error_of(make: Callable[[], object], kind: type[MarlinConvertError]) -> str:
     assert "\n" not in message
     assert message.endswith(".")
     return message
-
-
-def shuffled(K: int, group_size: int = 128) -> np.ndarray[Any, Any]:
-    """g_idx of real act-order: every group has its group_size rows, in no order."""
-    return np.random.default_rng(1).permutation(np.arange(K) // group_size)
 
 
 # ---- What it converts ----

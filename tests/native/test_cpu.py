@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats import layout
 from marlin_convert.native import _cpu_library, cpu, reference
+from tests.support import format_reader
 
 HEADER = Path(__file__).parents[2] / "kernels" / "marlin.h"
 ISAS = ("plain", "avx2", "avx512")
@@ -620,12 +621,7 @@ def test_eight_bit_words_by_the_formula() -> None:
     B = cpu.pack(qweight.view(np.int32), bits=8).view(np.uint32)
     assert B.shape == (2, 512)
     assert int(B[0, 0]) == 0x90108000
-    for word in range(256):
-        lane, j, h = word // 8, word % 8 // 2, word % 2
-        g, t = lane // 4, lane % 4
-        for p in range(4):
-            row, column = 2 * t + 8 * (p & 1) + (p >> 1), 16 * j + g + 8 * h
-            assert int(B[1, 256 + word]) >> 8 * p & 255 == codes[16 + row, 64 + column]
+    np.testing.assert_array_equal(format_reader.codes(torch.from_numpy(B.view(np.int32)), 8, N), codes)
 
 
 @every_isa
