@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.conversion.plan import Plan, make_plan, plan_as_dict, span
+from marlin_convert.conversion.names import span
+from marlin_convert.conversion.plan import Plan, make_plan, plan_as_dict
 from marlin_convert.engine_support import vllm_needs_our_kernels, vllm_refuses
 from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
 from tests.support.gptq_checkpoints import (

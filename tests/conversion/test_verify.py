@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.convert import convert, verify_pair
 from marlin_convert.conversion.plan import make_plan
-from marlin_convert.conversion.verify import TOLERANCE, CPUProduct, LayerCheck, Verification, compare
+from marlin_convert.conversion.products import CPUProduct, compare
+from marlin_convert.conversion.verify import TOLERANCE, LayerCheck, Verification
 from marlin_convert.errors import SourceError, VerificationError
 from marlin_convert.formats.layout import SCALE_PERMUTATION, SCALE_PERMUTATION_SINGLE
 from marlin_convert.options import Options, QuantMethod
