@@ -363,7 +363,8 @@ def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
     header.pop("__metadata__", None)
 
     data_start, tensors = 8 + length, []
-    for name, claims in header.items():
+    for name in list(header):
+        claims = header.pop(name)  # its memory is the next tensor's
         if not is_tensor_name(name):  # no exporter writes such a name, and a message could not show it
             raise damaged(f"the tensor name {shortened(name)} is too long, or cannot be printed")
         if not isinstance(claims, _Claims) or not claims.well_formed():
