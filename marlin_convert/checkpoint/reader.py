@@ -45,7 +45,7 @@ DTYPE_BITS = {
 MAX_HEADER_BYTES = 100_000_000
 
 #: More than any checkpoint has: tensors of one file, dimensions of a tensor, characters of a tensor's name.
-MAX_TENSORS, MAX_DIMENSIONS, MAX_NAME = 300_000, 64, 500
+MAX_TENSORS, MAX_DIMENSIONS, MAX_NAME = 200_000, 64, 500
 
 #: Weights in formats that are not read: pickles are never unpickled, the others hold no GPTQ tensors.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
