@@ -28,7 +28,7 @@ from torch import library as torch_library
 
 from ..device import MIN_CAPABILITY, Device, cuda_devices
 from ..errors import DeviceError
-from ..formats.layout import TILE_K, pack_factor
+from ..formats.layout import EXT_BITS, TILE_K, pack_factor
 
 #: Where the library is; MARLIN_CUDA_LIBRARY names another one, to compare builds.
 LIBRARY = Path(os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "_cuda.so")
@@ -265,7 +265,7 @@ def _check_memory(device: torch.device, **tensors: T | None) -> None:
 
 
 def _check_bits(bits: int) -> None:
-    if bits not in (4, 8):
+    if bits not in EXT_BITS:
         raise ValueError(f"bits is {bits}; it should be 4 or 8")
 
 
