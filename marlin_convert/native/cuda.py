@@ -423,8 +423,8 @@ def gemm(
     `a`'s rows may be a strided view (a slice of columns) as long as their stride is a multiple of 8 elements; other
     layouts are copied first, as are the activations of a layer with act-order, in another order of columns. With many
     rows, on Hopper from 65 on, weights are rounded to a's dtype once, as `dequantize` does, unless they have one group
-    of scales; with few rows they are not rounded. The same inputs give the same bits on every run. Raises TypeError and ValueError for arguments that do not fit, DeviceError
-    when the kernels cannot run.
+    of scales; with few rows they are not rounded. The same inputs give the same bits on every run. Raises TypeError and
+    ValueError for arguments that do not fit, DeviceError when the kernels cannot run.
     """
     return _product(_layer(B, s, zeros, perm, bits, in_features, out_features), a, bias, variant)
 
