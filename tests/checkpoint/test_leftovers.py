@@ -216,6 +216,20 @@ def test_a_run_that_ends_first_is_not_replaced(tmp_path: Path, monkeypatch: pyte
     assert contents(tmp_path) == {f"out/{REPORT_FILE}": "{}", "out/deep/weights": "old"}
 
 
+def test_with_force_a_run_that_ends_first_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It appears after the look at what is there, and before the rename."""
+    out, rename, times = tmp_path / "out", Path.rename, iter(range(1))
+
+    def faster(self: Path, target: Path) -> Path:
+        for _ in times:
+            earlier_result(out)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", faster)
+    write_new(out, force=True)
+    assert contents(tmp_path) == {"out/weights": "new"}
+
+
 def test_a_lock_that_another_run_took_for_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was found between its making and its locking, and removed with its folder: the run makes another."""
     out, flock = tmp_path / "out", fcntl.flock
