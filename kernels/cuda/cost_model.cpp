@@ -60,27 +60,28 @@ const CostModel kSm90OnH100 = sm90_on_h100();
 // Fitted to the same kernel forced on that H100; used for every GPU that is no Hopper, on which nothing was measured.
 const CostModel kSm80 = sm80();
 
-bool make_schedule(const TileShape& tile, const Problem& x, int split, bool forced, int multiprocessors,
-                   int resident_clusters, Schedule* schedule) {
+bool make_schedule(const TileShape& tile, const Problem& x, int split, bool forced, int resident, int resident_tiles,
+                   Schedule* schedule) {
   const int64_t steps = ceil_div(x.K, tile.block_k), tiles_m = ceil_div(x.M, tile.block_m);
   const int64_t tiles = tiles_m * ceil_div(x.N, tile.block_n), iterations = tiles * steps;
   if (iterations > kMaxIterations) return false;
   int64_t blocks, per_block = steps, waves = 1, busiest;  // a cluster's range is its tile's
-  if (split <= kMostCluster) {
-    if (!tile.clusters || split > steps || resident_clusters < 1) return false;
-    waves = ceil_div(tiles, resident_clusters);
+  if (split <= kMostSplitK) {
+    if (split > steps || resident_tiles < 1 || (split == 1 && !tile.clusters)) return false;
+    waves = ceil_div(tiles, resident_tiles);
     blocks = tiles * split;
     busiest = waves * ceil_div(steps, split);
+    if (!tile.clusters && (waves > 1 || blocks > kMaxCounters)) return false;  // the workspace is for those resident
   } else {
     if (split == kDataParallel) {
-      blocks = std::min<int64_t>(tiles, multiprocessors);
+      blocks = std::min<int64_t>(tiles, resident);
       per_block = 0;
       busiest = ceil_div(tiles, blocks) * steps;
     } else {
       // Ranges scatter the blocks over the matrices; with many rows, activations then fall out of L2.
       constexpr int kMostTilesM = 4;
       if (tiles_m > kMostTilesM && !forced) return false;
-      busiest = per_block = ceil_div(iterations, multiprocessors);
+      busiest = per_block = ceil_div(iterations, resident);
       blocks = ceil_div(iterations, per_block);
     }
     if (blocks > kMaxCounters) return false;
@@ -116,7 +117,7 @@ Prediction predict(const CostModel& m, const TileShape& tile, const Problem& x, 
 
   double ends = 0;
   const int64_t steps = schedule.steps, per_block = schedule.iterations_per_block;
-  if (schedule.split <= kMostCluster) {
+  if (schedule.split <= kMostSplitK) {
     ends = m.cluster_rank * schedule.split + (schedule.split > 1 ? m.cluster_kb * tile_kb(tile) : 0) +
            m.wave * static_cast<double>(schedule.waves - 1);
   } else if (schedule.split == kStreamK && per_block % steps != 0) {

@@ -8,7 +8,7 @@ namespace marlin {
 
 // How output tiles are given to blocks (tile_scheduler.cuh).
 enum Split : int {
-  kMostCluster = 8,    // 1 .. 8: a tile to each cluster of that many blocks (sm90), an equal part of its K to each
+  kMostSplitK = 8,     // 1 .. 8: a tile to that many blocks (sm90: of a cluster), an equal part of its K to each
   kStreamK = 9,        // equal ranges of iterations, tiles shared through the workspace
   kDataParallel = 10,  // whole tiles in turn
   kSplits = 11,
@@ -16,7 +16,7 @@ enum Split : int {
 
 // An instance, as far as the model needs it.
 struct TileShape {
-  bool clusters;  // whether its blocks can form clusters
+  bool clusters;  // whether blocks that split a tile along K are a cluster; else they use the workspace
   int block_m, block_n, block_k;
   int bits;
 };
@@ -33,10 +33,10 @@ struct Schedule {
   int64_t busiest;                                       // iterations of the SM that has most
 };
 
-// Lays out `split`; false if it cannot be done, or, unless `forced`, should not. `resident_clusters`: how many clusters
-// of `split` blocks the device holds at once.
-bool make_schedule(const TileShape& tile, const Problem& problem, int split, bool forced, int multiprocessors,
-                   int resident_clusters, Schedule* schedule);
+// Lays out `split`; false if it cannot be done, or, unless `forced`, should not. `resident`: how many blocks the device
+// holds at once; `resident_tiles`: how many times `split` blocks.
+bool make_schedule(const TileShape& tile, const Problem& problem, int split, bool forced, int resident,
+                   int resident_tiles, Schedule* schedule);
 
 // The constants, for one main loop on one kind of GPU. us: microseconds; KB: 1024 bytes.
 struct CostModel {

@@ -1,6 +1,6 @@
 // instance.h: the instances of the kernel templates, as data. Each has a number and a name that never change, such as
 // sm90_m16n128_b4_g64: instructions of sm_90, output tiles of 16 rows (M) by 128 columns (N), 4 bits, groups of 64.
-// Names end in z where an instance beside it, for the same numbers, takes no zero points; "gany" takes any groups.
+// "gany" takes any groups. A z at the end tells it from an instance that, for the same numbers, takes no zero points.
 #pragma once
 
 #include <vector>
@@ -13,10 +13,11 @@ struct Instance {
   int id;
   const char* name;
   MainLoop loop;
-  const void* kernels[2];  // by dtype
+  const void* kernels[4];  // by dtype; scaled: and then, for scales that are not of the activations' type, again
   int bits;
   int group_size;    // rows that share a scale; 128 is also for G == 1; 0: any number
   bool zero_points;  // whether it takes them
+  bool scaled;       // whether weights are rounded to the activations' type
   int threads, block_m, block_n, block_k;
   // Shared memory: bytes of each pipeline stage and beside the stages; how many stages, and a multiple of what.
   int stage_bytes, extra_bytes, max_stages, stage_multiple;

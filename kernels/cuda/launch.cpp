@@ -131,8 +131,9 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
   Plan plan;
   MARLIN_RETURN_IF_ERROR(find_plan(x.M, w, facts, device, x.variant, &plan));
   const Instance& instance = *plan.instance;
+  const int kernel = dtype + (instance.scaled && w.scale_dtype != dtype ? 2 : 0);
   const Schedule& s = plan.schedule;
-  MARLIN_RETURN_IF_ERROR(allow_shared_memory(instance, dtype, facts, device));
+  MARLIN_RETURN_IF_ERROR(allow_shared_memory(instance, kernel, facts, device));
 
   const int group_size = static_cast<int>(w.K / w.G);
   GemmArguments arguments;
@@ -155,13 +156,15 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
   arguments.group_shift = 31;
   if (w.G > 1)
     for (arguments.group_shift = 4; 1 << arguments.group_shift < group_size;) arguments.group_shift++;
-  arguments.subgroups = w.G == 1 || group_size >= 64 ? 1 : 64 / group_size;
   arguments.steps = s.steps;
   arguments.tiles_m = s.tiles_m;
   arguments.iterations = s.iterations;
   arguments.iterations_per_block = s.iterations_per_block;
+  const int next = s.iterations_per_block == 0 ? s.blocks : 1;  // tiles
+  arguments.next_n = next / s.tiles_m;
+  arguments.next_m = next % s.tiles_m;
   arguments.stages = plan.stages;
-  arguments.cluster = s.split <= kMostCluster ? s.split : 0;
+  arguments.split_k = s.split <= kMostSplitK ? s.split : 0;
 
   CUtensorMap weights_map, activations_map;
   if (instance.loop == MainLoop::kSm90) {
@@ -191,6 +194,7 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
   launch.dynamicSmemBytes = shared_bytes(instance, plan.stages);
   launch.stream = static_cast<cudaStream_t>(x.stream);
   cudaLaunchAttribute attribute = {};
-  if (arguments.cluster > 1) set_cluster(&launch, &attribute, arguments.cluster);
-  return cudaLaunchKernelExC(&launch, instance.kernels[dtype], parameters);
+  if (instance.loop == MainLoop::kSm90 && s.split <= kMostSplitK && s.split > 1)
+    set_cluster(&launch, &attribute, s.split);
+  return cudaLaunchKernelExC(&launch, instance.kernels[kernel], parameters);
 }

@@ -14,8 +14,8 @@ namespace {
 // What was found out about one device, for each instance.
 struct DeviceState {
   struct Facts {
-    std::atomic<bool> shared_memory[2] = {};           // allowed, by dtype
-    std::atomic<int> clusters[kMostCluster + 1] = {};  // how many are resident + 1; 0: not asked yet
+    std::atomic<bool> shared_memory[2] = {};          // allowed, by dtype
+    std::atomic<int> clusters[kMostSplitK + 1] = {};  // how many are resident + 1; 0: not asked yet
   };
   std::deque<Facts> instances{all_instances().size()};
 };
@@ -73,18 +73,13 @@ int resident_clusters(const Instance& i, int size, const Device& facts, int devi
 bool lay_out(const Instance& i, int split, bool forced, const Problem& problem, const Device& facts, int device,
              Plan* plan) {
   const TileShape tile = {i.loop == MainLoop::kSm90, i.block_m, i.block_n, i.block_k, i.bits};
-  const bool clusters = split <= kMostCluster && tile.clusters;
+  const bool cluster = split <= kMostSplitK && tile.clusters;
   Schedule schedule;
   if (!make_schedule(tile, problem, split, forced, facts.multiprocessors,
-                     clusters ? resident_clusters(i, split, facts, device) : 0, &schedule))
+                     cluster ? resident_clusters(i, split, facts, device) : facts.multiprocessors / split, &schedule))
     return false;
   *plan = {&i, schedule, most_stages(i, facts), predict(cost_model(i.loop), tile, problem, schedule)};
   return true;
-}
-
-// Whether only the instances that take zero points, 8 bits and small groups take these weights.
-bool needs_extended(const marlin_cuda_weights_t& w) {
-  return w.bits != 4 || w.zeros != nullptr || (w.G > 1 && w.K / w.G != MARLIN_CUDA_GROUP_SIZE);
 }
 
 int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& facts, int device, int variant,
@@ -92,15 +87,14 @@ int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& fac
   const Variant wanted(variant);
   if (variant < 0 || variant >> 20 != 0 || wanted.split >= kSplits) return MARLIN_CUDA_ERROR_VARIANT;
   const MainLoop loop = has_sm90(facts) ? MainLoop::kSm90 : MainLoop::kSm80;
-  const bool extended = needs_extended(weights);
   const Problem problem = {M, weights.N, weights.K, weights.G, weights.zeros != nullptr};
   // Of those that fit the weights, the candidates; a variant may also ask for the others.
   const int64_t group = weights.G == 1 ? MARLIN_CUDA_GROUP_SIZE : weights.K / weights.G;
   const auto fits = [&](const Instance& i) {
     return runs(i, facts) && i.bits == weights.bits && (i.group_size == 0 || i.group_size == group) &&
-           (i.zero_points || !extended);
+           (i.zero_points || !problem.zeros);
   };
-  const auto candidate = [&](const Instance& i) { return fits(i) && i.loop == loop && i.zero_points == extended; };
+  const auto candidate = [&](const Instance& i) { return fits(i) && i.loop == loop; };
   int least = 0, most = 0;  // rows: the smallest tile that takes all of them, the largest
   for (const Instance& i : all_instances())
     if (candidate(i)) {
@@ -138,8 +132,8 @@ void print_plan(int64_t M, const marlin_cuda_weights_t& w, const Plan& plan) {
   if (!wanted) return;
   const Schedule& s = plan.schedule;
   char split[32];
-  if (s.split <= kMostCluster)
-    std::snprintf(split, sizeof(split), "cluster of %d", s.split);
+  if (s.split <= kMostSplitK)
+    std::snprintf(split, sizeof(split), "split-K by %d", s.split);
   else
     std::snprintf(split, sizeof(split), "%s", s.split == kStreamK ? "stream-K" : "data-parallel");
   std::fprintf(stderr,
@@ -169,10 +163,10 @@ const CostModel& cost_model(MainLoop loop) { return loop == MainLoop::kSm90 ? kS
 
 int shared_bytes(const Instance& i, int stages) { return stages * i.stage_bytes + i.extra_bytes; }
 
-int allow_shared_memory(const Instance& i, int dtype, const Device& facts, int device) {
-  std::atomic<bool>& mine = facts_of(i, device).shared_memory[dtype];
+int allow_shared_memory(const Instance& i, int kernel, const Device& facts, int device) {
+  std::atomic<bool>& mine = facts_of(i, device).shared_memory[kernel];
   if (mine.load(std::memory_order_relaxed)) return MARLIN_OK;
-  MARLIN_RETURN_IF_ERROR(cudaFuncSetAttribute(i.kernels[dtype], cudaFuncAttributeMaxDynamicSharedMemorySize,
+  MARLIN_RETURN_IF_ERROR(cudaFuncSetAttribute(i.kernels[kernel], cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               facts.shared_bytes_per_block));
   mine.store(true, std::memory_order_relaxed);
   return MARLIN_OK;

@@ -29,8 +29,8 @@ const CostModel& cost_model(MainLoop loop);
 
 int shared_bytes(const Instance& instance, int stages);
 
-// Lets the instance use more than 48 KB of shared memory, once per device, which is current.
-int allow_shared_memory(const Instance& instance, int dtype, const Device& facts, int device);
+// Lets a kernel of the instance use more than 48 KB of shared memory, once per device, which is current.
+int allow_shared_memory(const Instance& instance, int kernel, const Device& facts, int device);
 
 void set_cluster(cudaLaunchConfig_t* launch, cudaLaunchAttribute* attribute, int size);
 

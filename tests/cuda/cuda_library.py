@@ -35,6 +35,10 @@ class Instance(ctypes.Structure):
         ("name", ctypes.c_char * 64),
     )
 
+    @property
+    def scaled(self) -> bool:
+        return self.capability == 80 and self.group_size == 0 and self.block_m >= 32
+
     def takes(self, bits: int, group_size: int, zeros: bool) -> bool:
         """Weights of these bits and groups (-1: one group), with zero points or without."""
         group = GROUP_SIZE if group_size < 0 else group_size
