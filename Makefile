@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint reference docs check clean
+.PHONY: demo test lint reference picture docs check clean
 
 demo: $(VENV)/.run
 	$(RUN)/marlin-convert demo --force
@@ -20,9 +20,26 @@ lint: $(VENV)/.dev
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/clang-format --dry-run -Werror $(wildcard $(foreach kind,h c cpp cu cuh inl,kernels/*.$(kind) kernels/*/*.$(kind)))
+	$(RUN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[bu]*.yml
 
-check: lint test
-	COLUMNS=100 $(RUN)/cog --check -P README.md
+# The pages of the reference that the program itself writes.
+GENERATED := docs/reference/cli.md docs/reference/exit-codes.md
+
+reference: $(VENV)/.dev
+	COLUMNS=100 $(RUN)/cog -r -P $(GENERATED)
+
+# docs/images/demo.svg, of a run of the demo.
+picture: $(VENV)/.dev
+	$(RUN)/python tools/demo_picture.py
+
+# The site, into site/: nothing is fetched, and a link that leads nowhere is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
+
+check: lint docs test
+	COLUMNS=100 $(RUN)/cog --check -P $(GENERATED)
 
 INSTALLED_FROM := pyproject.toml setup.py constraints.txt tools/environment.py $(wildcard kernels/* kernels/*/*)
 
@@ -33,4 +50,4 @@ $(VENV)/.dev: $(INSTALLED_FROM)
 	@$(PYTHON) tools/environment.py dev $(VENV)
 
 clean:
-	rm -rf $(VENV) build demo-out *.egg-info marlin_convert/_cpu.so marlin_convert/_cuda.so
+	rm -rf $(VENV) build site demo-out *.egg-info marlin_convert/_cpu.so marlin_convert/_cuda.so

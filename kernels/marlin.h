@@ -1,7 +1,7 @@
 // marlin.h: the contract between the languages.
 //
 // Constants, error codes and C prototypes of the native CPU library (`_cpu.so`). The layout itself is explained in
-// marlin_convert/layout.py, which a test compares with the constants below. Plain C: no torch, no Python.
+// marlin_convert/formats/layout.py, which a test compares with the constants below. Plain C: no torch, no Python.
 //
 // Conventions
 //   * Sizes are int64_t and count elements, not bytes. All matrices are row-major and contiguous.
@@ -16,7 +16,7 @@
 
 #include <stdint.h>
 
-// Raise it with every change of a prototype or of a meaning, here and in marlin_convert/ops.py.
+// Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/ops.py.
 #define MARLIN_CPU_ABI_VERSION 3
 
 // The layout; the same names as in layout.py.
@@ -94,9 +94,9 @@ MARLIN_EXPORT int64_t marlin_cpu_first_difference(const int32_t* a, const int32_
 // A block of rows of a layer. The scales and zero points are the whole layer's, each row of them for rows_per_group rows.
 // rows_per_group and k0 are multiples of MARLIN_TILE_K.
 typedef struct {
-  const int32_t* weights;   // rows k0 .. k0 + k: qweight [k bits/32, n], or B [k/16, n bits/2]
-  const uint16_t* scales;   // [groups, n]; with B in Marlin's order of columns, chosen by `groups`
-  const uint8_t* zeros;     // [groups, n], the columns in their own order; null: the middle, 8 or 128
+  const int32_t* weights;  // rows k0 .. k0 + k: qweight [k bits/32, n], or B [k/16, n bits/2]
+  const uint16_t* scales;  // [groups, n]; with B in Marlin's order of columns, chosen by `groups`
+  const uint8_t* zeros;    // [groups, n], the columns in their own order; null: the middle, 8 or 128
   int64_t k0, k, n, groups, rows_per_group;
   int32_t bits;
   int32_t bf16;  // the scales, and the weights as they are rounded: 0 fp16, 1 bf16

@@ -20,7 +20,7 @@
 #include "marlin.h"
 
 // Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/cuda.py.
-#define MARLIN_CUDA_ABI_VERSION 3
+#define MARLIN_CUDA_ABI_VERSION 4
 
 #define MARLIN_CUDA_K_MULTIPLE 64
 #define MARLIN_CUDA_N_MULTIPLE 64
@@ -106,13 +106,18 @@ MARLIN_EXPORT int marlin_cuda_device_info(int device, marlin_cuda_device_info_t*
 // The workspace holds partial sums. Its first MARLIN_CUDA_COUNTER_BYTES must be zero before the first call that uses it
 // and are zero after each; calls that may run at the same time need workspaces of their own.
 // Equal arguments on equal devices give equal bits.
+//
+// Up to 64 rows, and on devices other than compute capability 9.0 for any number, weights enter as exact integers and
+// scales as fp32: nothing is rounded before the sums. On 9.0 more rows run instances that round each weight to `dtype`
+// once (rounds_weights), as marlin_cuda_dequantize and a 16-bit product do: weights beyond 65504 are infinite in fp16.
+// With one group of scales these too are exact.
 #define MARLIN_CUDA_COUNTER_BYTES 8192
 MARLIN_EXPORT int marlin_cuda_gemm(const marlin_cuda_weights_t* weights /* host */,
                                    const marlin_cuda_product_t* product /* host */);
 
 // A variant: the id of an instance, its pipeline stages, and how the work is split; each 0: the library's choice.
 #define MARLIN_CUDA_VARIANT(instance, stages, split) ((instance) | (stages) << 12 | (split) << 16)
-#define MARLIN_CUDA_MOST_CLUSTER 8    // splits 1 .. 8: that many blocks of a cluster share a tile along K
+#define MARLIN_CUDA_MOST_CLUSTER 8    // splits 1 .. 8: that many blocks share a tile along K
 #define MARLIN_CUDA_STREAM_K 9        // equal ranges of all steps of all tiles
 #define MARLIN_CUDA_DATA_PARALLEL 10  // whole tiles
 
@@ -122,9 +127,10 @@ typedef struct {
   int32_t capability;  // of its instructions: 80, on every GPU from 8.0 up, or 90, on 9.0 alone
   int32_t bits;
   int32_t group_size;                 // that it takes (128: also one group); 0: any
-  int32_t zero_points;                // 1: takes them, and weights without
+  int32_t zero_points;                // 0: takes weights without, 1: both, 2: weights with
   int32_t block_m, block_n, block_k;  // the output tile, and the rows of K in a step
   int32_t clusters;                   // 1: splits 1 .. 8 are possible
+  int32_t rounds_weights;             // 1: weights are rounded to the activations' type, as marlin_cuda_dequantize does
   char name[64];                      // such as sm90_m16n128_b4_g64
 } marlin_cuda_instance_t;
 

@@ -1,28 +1,104 @@
 """Repack GPTQ checkpoints into the Marlin format: exactly, on a CPU, with bounded memory.
 
-`MarlinLinear` and `load` run the result; they bring torch (and transformers) with them, so they are imported when they
-are first asked for.
-"""
+    convert   a GPTQ checkpoint into a Marlin one       plan      what that would do
+    verify    one against the other                     restore   the GPTQ checkpoint again
+    push      a result to the Hugging Face Hub          load      a Marlin model, ready to run
 
-from typing import TYPE_CHECKING, Any
+`MarlinLinear` is one layer as a torch module. Errors derive from `MarlinConvertError`. What is not named in `__all__`
+is not public. Everything is imported when it is first asked for: running a model needs torch, converting does not.
+"""
 
 from ._version import __version__
 
+TYPE_CHECKING = False  # as type checkers know it; to import typing takes longer than anything else here
 if TYPE_CHECKING:
+    from ._api import convert as convert
+    from ._api import plan as plan
+    from ._api import push as push
+    from ._api import restore as restore
+    from ._api import verify as verify
+    from .conversion.convert import Report as Report
+    from .conversion.plan import Plan as Plan
+    from .conversion.restore import Restored as Restored
+    from .conversion.verify import Verification as Verification
     from .engines.linear import MarlinLinear as MarlinLinear
     from .engines.transformers_quantizer import load as load
+    from .errors import AlreadyMarlin as AlreadyMarlin
+    from .errors import DeviceError as DeviceError
+    from .errors import HubError as HubError
+    from .errors import MarlinConvertError as MarlinConvertError
+    from .errors import MissingPackageError as MissingPackageError
+    from .errors import OptionError as OptionError
+    from .errors import OutputError as OutputError
+    from .errors import SourceError as SourceError
+    from .errors import UnsupportedError as UnsupportedError
+    from .errors import VerificationError as VerificationError
+    from .options import Format as Format
+    from .options import PublishTarget as PublishTarget
+    from .options import QuantMethod as QuantMethod
+    from .options import ZeroPointReading as ZeroPointReading
+    from .progress import ProgressEvent as ProgressEvent
 
-__all__ = ["MarlinLinear", "__version__", "load"]
+__all__ = [
+    "AlreadyMarlin",
+    "DeviceError",
+    "Format",
+    "HubError",
+    "MarlinConvertError",
+    "MarlinLinear",
+    "MissingPackageError",
+    "OptionError",
+    "OutputError",
+    "Plan",
+    "ProgressEvent",
+    "PublishTarget",
+    "QuantMethod",
+    "Report",
+    "Restored",
+    "SourceError",
+    "UnsupportedError",
+    "Verification",
+    "VerificationError",
+    "ZeroPointReading",
+    "__version__",
+    "convert",
+    "load",
+    "plan",
+    "push",
+    "restore",
+    "verify",
+]
 
-_LATE = {"MarlinLinear": "engines.linear", "load": "engines.transformers_quantizer"}
+#: Where each name comes from.
+_HOMES = {
+    "_api": ("convert", "plan", "push", "restore", "verify"),
+    "conversion.convert": ("Report",),
+    "conversion.plan": ("Plan",),
+    "conversion.restore": ("Restored",),
+    "conversion.verify": ("Verification",),
+    "engines.linear": ("MarlinLinear",),
+    "engines.transformers_quantizer": ("load",),
+    "errors": (
+        "AlreadyMarlin", "DeviceError", "HubError", "MarlinConvertError", "MissingPackageError", "OptionError",
+        "OutputError", "SourceError", "UnsupportedError", "VerificationError",
+    ),
+    "options": ("Format", "PublishTarget", "QuantMethod", "ZeroPointReading"),
+    "progress": ("ProgressEvent",),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LATE:
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    from .errors import require
+    if _HOME_OF[name].startswith("engines."):
+        from .errors import require
 
-    require("torch", "transformers")
-    return getattr(import_module(f".{_LATE[name]}", __name__), name)
+        require("torch", "transformers")
+    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,34 @@
-"""`python -m marlin_convert`: the command line."""
+"""The program, as `marlin-convert` and as `python -m marlin_convert`.
 
-from .cli import main
+What it imports takes a while: a signal that comes meanwhile ends it in the same way as later ones.
+"""
+
+import os
+import signal
+import sys
+
+
+def _end(number: int, frame: object) -> None:
+    text = "interrupted; nothing half-done was left behind."
+    code = 128 + number
+    if "--json" in sys.argv:
+        os.write(1, f'{{"ok": false, "error": "Interrupted", "message": "{text}", "exit_code": {code}}}\n'.encode())
+    else:
+        os.write(2, f"\nmarlin-convert: {text}\n".encode())
+    os._exit(code)
+
+
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_number) != signal.SIG_IGN:
+        signal.signal(_number, _end)
+
+
+def program() -> None:
+    """Run the command line on the arguments of this process."""
+    from .cli import main
+
+    main()
+
 
 if __name__ == "__main__":
-    main()
+    program()

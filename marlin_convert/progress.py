@@ -1,6 +1,12 @@
-"""What long work tells whoever watches it. The library calls; the command line draws."""
+"""What long work tells whoever watches it. The library calls; the command line, or a caller's function, shows."""
 
+from __future__ import annotations
+
+import sys
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 
 class Progress:
@@ -28,3 +34,102 @@ class BytesOnly(Progress):
 
     def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
         self._progress.advance(nbytes, layer)
+
+
+# ---- For callers of the library ----
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """How far a stage is: "downloading", "converting", "verifying", … Counts only grow; a download has no layers.
+
+    `layer` is the layer or tensor at hand.
+    """
+
+    stage: str
+    bytes_done: int
+    bytes_total: int
+    layers_done: int = 0
+    layers_total: int = 0
+    layer: str | None = None
+
+
+class Told(Progress):
+    """Calls `callback` with a ProgressEvent at each step, one call at a time. What it raises stops the work."""
+
+    def __init__(self, callback: Callable[[ProgressEvent], object]) -> None:
+        self._callback, self._lock = callback, threading.Lock()
+
+    def stage(self, label: str, total_bytes: int, layers: int) -> None:
+        self._now = ProgressEvent(label, 0, total_bytes, 0, layers)
+        with self._lock:
+            self._callback(self._now)
+
+    def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
+        with self._lock:
+            now = self._now
+            self._now = ProgressEvent(
+                now.stage, now.bytes_done + nbytes, now.bytes_total, now.layers_done + done, now.layers_total,
+                layer or now.layer,
+            )  # fmt: skip
+            self._callback(self._now)
+
+    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
+        come = 0
+
+        def more(nbytes: int) -> None:
+            nonlocal come
+            with self._lock:
+                come += nbytes
+                self._callback(ProgressEvent(label, come, total_bytes))
+
+        return more
+
+
+class NotebookBars(Progress):
+    """A bar for each stage, as notebooks draw it."""
+
+    def __init__(self) -> None:
+        from tqdm.auto import tqdm
+
+        self._bar_type, self._lock = tqdm, threading.Lock()
+        self._bar: Any = None  # of the stage at hand
+
+    def _new(self, label: str, total_bytes: int) -> Any:
+        return self._bar_type(total=total_bytes, desc=label, unit="B", unit_scale=True)
+
+    def stage(self, label: str, total_bytes: int, layers: int) -> None:
+        self._bar = self._new(label, total_bytes)
+
+    def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
+        with self._lock:
+            self._bar.update(nbytes)
+
+    def end(self) -> None:
+        self._bar.close()
+
+    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
+        if not total_bytes:
+            return super().meanwhile(label, total_bytes)
+        bar = self._new(label, total_bytes)
+
+        def more(nbytes: int) -> None:
+            bar.update(nbytes)
+            if bar.n >= total_bytes:
+                bar.close()
+
+        return more
+
+
+def progress_for(callback: Callable[[ProgressEvent], object] | None) -> Progress:
+    """Return what tells `callback`; without one, what shows bars in a notebook and is silent elsewhere."""
+    if callback is not None:
+        return Told(callback)
+    return NotebookBars() if _in_notebook() else Progress()
+
+
+def _in_notebook() -> bool:
+    """Tell whether a Jupyter kernel runs this code."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and getattr(shell, "kernel", None) is not None

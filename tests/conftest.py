@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.cli import SECRET, Run
+from tests.support.cli import PATIENCE, PROGRAM, SECRET, Run
 
 if TYPE_CHECKING:
     from tests.support.gptq_checkpoints import Source
@@ -24,6 +23,21 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
+    # One thread of torch for each process: those of OpenMP wait for each other by spinning, which takes three times as
+    # long for models as small as these when another process wants the CPU too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    give_children_the_default_signals()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks select
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start the program in a process of its own are slow, all of them."""
+    for item in items:
+        if {"run", "online"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
+def give_children_the_default_signals() -> None:
     """Give the programs that tests start the default action of signals, also where these are ignored here: of SIGINT in
     the background of a script, of SIGHUP under nohup. A handler that does nothing keeps them ignored in this process
     and, unlike SIG_IGN, is not inherited.
@@ -47,9 +61,11 @@ def run(tmp_path: Path) -> Callable[..., Run]:
 
     def run(*args: object, env: dict[str, str] | None = None, cwd: Path = tmp_path) -> Run:
         environment = {**os.environ, "HF_HOME": str(tmp_path / "hf-home"), "COLUMNS": "200", **(env or {})}
-        command = [sys.executable, "-m", "marlin_convert.cli", *map(str, args)]
+        command = [*PROGRAM, *map(str, args)]
         return Run(
-            subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120, check=False)
+            subprocess.run(
+                command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=PATIENCE, check=False
+            )
         )
 
     return run
@@ -75,3 +91,33 @@ def online(hub: Hub, run: Callable[..., Run], tmp_path: Path) -> Callable[..., R
         return result
 
     return online
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """What the program does with signals ends with the test in whose process it ran."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def main(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Run the command line in this process, where a test can break something inside."""
+    from marlin_convert.cli import main as program
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+    def main(*args: object) -> Run:
+        capsys.readouterr()
+        code = 0
+        try:
+            program([str(a) for a in args])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return Run(subprocess.CompletedProcess([], code, out, err))
+
+    return main

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 NVCC_LIST = "compute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\n"  # as CUDA 12.4 has it
 
@@ -356,3 +358,20 @@ def test_the_cpu_library_shows_its_own_functions_only(tmp_path: Path) -> None:
     needed = subprocess.run(["ldd", output], capture_output=True, text=True, check=True).stdout
     assert "libstdc++" not in needed
     assert "libpython" not in needed
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on the PATH")
+@pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "kernels/cuda").glob("gemm_sm90_wide_*.cu")))
+def test_no_kernel_for_many_rows_spills_or_waits_for_each_wgmma(tmp_path: Path, source: str) -> None:
+    """Both make it several times slower, and a small change of the source can bring them: nvcc says so."""
+    command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-std=c++17", "-Xptxas", "-v", "-cubin"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "out.cubin"), str(ROOT / "kernels/cuda" / source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert said.count("0 bytes spill stores, 0 bytes spill loads") == said.count("Compiling entry function") >= 16
+    assert "C75" not in said  # C7510 .. C7519: wgmma is serialized

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tools" / "environment.py"
 OLD = sorted(Path.home().glob(".pyenv/versions/3.[6-9].*/bin/python"))

@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import marlin_convert
 from marlin_convert.conversion.convert import Options, convert
+from tests.support.cli import PATIENCE
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 DEMO = Path(marlin_convert.__file__).parent / "data" / "demo"
@@ -27,7 +30,7 @@ def prove(out: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, float]
     figures = out.parent / "figures.json"
     command = [sys.executable, ROOT / "benchmarks" / "proof.py", DEMO, out, ROOT / "tests" / "data" / "kjv_sample.txt"]
     options = ["--device", "cpu", "--tokens", "200", "--new-tokens", "8", "--json", figures]
-    process = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, check=False)
+    process = subprocess.run([*command, *options], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert figures.exists(), process.stderr
     return process, json.loads(figures.read_text(encoding="utf-8"))
 

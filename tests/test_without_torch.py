@@ -14,6 +14,8 @@ import pytest
 from tests.support.cli import Run
 from tests.support.gptq_checkpoints import Source
 
+pytestmark = pytest.mark.slow
+
 ADVICE = 'pip install "marlin-convert[run]"'
 
 

@@ -62,7 +62,12 @@ class Steps:
             command, env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         lines: queue.Queue[str] = queue.Queue()
-        reader = threading.Thread(target=lambda: [lines.put(line.rstrip()) for line in process.stdout or ()])
+
+        def read() -> None:
+            for line in process.stdout or ():
+                lines.put(line.rstrip())
+
+        reader = threading.Thread(target=read)
         reader.start()
         said: list[str] = []
         shown = time.monotonic()
@@ -76,7 +81,7 @@ class Steps:
             except queue.Empty:
                 pass
             if time.monotonic() - shown >= INTERVAL:
-                last = next((line.strip() for line in reversed(said) if line.strip()), "")
+                last = next((line.strip() for line in reversed(said) if line and not line.startswith("WARNING")), "")
                 self.say(f"  … {label}: {last[:100]}" if last else f"  … {label}")
                 shown = time.monotonic()
         code = process.wait()

@@ -10,12 +10,12 @@ namespace {
 
 // STATEMENT for the tiles [begin, end), which count along tile rows: `at` is the first word of the tile's first row in
 // qweight, `at_tile` that of the tile in B.
-#define MARLIN_FOR_TILES(bits, begin, end, n, STATEMENT)                                  \
-  for (int64_t tile = (begin); tile < (end); ++tile) {                                    \
-    const int64_t row = tile / ((n) / kTileN), column = tile % ((n) / kTileN);            \
-    const int64_t at = row * (MARLIN_TILE_K * (bits) / 32) * (n) + kTileN * column;       \
-    const int64_t at_tile = tile * (MARLIN_TILE_K * kTileN * (bits) / 32);                \
-    STATEMENT;                                                                            \
+#define MARLIN_FOR_TILES(bits, begin, end, n, STATEMENT)                            \
+  for (int64_t tile = (begin); tile < (end); ++tile) {                              \
+    const int64_t row = tile / ((n) / kTileN), column = tile % ((n) / kTileN);      \
+    const int64_t at = row * (MARLIN_TILE_K * (bits) / 32) * (n) + kTileN * column; \
+    const int64_t at_tile = tile * (MARLIN_TILE_K * kTileN * (bits) / 32);          \
+    STATEMENT;                                                                      \
   }
 
 void pack_plain(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end) {
@@ -27,26 +27,20 @@ void unpack_plain(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_
 void pack8_plain(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end) {
   MARLIN_FOR_TILES(8, begin, end, n, pack_tile8_plain(q + at, n, B + at_tile))
 }
-void unpack8_plain(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(8, begin, end, n, unpack_tile8_plain(B + at_tile, q + at, n))
-}
+void unpack8_plain(const int32_t* B, int32_t* q, int64_t n, int64_t begin,
+                   int64_t end){MARLIN_FOR_TILES(8, begin, end, n, unpack_tile8_plain(B + at_tile, q + at, n))}
 #if MARLIN_X86
-MARLIN_AVX2 void pack_avx2(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(4, begin, end, n, pack_tile_avx2(q + at, q + at + n, B + at_tile))
-}
-MARLIN_AVX2 void unpack_avx2(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(4, begin, end, n, unpack_tile_avx2(B + at_tile, q + at, q + at + n))
-}
-MARLIN_AVX2 void pack8_avx2(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(8, begin, end, n, pack_tile8_avx2(q + at, n, B + at_tile))
-}
-MARLIN_AVX2 void unpack8_avx2(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(8, begin, end, n, unpack_tile8_avx2(B + at_tile, q + at, n))
-}
-MARLIN_AVX512 void pack_avx512(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end) {
-  MARLIN_FOR_TILES(4, begin, end, n, pack_tile_avx512(q + at, q + at + n, B + at_tile))
-}
-MARLIN_AVX512 void unpack_avx512(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end) {
+MARLIN_AVX2 void pack_avx2(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end){
+    MARLIN_FOR_TILES(4, begin, end, n, pack_tile_avx2(q + at, q + at + n, B + at_tile))} MARLIN_AVX2
+    void unpack_avx2(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end){
+        MARLIN_FOR_TILES(4, begin, end, n, unpack_tile_avx2(B + at_tile, q + at, q + at + n))} MARLIN_AVX2
+    void pack8_avx2(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end){
+        MARLIN_FOR_TILES(8, begin, end, n, pack_tile8_avx2(q + at, n, B + at_tile))} MARLIN_AVX2
+    void unpack8_avx2(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end){
+        MARLIN_FOR_TILES(8, begin, end, n, unpack_tile8_avx2(B + at_tile, q + at, n))} MARLIN_AVX512
+    void pack_avx512(const int32_t* q, int32_t* B, int64_t n, int64_t begin, int64_t end){
+        MARLIN_FOR_TILES(4, begin, end, n, pack_tile_avx512(q + at, q + at + n, B + at_tile))} MARLIN_AVX512
+    void unpack_avx512(const int32_t* B, int32_t* q, int64_t n, int64_t begin, int64_t end) {
   MARLIN_FOR_TILES(4, begin, end, n, unpack_tile_avx512(B + at_tile, q + at, q + at + n))
 }
 #endif
@@ -127,16 +121,16 @@ inline __attribute__((always_inline)) void arrange_strip(const Arrangement& a, i
   }
 }
 
-#define MARLIN_ARRANGE(NAME, TARGET)                                            \
-  TARGET void NAME(const Arrangement& a, int bits, int64_t begin, int64_t end) { \
+#define MARLIN_ARRANGE(NAME, TARGET)                                                           \
+  TARGET void NAME(const Arrangement& a, int bits, int64_t begin, int64_t end) {               \
     for (int64_t at = begin * kStrip; at < std::min(a.padded_n, end * kStrip); at += kStrip) { \
-      const int64_t to = std::min(a.padded_n, at + kStrip);                      \
-      if (bits == 4) {                                                           \
-        arrange_strip<4>(a, at, to);                                             \
-      } else {                                                                   \
-        arrange_strip<8>(a, at, to);                                             \
-      }                                                                          \
-    }                                                                            \
+      const int64_t to = std::min(a.padded_n, at + kStrip);                                    \
+      if (bits == 4) {                                                                         \
+        arrange_strip<4>(a, at, to);                                                           \
+      } else {                                                                                 \
+        arrange_strip<8>(a, at, to);                                                           \
+      }                                                                                        \
+    }                                                                                          \
   }
 MARLIN_ARRANGE(arrange_plain, )
 #if MARLIN_X86

@@ -45,10 +45,14 @@ inline __attribute__((always_inline)) void gather_words(const RowPlace* at, uint
   }
 }
 template <int bits>
-void gather_plain(const RowPlace* at, uint32_t* words) { gather_words<bits>(at, words); }
+void gather_plain(const RowPlace* at, uint32_t* words) {
+  gather_words<bits>(at, words);
+}
 #if MARLIN_X86
 template <int bits>
-MARLIN_AVX2 void gather_avx2(const RowPlace* at, uint32_t* words) { gather_words<bits>(at, words); }
+MARLIN_AVX2 void gather_avx2(const RowPlace* at, uint32_t* words) {
+  gather_words<bits>(at, words);
+}
 
 template <int bits>
 MARLIN_AVX512 void gather_avx512(const RowPlace* at, uint32_t* words) {
@@ -360,22 +364,22 @@ MARLIN_AVX512 int64_t compare_sorted_rows(const Sorting& a, const int32_t* inver
 
 #endif  // MARLIN_X86
 
-#define MARLIN_SORTED(ISA, TARGET)                                                                                    \
-  TARGET void pack_sorted_##ISA(const Sorting& a, int bits, int32_t* B, int64_t begin, int64_t end) {                 \
-    const auto pack4 = [](const int32_t* r, int32_t* tile) TARGET { pack_tile_##ISA(r, r + kTileN, tile); };          \
-    const auto pack8 = [](const int32_t* r, int32_t* tile) TARGET { pack_tile8_##ISA(r, kTileN, tile); };             \
-    if (bits == 4) {                                                                                                  \
-      pack_sorted<4>(a, B, begin, end, gather_##ISA<4>, pack4);                                                       \
-    } else {                                                                                                          \
-      pack_sorted<8>(a, B, begin, end, gather_##ISA<8>, pack8);                                                       \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  TARGET int64_t compare_sorted_##ISA(const Sorting& a, int bits, const int32_t* inverse, const int32_t* B,           \
-                                      int64_t begin, int64_t end) {                                                   \
-    const auto unpack4 = [](const int32_t* tile, int32_t* r) TARGET { unpack_tile_##ISA(tile, r, r + kTileN); };      \
-    const auto unpack8 = [](const int32_t* tile, int32_t* r) TARGET { unpack_tile8_##ISA(tile, r, kTileN); };         \
-    if (bits == 4) return compare_sorted<4>(a, inverse, B, begin, end, gather_##ISA<4>, unpack4);                     \
-    return compare_sorted<8>(a, inverse, B, begin, end, gather_##ISA<8>, unpack8);                                    \
+#define MARLIN_SORTED(ISA, TARGET)                                                                               \
+  TARGET void pack_sorted_##ISA(const Sorting& a, int bits, int32_t* B, int64_t begin, int64_t end) {            \
+    const auto pack4 = [](const int32_t* r, int32_t* tile) TARGET { pack_tile_##ISA(r, r + kTileN, tile); };     \
+    const auto pack8 = [](const int32_t* r, int32_t* tile) TARGET { pack_tile8_##ISA(r, kTileN, tile); };        \
+    if (bits == 4) {                                                                                             \
+      pack_sorted<4>(a, B, begin, end, gather_##ISA<4>, pack4);                                                  \
+    } else {                                                                                                     \
+      pack_sorted<8>(a, B, begin, end, gather_##ISA<8>, pack8);                                                  \
+    }                                                                                                            \
+  }                                                                                                              \
+  TARGET int64_t compare_sorted_##ISA(const Sorting& a, int bits, const int32_t* inverse, const int32_t* B,      \
+                                      int64_t begin, int64_t end) {                                              \
+    const auto unpack4 = [](const int32_t* tile, int32_t* r) TARGET { unpack_tile_##ISA(tile, r, r + kTileN); }; \
+    const auto unpack8 = [](const int32_t* tile, int32_t* r) TARGET { unpack_tile8_##ISA(tile, r, kTileN); };    \
+    if (bits == 4) return compare_sorted<4>(a, inverse, B, begin, end, gather_##ISA<4>, unpack4);                \
+    return compare_sorted<8>(a, inverse, B, begin, end, gather_##ISA<8>, unpack8);                               \
   }
 MARLIN_SORTED(plain, )
 #if MARLIN_X86
@@ -429,8 +433,8 @@ int check(const Sorting& a, int bits, const int32_t* B) {
 
 extern "C" {
 
-int marlin_cpu_pack_sorted(const int32_t* qweight, int64_t stride, const int32_t* perm, const uint8_t* fill,
-                           int32_t* B, int64_t b_stride, int64_t k, int64_t n, int64_t rows, int64_t padded_n, int bits,
+int marlin_cpu_pack_sorted(const int32_t* qweight, int64_t stride, const int32_t* perm, const uint8_t* fill, int32_t* B,
+                           int64_t b_stride, int64_t k, int64_t n, int64_t rows, int64_t padded_n, int bits,
                            int threads, int isa) {
   using namespace marlin;
   const Sorting a = {qweight, perm, fill, k, n, stride, rows, padded_n, b_stride};

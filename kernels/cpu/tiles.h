@@ -60,8 +60,8 @@ void pack_tile_plain(const int32_t* r0, const int32_t* r1, int32_t* tile) {
       const uint32_t low1 = (c & kLow) | (d & kLow) << 4, high1 = (c >> 4 & kLow) | (d & ~kLow);
       for (int t = 0; t < 4; ++t) {
         const int s = 8 * t;
-        store(tile + 16 * g + 4 * t + j, (low0 >> s & 255) | (low1 >> s & 255) << 8 | (high0 >> s & 255) << 16 |
-                                             (high1 >> s & 255) << 24);
+        store(tile + 16 * g + 4 * t + j,
+              (low0 >> s & 255) | (low1 >> s & 255) << 8 | (high0 >> s & 255) << 16 | (high1 >> s & 255) << 24);
       }
     }
   }
@@ -118,9 +118,7 @@ void unpack_tile8_plain(const int32_t* tile, int32_t* r, int64_t n) {
 #define MARLIN_AVX2 __attribute__((target("avx2")))
 #define MARLIN_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi")))
 
-MARLIN_AVX2 inline __m256i load256(const int32_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
+MARLIN_AVX2 inline __m256i load256(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 MARLIN_AVX2 inline void store256(int32_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 
 MARLIN_AVX2 inline void mix_nibbles(__m256i x, __m256i y, __m256i* low, __m256i* high) {

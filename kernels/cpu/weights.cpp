@@ -160,7 +160,8 @@ struct Functions {
 
 template <Format format>
 MatmulFunction matmul_of(const Layer& layer, int isa) {
-  if (layer.bits == 4) return (layer.bf16 ? Functions<format, 4, true>::kMatmul : Functions<format, 4, false>::kMatmul)[isa];
+  if (layer.bits == 4)
+    return (layer.bf16 ? Functions<format, 4, true>::kMatmul : Functions<format, 4, false>::kMatmul)[isa];
   return (layer.bf16 ? Functions<format, 8, true>::kMatmul : Functions<format, 8, false>::kMatmul)[isa];
 }
 

@@ -29,7 +29,7 @@ struct GemmArguments {
                              // 0: data-parallel, block b takes the output tiles b, b + blocks, ...
   int stages;                // of the pipeline in shared memory
   int split_k;               // blocks that split an output tile along K, in equal parts; 0: none, as above
-  int next_n, next_m;  // gemm_sm80: from one output tile of a block to its next, along N and (modulo tiles_m) M
+  int next_n, next_m;        // gemm_sm80: from one output tile of a block to its next, along N and (modulo tiles_m) M
 };
 
 }  // namespace marlin

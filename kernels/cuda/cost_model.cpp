@@ -36,6 +36,23 @@ CostModel sm90_on_h100() {
   return m;
 }
 
+CostModel sm90_wide_on_h100() {
+  CostModel m = sm90_on_h100();
+  m.launch = 3.0;
+  m.clock = 1754;
+  m.step_floor = 500;
+  m.step_floor_zeros = 200;
+  m.step_floor_b8 = 160;
+  m.tile_end = 1000;
+  m.tile_end_output = 0.05;
+  m.exchange = 2930;
+  m.exchange_output = 0.295;
+  m.exchange_misaligned = 2.0;
+  m.product_flops = 732e6;
+  m.dense_flops = 670e6;  // cuBLAS's and this kernel's times lie within 3% of each other on large products
+  return m;
+}
+
 CostModel sm80() {
   CostModel m = sm90_on_h100();
   m.step = 0.4;
@@ -57,11 +74,76 @@ double tile_kb(const TileShape& tile) { return tile.block_m * tile.block_n * 4 /
 // Fitted to 4160 timings on one H100 80GB (4 layers, 8 kinds of weights, 1 to 512 rows, each instance and split): there
 // the choice was 0.9% slower than the best on average and 11% at most.
 const CostModel kSm90OnH100 = sm90_on_h100();
+// Fitted to 600 timings on an H100 80GB (6 layers, 128 to 2048 rows, each tile and split): there the choice was 0.2%
+// slower than the best on average and 3.5% at most.
+const CostModel kSm90WideOnH100 = sm90_wide_on_h100();
 // Fitted to the same kernel forced on that H100; used for every GPU that is no Hopper, on which nothing was measured.
 const CostModel kSm80 = sm80();
 
-bool make_schedule(const TileShape& tile, const Problem& x, int split, bool forced, int resident, int resident_tiles,
-                   Schedule* schedule) {
+namespace {
+
+bool make_wide_schedule(const TileShape& tile, const Problem& x, int split, int multiprocessors, Schedule* schedule) {
+  const int64_t steps = ceil_div(x.K, tile.block_k), tiles_m = ceil_div(x.M, tile.block_m);
+  const int64_t tiles = tiles_m * ceil_div(x.N, tile.block_n);
+  if (tiles * steps > kMaxIterations) return false;
+  Schedule s = {};
+  s.split = split;
+  s.steps = static_cast<int>(steps);
+  s.tiles_m = static_cast<int>(tiles_m);
+  s.iterations = static_cast<int>(tiles * steps);
+  if (split == 1 || split == kDataParallel) {
+    s.split = kDataParallel;
+    s.waves = ceil_div(tiles, multiprocessors);
+    s.blocks = static_cast<int>(ceil_div(tiles, s.waves));  // the fewest that take as many waves: less power
+    s.whole_tiles = static_cast<int>(tiles);
+    s.busiest = s.waves * steps;
+  } else {
+    constexpr int64_t kFewestSteps = 2;  // of a part, or the exchange costs more than it gains
+    const int64_t rest = tiles % multiprocessors;
+    const int64_t most = std::min<int64_t>(multiprocessors, rest * (steps / kFewestSteps));
+    const int64_t parts = split == kStreamK ? most : rest * split;
+    if (rest == 0 || parts <= rest || parts > most) return false;
+    // Positions times ranges are divided in 31 bits, and each of the split tiles has 8 counters.
+    if ((rest * steps + 1) * parts >= int64_t{1} << 31 || rest * 8 > kMaxCounters) return false;
+    s.whole_tiles = static_cast<int>(tiles - rest);
+    s.ranges = static_cast<int>(parts);
+    s.blocks = s.whole_tiles > 0 ? multiprocessors : s.ranges;
+    s.waves = tiles / multiprocessors;
+    s.busiest = s.waves * steps + ceil_div(rest * steps, parts);
+  }
+  *schedule = s;
+  return true;
+}
+
+Prediction predict_wide(const CostModel& m, const TileShape& tile, double reading, const Schedule& schedule,
+                        const Problem& x) {
+  const double outputs = static_cast<double>(tile.block_m) * tile.block_n;
+  const double flops_per_cycle = 4096;
+  const double tensor = 2 * outputs * tile.block_k / flops_per_cycle;
+  const double floor = m.step_floor + (x.zeros ? m.step_floor_zeros : 0) + (tile.bits == 8 ? m.step_floor_b8 : 0);
+  const double step = std::pow(std::pow(tensor, 5) + std::pow(floor, 5), 0.2);
+  const double end = m.tile_end + m.tile_end_output * outputs;
+  double cycles = static_cast<double>(schedule.busiest) * step + static_cast<double>(schedule.waves) * end;
+  if (schedule.ranges > 0) {
+    const int64_t tiles = schedule.iterations / schedule.steps - schedule.whole_tiles;
+    const double sharers = static_cast<double>(schedule.ranges) / static_cast<double>(tiles);
+    const bool aligned = schedule.ranges % tiles == 0;
+    cycles += (aligned ? 1 : m.exchange_misaligned) *
+              (m.exchange + m.exchange_output * outputs * (1 - 1 / (sharers + (aligned ? 0 : 1))));
+    cycles += m.tile_end + m.tile_end_output * outputs / sharers;
+  }
+  // Large products are limited by power, to as many flops in a time. Where two of the three are about equal, each hides
+  // the others only in part.
+  const double flops = 2.0 * x.M * static_cast<double>(x.N) * static_cast<double>(x.K);
+  const double fourths = std::pow(cycles / m.clock, 4) + std::pow(flops / m.product_flops, 4) + std::pow(reading, 4);
+  return {m.launch + std::pow(fourths, 0.25), step / tensor};
+}
+
+}  // namespace
+
+bool make_schedule(const TileShape& tile, const Problem& x, int split, bool forced, int multiprocessors,
+                   int resident_tiles, Schedule* schedule) {
+  if (tile.wide) return make_wide_schedule(tile, x, split, multiprocessors, schedule);
   const int64_t steps = ceil_div(x.K, tile.block_k), tiles_m = ceil_div(x.M, tile.block_m);
   const int64_t tiles = tiles_m * ceil_div(x.N, tile.block_n), iterations = tiles * steps;
   if (iterations > kMaxIterations) return false;
@@ -74,14 +156,14 @@ bool make_schedule(const TileShape& tile, const Problem& x, int split, bool forc
     if (!tile.clusters && (waves > 1 || blocks > kMaxCounters)) return false;  // the workspace is for those resident
   } else {
     if (split == kDataParallel) {
-      blocks = std::min<int64_t>(tiles, resident);
+      blocks = std::min<int64_t>(tiles, multiprocessors);
       per_block = 0;
       busiest = ceil_div(tiles, blocks) * steps;
     } else {
       // Ranges scatter the blocks over the matrices; with many rows, activations then fall out of L2.
       constexpr int kMostTilesM = 4;
       if (tiles_m > kMostTilesM && !forced) return false;
-      busiest = per_block = ceil_div(iterations, resident);
+      busiest = per_block = ceil_div(iterations, multiprocessors);
       blocks = ceil_div(iterations, per_block);
     }
     if (blocks > kMaxCounters) return false;
@@ -94,7 +176,9 @@ bool make_schedule(const TileShape& tile, const Problem& x, int split, bool forc
                static_cast<int>(iterations),
                static_cast<int>(per_block),
                waves,
-               busiest};
+               busiest,
+               0,
+               0};
   return true;
 }
 
@@ -103,6 +187,7 @@ Prediction predict(const CostModel& m, const TileShape& tile, const Problem& x, 
   const double group_bytes = 2 + (x.zeros ? weight_bytes : 0);  // for each column
   const double reading =
       (x.K * x.N * weight_bytes + x.G * x.N * group_bytes + x.M * x.K * 2.0 + x.M * x.N * 2.0) / m.memory;
+  if (tile.wide) return predict_wide(m, tile, reading, schedule, x);
 
   const double rows = static_cast<double>(std::min<int64_t>(x.M, tile.block_m));
   const int64_t groups = groups_in_step(tile, x);

@@ -17,6 +17,7 @@ enum Split : int {
 // An instance, as far as the model needs it.
 struct TileShape {
   bool clusters;  // whether blocks that split a tile along K are a cluster; else they use the workspace
+  bool wide;      // sm90_wide: output tiles are split in another way (make_schedule)
   int block_m, block_n, block_k;
   int bits;
 };
@@ -29,41 +30,53 @@ struct Problem {
 struct Schedule {
   int split, blocks;
   int steps, tiles_m, iterations, iterations_per_block;  // as in GemmArguments
-  int64_t waves;                                         // of clusters, one after the other
+  int64_t waves;                                         // of clusters, or of whole tiles, one after the other
   int64_t busiest;                                       // iterations of the SM that has most
+  int whole_tiles, ranges;                               // as in WideArguments
 };
 
-// Lays out `split`; false if it cannot be done, or, unless `forced`, should not. `resident`: how many blocks the device
-// holds at once; `resident_tiles`: how many times `split` blocks.
-bool make_schedule(const TileShape& tile, const Problem& problem, int split, bool forced, int resident,
+// Lays out `split`; false if it cannot be done, or, unless `forced`, should not. `resident_tiles`: how many times `split`
+// blocks the device holds at once.
+//
+// Wide tiles: as many whole ones as fill all SMs some times, then 2 .. 8: each of the rest is cut into that many equal
+// parts, and kStreamK: the rest into one for each SM. No blocks but those that run at the same time share a tile.
+bool make_schedule(const TileShape& tile, const Problem& problem, int split, bool forced, int multiprocessors,
                    int resident_tiles, Schedule* schedule);
 
 // The constants, for one main loop on one kind of GPU. us: microseconds; KB: 1024 bytes.
 struct CostModel {
-  double launch;          // us: a launch, with the end of a tile
-  double memory;          // bytes per us from device memory
-  double step;            // us of a step: for its chain of dependent instructions,
-  double step_column;     //   for each column of the tile,
-  double step_output;     //   for each output,
-  double step_product;    //   and for each product of two numbers;
-  double sm_bytes;        // but no more bytes per us into an SM
-  double group;           // us for each further group in a step,
-  double group_output;    //   and for each output;
-  double zero_points;     // us for the zero points of each group
-  double cluster_rank;    // us for each block of a cluster
-  double cluster_kb;      // us for each KB of a tile's sums, in a cluster
-  double wave;            // us for each further wave of clusters
-  double shared;          // us when blocks share tiles through the workspace,
-  double shared_kb;       //   and for each KB of a tile's sums and block that shares it
-  double misaligned;      // us when ranges end inside tiles: a block then has two tiles' ends,
-  double misaligned_kb;   //   and for each KB of sums
-  double product_flops;   // flops per us of large products, 2 M N K
-  double dense_launches;  // us: dequantizing and then cuBLAS, its launches,
-  double dense_memory;    //   bytes per us read and written by dequantizing,
-  double dense_flops;     //   flops per us of cuBLAS
+  double launch;                           // us: a launch, with the end of a tile
+  double memory;                           // bytes per us from device memory
+  double step;                             // us of a step: for its chain of dependent instructions,
+  double step_column;                      //   for each column of the tile,
+  double step_output;                      //   for each output,
+  double step_product;                     //   and for each product of two numbers;
+  double sm_bytes;                         // but no more bytes per us into an SM
+  double group;                            // us for each further group in a step,
+  double group_output;                     //   and for each output;
+  double zero_points;                      // us for the zero points of each group
+  double cluster_rank;                     // us for each block of a cluster
+  double cluster_kb;                       // us for each KB of a tile's sums, in a cluster
+  double wave;                             // us for each further wave of clusters
+  double shared;                           // us when blocks share tiles through the workspace,
+  double shared_kb;                        //   and for each KB of a tile's sums and block that shares it
+  double misaligned;                       // us when ranges end inside tiles: a block then has two tiles' ends,
+  double misaligned_kb;                    //   and for each KB of sums
+  double clock;                            // sm90_wide: cycles per us of the tensor cores, at 4096 flops a cycle,
+  double step_floor;                       //   cycles that a step takes however small its tile,
+  double step_floor_zeros, step_floor_b8;  // and further ones with zero points, with 8 bits,
+  double tile_end;                         //   and cycles at the end of a tile,
+  double tile_end_output;                  //     and for each of its outputs;
+  double exchange;                         //   cycles to exchange sums,
+  double exchange_output;                  //     and for each output that a block exchanges,
+  double exchange_misaligned;              // and so many times that where ranges end inside of tiles
+  double product_flops;                    // flops per us of large products, 2 M N K
+  double dense_launches;                   // us: dequantizing and then cuBLAS, its launches,
+  double dense_memory;                     //   bytes per us read and written by dequantizing,
+  double dense_flops;                      //   flops per us of cuBLAS
 };
 
-extern const CostModel kSm90OnH100, kSm80;
+extern const CostModel kSm90OnH100, kSm90WideOnH100, kSm80;
 
 struct Prediction {
   double us;
@@ -74,6 +87,7 @@ struct Prediction {
 //   time = launch + (reading ^ 4 + stepping ^ 4) ^ (1/4) + time to add up partial sums
 //   reading = time to read memory, stepping = steps of the busiest SM * time of a step: the longer hides the other,
 //   but not where they are about equal
+// A step of a wide tile takes the cycles of its products or a floor, which add up likewise (power 5).
 Prediction predict(const CostModel& model, const TileShape& tile, const Problem& problem, const Schedule& schedule);
 
 // Of a product by any means: at least what the tensor cores need; and of dequantizing, then cuBLAS.

@@ -163,7 +163,13 @@ __device__ __forceinline__ uint32_t times<__half>(uint32_t a, uint32_t scale) {
 }
 template <>
 __device__ __forceinline__ uint32_t times<__nv_bfloat16>(uint32_t a, uint32_t scale) {
-  return fma_bfloat2(a, scale, 0x80008000);  // plus -0; a product alone exists from sm_90 on
+#if __CUDA_ARCH__ >= 900
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(scale));
+  return d;
+#else
+  return fma_bfloat2(a, scale, 0x80008000);  // plus -0: the same bits
+#endif
 }
 
 __device__ __forceinline__ uint32_t round_pair(float low, float high, __half) {

@@ -21,8 +21,8 @@ Instance instance(int id, const char* name) {
   }
   i.bits = S::BITS;
   i.group_size = S::kAnyGroups ? 0 : 128;
-  i.zero_points = S::kExtended;
-  i.scaled = S::kScaled;
+  i.zero_points = S::kExtended ? kEither : kNever;
+  i.rounds_weights = S::kScaled;
   i.threads = S::kThreads;
   i.block_m = S::kBlockM;
   i.block_n = S::kBlockN;

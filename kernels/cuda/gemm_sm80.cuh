@@ -205,8 +205,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArg
 #pragma unroll
     for (int i = 0; i < KT / WM; i++) {
       cp_async16_if(i * WM < tiles, to + i * (WM * WN * S::kTileBytes), from);
-      if constexpr (S::BITS == 8)
-        cp_async16_if(i * WM < tiles, to + i * (WM * WN * S::kTileBytes) + 256, from + 512);
+      if constexpr (S::BITS == 8) cp_async16_if(i * WM < tiles, to + i * (WM * WN * S::kTileBytes) + 256, from + 512);
       from += WM * weights_pitch;
     }
   };
@@ -229,10 +228,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArg
       constexpr int kColumns = 128 / S::BITS;  // in a piece
       const int row = tid / kZeroRow, sub = row / WK, of_wk = row % WK;
       const int column = min(fill_n * S::kBlockN + tid % kZeroRow * kColumns, p.N - kColumns);
-      cp_async16_if(fill_left > 0 && p.zeros != nullptr && sub < KT >> sub_shift,
-                    to + S::kScaleBytes + (of_wk * S::kSubgroups + sub) * (S::kBlockN * S::BITS / 8) +
-                        tid % kZeroRow * 16,
-                    static_cast<const char*>(p.zeros) + (group_of(of_wk, sub) + column) * S::BITS / 8);
+      cp_async16_if(
+          fill_left > 0 && p.zeros != nullptr && sub < KT >> sub_shift,
+          to + S::kScaleBytes + (of_wk * S::kSubgroups + sub) * (S::kBlockN * S::BITS / 8) + tid % kZeroRow * 16,
+          static_cast<const char*>(p.zeros) + (group_of(of_wk, sub) + column) * S::BITS / 8);
     }
     cp_async_commit();  // also when nothing was copied: the count of groups is the count of steps
 
@@ -281,9 +280,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArg
                             wk * S::kSubgroups * (S::kBlockN * S::BITS / 8) + wn * (8 * S::BITS) + g * S::BITS;
 
   Sm80Fragments<S> fragments[2];
+  const bool bf16_ones = S::kScaled ? std::is_same<T, __nv_bfloat16>::value : p.bf16_scales;
 #pragma unroll
   for (int i = 0; i < 4; i++)  // one group: 1.0
-    fragments[0].scales[i] = fragments[1].scales[i] = p.bf16_scales ? 0x3f803f80 : 0x3c003c00;
+    fragments[0].scales[i] = fragments[1].scales[i] = bf16_ones ? 0x3f803f80 : 0x3c003c00;
 
   auto load = [&](Sm80Fragments<S>& f, uint32_t stage, int kt) {
     const uint32_t words_at = stage + weights_at + kt * (WN * S::kTileBytes);

@@ -116,40 +116,6 @@ struct Sm90Shape {
   static_assert(WK * kBlockM * kSumPitch * 4 <= 2 * WK * kStageBytes, "a cluster's sums fit into the shortest ring");
 };
 
-// Words of a tile, neighbours within a lane's 16 bytes; eight of them in two swizzled halves.
-template <int WORDS>
-__device__ __forceinline__ void load_words(uint32_t (&v)[WORDS], uint32_t from);
-template <>
-__device__ __forceinline__ void load_words<8>(uint32_t (&v)[8], uint32_t from) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from));
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[4]), "=r"(v[5]), "=r"(v[6]), "=r"(v[7])
-               : "r"(from ^ 16));
-}
-template <>
-__device__ __forceinline__ void load_words<4>(uint32_t (&v)[4], uint32_t from) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from));
-}
-template <>
-__device__ __forceinline__ void load_words<2>(uint32_t (&v)[2], uint32_t from) {
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(from));
-}
-template <>
-__device__ __forceinline__ void load_words<1>(uint32_t (&v)[1], uint32_t from) {
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v[0]) : "r"(from));
-}
-// Where in a tile the words stand that a lane reads for the sub-tiles from `subtile` on, in bytes.
-//
-// A lane owns 16 bytes with 4 bits, four for each sub-tile, and 32 with 8 bits, eight for each. With 32 bytes from lane
-// to lane, eight lanes that read 16 bytes each would meet only every other bank. So the copy engine swizzles: the
-// 16-byte piece p of line r, of 128 bytes, stands at p ^ (r % 8).
-template <int BITS>
-__device__ __forceinline__ int weight_offset(int lane, int subtile) {
-  if (BITS == 4) return lane * 16 + subtile * 4;
-  const int line = lane / 4, piece = lane % 4 * 2 + subtile / 2;
-  return line * 128 + (piece ^ line) * 16 + subtile % 2 * 8;
-}
-
 // The scales of two columns for each of J sub-tiles.
 template <int J>
 __device__ __forceinline__ void load_scales(float (&scale)[2 * J], uint32_t from, bool bf16) {

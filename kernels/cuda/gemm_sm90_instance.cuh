@@ -17,7 +17,7 @@ Instance sm90_instance(int id, const char* name) {
   i.kernels[1] = reinterpret_cast<const void*>(&gemm_sm90_kernel<__nv_bfloat16, S>);
   i.bits = S::BITS;
   i.group_size = S::GROUP;
-  i.zero_points = S::kExtended;
+  i.zero_points = S::kExtended ? kEither : kNever;
   i.threads = S::kThreads;
   i.block_m = S::kBlockM;
   i.block_n = S::kBlockN;

@@ -1,23 +1,26 @@
 // instance.h: the instances of the kernel templates, as data. Each has a number and a name that never change, such as
 // sm90_m16n128_b4_g64: instructions of sm_90, output tiles of 16 rows (M) by 128 columns (N), 4 bits, groups of 64.
-// "gany" takes any groups. A z at the end tells it from an instance that, for the same numbers, takes no zero points.
+// "gany" takes any groups, as do all of sm90_wide. A z at the end tells it from an instance that, for the same numbers,
+// takes no zero points; k64 from one with longer steps along K.
 #pragma once
 
 #include <vector>
 
 namespace marlin {
 
-enum class MainLoop { kSm80, kSm90 };  // gemm_sm80.cuh, gemm_sm90.cuh
+enum class MainLoop { kSm80, kSm90, kSm90Wide };  // gemm_sm80.cuh, gemm_sm90.cuh, gemm_sm90_wide.cuh
+
+enum ZeroPoints : int { kNever = 0, kEither = 1, kAlways = 2 };  // what weights must have of them
 
 struct Instance {
   int id;
   const char* name;
   MainLoop loop;
-  const void* kernels[4];  // by dtype; scaled: and then, for scales that are not of the activations' type, again
+  const void* kernels[4];  // by dtype; rounds_weights: then, for scales that are not of the activations' type, again
   int bits;
-  int group_size;    // rows that share a scale; 128 is also for G == 1; 0: any number
-  bool zero_points;  // whether it takes them
-  bool scaled;       // whether weights are rounded to the activations' type
+  int group_size;  // rows that share a scale; 128 is also for G == 1; 0: any number
+  ZeroPoints zero_points;
+  bool rounds_weights;  // to the activations' type, scaled, before they are multiplied
   int threads, block_m, block_n, block_k;
   // Shared memory: bytes of each pipeline stage and beside the stages; how many stages, and a multiple of what.
   int stage_bytes, extra_bytes, max_stages, stage_multiple;
@@ -30,5 +33,9 @@ std::vector<Instance> sm80_instances();
 std::vector<Instance> sm90_b4_instances();
 std::vector<Instance> sm90_b4_groups_instances();
 std::vector<Instance> sm90_b8_instances();
+std::vector<Instance> sm90_wide_b4_instances();
+std::vector<Instance> sm90_wide_b4_zeros_instances();
+std::vector<Instance> sm90_wide_b8_instances();
+std::vector<Instance> sm90_wide_b8_zeros_instances();
 
 }  // namespace marlin

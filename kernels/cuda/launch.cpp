@@ -1,9 +1,11 @@
 // launch.cpp: a product is planned (plan.h) and launched; what the library says about its instances and plans.
 #include <cuda.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "arguments.cuh"
+#include "gemm_sm90_wide.h"
 #include "plan.h"
 
 namespace marlin {
@@ -48,6 +50,100 @@ int describe(CUtensorMap* map, const void* data, const Layout& layout) {
   return result == CUDA_SUCCESS ? MARLIN_OK : cudaErrorInvalidValue;
 }
 
+// Rows of tiles of `bits` as lines, of elements of 8 bytes; what matters is that the order of bytes stays.
+int describe_weights(CUtensorMap* map, const Instance& instance, const marlin_cuda_weights_t& w) {
+  const auto line = static_cast<cuuint32_t>(instance.line_bytes), row_bytes = static_cast<cuuint32_t>(w.N * 2 * w.bits);
+  const Layout tiles = {CU_TENSOR_MAP_DATA_TYPE_INT64,
+                        3,
+                        {line / 8, row_bytes / line, static_cast<cuuint64_t>(w.K / MARLIN_TILE_K)},
+                        {line, row_bytes},
+                        {line / 8, static_cast<cuuint32_t>(instance.block_n * 2 * instance.bits) / line,
+                         static_cast<cuuint32_t>(instance.block_k / MARLIN_TILE_K)},
+                        line == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE};
+  return describe(map, w.B, tiles);
+}
+
+int describe_activations(CUtensorMap* map, const Instance& instance, const marlin_cuda_weights_t& w,
+                         const marlin_cuda_product_t& x) {
+  const Layout rows = {CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                       2,
+                       {static_cast<cuuint64_t>(w.in_features), static_cast<cuuint64_t>(x.M)},
+                       {static_cast<cuuint64_t>(x.lda * 2)},
+                       {64, static_cast<cuuint32_t>(instance.block_m)},
+                       CU_TENSOR_MAP_SWIZZLE_128B};
+  return describe(map, x.A, rows);
+}
+
+// A launch of gemm_sm90_wide.cuh.
+int launch_wide(const Plan& plan, int kernel, const marlin_cuda_weights_t& w, const marlin_cuda_product_t& x) {
+  constexpr int kRaster = 8;         // 8 tiles of 256 rows: activations and weights of a wave fit into L2
+  constexpr int kPatience = 200000;  // clocks: the sharers of a tile run at the same time, unless the GPU is shared
+  const Instance& instance = *plan.instance;
+  const Schedule& s = plan.schedule;
+  const int group_size = static_cast<int>(w.K / w.G);
+  const int tiles_n = static_cast<int>((w.N + instance.block_n - 1) / instance.block_n);
+  const int split_tiles = s.tiles_m * tiles_n - s.whole_tiles;
+  WideArguments p = {};
+  p.s = static_cast<const uint16_t*>(w.s);
+  p.bias = x.bias;
+  p.C = x.C;
+  p.counters = static_cast<unsigned*>(x.workspace);
+  p.partials = reinterpret_cast<float*>(static_cast<char*>(x.workspace) + MARLIN_CUDA_COUNTER_BYTES);
+  p.weights_once = s.tiles_m == 1;
+  p.M = static_cast<int>(x.M);
+  p.out_features = static_cast<int>(w.out_features);
+  p.bf16_scales = w.scale_dtype == MARLIN_CUDA_BF16;
+  p.step_groups = w.G == 1 ? 0 : group_size < kWideStep ? kWideStep / group_size : 1;
+  p.group_shift = w.G > 1 && group_size == 2 * kWideStep;
+  p.steps = s.steps;
+  p.stages = plan.stages;
+  p.tiles_m = s.tiles_m;
+  p.raster = kRaster;
+  p.whole_tiles = s.whole_tiles;
+  p.whole_rounds = s.whole_tiles / s.blocks;
+  p.whole_rest = s.whole_tiles % s.blocks;
+  p.ranges = s.ranges;
+  p.patience = kPatience;
+  p.by_steps = Divisor(s.steps);
+  p.by_split_steps = Divisor(std::max(1, split_tiles * s.steps));
+  p.by_ranges = Divisor(std::max(1, s.ranges));
+  p.by_group = Divisor(kRaster * tiles_n);
+  p.by_raster = Divisor(kRaster);
+  p.by_last_height = Divisor(std::max(1, s.tiles_m % kRaster));
+
+  CUtensorMap activations_map, weights_map, scales_map = {}, zeros_map = {};
+  MARLIN_RETURN_IF_ERROR(describe_activations(&activations_map, instance, w, x));
+  MARLIN_RETURN_IF_ERROR(describe_weights(&weights_map, instance, w));
+  const auto groups = static_cast<cuuint64_t>(w.G), columns = static_cast<cuuint64_t>(w.N);
+  const auto box_rows = static_cast<cuuint32_t>(std::max(1, p.step_groups)),
+             box_columns = static_cast<cuuint32_t>(instance.block_n);
+  if (w.G > 1)
+    MARLIN_RETURN_IF_ERROR(describe(&scales_map, w.s,
+                                    {CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                                     2,
+                                     {columns, groups},
+                                     {columns * 2},
+                                     {box_columns, box_rows},
+                                     CU_TENSOR_MAP_SWIZZLE_NONE}));
+  if (w.zeros != nullptr) {
+    const auto words = static_cast<cuuint32_t>(32 / w.bits);  // columns in each
+    MARLIN_RETURN_IF_ERROR(describe(&zeros_map, w.zeros,
+                                    {CU_TENSOR_MAP_DATA_TYPE_INT32,
+                                     2,
+                                     {columns / words, groups},
+                                     {columns / words * 4},
+                                     {box_columns / words, box_rows},
+                                     CU_TENSOR_MAP_SWIZZLE_NONE}));
+  }
+  void* parameters[] = {&p, &activations_map, &weights_map, &scales_map, &zeros_map};
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(s.blocks);
+  launch.blockDim = dim3(instance.threads);
+  launch.dynamicSmemBytes = shared_bytes(instance, plan.stages);
+  launch.stream = static_cast<cudaStream_t>(x.stream);
+  return cudaLaunchKernelExC(&launch, instance.kernels[kernel], parameters);
+}
+
 }  // namespace
 }  // namespace marlin
 
@@ -73,7 +169,8 @@ int marlin_cuda_instance(int index, marlin_cuda_instance_t* found) {
   found->block_m = i.block_m;
   found->block_n = i.block_n;
   found->block_k = i.block_k;
-  found->clusters = i.loop == MainLoop::kSm90;
+  found->clusters = i.loop != MainLoop::kSm80;
+  found->rounds_weights = i.rounds_weights;
   std::strncpy(found->name, i.name, sizeof(found->name) - 1);
   return MARLIN_OK;
 }
@@ -131,10 +228,11 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
   Plan plan;
   MARLIN_RETURN_IF_ERROR(find_plan(x.M, w, facts, device, x.variant, &plan));
   const Instance& instance = *plan.instance;
-  const int kernel = dtype + (instance.scaled && w.scale_dtype != dtype ? 2 : 0);
   const Schedule& s = plan.schedule;
+  // With one group scales are not multiplied before the end, where any type will do.
+  const int kernel = dtype + (instance.rounds_weights && w.G > 1 && w.scale_dtype != dtype ? 2 : 0);
   MARLIN_RETURN_IF_ERROR(allow_shared_memory(instance, kernel, facts, device));
-
+  if (instance.loop == MainLoop::kSm90Wide) return launch_wide(plan, kernel, w, x);
   const int group_size = static_cast<int>(w.K / w.G);
   GemmArguments arguments;
   arguments.A = x.A;
@@ -168,24 +266,8 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
 
   CUtensorMap weights_map, activations_map;
   if (instance.loop == MainLoop::kSm90) {
-    // A row of tiles as lines, of elements of 8 bytes; what matters is that the order of bytes stays.
-    const auto line = static_cast<cuuint32_t>(instance.line_bytes),
-               row_bytes = static_cast<cuuint32_t>(w.N * 2 * w.bits);
-    const Layout tiles = {CU_TENSOR_MAP_DATA_TYPE_INT64,
-                          3,
-                          {line / 8, row_bytes / line, static_cast<cuuint64_t>(w.K / MARLIN_TILE_K)},
-                          {line, row_bytes},
-                          {line / 8, static_cast<cuuint32_t>(instance.block_n * 2 * instance.bits) / line,
-                           static_cast<cuuint32_t>(instance.block_k / MARLIN_TILE_K)},
-                          line == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE};
-    const Layout rows = {CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                         2,
-                         {static_cast<cuuint64_t>(w.in_features), static_cast<cuuint64_t>(x.M)},
-                         {static_cast<cuuint64_t>(x.lda * 2)},
-                         {64, static_cast<cuuint32_t>(instance.block_m)},
-                         CU_TENSOR_MAP_SWIZZLE_128B};
-    MARLIN_RETURN_IF_ERROR(describe(&weights_map, w.B, tiles));
-    MARLIN_RETURN_IF_ERROR(describe(&activations_map, x.A, rows));
+    MARLIN_RETURN_IF_ERROR(describe_weights(&weights_map, instance, w));
+    MARLIN_RETURN_IF_ERROR(describe_activations(&activations_map, instance, w, x));
   }
   void* parameters[] = {&arguments, &weights_map, &activations_map};
   cudaLaunchConfig_t launch = {};

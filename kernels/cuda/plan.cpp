@@ -8,13 +8,15 @@
 #include <deque>
 #include <mutex>
 
+#include "gemm_sm90_wide.h"
+
 namespace marlin {
 namespace {
 
 // What was found out about one device, for each instance.
 struct DeviceState {
   struct Facts {
-    std::atomic<bool> shared_memory[2] = {};          // allowed, by dtype
+    std::atomic<bool> shared_memory[4] = {};          // allowed, by kernel
     std::atomic<int> clusters[kMostSplitK + 1] = {};  // how many are resident + 1; 0: not asked yet
   };
   std::deque<Facts> instances{all_instances().size()};
@@ -36,9 +38,11 @@ int most_stages(const Instance& i, const Device& facts) {
   return most - most % i.stage_multiple;
 }
 
+int least_stages(const Instance& i) { return i.loop == MainLoop::kSm90Wide ? kWideMinStages : 2 * i.stage_multiple; }
+
 // Whether it can run here.
 bool runs(const Instance& i, const Device& facts) {
-  return (i.loop == MainLoop::kSm80 || facts.capability == 90) && most_stages(i, facts) >= 2 * i.stage_multiple;
+  return (i.loop == MainLoop::kSm80 || facts.capability == 90) && most_stages(i, facts) >= least_stages(i);
 }
 
 bool has_sm90(const Device& facts) {
@@ -72,7 +76,8 @@ int resident_clusters(const Instance& i, int size, const Device& facts, int devi
 
 bool lay_out(const Instance& i, int split, bool forced, const Problem& problem, const Device& facts, int device,
              Plan* plan) {
-  const TileShape tile = {i.loop == MainLoop::kSm90, i.block_m, i.block_n, i.block_k, i.bits};
+  const bool wide = i.loop == MainLoop::kSm90Wide;
+  const TileShape tile = {i.loop == MainLoop::kSm90, wide, i.block_m, i.block_n, i.block_k, i.bits};
   const bool cluster = split <= kMostSplitK && tile.clusters;
   Schedule schedule;
   if (!make_schedule(tile, problem, split, forced, facts.multiprocessors,
@@ -86,16 +91,19 @@ int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& fac
               Plan* best) {
   const Variant wanted(variant);
   if (variant < 0 || variant >> 20 != 0 || wanted.split >= kSplits) return MARLIN_CUDA_ERROR_VARIANT;
-  const MainLoop loop = has_sm90(facts) ? MainLoop::kSm90 : MainLoop::kSm80;
-  const Problem problem = {M, weights.N, weights.K, weights.G, weights.zeros != nullptr};
+  // Up to so many rows memory is the limit, and codes stay exact integers.
+  constexpr int64_t kFewRows = 64;
+  const MainLoop loop = !has_sm90(facts) ? MainLoop::kSm80 : M > kFewRows ? MainLoop::kSm90Wide : MainLoop::kSm90;
+  const bool zeros = weights.zeros != nullptr;
+  const Problem problem = {M, weights.N, weights.K, weights.G, zeros};
   // Of those that fit the weights, the candidates; a variant may also ask for the others.
   const int64_t group = weights.G == 1 ? MARLIN_CUDA_GROUP_SIZE : weights.K / weights.G;
   const auto fits = [&](const Instance& i) {
     return runs(i, facts) && i.bits == weights.bits && (i.group_size == 0 || i.group_size == group) &&
-           (i.zero_points || !problem.zeros);
+           (i.zero_points == kEither || (i.zero_points == kAlways) == zeros);
   };
   const auto candidate = [&](const Instance& i) { return fits(i) && i.loop == loop; };
-  int least = 0, most = 0;  // rows: the smallest tile that takes all of them, the largest
+  int least = 0, most = 0;  // rows: the smallest tile that takes all of them, the largest; sm90 takes those alone
   for (const Instance& i : all_instances())
     if (candidate(i)) {
       if (i.block_m >= M && (least == 0 || i.block_m < least)) least = i.block_m;
@@ -104,7 +112,9 @@ int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& fac
   const int block_m = least != 0 ? least : most;
   bool found = false;
   for (const Instance& i : all_instances()) {
-    if (wanted.id == 0 ? !candidate(i) || i.block_m != block_m : !fits(i) || i.id != wanted.id) continue;
+    if (wanted.id == 0 ? !candidate(i) || (i.block_m != block_m && loop == MainLoop::kSm90)
+                       : !fits(i) || i.id != wanted.id)
+      continue;
     for (int split = 1; split < kSplits; split++) {
       Plan plan;
       if ((wanted.split != 0 && wanted.split != split) ||
@@ -117,7 +127,7 @@ int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& fac
   if (!found) return MARLIN_CUDA_ERROR_VARIANT;
   if (wanted.stages != 0) {
     const int multiple = best->instance->stage_multiple;
-    if (wanted.stages < 2 * multiple || wanted.stages > best->stages || wanted.stages % multiple != 0)
+    if (wanted.stages < least_stages(*best->instance) || wanted.stages > best->stages || wanted.stages % multiple != 0)
       return MARLIN_CUDA_ERROR_VARIANT;
     best->stages = wanted.stages;
   }
@@ -150,7 +160,9 @@ const std::vector<Instance>& all_instances() {
   static const std::vector<Instance> all = [] {
     std::vector<Instance> found = sm80_instances();
 #ifdef MARLIN_HAS_SM90
-    for (const auto& some : {sm90_b4_instances(), sm90_b4_groups_instances(), sm90_b8_instances()})
+    for (const auto& some :
+         {sm90_b4_instances(), sm90_b4_groups_instances(), sm90_b8_instances(), sm90_wide_b4_instances(),
+          sm90_wide_b4_zeros_instances(), sm90_wide_b8_instances(), sm90_wide_b8_zeros_instances()})
       found.insert(found.end(), some.begin(), some.end());
 #endif
     std::sort(found.begin(), found.end(), [](const Instance& a, const Instance& b) { return a.id < b.id; });
@@ -159,7 +171,9 @@ const std::vector<Instance>& all_instances() {
   return all;
 }
 
-const CostModel& cost_model(MainLoop loop) { return loop == MainLoop::kSm90 ? kSm90OnH100 : kSm80; }
+const CostModel& cost_model(MainLoop loop) {
+  return loop == MainLoop::kSm90Wide ? kSm90WideOnH100 : loop == MainLoop::kSm90 ? kSm90OnH100 : kSm80;
+}
 
 int shared_bytes(const Instance& i, int stages) { return stages * i.stage_bytes + i.extra_bytes; }
 
@@ -209,7 +223,8 @@ size_t workspace_bytes(const Device& facts) {
   size_t tile = 0;
   for (const Instance& i : all_instances())
     if (i.loop == MainLoop::kSm80 || facts.capability == 90)
-      tile = std::max(tile, static_cast<size_t>(i.block_m) * i.block_n * sizeof(float));
+      tile = std::max(tile, i.loop == MainLoop::kSm90Wide ? kWidePartialFloats * sizeof(float)
+                                                          : static_cast<size_t>(i.block_m) * i.block_n * sizeof(float));
   return MARLIN_CUDA_COUNTER_BYTES + 2 * tile * facts.multiprocessors;
 }
 

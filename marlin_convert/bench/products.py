@@ -17,8 +17,8 @@ import gc
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -26,12 +26,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .._version import __version__
-from ..checkpoint.reader import Tensor
-from ..conversion.convert import Options, looked_at
-from ..conversion.plan import GROUP_SIZE, make_plan
+from ..conversion.convert import looked_at
+from ..conversion.plan import GROUP_SIZE, is_marlin_checkpoint, make_plan
+from ..conversion.restore import marlin_layers
 from ..device import Device, cuda_devices, pick_device
-from ..errors import DeviceError, SourceError, UnsupportedError, require
-from ..formats.layout import PACK_FACTOR, TILE_K, TILE_N, b_shape
+from ..errors import DeviceError, UnsupportedError, require
+from ..formats.layout import b_shape, pack_factor, padded_size
+from ..options import PRESETS as PRESET_NAMES
+from ..options import HubAccess, Options
 from ..progress import Progress
 
 if TYPE_CHECKING:
@@ -57,25 +59,41 @@ Notes = dict[str, list[str]]  # a text → where it applies
 
 @dataclass(frozen=True)
 class Shape:
-    """A linear layer: W is K x N with G groups of scales. `count` is how often a model has it."""
+    """A linear layer: W is K x N, stored with G groups of scales. `count` is how often a model has it."""
 
     name: str
     K: int
     N: int
     G: int
     count: int = 1
+    bits: int = 4
+    zeros: bool = False
+    act_order: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} {self.K} x {self.N}"
 
     @property
+    def stored(self) -> tuple[int, int]:
+        """(K, N) with padding."""
+        return padded_size(self.K, self.N)
+
+    @property
     def group_size(self) -> int:
-        return -1 if self.G == 1 else self.K // self.G
+        return -1 if self.G == 1 else self.stored[0] // self.G
+
+    @property
+    def kind(self) -> str:
+        """What distinguishes it from a layer of 4 bits without zero points and act-order, in words; or nothing."""
+        words = {f"{self.bits} bits": self.bits != 4, "zero points": self.zeros, "act-order": self.act_order}
+        return ", ".join(word for word, applies in words.items() if applies)
 
     @property
     def packed_bytes(self) -> int:
-        """Marlin's weights and scales."""
-        return self.K * self.N // 2 + self.G * self.N * 2
+        """Marlin's weights and scales, zero points and order of rows."""
+        K, N = self.stored
+        zeros = self.G * N * self.bits // 8 if self.zeros else 0
+        return K * N * self.bits // 8 + self.G * N * 2 + zeros + (self.K * 4 if self.act_order else 0)
 
     @property
     def fp16_bytes(self) -> int:
@@ -91,52 +109,41 @@ def _preset(hidden: int, qkv: int, intermediate: int, blocks: int) -> tuple[Shap
     return tuple(Shape(name, K, N, K // GROUP_SIZE, blocks) for name, (K, N) in sizes.items())
 
 
-PRESETS = {
+_MODELS = {
     "mistral-7b": _preset(4096, 6144, 14336, 32),
     "llama-3-8b": _preset(4096, 6144, 14336, 32),
     "llama-70b": _preset(8192, 10240, 28672, 80),
 }
+PRESETS = {name: _MODELS[name] for name in PRESET_NAMES}
 
 
-def source_shapes(source: str | Path, options: Options) -> tuple[str, list[Shape], Notes]:
-    """(label, distinct shapes, notes) of a checkpoint, GPTQ or Marlin, from its headers."""
-    with looked_at(source, options) as (origin, checkpoint):
-        plan = make_plan(checkpoint)
+def source_shapes(source: str | Path, access: HubAccess) -> tuple[str, list[Shape], Notes]:
+    """(label, distinct shapes, notes) of a checkpoint, GPTQ or Marlin of either format, from its headers."""
+    with looked_at(source, access) as (origin, checkpoint):
         notes: Notes = {}
-        if plan.already_marlin:
-            layers = list(_marlin_layers(checkpoint.tensors))
+        if is_marlin_checkpoint(checkpoint.tensors):
+            layers = [
+                Shape(x.name, x.K, x.N, x.G, bits=x.bits, zeros=x.zeros is not None, act_order=x.perm is not None)
+                for x in marlin_layers(checkpoint).values()
+            ]
         else:
-            layers = [(x.name, x.K, x.N, x.G) for x in plan.layers]
+            plan = make_plan(checkpoint)
+            layers = [
+                Shape(x.name, x.K, x.N, x.stored_G, bits=x.bits, zeros=not x.sym, act_order=x.act_order)
+                for x in plan.layers
+            ]
             if not layers:
                 plan.require_convertible()
             notes = {f"left out, Marlin cannot hold it: {why}": names for why, names in plan.refusals.items()}
-    if not layers:
-        raise UnsupportedError(f"{origin.label}: it has no layer that Marlin runs.")
     return origin.label, distinct(layers), notes
 
 
-def _marlin_layers(tensors: dict[str, Tensor]) -> Iterator[tuple[str, int, int, int]]:
-    for name, B in tensors.items():
-        s = tensors.get(f"{name[:-2]}.s")
-        if not name.endswith(".B") or B.dtype != "I32" or s is None:
-            continue
-        if len(B.shape) != 2 or len(s.shape) != 2:
-            raise SourceError(f"{name[:-2]}: B {list(B.shape)} and s {list(s.shape)} are not those of a Marlin layer.")
-        K, N, G = B.shape[0] * TILE_K, B.shape[1] * PACK_FACTOR // TILE_K, s.shape[0]
-        if not K or not N or K % TILE_N or N % TILE_N or s.shape[1] != N or (G != 1 and G * GROUP_SIZE != K):
-            raise SourceError(
-                f"{name[:-2]}: B {list(B.shape)} and s {list(s.shape)} say K = {K}, N = {N} and {G} groups; K and N "
-                f"should be multiples of {TILE_N}, and a group 128 rows or all of K."
-            )
-        yield name[:-2], K, N, G
-
-
-def distinct(layers: Sequence[tuple[str, int, int, int]]) -> list[Shape]:
-    """One Shape for each (K, N, G), in order of appearance, named by the last parts of the layers' names."""
-    names: dict[tuple[int, int, int], list[str]] = {}
-    for name, K, N, G in layers:
-        names.setdefault((K, N, G), []).append(name.rpartition(".")[2])
-    return [Shape("/".join(dict.fromkeys(found)), *size, len(found)) for size, found in names.items()]
+def distinct(layers: Sequence[Shape]) -> list[Shape]:
+    """Those that differ in more than the name, in order of appearance, named by the last parts of the layers' names."""
+    names: dict[Shape, list[str]] = {}
+    for layer in layers:
+        names.setdefault(replace(layer, name=""), []).append(layer.name.rpartition(".")[2])
+    return [replace(x, name="/".join(dict.fromkeys(found)), count=len(found)) for x, found in names.items()]
 
 
 # ---- What comes out ----
@@ -218,7 +225,8 @@ class LayerResult:
     def as_dict(self) -> dict[str, Any]:
         shape = self.shape
         return {
-            "name": shape.name, "K": shape.K, "N": shape.N, "group_size": shape.group_size, "count": shape.count,
+            "name": shape.name, "K": shape.K, "N": shape.N, "bits": shape.bits, "group_size": shape.group_size,
+            "sym": not shape.zeros, "desc_act": shape.act_order, "count": shape.count,
             "cells": [cell.as_dict() for cell in self.cells],
         }  # fmt: skip
 
@@ -268,9 +276,14 @@ class Report:
 class Kernels(Protocol):
     """Marlin's products, as the module `cuda` has them."""
 
-    def matmul(self, a: torch.Tensor, B: torch.Tensor, s: torch.Tensor) -> torch.Tensor: ...
+    def matmul(
+        self, a: torch.Tensor, B: torch.Tensor, s: torch.Tensor, *, zeros: torch.Tensor | None,
+        perm: torch.Tensor | None, bits: int, in_features: int | None, out_features: int | None,
+    ) -> torch.Tensor: ...  # fmt: skip
 
-    def dequantizing_pays(self, M: int, N: int, K: int, index: int) -> bool: ...
+    def dequantizing_pays(
+        self, M: int, N: int, K: int, index: int, *, bits: int, group_size: int, zeros: bool
+    ) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -291,10 +304,21 @@ class Rig:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """One layer as Marlin stores it: weight int32 [K'/16, N' bits/2], scales fp16 [G, N'], zeros int32 [G, N' bits/32]
+    and perm int32 [K] where it has them."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+    perm: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Weights:
     """Copies of one layer's random weights: as Marlin stores them, and as fp16."""
 
-    packed: list[tuple[torch.Tensor, torch.Tensor]]  # B int32 [K/16, 2N], s fp16 [G, N]
+    packed: list[Packed]
     plain: list[torch.Tensor]  # fp16 [K, N]
 
 
@@ -320,12 +344,20 @@ def copies(nbytes: int, l2_bytes: int) -> int:
 def random_weights(shape: Shape, rig: Rig) -> Weights:
     import torch
 
-    packed, plain = copies(shape.packed_bytes, rig.l2_bytes), copies(shape.fp16_bytes, rig.l2_bytes)
-    words = (packed, *b_shape(shape.K, shape.N))
-    B = torch.randint(-(2**31), 2**31 - 1, words, dtype=torch.int32, device=rig.device)
-    s = torch.empty((packed, shape.G, shape.N), dtype=torch.float16, device=rig.device).uniform_(0.001, 0.02)
+    K, N = shape.stored
+
+    def words(*size: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, size, dtype=torch.int32, device=rig.device)
+
+    def packed() -> Packed:
+        scales = torch.empty((shape.G, N), dtype=torch.float16, device=rig.device).uniform_(0.001, 0.02)
+        zeros = words(shape.G, N // pack_factor(shape.bits)) if shape.zeros else None
+        perm = torch.randperm(shape.K, device=rig.device).to(torch.int32) if shape.act_order else None
+        return Packed(words(*b_shape(K, N, shape.bits)), scales, zeros, perm)
+
+    plain = copies(shape.fp16_bytes, rig.l2_bytes)
     W = torch.empty((plain, shape.K, shape.N), dtype=torch.float16, device=rig.device).normal_(0, 0.05)
-    return Weights(list(zip(B.unbind(), s.unbind(), strict=True)), list(W.unbind()))
+    return Weights([packed() for _ in range(copies(shape.packed_bytes, rig.l2_bytes))], list(W.unbind()))
 
 
 def bytes_needed(shape: Shape, M: int, rig: Rig, peers: Sequence[Peer] = ()) -> int:
@@ -457,8 +489,11 @@ def _measure(
     a = torch.randn((M, shape.K), dtype=torch.float16, device=rig.device)
     out = torch.empty((M, shape.N), dtype=torch.float16, device=rig.device)
     fp16 = rig.time([partial(rig.fp16, a, W, out=out) for W in weights.plain])
-    marlin = rig.time([partial(rig.kernels.matmul, a, B, s) for B, s in weights.packed])
-    dequantizes = rig.kernels.dequantizing_pays(M, shape.N, shape.K, rig.device.index or 0)
+    marlin = rig.time([partial(_product, rig.kernels, shape, layer, a) for layer in weights.packed])
+    K, N = shape.stored
+    dequantizes = rig.kernels.dequantizing_pays(
+        M, N, K, rig.device.index or 0, bits=shape.bits, group_size=shape.group_size, zeros=shape.zeros
+    )
     peers: dict[str, Speed | None] = {}
     for name, calls in prepared.items():
         peers[name] = None
@@ -472,6 +507,13 @@ def _measure(
         "dequantize" if dequantizes else "kernel",
         peers,
     )
+
+
+def _product(kernels: Kernels, shape: Shape, layer: Packed, a: torch.Tensor) -> torch.Tensor:
+    return kernels.matmul(
+        a, layer.weight, layer.scales, zeros=layer.zeros, perm=layer.perm, bits=shape.bits, in_features=shape.K,
+        out_features=shape.N,
+    )  # fmt: skip
 
 
 def _time_peer(rig: Rig, calls: Callable[[torch.Tensor], Calls], a: torch.Tensor) -> float:
@@ -546,10 +588,12 @@ def _vllm_marlin() -> Prepare:
     apply = utils.apply_gptq_marlin_linear
 
     def prepare(shape: Shape, weights: Weights, device: torch.device) -> Callable[[torch.Tensor], Calls]:
+        if shape.kind or shape.stored != (shape.K, shape.N):
+            raise UnsupportedError("compared for 4-bit symmetric layers without act-order and padding only")
         none = torch.empty(0, dtype=torch.int32, device=device)  # no zero points, no act-order
         workspace = utils.marlin_make_workspace_new(device)
         rest = (none, none, none, workspace, uint4b8, shape.N, shape.K, True)
-        return lambda a: [partial(apply, a, B, s, *rest) for B, s in weights.packed]
+        return lambda a: [partial(apply, a, layer.weight, layer.scales, *rest) for layer in weights.packed]
 
     return prepare
 
@@ -561,7 +605,7 @@ def _humming() -> Prepare:
     layer_type = import_module("humming.layer").HummingLayer
 
     def prepare(shape: Shape, weights: Weights, device: torch.device) -> Callable[[torch.Tensor], Calls]:
-        config = {"dtype": "uint4", "group_size": shape.K // shape.G if shape.G > 1 else 0}  # 0: one group
+        config = {"dtype": f"uint{shape.bits}", "group_size": max(0, shape.group_size)}  # 0: one group
 
         def layer() -> Any:
             new = layer_type(shape_n=shape.N, shape_k=shape.K, weight_config=config, torch_dtype=torch.float16)
@@ -738,6 +782,7 @@ def run(
     batch: Sequence[int] = BATCH,
     compare: bool = False,
     options: Options | None = None,
+    access: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Measure a checkpoint's layers, or those of a preset, on the GPU that `options.device` names.
@@ -753,7 +798,7 @@ def run(
         title = preset or DEFAULT_PRESET
         shapes, notes = list(PRESETS[title]), Notes()
     else:
-        title, shapes, notes = source_shapes(source, options)
+        title, shapes, notes = source_shapes(source, access or HubAccess())
     peers: list[Peer] = []
     with torch.cuda.device(rig.device), torch.no_grad():
         if compare:

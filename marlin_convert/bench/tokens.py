@@ -24,9 +24,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..conversion.convert import Options
 from ..engines.generate import transformers_quietly
 from ..errors import DeviceError, SourceError, require
+from ..options import HubAccess, Options
 from ..progress import Progress
 from .products import Machine, Notes, cuda_rig, pick_gpu
 
@@ -257,6 +257,7 @@ def run(
     *,
     batch: Sequence[int] = BATCH,
     options: Options | None = None,
+    access: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Measure the Marlin checkpoint `source`, a folder or a Hub id, on the GPU that `options.device` names.
@@ -266,13 +267,13 @@ def run(
     require("torch", "transformers")
     import torch
 
-    options = options or Options()
+    options, access = options or Options(), access or HubAccess()
     device = pick_gpu(options.device)
     kernels = cuda_rig(device)
     with transformers_quietly() as hf, torch.cuda.device(kernels.device):
         model = hf.load(
-            source, device=str(device), dtype=torch.float16, revision=options.revision, token=options.token,
-            cache_dir=options.cache_dir,
+            source, device=str(device), dtype=torch.float16, revision=access.revision, token=access.token,
+            cache_dir=access.cache_dir,
         )  # fmt: skip
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and limit < CONTEXT + STEPS:

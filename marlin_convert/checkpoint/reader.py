@@ -1,5 +1,9 @@
 """Reading a checkpoint folder: file names, safetensors headers, and byte ranges of tensors.
 
+Files are what is read: a link counts as the file that it leads to, and may not leave the folder for anything else than
+a Hub cache. A file that is changed while it is read would give a mixture: every file's size, time and place are noted
+before and compared at the end.
+
 Nothing here loads a whole tensor by itself: a caller asks for a byte range and gives the buffer. All that a
 header claims is checked against the file before anybody relies on it (the rules are those of the safetensors
 format: an 8-byte little-endian header length, a JSON header, then the data without holes or overlaps).
@@ -8,21 +12,25 @@ Pickle files are never opened.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import os
 import re
+import stat
 import struct
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import SourceError, UnsupportedError
+from ..text import shortened
+from .bounded import open_regular, opened, parse_json, read_bytes, read_file
 
 #: Bits of one element, by the dtype names that the safetensors format uses.
 DTYPE_BITS = {
@@ -35,6 +43,9 @@ DTYPE_BITS = {
 
 #: The safetensors format caps its header at this many bytes; a larger one is damage or an attack.
 MAX_HEADER_BYTES = 100_000_000
+
+#: More than any checkpoint has: tensors of one file, dimensions of a tensor, characters of a tensor's name.
+MAX_TENSORS, MAX_DIMENSIONS, MAX_NAME = 300_000, 64, 500
 
 #: Weights in formats that are not read: pickles are never unpickled, the others hold no GPTQ tensors.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -49,7 +60,7 @@ _LFS_POINTER = b"version "
 Buffer: TypeAlias = "npt.NDArray[Any]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """Where one tensor lies: `nbytes` bytes from byte `offset` of file `file` (a name relative to the folder)."""
 
@@ -61,6 +72,20 @@ class Tensor:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class FileState:
+    """What tells one file, in one state, from another: its place on which disk, its size, when it was last written."""
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, info: os.stat_result) -> FileState:
+        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+
+
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes that a tensor of `dtype` and `shape` takes in a safetensors file."""
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
@@ -70,39 +95,111 @@ class Checkpoint:
     """An opened source folder. Closing it (or leaving its `with` block) closes the files.
 
     `tensors` maps every tensor's name to where it lies, in the order in which the files hold their data.
-    `extra_files` are the small files beside the weights (names relative to the folder), without the configs
-    named in `CONFIG_FILES`, which are parsed into `configs`.
+    `extra_files` are the files beside the model's own weights, of any kind and in any subfolder (names relative to the
+    folder), without the configs named in `CONFIG_FILES`, which are parsed into `configs`.
+
+    Leaving the `with` block by an error raises SourceError instead, if a file has changed meanwhile: then that is why.
+    For a folder that is being written, `steady` is false.
     """
 
     #: The model's config, then those of the quantization alone: AutoGPTQ's and GPTQModel's, AutoAWQ's, AutoRound's.
     CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        names = sorted(_walk(folder))
-        self.configs = self.read_configs(folder, names)
-        self.extra_files = tuple(n for n in names if n not in self.CONFIG_FILES and not n.endswith(WEIGHT_SUFFIXES))
+    def __init__(self, folder: Path, *, steady: bool = True) -> None:
+        self.folder, self._steady = folder, steady
+        self._unfit: dict[str, str] = {}  # what may not be copied, and why
+        self._states: dict[str, tuple[Path, FileState]] = {}
+        names = sorted(self._find_files())
         self.notes: list[str] = []
-        self.weight_files, index = weight_files(folder, names, self.configs)
         self._fds: dict[str, int] = {}
         try:
+            self.configs = self.read_configs(folder, names)
+            self.weight_files, index, index_file = weight_files(folder, names, self.configs)
+            self.indexed = index is not None
+            own = {*self.CONFIG_FILES, *self.weight_files, index_file}
+            self.extra_files = tuple(n for n in names if n not in own)
             self.tensors = self._read_headers(index)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
 
     @classmethod
     def read_configs(cls, folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
         """The configs among `names`, by their names."""
-        return {name: _read_json(folder / name) for name in cls.CONFIG_FILES if name in names}
+        return {name: read_json(folder / name) for name in cls.CONFIG_FILES if name in names}
+
+    @property
+    def weights_beside(self) -> dict[str, int]:
+        """Weights among the extra files, which are not the model's own: name → bytes."""
+        return {n: self.nbytes(n) for n in self.extra_files if n.endswith(WEIGHT_SUFFIXES)}
+
+    def _find_files(self) -> Iterator[str]:
+        """Names of all files, noting their states and what is wrong with them."""
+        root = os.path.realpath(self.folder)
+        for name in _walk(self.folder):
+            path = self.folder / name
+            try:
+                self._note(name, path)
+            except OSError as error:
+                self._unfit[name] = f"it cannot be read: {error.strerror}; remove or mend it."
+                yield name
+                continue
+            if not stat.S_ISREG(path.stat().st_mode):
+                self._unfit[name] = "it cannot be read: no regular file (a pipe, a device, a linked folder); remove it."
+                if path.is_dir():
+                    continue
+            elif path.is_symlink():
+                target = os.path.realpath(path)
+                if not (Path(target).is_relative_to(root) or _in_hub_cache(Path(target))):
+                    self._unfit[name] = (
+                        f"it is a link to {target}, outside the folder; put the file there, or remove it."
+                    )
+            yield name
+
+    def _note(self, name: str, path: Path) -> None:
+        self._states[name] = path, FileState.of(path.stat())
+
+    def moved(self, name: str, path: Path) -> None:
+        """An extra file, of which only the size was known, is at `path` from now on."""
+        try:
+            self._note(name, path)
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}.") from None
+
+    def nbytes(self, name: str) -> int:
+        return self._states[name][1].nbytes
+
+    def require_fit(self) -> None:
+        """Raise SourceError that names a file that may not be copied: no regular one, or a link out of the folder."""
+        for name, why in self._unfit.items():
+            raise SourceError(f"{self.folder / name}: {why}")
+
+    def require_unchanged(self) -> None:
+        """Raise SourceError if any file is not what it was when it was found."""
+        for name, (path, state) in self._states.items():
+            try:
+                now = FileState.of(path.stat())
+            except OSError:
+                now = None
+            if now != state:
+                raise SourceError(
+                    f"{self.folder / name}: it {'changed' if now else 'went away'} while the folder was read, which "
+                    "would give a mixture; run it again when nothing writes there any more."
+                )
+
+    @contextlib.contextmanager
+    def open_extra(self, name: str) -> Iterator[int]:
+        """An extra file, open for reading. Raises SourceError when it is not the regular file that was found."""
+        path, state = self._states[name]
+        with opened(path) as fd:
+            if FileState.of(os.fstat(fd)) != state:
+                self.require_unchanged()
+            yield fd
 
     def _read_headers(self, index: dict[str, str] | None) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for file in self.weight_files:
-            try:
-                self._fds[file] = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise SourceError(f"{self.folder / file}: cannot be opened: {error.strerror}.") from None
+            self._fds[file] = open_regular(self.folder / file)
             for tensor in read_header(self._fds[file], self.folder / file, file):
                 home = index.get(tensor.name, file) if index else file
                 if home != file:  # another shard owns this name; the index says which one counts
@@ -118,7 +215,7 @@ class Checkpoint:
         missing = sorted(set(index or ()) - set(found))
         if index and missing:
             raise SourceError(
-                f"{self.folder}: the index names {missing[0]!r} in {index[missing[0]]}, which does not hold it"
+                f"{self.folder}: the index names {shortened(missing[0])} in {index[missing[0]]}, which does not hold it"
                 f"{f' ({len(missing)} such tensors)' if len(missing) > 1 else ''}; "
                 "the download is incomplete or damaged."
             )
@@ -176,7 +273,7 @@ class Checkpoint:
 
         Raises SourceError when it is another file.
         """
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path)
         try:
             if read_header(fd, path, file) != read_header(self._fds[file], self.folder / file, file):
                 raise SourceError(f"{path}: not the file whose header was read before; run it again.")
@@ -185,10 +282,12 @@ class Checkpoint:
             raise
         self._fds[file], fd = fd, self._fds[file]
         os.close(fd)
+        self._note(file, path)
 
     def release(self, file: str) -> None:
         """Close a weight file of which nothing more is read, so that it can leave the disk."""
         os.close(self._fds.pop(file))
+        self._states.pop(file)
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -200,6 +299,17 @@ class Checkpoint:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+        if isinstance(error, Exception) and self._steady:
+            self.require_unchanged()
+
+
+def _in_hub_cache(path: Path) -> bool:
+    """Whether a file belongs to a repository in a cache of huggingface_hub, wherever that is."""
+    return any(
+        parent.name.startswith(("models--", "datasets--"))
+        and path.relative_to(parent).parts[0] in ("blobs", "snapshots")
+        for parent in path.parents
+    )
 
 
 def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
@@ -212,48 +322,46 @@ def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
         return SourceError(f"{path}: damaged safetensors file: {what}; fetch or export it again.")
 
     size = os.fstat(fd).st_size
-    prefix = os.pread(fd, 8, 0)
-    if len(prefix) < 8:
-        raise damaged(f"it has {size} bytes, too few for a header")
-    if prefix == _LFS_POINTER:
-        raise _lfs_pointer(path)
-    (length,) = struct.unpack("<Q", prefix)
-    if length > MAX_HEADER_BYTES or 8 + length > size:
-        raise damaged(f"its header claims {length} bytes and the file has {size}")
-    raw = b""
-    while len(raw) < length:
-        part = os.pread(fd, length - len(raw), 8 + len(raw))
-        if not part:
-            raise damaged("its header cannot be read to the end")
-        raw += part
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)  # from bytes, json takes UTF-16 as well
+        prefix = read_bytes(fd, 0, 8)
+        if len(prefix) < 8:
+            raise damaged(f"it has {size} bytes, too few for a header")
+        if prefix == _LFS_POINTER:
+            raise _lfs_pointer(path)
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES or 8 + length > size:
+            raise damaged(f"its header claims {length} bytes and the file has {size}")
+        raw = read_bytes(fd, 8, length)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}.") from None
+    if len(raw) < length:
+        raise damaged("its header cannot be read to the end")
+    if (count := raw.count(b'"data_offsets"')) > MAX_TENSORS:
+        raise SourceError(f"{path}: it has {count} tensors; of one file, at most {MAX_TENSORS} are read.")
+    try:
+        header = parse_json(raw, _claims, _whole_number)
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise damaged(f"its header is not valid JSON ({error})") from None
+    del raw
     header.pop("__metadata__", None)
 
     data_start, tensors = 8 + length, []
-    for name, entry in header.items():
-        if not name.isprintable():  # no exporter writes such a name, and a message could not show it
-            raise damaged(f"the tensor name {name!r} holds characters that cannot be printed")
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if not isinstance(dtype, str) or not isinstance(shape, list):
-                raise TypeError
-            if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise damaged(f"the header entry of {name} is malformed") from None
+    for name, claims in header.items():
+        if not is_tensor_name(name):  # no exporter writes such a name, and a message could not show it
+            raise damaged(f"the tensor name {shortened(name)} is too long, or cannot be printed")
+        if not isinstance(claims, _Claims) or not claims.well_formed():
+            raise damaged(f"the header entry of {name} is malformed")
+        dtype, shape, (begin, end) = claims.dtype, tuple(claims.shape), claims.offsets
         if dtype not in DTYPE_BITS:
-            raise damaged(f"{name} has the unknown dtype {dtype!r}")
+            raise damaged(f"{name} has the unknown dtype {shortened(dtype)}")
         if math.prod(shape) * DTYPE_BITS[dtype] % 8:
-            raise damaged(f"{name} ({dtype} {shape}) does not end at a whole byte")
-        shape = tuple(shape)
-        if end - begin != tensor_bytes(dtype, shape):
-            raise damaged(f"{name} ({dtype} {list(shape)}) takes {tensor_bytes(dtype, shape)} bytes, not {end - begin}")
-        tensors.append(Tensor(name, dtype, shape, file, data_start + begin, end - begin))
+            raise damaged(f"{name} ({dtype} {shortened(list(shape))}) does not end at a whole byte")
+        if end - begin != (nbytes := tensor_bytes(dtype, shape)):
+            taken = f"{nbytes} bytes" if nbytes < 1 << 64 else "more bytes than there are"
+            raise damaged(f"{name} ({dtype} {shortened(list(shape))}) takes {taken}, not {end - begin}")
+        tensors.append(Tensor(name, sys.intern(dtype), shape, file, data_start + begin, end - begin))
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     position = data_start
     for tensor in tensors:
@@ -267,6 +375,43 @@ def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
     return tensors
 
 
+class _Claims(NamedTuple):
+    """What a header says about one tensor."""
+
+    dtype: Any
+    shape: Any
+    offsets: Any
+
+    def well_formed(self) -> bool:
+        if not isinstance(self.dtype, str) or not isinstance(self.shape, list) or not isinstance(self.offsets, list):
+            return False
+        numbers = [*self.shape, *self.offsets]
+        return (
+            len(self.offsets) == 2
+            and len(self.shape) <= MAX_DIMENSIONS
+            and all(type(number) is int and number >= 0 for number in numbers)
+        )
+
+
+def _claims(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Claims:
+    """An object of a header: what it says about one tensor, in little memory, or whatever else it is."""
+    found = _unique_keys(pairs)
+    if isinstance(found.get("data_offsets"), list):
+        return _Claims(found.get("dtype"), found.get("shape"), found["data_offsets"])
+    return found
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 20:  # no file has so many bytes
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a tensor may have this name: not very long, and printable."""
+    return len(name) <= MAX_NAME and name.isprintable()
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -275,14 +420,16 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Names of all files below `folder`, relative, with '/'; hidden files and folders (.git, .cache) are left out."""
+    """Names of all files below `folder`, relative, with '/', and of links to folders, which are not followed; hidden
+    files and folders (.git, .cache) are left out."""
     try:
         for parent, folders, files in os.walk(folder, onerror=_raise):
             folders[:] = [f for f in folders if not f.startswith(".")]
+            links = [f for f in folders if Path(parent, f).is_symlink()]
             inside = Path(parent).relative_to(folder)
-            yield from ((inside / file).as_posix() for file in files if not file.startswith("."))
+            yield from ((inside / file).as_posix() for file in (*files, *links) if not file.startswith("."))
     except OSError as error:
-        raise SourceError(f"{folder}: cannot be read: {error.strerror}.") from None
+        raise SourceError(f"{error.filename or folder}: cannot be read: {error.strerror}.") from None
 
 
 def _raise(error: OSError) -> None:
@@ -295,15 +442,14 @@ def _lfs_pointer(path: Path) -> SourceError:
     )
 
 
-def _read_json(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
+def read_json(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
+    """The object in a JSON file. Raises SourceError when there is none."""
+    raw = read_file(path)
+    if raw.startswith(_LFS_POINTER):
+        raise _lfs_pointer(path)
     try:
-        raw = path.read_bytes()
-        if raw.startswith(_LFS_POINTER):
-            raise _lfs_pointer(path)
-        value = json.loads(raw, object_pairs_hook=pairs_hook)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw, pairs_hook)
+    except ValueError as error:
         raise SourceError(f"{path}: not valid JSON ({error}); fetch or export it again.") from None
     if not isinstance(value, dict):
         raise SourceError(f"{path}: a JSON object was expected, not {type(value).__name__}.")
@@ -312,43 +458,47 @@ def _read_json(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | 
 
 def weight_files(
     folder: Path, names: list[str], configs: dict[str, dict[str, Any]]
-) -> tuple[list[str], dict[str, str] | None]:
+) -> tuple[list[str], dict[str, str] | None, str | None]:
     """The safetensors files that make up the checkpoint in `folder`, of whose files (`names`) only the index is read;
-    and the index's tensor → file map where there is one. Raises SourceError or UnsupportedError when there are none.
+    where there is one, its tensor → file map, and its name. Raises SourceError or UnsupportedError when there are none.
     """
     indexes = [n for n in names if n.endswith(INDEX_SUFFIX) and "/" not in n]
     files = [n for n in names if n.endswith(".safetensors") and "/" not in n]
     preferred = f"model{INDEX_SUFFIX}"
     if "model.safetensors" in files and preferred not in indexes:
-        return ["model.safetensors"], None
+        return ["model.safetensors"], None, None
     if indexes:
         if len(indexes) > 1 and preferred not in indexes:
             raise SourceError(
                 f"{folder}: several indexes ({', '.join(indexes)}); keep the one that belongs to the checkpoint."
             )
-        return _indexed_files(folder, preferred if preferred in indexes else indexes[0], names)
+        index = preferred if preferred in indexes else indexes[0]
+        return *_indexed_files(folder, index, names), index
     for config in configs.values():
         for holder in (config, config.get("quantization_config")):
             base = holder.get("model_file_base_name") if isinstance(holder, dict) else None
             if isinstance(base, str) and f"{base}.safetensors" in files:
-                return [f"{base}.safetensors"], None
+                return [f"{base}.safetensors"], None, None
     if not files:
         raise _no_safetensors(folder, names)
     _require_all_parts(folder, files)
-    return files, None
+    return files, None, None
 
 
 def _indexed_files(folder: Path, index: str, names: list[str]) -> tuple[list[str], dict[str, str]]:
-    weight_map = _read_json(folder / index, _unique_keys).get("weight_map")
+    weight_map = read_json(folder / index, _unique_keys).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{folder / index}: it has no weight_map; fetch or export it again.")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not _stays_inside(file):
             raise SourceError(
-                f"{folder / index}: {tensor!r} points to {file!r}, outside the folder; this index is refused."
+                f"{folder / index}: {shortened(tensor)} points to {shortened(file)}, outside the folder; "
+                "this index is refused."
             )
         if not file.endswith(".safetensors"):
-            raise SourceError(f"{folder / index}: {tensor!r} points to {file!r}, which is not a safetensors file.")
+            raise SourceError(
+                f"{folder / index}: {shortened(tensor)} points to {shortened(file)}, which is not a safetensors file."
+            )
     files = sorted(set(weight_map.values()))
     missing = [f for f in files if f not in names]
     if missing:

@@ -1,297 +1,25 @@
-"""Writing the output so that it appears complete or not at all.
-
-    with new_folder(out) as folder:      # inside a hidden sibling of `out`, locked by this process
-        with Shards(...) as shards: ...  # headers first, then every byte range at its planned offset
-    # here: all files fsynced, and `out` is there, by one rename
-
-    .out.marlin-convert-x1y2z3.tmp/      the hidden sibling, as long as the run lasts
-        .lock                            held by the run; free when the run was killed
-        new/                             what becomes `out`; with --force, then what was there before
-
-A run that fails or is interrupted removes its hidden folder; one that is killed leaves it behind, unlocked, and
-the next run to the same place clears it.
-"""
+"""Writing the output's safetensors files: headers first, then every byte range at its planned place."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import errno
-import fcntl
 import json
 import os
-import shutil
-import stat
 import struct
-import tempfile
 import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, SourceError
+from ..errors import SourceError
+from .output_folder import write_json
 from .reader import DTYPE_BITS, Buffer
 
-#: The report that every finished output holds; also what tells that a folder may be replaced by --force.
-REPORT_FILE = "marlin_convert.json"
-_LOCK_FILE = ".lock"
+#: The output's weights in one file; their index, where there are several.
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _libc = ctypes.CDLL(None, use_errno=True)
-_NEW = "new"
-_REPLACED = "replaced"  # where an earlier result waits while the new one takes its place
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The folder
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends well, it is synced to disk and becomes `out`.
-
-    With `force`, an earlier result at `out` is replaced (only a folder that this tool made, or an empty one).
-    Raises OutputError when `out` is taken or its parent is not writable.
-    """
-    check_free(out, force=force)
-    with contextlib.ExitStack() as cleaning:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            clear_leftovers(out)
-            folder = cleaning.enter_context(_locked_folder(out)) / _NEW
-            folder.mkdir()
-        except OSError as error:
-            raise OutputError(f"{out.parent}: cannot be written to: {error.strerror}; choose another place.") from None
-        try:
-            yield folder
-            sync_tree(folder)
-            check_free(out, force=force)  # it may have appeared while the work went on
-            _swap_in(folder, out, force=force)
-        except BrokenPipeError:  # of the screen that shows the progress, not of the disk
-            raise
-        except OSError as error:
-            raise OutputError(
-                f"{error.filename or out}: writing failed: {error.strerror or error}; nothing was left behind."
-            ) from None
-
-
-@contextlib.contextmanager
-def _locked_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, locked by this process, removed at the end."""
-    while True:
-        with contextlib.ExitStack() as cleaning:
-            hidden = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".tmp", dir=out.parent))
-            try:
-                lock = os.open(hidden / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            except BaseException:
-                hidden.rmdir()
-                raise
-            cleaning.callback(os.close, lock)
-            cleaning.callback(_remove, hidden)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            # Another run that starts now may have found the lock before it was held, and removed the folder.
-            if (hidden / _LOCK_FILE).exists():
-                yield hidden
-                return
-
-
-def check_free(out: Path, *, force: bool) -> None:
-    """Raise OutputError unless `out` does not exist, is an empty folder, or may be replaced."""
-    if out.name in ("", ".."):
-        raise OutputError(f"{out}: give the new folder a name of its own.")
-    if not os.path.lexists(out):
-        return
-    if out.is_symlink():
-        raise OutputError(f"{out}: it is a symbolic link; choose another name.")
-    if not out.is_dir():
-        raise OutputError(f"{out}: it exists and is not a folder; choose another name.")
-    if os.path.ismount(out):
-        raise OutputError(f"{out}: nothing can be renamed to a mount point; choose a folder inside it.")
-    try:
-        empty = not any(out.iterdir())
-    except OSError as error:
-        raise OutputError(f"{out}: it exists and cannot be read: {error.strerror}; choose another name.") from None
-    if empty:
-        return
-    if not force:
-        raise OutputError(f"{out}: it exists already; choose another name, or replace it with --force.")
-    if not (out / REPORT_FILE).is_file():
-        raise OutputError(
-            f"{out}: --force replaces only what marlin-convert made, and this folder has no {REPORT_FILE}; "
-            "remove it yourself, or choose another name."
-        )
-
-
-def clear_leftovers(out: Path) -> list[Path]:
-    """Remove the hidden folders that killed runs to `out` left behind.
-
-    Ours are real folders of this user that hold our lock, and nobody has it. Whatever else has such a name (a link, a
-    file, what another user left) is none of our business, and no reason to fail.
-    """
-    try:
-        found = [f for f in out.parent.iterdir() if f.name.startswith(_prefix(out)) and f.suffix == ".tmp"]
-    except PermissionError:  # one may create files there without seeing what there is
-        return []
-    return [hidden for hidden in found if _clear(hidden, out)]
-
-
-def _clear(hidden: Path, out: Path) -> bool:
-    """Remove one hidden folder, if it is what a killed run left behind; whether it was."""
-    try:
-        folder = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        if os.fstat(folder).st_uid != os.geteuid():
-            return False
-        try:
-            lock = os.open(_LOCK_FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-        except FileNotFoundError:  # about to get its lock, or killed just before: then it is empty
-            if time.time() - os.fstat(folder).st_mtime > 60:
-                hidden.rmdir()
-                return True
-            return False
-        try:
-            is_ours = stat.S_ISREG(os.fstat(lock).st_mode) and os.path.samestat(os.fstat(folder), hidden.lstat())
-            if not is_ours:
-                return False
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where the run is still alive
-            replaced = hidden / _REPLACED
-            if replaced.is_dir() and not replaced.is_symlink() and not os.path.lexists(out):
-                replaced.rename(out)  # killed between the two renames of `_exchange`
-            _remove(hidden)
-            return not hidden.exists()
-        finally:
-            os.close(lock)
-    except OSError:
-        return False
-    finally:
-        os.close(folder)
-
-
-def _remove(hidden: Path) -> None:
-    """Remove a hidden folder, its lock last: if this is killed too, the next run still knows what it finds."""
-    for folder in (hidden / _NEW, hidden / _REPLACED, hidden):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_space(folder: Path, needed: int, what: str = "the result takes", advice: str = "") -> None:
-    """Raise OutputError unless the file system that holds `folder` (or will) has `needed` bytes to spare."""
-    folder = existing(folder)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"{folder}: {what} {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-            f"make room or choose another disk{advice}."
-        )
-
-
-def existing(folder: Path) -> Path:
-    """`folder`, or the nearest one above it that is there."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
-def sync_tree(folder: Path) -> None:
-    """fsync every file and folder below `folder`, and itself."""
-    for parent, _, files in os.walk(folder):
-        for path in (*(Path(parent, f) for f in files), Path(parent)):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-
-
-def json_bytes(value: object) -> bytes:
-    """`value` as the Hub's tools write it: two spaces, UTF-8, one newline at the end; half of a surrogate pair, which
-    UTF-8 has not, is escaped."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `value` into a new file."""
-    write_file(path, json_bytes(value))
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a new file. Raises FileExistsError when it is there, also under a name that its disk takes for the same."""
-    with path.open("xb") as file:
-        file.write(content)
-
-
-def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Put new contents in place of files of `folder`, or where none are: each is the old one or the new one, and never
-    a part.
-
-    Raises OSError when there is no room for all of them; then the old ones stay.
-    """
-    ready: dict[Path, Path] = {}
-    try:
-        for name, content in contents.items():
-            path, temporary = folder / name, folder / f".{name}.{os.urandom(6).hex()}.tmp"
-            ready[temporary] = path
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
-                if path.is_file():
-                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
-                os.fsync(file.fileno())
-        for temporary, path in ready.items():
-            temporary.rename(path)
-    finally:
-        for temporary in ready:
-            temporary.unlink(missing_ok=True)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _prefix(out: Path) -> str:
-    return f".{out.name}.marlin-convert-"
-
-
-def _swap_in(folder: Path, out: Path, *, force: bool) -> None:
-    """Rename `folder` to `out`. With `force`, a folder at `out` is exchanged in one step, and the caller then removes
-    it; without, only an empty one gives way."""
-    if force and out.is_dir() and any(out.iterdir()):
-        _exchange(folder, out)
-    else:
-        try:
-            folder.rename(out)
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):  # another run was faster
-                check_free(out, force=False)
-            raise
-    _sync_folder(out.parent)
-
-
-def _exchange(folder: Path, out: Path) -> None:
-    """Swap two folders, so that `out` is there at every moment (renameat2 with RENAME_EXCHANGE, Linux ≥ 3.15)."""
-    at_fdcwd, rename_exchange = -100, 2
-    renameat2 = getattr(_libc, "renameat2", None)
-    if renameat2 and renameat2(at_fdcwd, os.fsencode(folder), at_fdcwd, os.fsencode(out), rename_exchange) == 0:
-        return
-    # A file system without it (some network and FUSE mounts): two renames, the old result kept until the new is there.
-    replaced = folder.with_name(_REPLACED)
-    out.rename(replaced)
-    try:
-        folder.rename(out)
-    except BaseException:
-        replaced.rename(out)
-        raise
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The weights
 
 
 @dataclass(frozen=True)
@@ -313,6 +41,23 @@ def require_unique(tensors: Sequence[OutTensor]) -> None:
         )
 
 
+def _split(tensors: Sequence[OutTensor], max_shard_size: int | str) -> Any:
+    """Which tensor goes into which file, by huggingface_hub's own rule."""
+    from huggingface_hub.serialization._base import split_state_dict_into_shards_factory  # late: it is slow
+
+    return split_state_dict_into_shards_factory(
+        {t.name: t for t in tensors},
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+
+
+def shard_names(tensors: Sequence[OutTensor], max_shard_size: int | str) -> list[str]:
+    """The files that `Shards` would write."""
+    return list(_split(tensors, max_shard_size).filename_to_tensors)
+
+
 @dataclass(frozen=True)
 class _Place:
     file: str
@@ -322,24 +67,19 @@ class _Place:
 
 class Shards:
     """The output's safetensors files, created at their full size with their headers, open for positioned writes; and
-    their index, if there is more than one.
+    their index, if there is more than one, or if `index` asks for it.
 
     Shards are cut by huggingface_hub's own rule, in the order of `tensors`; within a file, data is ordered by
     element size so that every tensor is aligned, as the safetensors library does it.
     """
 
-    def __init__(self, folder: Path, tensors: Sequence[OutTensor], max_shard_size: int | str) -> None:
-        from huggingface_hub.serialization._base import split_state_dict_into_shards_factory  # late: it is slow
-
+    def __init__(
+        self, folder: Path, tensors: Sequence[OutTensor], max_shard_size: int | str, *, index: bool = False
+    ) -> None:
         require_unique(tensors)
         self.folder = folder
         by_name = {t.name: t for t in tensors}
-        self._split = split_state_dict_into_shards_factory(
-            by_name,
-            get_storage_size=lambda tensor: tensor.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
+        self._split = _split(tensors, max_shard_size)
         self._fds: dict[str, int] = {}
         self._places: dict[str, _Place] = {}
         self._missing: dict[str, int] = {}  # bytes, of tensors that come column by column
@@ -349,9 +89,9 @@ class Shards:
         try:
             for file, names in self._split.filename_to_tensors.items():
                 self._create(file, [by_name[name] for name in names])
-            if self._split.is_sharded:
-                index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
-                write_json(folder / "model.safetensors.index.json", index)
+            if index or self._split.is_sharded:
+                content = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+                write_json(folder / INDEX_FILE, content)
         except BaseException:
             self.close()
             raise

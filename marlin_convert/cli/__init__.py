@@ -1,4 +1,4 @@
 """The command line."""
 
 from .commands import cli as cli
-from .commands import main as main
+from .main import main as main

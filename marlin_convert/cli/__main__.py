@@ -1,6 +1,6 @@
 """`python -m marlin_convert.cli`: the command line."""
 
-from .commands import main
+from .main import main
 
 if __name__ == "__main__":
     main()

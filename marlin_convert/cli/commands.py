@@ -1,151 +1,41 @@
-"""The command line: options in, exit codes out. What it prints is drawn in `render`; what it does is in `convert`."""
+"""The commands: arguments in, a call of what does the work, and a screen that shows what came of it."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import io
-import json
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .._version import __version__
-from ..errors import EXIT_CODES, MarlinConvertError, VerificationError, require
-from ..formats.config import QUANT_METHODS
+from ..errors import AlreadyMarlin, MarlinConvertError, VerificationError, require
+from ..interrupts import ignore_signals
+from ..options import PRESETS, HubAccess, Options, PublishTarget
+from .params import (
+    OUT,
+    MainGroup,
+    OutputOptions,
+    batch_sizes,
+    device_option,
+    format_options,
+    hub_options,
+    output_options,
+    publishing_options,
+    shard_size_option,
+    source_options,
+    writing_options,
+)
 
 if TYPE_CHECKING:
-    from ..conversion.convert import Options
-    from ..hub.upload import Target
     from .output import Screen
 
 # torch, numpy, rich and huggingface_hub are imported inside the commands: --help, --version and errors in the
 # arguments answer at once.
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-#: Whether OUT can be read and written is not for click to judge: a failure there has its own exit code.
-OUT = click.Path(path_type=Path, readable=False)
-
-#: Most rows of activations that `bench` takes.
-MAX_BATCH = 1 << 20
-
 DEMO_FOLDER = Path(__file__).parents[1] / "data" / "demo"
 DEMO_PROMPT, DEMO_TOKENS = "And the king said unto the woman,", 32
-
-
-class MainGroup(click.Group):
-    """A group whose first command needs no name: `marlin-convert SOURCE OUT` is `marlin-convert convert SOURCE OUT`."""
-
-    default = "convert"
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in {*self.commands, "--help", "-h", "--version"}:
-            args = [self.default, *args]
-        return super().parse_args(ctx, args)
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage(ctx.command_path, "SOURCE OUT [OPTIONS]")
-        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="       ")
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        command = self.commands[self.default]
-        command.format_options(click.Context(command, parent=ctx), formatter)
-        self.format_commands(ctx, formatter)
-        with formatter.section("Exit codes"):
-            formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
-
-
-def output_options(command: F) -> F:
-    """The options of every command about what is printed."""
-    command = click.option("-v", "--verbose", is_flag=True, help="Name every layer and note; show tracebacks of bugs.")(
-        command
-    )
-    command = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")(command)
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON document on standard output, for scripts."
-    )(command)
-
-
-def source_options(command: F) -> F:
-    """The options of every command that reads a source."""
-    return click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", callback=_device,
-        help="Where to compute. auto repacks on the CPU and verifies on a GPU of capability 8.0+ if there is one.",
-    )(hub_options(command))  # fmt: skip
-
-
-def hub_options(command: F) -> F:
-    """The options of every command that may read from the Hub."""
-    command = click.option(
-        "--cache-dir",
-        type=click.Path(path_type=Path, file_okay=False),
-        help="Hub cache to use instead of the standard one.",
-    )(command)
-    command = click.option(
-        "--token", help="Hub token, for gated and private repositories (default: the one you logged in with)."
-    )(command)
-    return click.option("--revision", help="Branch, tag or commit of a Hub source.")(command)
-
-
-def format_options(command: F) -> F:
-    """The options of the commands that choose the result's format."""
-    command = click.option(
-        "--zero-points", type=click.Choice(("nibble", "word")),
-        help="How to read an asymmetric source in which a zero point is 0, if nothing tells who wrote it.",
-    )(command)  # fmt: skip
-    return click.option(
-        "--format", "format_", type=click.Choice(("auto", "marlin", "marlin-ext")), default="auto", show_default=True,
-        help="auto: the original Marlin format if every layer fits it, else the extended one.",
-    )(command)  # fmt: skip
-
-
-def writing_options(command: F) -> F:
-    """The options of the commands that write a checkpoint."""
-    command = click.option(
-        "--quant-method", type=click.Choice(QUANT_METHODS), default=QUANT_METHODS[0], show_default=True,
-        help="quant_method in the result's config: gptq for vLLM ≤ 0.10.0 and AutoGPTQ, marlin for TGI.",
-    )(command)  # fmt: skip
-    command = click.option(
-        "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", callback=_shard_size,
-        help="Largest weight file; one model.safetensors when everything fits.",
-    )(command)  # fmt: skip
-    return click.option(
-        "--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT, or on the Hub."
-    )(command)
-
-
-def publishing_options(command: F) -> F:
-    """The options of the commands that publish a result."""
-    command = click.option("--commit-message", metavar="TEXT", help="Title of the commit on the Hub.")(command)
-    command = click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")(command)
-    command = click.option("--branch", help="Branch to commit to, created when missing (default: main).")(command)
-    return click.option("--private", is_flag=True, help="Create the repository as a private one.")(command)
-
-
-def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    from ..device import REQUEST
-
-    if not REQUEST.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is no device; give auto, cpu, cuda or cuda:N.")
-    return value
-
-
-def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    import re
-
-    if (
-        not re.fullmatch(r"\d+(\.\d+)?\s*(KB|MB|GB|TB)", value.strip(), re.IGNORECASE)
-        or float(re.split(r"[A-Za-z ]", value.strip())[0]) <= 0
-    ):
-        raise click.BadParameter(f"{value!r} is no size; write it like 5GB or 500MB.")
-    return value
 
 
 @click.group(cls=MainGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -161,10 +51,7 @@ def cli() -> None:
 @click.argument("source")
 @click.argument("out", required=False, type=OUT)
 @click.option(
-    "--verify",
-    "with_verify",
-    is_flag=True,
-    help="Re-read the result from disk and check it against the source, layer by layer.",
+    "--verify", is_flag=True, help="Re-read the result from disk and check it against the source, layer by layer."
 )
 @click.option(
     "--dry-run", is_flag=True, help="Print what would happen to every layer, from headers alone; OUT is not needed."
@@ -187,35 +74,29 @@ def cli() -> None:
 @publishing_options
 @source_options
 @output_options
+@click.pass_obj
 def convert(
-    source: str, out: Path | None, with_verify: bool, dry_run: bool, format_: str, zero_points: str | None,
-    force: bool, max_shard_size: str, quant_method: str, low_disk: bool, push_to_hub: str | None, private: bool,
-    branch: str | None, create_pr: bool, commit_message: str | None, device: str, revision: str | None,
-    token: str | None, cache_dir: Path | None, as_json: bool, quiet: bool, verbose: bool,
+    output: OutputOptions, /, source: str, out: Path | None, dry_run: bool, push_to_hub: str | None,
+    publishing: dict[str, Any], access: HubAccess, **choices: Any,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a folder or a Hub id, into a Marlin checkpoint at OUT."""
     if out is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT': the folder to create (only --dry-run goes without).")
-    if push_to_hub is None and (private or branch or create_pr or commit_message):
+    if push_to_hub is None and any(publishing.values()):
         raise click.UsageError("--private, --branch, --create-pr and --commit-message need --push-to-hub.")
     if push_to_hub is not None and dry_run:
         raise click.UsageError("Give --dry-run or --push-to-hub, not both.")
-    screen = _screen(as_json, quiet, verbose)
-    options = _options(
-        device=device, format=format_, zero_points=zero_points, verify=with_verify, force=force,
-        max_shard_size=max_shard_size, quant_method=quant_method, low_disk=low_disk,
-        revision=revision, token=token, cache_dir=cache_dir,
-        target=None if push_to_hub is None else _target(push_to_hub, private, branch, create_pr, commit_message),
-    )  # fmt: skip
+    target = None if push_to_hub is None else PublishTarget(push_to_hub, **publishing)
+    options, screen = Options(**choices, target=target), _screen(output)
     if dry_run:
         from ..conversion.convert import plan_only
 
-        origin, plan = plan_only(source, options)
-        screen.plan(origin, plan)
-        with _said_in_json(as_json):
+        origin, plan = plan_only(source, options, access=access)
+        screen.plan(origin, plan, options)
+        with _said_in_json(output):
             plan.require_convertible()
     elif out is not None:
-        _convert(source, out, options, screen)
+        _convert(source, out, options, access, screen)
 
 
 @cli.command()
@@ -223,10 +104,8 @@ def convert(
 @click.argument("out", type=OUT)
 @source_options
 @output_options
-def verify(
-    source: str, out: Path, device: str, revision: str | None, token: str | None, cache_dir: Path | None,
-    as_json: bool, quiet: bool, verbose: bool,
-) -> None:  # fmt: skip
+@click.pass_obj
+def verify(output: OutputOptions, /, source: str, out: Path, device: str, access: HubAccess) -> None:
     """Check the Marlin checkpoint OUT against the GPTQ checkpoint SOURCE that it was made from.
 
     Exactly (codes and scales, every element) and numerically (random activations through both). Writes verify.json
@@ -234,48 +113,29 @@ def verify(
     """
     from ..conversion.convert import verify_pair
 
-    screen = _screen(as_json, quiet, verbose)
-    options = _options(device=device, revision=revision, token=token, cache_dir=cache_dir)
+    screen = _screen(output)
     with screen.progress() as progress:
-        report = verify_pair(source, out, options, progress)
+        report = verify_pair(source, out, Options(device=device), progress, access=access)
     screen.verification(report, out)
     if not report.ok and not screen.silent:
         raise VerificationError("the Marlin checkpoint is not equal to its source; see the table above.")
-    with _said_in_json(as_json):
+    with _said_in_json(output):
         report.require_ok()
 
 
 @cli.command()
 @click.argument("out", required=False, type=OUT, default=Path("demo-out"))
 @writing_options
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="auto|cpu|cuda|cuda:N",
-    callback=_device,
-    help="Where to compute.",
-)
+@device_option("Where to compute.")
 @output_options
-def demo(
-    out: Path,
-    force: bool,
-    max_shard_size: str,
-    quant_method: str,
-    device: str,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-) -> None:
+@click.pass_obj
+def demo(output: OutputOptions, /, out: Path, **choices: Any) -> None:
     """Convert and verify a small real GPTQ checkpoint that ships with marlin-convert, and let both continue a prompt.
 
     Needs no network and no GPU. OUT defaults to ./demo-out. Without torch and transformers, there is no prompt.
     """
-    screen = _screen(as_json, quiet, verbose)
-    options = _options(
-        device=device, verify=True, force=force, max_shard_size=max_shard_size, quant_method=quant_method
-    )
-    _convert(str(DEMO_FOLDER), out, options, screen, prompt=DEMO_PROMPT)
+    options = Options(verify=True, **choices)
+    _convert(str(DEMO_FOLDER), out, options, HubAccess(), _screen(output), prompt=DEMO_PROMPT)
 
 
 @cli.command()
@@ -285,10 +145,10 @@ def demo(
 @click.option("--force", is_flag=True, help="Overwrite other weights that the repository holds.")
 @click.option("--token", help="Hub token that may write (default: the one you logged in with).")
 @output_options
+@click.pass_obj
 def push(
-    out: Path, repo_id: str, private: bool, branch: str | None, create_pr: bool, commit_message: str | None,
-    force: bool, token: str | None, as_json: bool, quiet: bool, verbose: bool,
-) -> None:  # fmt: skip
+    output: OutputOptions, /, out: Path, repo_id: str, publishing: dict[str, Any], force: bool, token: str | None
+) -> None:
     """Publish OUT, a finished result of marlin-convert, as the Hub repository REPO_ID.
 
     In one commit; the repository is created when missing. An upload that failed is taken up again: what has arrived
@@ -296,9 +156,8 @@ def push(
     """
     from ..conversion.convert import push_result
 
-    screen = _screen(as_json, quiet, verbose)
-    target = _target(repo_id, private, branch, create_pr, commit_message)
-    screen.pushed(push_result(out, target, _options(force=force, token=token)))
+    screen = _screen(output)
+    screen.pushed(push_result(out, PublishTarget(repo_id, **publishing), force=force, token=token))
 
 
 @cli.command("to-gptq")
@@ -307,21 +166,12 @@ def push(
 @click.option(
     "--v2", is_flag=True, help="Store zero points as they are (checkpoint_format gptq_v2), not less one (gptq)."
 )
-@click.option(
-    "--max-shard-size",
-    default="5GB",
-    show_default=True,
-    metavar="SIZE",
-    callback=_shard_size,
-    help="Largest weight file; one model.safetensors when everything fits.",
-)
+@shard_size_option
 @click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT.")
 @hub_options
 @output_options
-def to_gptq(
-    marlin: str, out: Path, v2: bool, max_shard_size: str, force: bool, revision: str | None, token: str | None,
-    cache_dir: Path | None, as_json: bool, quiet: bool, verbose: bool,
-) -> None:  # fmt: skip
+@click.pass_obj
+def to_gptq(output: OutputOptions, /, marlin: str, out: Path, v2: bool, access: HubAccess, **choices: Any) -> None:
     """Restore the GPTQ checkpoint that MARLIN, a folder or a Hub id, was made from.
 
     Reads both Marlin formats, also of checkpoints that AutoGPTQ or others made. Codes, scales, zero points and g_idx
@@ -329,10 +179,9 @@ def to_gptq(
     """
     from ..conversion.restore import restore
 
-    screen = _screen(as_json, quiet, verbose)
-    options = _options(force=force, max_shard_size=max_shard_size, revision=revision, token=token, cache_dir=cache_dir)
+    screen = _screen(output)
     with screen.progress() as progress:
-        report = restore(marlin, out, options, progress, v2=v2)
+        report = restore(marlin, out, Options(**choices), progress, v2=v2, access=access)
     screen.restored(report)
 
 
@@ -360,11 +209,8 @@ def to_gptq(
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Make sampling repeatable.")
 @source_options
 @output_options
-def generate(
-    out: str, prompt: str, max_new_tokens: int, temperature: float | None, top_p: float | None, top_k: int | None,
-    seed: int | None, device: str, revision: str | None, token: str | None, cache_dir: Path | None,
-    as_json: bool, quiet: bool, verbose: bool,
-) -> None:  # fmt: skip
+@click.pass_obj
+def generate(output: OutputOptions, /, out: str, prompt: str, device: str, access: HubAccess, **sampling: Any) -> None:
     """Continue a prompt with the Marlin checkpoint OUT, a folder or a Hub id; the text appears while it is made.
 
     Greedy (the same text every time) unless --temperature, --top-p or --top-k is given. With --quiet, only the text.
@@ -373,53 +219,24 @@ def generate(
     from ..engines.generate import Sampling
     from ..engines.generate import generate as continue_prompt
 
-    screen = _screen(as_json, quiet, verbose)
-    options = _options(device=device, revision=revision, token=token, cache_dir=cache_dir)
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    screen = _screen(output)
     with screen.text(prompt) as on_text:
-        done = continue_prompt(out, prompt, sampling, options, on_text)
+        done = continue_prompt(out, prompt, Sampling(**sampling), Options(device=device), on_text, access=access)
     screen.generated(done)
-
-
-def _target(repo_id: str, private: bool, branch: str | None, create_pr: bool, message: str | None) -> Target:
-    from ..hub.upload import Target
-
-    return Target(repo_id, private, branch, create_pr, message)
-
-
-def _batch(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    try:
-        sizes = tuple(sorted({int(size) for size in value.split(",")}))
-    except ValueError:
-        sizes = (0,)
-    if sizes[0] < 1 or sizes[-1] > MAX_BATCH:
-        raise click.BadParameter(f"{value!r} is no list of batch sizes; write it like 1,16,256 (at most {MAX_BATCH}).")
-    return sizes
-
-
-def _preset(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    if value is not None:
-        from ..bench.products import PRESETS
-
-        if value not in PRESETS:
-            raise click.BadParameter(f"{value!r} is no preset; give {', '.join(PRESETS)}.")
-    return value
 
 
 @cli.command()
 @click.argument("source", required=False)
 @click.option(
     "--preset",
-    metavar="mistral-7b|llama-3-8b|llama-70b",
-    callback=_preset,
+    metavar="|".join(PRESETS),
+    type=click.Choice(PRESETS),
     help="Measure this model's layers, q, k, v and gate, up fused as engines run them (default: mistral-7b).",
 )
 @click.option(
     "--batch",
     metavar="M,M,...",
-    callback=_batch,
+    callback=batch_sizes,
     help="Batch sizes: rows of activations in a product (default: 1,2,4,...,4096).",
 )
 @click.option(
@@ -437,10 +254,10 @@ def _preset(ctx: click.Context, parameter: click.Parameter, value: str | None) -
 )
 @source_options
 @output_options
+@click.pass_obj
 def bench(
-    source: str | None, preset: str | None, batch: tuple[int, ...] | None, tokens: bool, compare: bool,
-    plot_file: Path | None, device: str, revision: str | None, token: str | None, cache_dir: Path | None,
-    as_json: bool, quiet: bool, verbose: bool,
+    output: OutputOptions, /, source: str | None, preset: str | None, batch: tuple[int, ...] | None, tokens: bool,
+    compare: bool, plot_file: Path | None, device: str, access: HubAccess,
 ) -> None:  # fmt: skip
     """Measure this GPU: fp16 (cuBLAS) against Marlin, for the layers of SOURCE or of a preset.
 
@@ -452,45 +269,47 @@ def bench(
     if tokens and (source is None or compare):
         raise click.UsageError("--tokens needs a SOURCE, a Marlin checkpoint, and does not go with --compare.")
 
-    screen = _screen(as_json, quiet, verbose)
-    plot = None
+    screen, plot = _screen(output), None
     if plot_file is not None:
-        from .output import Plot
+        from .plot import Plot
 
         plot = Plot(plot_file)
-    options = _options(device=device, revision=revision, token=token, cache_dir=cache_dir)
+    options: dict[str, Any] = {"options": Options(device=device), "access": access}
     report: Any
     with screen.progress(timings=True) as progress:
         if tokens and source is not None:
             from ..bench import tokens as whole_model
 
-            report = whole_model.run(source, batch=batch or whole_model.BATCH, options=options, progress=progress)
+            report = whole_model.run(source, batch=batch or whole_model.BATCH, progress=progress, **options)
         else:
             from ..bench import products as layers
 
             report = layers.run(
-                source, preset, batch=batch or layers.BATCH, compare=compare, options=options, progress=progress
+                source, preset, batch=batch or layers.BATCH, compare=compare, progress=progress, **options
             )
     problem = (plot.draw_tokens(report) if tokens else plot.draw(report)) if plot else None
     if problem:  # the numbers took minutes; they are shown all the same
         report.notes[problem.message] = ["--plot"]
-    show: Callable[[Any, Path | None], None] = screen.tokens if tokens else screen.bench
-    show(report, None if problem else plot_file)
+    (screen.tokens if tokens else screen.bench)(report, None if problem else plot_file)
     if problem:
-        with _said_in_json(as_json):
+        with _said_in_json(output):
             raise problem
 
 
-def _convert(source: str, out: Path, options: Options, screen: Screen, prompt: str | None = None) -> None:
+def _convert(
+    source: str, out: Path, options: Options, access: HubAccess, screen: Screen, prompt: str | None = None
+) -> None:
     """Convert; with a `prompt`, continue it with source and result."""
-    from ..conversion.convert import AlreadyMarlin, convert
+    from ..conversion.convert import convert
 
-    screen.start(source, options)
+    screen.start()
     try:
         with screen.progress() as progress:
-            report = convert(source, out, options, progress)
+            report = convert(source, out, options, progress, access=access)
+            if prompt is None:
+                ignore_signals()  # the result is complete
     except AlreadyMarlin as nothing:
-        screen.already_marlin(str(nothing))
+        screen.already_marlin(nothing.message)
         return
     if prompt is None:
         screen.report(report)
@@ -508,85 +327,17 @@ def _convert(source: str, out: Path, options: Options, screen: Screen, prompt: s
 
 
 @contextlib.contextmanager
-def _said_in_json(as_json: bool) -> Iterator[None]:
+def _said_in_json(output: OutputOptions) -> Iterator[None]:
     """With --json, the one document that was printed has named the problems: the exit code is all that is left."""
     try:
         yield
     except MarlinConvertError as error:
-        if as_json:
+        if output.as_json:
             raise type(error)("") from None
         raise
 
 
-def _options(**settings: Any) -> Options:
-    from ..conversion.convert import Options
-
-    return Options(**settings)
-
-
-def _screen(as_json: bool, quiet: bool, verbose: bool) -> Screen:
+def _screen(output: OutputOptions) -> Screen:
     from .output import Screen
 
-    return Screen(as_json=as_json, quiet=quiet, verbose=verbose)
-
-
-def main(args: list[str] | None = None) -> None:
-    """The program: runs `cli`, and turns every way of ending into one clear line and a documented exit code."""
-    arguments = sys.argv[1:] if args is None else args
-    for number in (signal.SIGTERM, signal.SIGHUP):  # end like Ctrl-C does: stop, clean up, say so
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, _interrupt)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal or a file name that is not UTF-8 is no reason to fail
-    try:
-        cli.main(args=arguments, prog_name="marlin-convert", standalone_mode=False)
-        sys.stdout.flush()
-    except click.ClickException as error:
-        _fail(arguments, error.exit_code, type(error).__name__, error.format_message(), functools.partial(_show, error))
-    except (KeyboardInterrupt, click.Abort):
-        try:
-            _fail(arguments, 130, "Interrupted", "interrupted; nothing half-done was left behind.")
-        finally:
-            _leave_download(130)
-    except BrokenPipeError:  # the reader of a pipe went away (… | head)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):  # whichever it was: Python flushes both once more when it ends
-            os.dup2(nowhere, stream.fileno())
-        sys.exit(1)
-    except Exception as error:
-        if "--verbose" in arguments or "-v" in arguments:
-            raise
-        text = f"{type(error).__name__}: {error}; this is a bug. Run again with --verbose, and report what it prints."
-        _fail(arguments, 70, "Bug", text)
-
-
-def _leave_download(code: int) -> None:
-    """Exit at once, with `code`, if a download that was interrupted still has threads."""
-    hub = sys.modules.get(f"{__package__}.hub")
-    if hub and hub.downloading():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _show(error: click.ClickException) -> None:
-    if isinstance(error, MarlinConvertError):
-        if error.message:
-            click.echo(f"marlin-convert: {error.format_message()}", err=True)
-    else:
-        error.show()
-
-
-def _fail(arguments: list[str], code: int, kind: str, text: str, show: Callable[[], None] | None = None) -> None:
-    """Say what went wrong, for people on standard error and, with --json, for scripts on standard output; exit."""
-    if "--json" in arguments and text:
-        click.echo(json.dumps({"ok": False, "error": kind, "message": text, "exit_code": code}))
-    elif show:
-        show()
-    else:
-        click.echo(f"marlin-convert: {text}", err=True)
-    sys.exit(code)
+    return Screen(as_json=output.as_json, quiet=output.quiet, verbose=output.verbose)

@@ -1,4 +1,4 @@
-"""What the command line prints: bars and plain progress lines, tables, summaries, JSON documents.
+"""What the command line prints: tables, summaries, JSON documents.
 
 People read standard error while work goes on and standard output for the result; with --json, standard output
 holds one JSON document and nothing else.
@@ -10,181 +10,39 @@ import contextlib
 import json
 import logging
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import Progress as RichBars
-from rich.table import Column, Table
+from rich.progress import MofNCompleteColumn
+from rich.table import Table
 from rich.text import Text
 
+from ..checkpoint.writer import shard_names
 from ..conversion.plan import Layer, Plan, plan_as_dict, span
-from ..errors import MarlinConvertError, OutputError
+from ..engine_support import VLLM, ResultFacts, readers, vllm_needs_our_kernels, vllm_refuses
 from ..hub import client as hub
+from ..options import Options
 from ..progress import Progress
+from ..text import visible
+from .console import Lossy, PlainConsole
+from .progress import BYTES, Bars, PlainLines, size
 
 if TYPE_CHECKING:
     from ..bench.products import Cell, LayerResult, Machine
     from ..bench.products import Report as BenchReport
     from ..bench.tokens import Report as TokenReport
-    from ..conversion.convert import Options, Report
+    from ..conversion.convert import Report
     from ..conversion.restore import Restored
     from ..conversion.verify import Verification
     from ..engines.generate import Comparison, Generated
-    from ..hub.download import Source
+    from ..hub.open import Source
 
 FORMAT_NAMES = {"marlin": "original Marlin format", "marlin_ext": "extended Marlin format"}
-#: Engines that read each format beside vLLM and Transformers with marlin-convert; see the README's table.
-OTHER_READERS = {"marlin": "vLLM 0.3.3 to 0.10.0, AutoGPTQ, TGI", "marlin_ext": None}
-
-#: Seconds between plain progress lines when the output is no terminal.
-PLAIN_INTERVAL = 5.0
 
 #: Rows of a table before the rest is summed up (--verbose shows all).
 SHORT_TABLE = 12
-
-
-class LayerColumn(ProgressColumn):
-    """The layer at hand, in what room the other columns leave: the end of its name, which tells most."""
-
-    class Tail:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-            room = options.max_width
-            yield Text(self.name if len(self.name) <= room else "…" + self.name[len(self.name) + 1 - room :], "dim")
-
-    def render(self, task: Task) -> Tail:
-        return self.Tail(task.fields["layer"])
-
-
-#: Columns of a bar that counts bytes.
-BYTES = (DownloadColumn, TransferSpeedColumn)
-
-
-class Bars(Progress):
-    """A live bar on one line: bytes and their rate (or what `amounts` shows), time left, layers, the layer at hand."""
-
-    def __init__(self, console: Console, amounts: tuple[type[ProgressColumn], ...] = BYTES) -> None:
-        self._bars = RichBars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10 if console.width < 100 else 24, table_column=Column(no_wrap=True)),
-            *(column(table_column=Column(no_wrap=True)) for column in amounts),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[layers]}"),
-            LayerColumn(table_column=Column(no_wrap=True, ratio=1)),
-            console=console,
-            transient=True,
-            expand=True,
-        )
-        self._lock = threading.Lock()
-
-    def stage(self, label: str, total_bytes: int, layers: int) -> None:
-        self._done, self._layers, self._layer = 0, layers, ""
-        self._task = self._bars.add_task(label, total=total_bytes, layers=f"0/{layers} layers", layer="")
-        self._bars.start()
-
-    def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
-        with self._lock:
-            self._done += done
-            self._layer = layer or self._layer
-            self._bars.update(
-                self._task, advance=nbytes, layers=f"{self._done}/{self._layers} layers", layer=self._layer
-            )
-
-    def end(self) -> None:
-        self._bars.remove_task(self._task)
-        self._bars.stop()
-
-    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
-        if not total_bytes:
-            return super().meanwhile(label, total_bytes)
-        task = self._bars.add_task(label, total=total_bytes, layers="", layer="")
-        self._bars.start()
-        return lambda nbytes: self._bars.update(task, advance=nbytes)
-
-    def stop(self) -> None:
-        self._bars.stop()
-
-
-class PlainLines(Progress):
-    """One line every few seconds, for logs. `amount` writes what is counted: bytes, unless told otherwise."""
-
-    def __init__(self, console: Console, amount: Callable[[float], str] | None = None) -> None:
-        self._console, self._amount = console, amount or size
-        self._lock = threading.Lock()
-
-    def stage(self, label: str, total_bytes: int, layers: int) -> None:
-        self._label, self._total, self._layers = label, total_bytes, layers
-        self._bytes = self._done = 0
-        self._started = self._last = time.monotonic()
-        self._print(f"{label}: {layers} layers, {self._amount(total_bytes)}")
-
-    def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
-        with self._lock:
-            self._bytes += nbytes
-            self._done += done
-            now = time.monotonic()
-            if now - self._last < PLAIN_INTERVAL:
-                return
-            self._last = now
-            rate = self._bytes / (now - self._started)
-            left = (self._total - self._bytes) / rate if rate else 0
-            self._print(
-                f"{self._label}: {100 * self._bytes // max(1, self._total)} %, {self._done}/{self._layers} layers, "
-                f"{self._amount(self._bytes)} of {self._amount(self._total)}, {self._amount(rate)}/s, {left:.0f} s left"
-                + (f", {layer}" if layer else "")
-            )
-
-    def end(self) -> None:
-        seconds = time.monotonic() - self._started
-        self._print(f"{self._label}: done, {self._layers} layers, {self._amount(self._bytes)} in {seconds:.1f} s")
-
-    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
-        if not total_bytes:
-            return super().meanwhile(label, total_bytes)
-        started = last = time.monotonic()
-        come = 0
-        self._print(f"{label}: {self._amount(total_bytes)}")
-
-        def hear(nbytes: int) -> None:
-            nonlocal come, last
-            come, now = come + nbytes, time.monotonic()
-            if come >= total_bytes:
-                self._print(f"{label}: done, {self._amount(come)} in {now - started:.1f} s")
-            elif now - last >= PLAIN_INTERVAL:
-                last, rate = now, max(come, 1) / (now - started)
-                self._print(
-                    f"{label}: {100 * come // total_bytes} %, {self._amount(come)} of {self._amount(total_bytes)}, "
-                    f"{self._amount(rate)}/s, {(total_bytes - come) / rate:.0f} s left"
-                )
-
-        return hear
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Leave it to `cli.main` what to do when the reader of a pipe went away; rich would exit at once."""
-        raise BrokenPipeError
 
 
 class Screen:
@@ -194,8 +52,8 @@ class Screen:
         self.as_json, self.verbose = as_json, verbose
         self.silent = quiet or as_json
         # A file or a pipe has no width of its own; tables should not be folded for it.
-        self.out = _Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-        self.err = _Console(stderr=True, highlight=False)
+        self.out = PlainConsole(width=None if sys.stdout.isatty() else 200)
+        self.err = PlainConsole(file=Lossy(sys.stderr))
         if self.silent or not self.err.is_terminal:
             hub.quiet()
 
@@ -216,36 +74,41 @@ class Screen:
         else:
             yield PlainLines(self.err, (lambda count: f"{count:.0f} timings") if timings else None)
 
-    def _say(self, text: str = "") -> None:
+    def _say(self, text: str = "", label: str = "", style: str = "") -> None:
+        """One line, behind a coloured `label`."""
         if not self.silent:
-            self.out.print(text, markup=True, soft_wrap=True)
+            self.out.print(_labelled(text, label, style), soft_wrap=True)
+
+    def _note(self, text: str) -> None:
+        self._say(text, "note", "yellow")
 
     def _json(self, value: dict[str, Any]) -> None:
         if self.as_json:
             print(json.dumps(value, indent=2))
 
-    def start(self, source: str, options: Options) -> None:
+    def start(self) -> None:
+        """Warn, before a conversion, that it will be slow here."""
         from ..native import ops
 
         if not self.silent and not ops.native_available():
-            self.err.print(f"[yellow]slow:[/] {escape(ops.describe())}", soft_wrap=True)
+            self.err.print(_labelled(ops.describe(), "slow:", "yellow"), soft_wrap=True)
 
     def doing(self, what: str) -> None:
         """Say what takes a while now, where no bar shows it."""
         if not self.silent:
-            self.err.print(escape(what), soft_wrap=True)
+            self.err.print(what, soft_wrap=True)
 
     def already_marlin(self, text: str) -> None:
-        self._say(escape(text))
+        self._say(text)
         self._json({"ok": True, "already_marlin": True, "message": text})
 
-    def plan(self, source: Source, plan: Plan) -> None:
+    def plan(self, source: Source, plan: Plan, options: Options) -> None:
         """What `--dry-run` shows."""
         self._json(plan_as_dict(plan, source.label))
         if plan.already_marlin:
-            self._say(f"{escape(source.label)} already is a Marlin checkpoint; there is nothing to convert.")
+            self._say(f"{source.label} already is a Marlin checkpoint; there is nothing to convert.")
             return
-        title = f"{escape(source.label)} → {FORMAT_NAMES[plan.format]}"
+        title = f"{source.label} → {FORMAT_NAMES[plan.format]}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading, justify in (
             ("layers", "right"),
@@ -266,37 +129,46 @@ class Screen:
             for layer in plan.layers:
                 kind = f", {_kind(layer)}" if _kind(layer) else ""
                 self._say(
-                    f"  convert {escape(layer.name)}  {layer.K} x {layer.N}, {layer.bits} bits, "
-                    f"group {layer.group_size}{kind}"
+                    f"  convert {layer.name}  {layer.K} x {layer.N}, {layer.bits} bits, group {layer.group_size}{kind}"
                 )
             for tensor in plan.copies:
-                self._say(f"  copy    {escape(tensor.name)}  {tensor.dtype} {list(tensor.shape)}")
+                self._say(f"  copy    {tensor.name}  {tensor.dtype} {list(tensor.shape)}")
         copied = sum(t.nbytes for t in plan.copies)
         self._say(
             f"{len(plan.layers)} layers to convert, {len(plan.copies)} tensors to copy ({size(copied)}), "
             f"{len(plan.dropped)} dropped (g_idx, qzeros)"
         )
+        self._beside(plan)
         self._say(f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out")
         if not plan.refusals:
-            self._format(plan)
+            files = shard_names(plan.out_tensors, options.max_shard_size)
+            self._format(plan, plan.result_facts(options.quant_method, len(files)))
         self._notes(plan)
 
-    def _format(self, plan: Plan) -> None:
+    def _beside(self, plan: Plan) -> None:
+        """Weights that are not the model's own, every one by name."""
+        for name, nbytes in plan.weights_beside.items():
+            self._say(f"beside the model's weights, copied as it is: {name} ({size(nbytes)})")
+
+    def _format(self, plan: Plan, facts: ResultFacts) -> None:
         """Which format, why, and who reads it."""
-        refused, others = plan.vllm_refuses, OTHER_READERS[plan.format]
-        engines = ("Transformers" if refused else "vLLM and Transformers") + " with marlin-convert"
-        read = f"{engines}, and {others} read" if others else f"{engines} {'reads' if refused else 'read'}"
-        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {read}")
-        for what, names in refused.items():
-            self._say(f"  vLLM refuses {what}: {', '.join(names) if self.verbose else span(names)}")
-        if plan.extended:
-            for reason, names in plan.misfits.items():
-                self._say(f"  because {escape(reason)}: {', '.join(names) if self.verbose else span(names)}")
+        beside, alone = ([engine.name for engine in readers(facts, with_plugin=x)] for x in (True, False))
+        read = " and ".join(beside) + " with marlin-convert" + (f", and {', '.join(alone)}" if alone else "")
+        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {read} {'read' if len(beside + alone) > 1 else 'reads'}")
+        for what, names in vllm_refuses(facts.layers).items():
+            self._say(f"  vLLM refuses {what}: {self._names(names)}")
+        for what, names in vllm_needs_our_kernels(facts.layers).items():
+            self._say(f"  vLLM computes {what} where marlin-convert's CUDA kernels are built: {self._names(names)}")
+        for reason, names in plan.misfits.items() if plan.extended else ():
+            self._say(f"  because {reason}: {self._names(names)}")
+
+    def _names(self, names: list[str]) -> str:
+        return ", ".join(names) if self.verbose else span(names)
 
     def _notes(self, plan: Plan) -> None:
         for note, names in plan.notes.items():
             where = "" if not names else f": {', '.join(names) if self.verbose else span(names)}"
-            self._say(f"[yellow]note[/] {escape(note)}{escape(where)}")
+            self._note(f"{note}{where}")
 
     @contextlib.contextmanager
     def text(self, prompt: str) -> Iterator[Callable[[str], None]]:
@@ -306,10 +178,10 @@ class Screen:
         def piece(text: str) -> None:
             nonlocal started
             if not started and not self.silent:
-                self.out.print(prompt, style="dim", end="", markup=False, soft_wrap=True)
+                self.out.print(prompt, style="dim", end="", soft_wrap=True)
             started = True
             if not self.as_json:
-                sys.stdout.write(text)
+                sys.stdout.write(visible(text))
                 sys.stdout.flush()
 
         log = logging.getLogger("marlin_convert")
@@ -331,10 +203,10 @@ class Screen:
         self.err.print(
             f"{done.new_tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_second:.1f} tokens/s on {done.device} "
             f"in {done.dtype}; loaded in {done.load_seconds:.1f} s",
-            markup=False, soft_wrap=True,
+            soft_wrap=True,
         )  # fmt: skip
         if done.note:
-            self.err.print(f"[yellow]note[/] {escape(done.note)}", soft_wrap=True)
+            self.err.print(_labelled(done.note, "note", "yellow"), soft_wrap=True)
 
     def report(self, report: Report, texts: Comparison | None = None, missing: str | None = None) -> None:
         """The summary at the end of a conversion. `texts`: what source and result made of a prompt, or why nothing."""
@@ -343,32 +215,35 @@ class Screen:
         if report.verification:
             self._verification_table(report.verification)
         plan = report.plan
-        self._format(plan)
+        self._beside(plan)
+        facts = plan.result_facts(report.quant_method, len(report.files))
+        self._format(plan, facts)
         self._notes(plan)
-        if report.scale_rounding:
-            self._say(f"[yellow]note[/] scales rounded, by at most {report.scale_rounding:.2e} of their value")
+        if plan.scale_rounding:
+            self._note(f"scales rounded, by at most {plan.scale_rounding:.2e} of their value")
         self._say(
-            f"[green]done[/] {len(plan.layers)} layers converted, {len(plan.copies)} tensors copied; "
+            f"{len(plan.layers)} layers converted, {len(plan.copies)} tensors copied; "
             f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out, {report.seconds:.1f} s, "
-            f"{report.gigabytes_per_second:.2f} GB/s, {escape(report.codec)}"
-        )
+            f"{report.gigabytes_per_second:.2f} GB/s, {report.codec}",
+            "done", "green",
+        )  # fmt: skip
         if report.verification:
-            self._say(f"[green]verified[/] {_verdict(report.verification)}")
+            self._say(_verdict(report.verification), "verified", "green")
         if texts:
             self._continuation(texts)
         if missing:
-            self._say(f"[yellow]note[/] no prompt was continued: {escape(missing)}")
+            self._note(f"no prompt was continued: {missing}")
         files = ", ".join(report.files) if len(report.files) < 3 else f"{len(report.files)} weight files"
-        self._say(f"where: {escape(str(report.out))} ({files})")
-        where = escape(str(report.out))
-        if plan.vllm_refuses:
+        self._say(f"where: {report.out} ({files})")
+        where = str(report.out)
+        if vllm_refuses(facts.layers):
             self._say(f"load:  marlin_convert.load({where!r})   (Transformers 5)")
         else:
-            self._say(f"load:  vllm serve {where}   (vLLM 0.26 to 0.33, with marlin-convert installed)")
+            self._say(f"load:  vllm serve {where}   ({VLLM}, with marlin-convert installed)")
         if report.pushed:
-            self._say(f"hub:   {escape(report.pushed)}")
+            self._say(f"hub:   {report.pushed}")
         if report.remark:
-            self._say(f"[yellow]note:[/]  {escape(report.remark)}")
+            self._note(report.remark)
         if report.device.kind == "cpu":
             self._say(
                 "note:  converted on the CPU; running the result needs an NVIDIA GPU of compute capability 8.0 or newer"
@@ -378,31 +253,32 @@ class Screen:
         """The result of `marlin-convert to-gptq`."""
         self._json(report.as_dict())
         self._say(
-            f"[green]restored[/] {len(report.layers)} layers from {report.format} to {report.zero_points}, "
-            f"{len(report.copies)} tensors copied; {size(report.bytes_out)} out, {report.seconds:.1f} s"
-        )
+            f"{len(report.layers)} layers from {report.format} to {report.zero_points}, "
+            f"{len(report.copies)} tensors copied; {size(report.bytes_out)} out, {report.seconds:.1f} s",
+            "restored", "green",
+        )  # fmt: skip
         if not report.settings_known:
-            self._say("[yellow]note[/] the source's own settings are not known here: they are what the tensors imply")
-        self._say(f"where: {escape(str(report.out))}")
+            self._note("the source's own settings are not known here: they are what the tensors imply")
+        self._say(f"where: {report.out}")
 
     def _continuation(self, texts: Comparison) -> None:
-        self._say(f"prompt: {escape(texts.prompt)}")
+        self._say(f"prompt: {texts.prompt}")
         for name, text in (("source, dequantized", texts.source), ("result", texts.result)):
-            self._say(f"  {name + ':':<20} {escape(' '.join(text.split()))}")
+            self._say(f"  {name + ':':<20} {' '.join(text.split())}")
         self._say(f"  {'the same text' if texts.equal else 'not the same text: two tokens were almost equally likely'}")
 
     def pushed(self, address: str) -> None:
         """The result of `marlin-convert push`."""
         self._json({"ok": True, "pushed": address})
-        self._say(f"[green]published[/] {escape(address)}")
+        self._say(address, "published", "green")
 
     def verification(self, report: Verification, out: Path) -> None:
         """The result of `marlin-convert verify`."""
         self._json({**report.as_dict(), "out": str(out)})
         self._verification_table(report)
         for problem in report.problems:
-            self._say(f"[red]differs[/] {escape(problem)}")
-        self._say(f"{'[green]verified[/]' if report.ok else '[red]not equal[/]'} {_verdict(report)}")
+            self._say(problem, "differs", "red")
+        self._say(_verdict(report), *(("verified", "green") if report.ok else ("not equal", "red")))
 
     def _verification_table(self, report: Verification) -> None:
         table = Table(box=None, pad_edge=False)
@@ -419,12 +295,12 @@ class Screen:
             report.layers if self.verbose or len(report.layers) <= SHORT_TABLE else bad or report.layers[:SHORT_TABLE]
         )
         for x in shown:
-            verdict = "equal" if x.ok else f"[red]{escape(x.problem or 'differs')}[/]"
+            verdict = Text("equal") if x.ok else Text(x.problem or "differs", "red")
             errors = ("-", "-") if x.max_error is None else (f"{x.max_error:.2e}", f"{x.relative_error:.2e}")
-            table.add_row(escape(x.name), f"{x.K} x {x.N}", verdict, *errors)
+            table.add_row(x.name, f"{x.K} x {x.N}", verdict, *errors)
         self._table(table)
         if len(shown) < len(report.layers):
-            self._say(f"[dim]… and {len(report.layers) - len(shown)} more layers (--verbose shows all)[/]")
+            self._say("", f"… and {len(report.layers) - len(shown)} more layers (--verbose shows all)", "dim")
 
     def bench(self, report: BenchReport, plot: Path | None) -> None:
         """The result of `marlin-convert bench`: one table for each layer."""
@@ -448,17 +324,17 @@ class Screen:
     def _machine(self, machine: Machine, peers: dict[str, str] | None = None) -> None:
         versions = ", ".join(f"{name} {version}" for name, version in {**machine.versions, **(peers or {})}.items())
         self._say(
-            f"{escape(machine.name)} ({machine.device}), capability {machine.capability}, {machine.multiprocessors} "
-            f"multiprocessors, L2 {size(machine.l2_bytes)}, driver {escape(machine.driver)}{_clocks(machine.clocks)}"
+            f"{machine.name} ({machine.device}), capability {machine.capability}, {machine.multiprocessors} "
+            f"multiprocessors, L2 {size(machine.l2_bytes)}, driver {machine.driver}{_clocks(machine.clocks)}"
         )
-        self._say(escape(versions))
+        self._say(versions)
 
     def _bench_end(self, notes: dict[str, list[str]], plot: Path | None) -> None:
         for note, where in notes.items():
             places = where if self.verbose or len(where) <= 3 else [*where[:3], f"and {len(where) - 3} more"]
-            self._say(f"[yellow]note[/] {escape(note)}: {escape('; '.join(places))}")
+            self._note(f"{note}: {'; '.join(places)}")
         if plot:
-            self._say(f"plot:  {escape(str(plot))}")
+            self._say(f"plot:  {plot}")
 
     def tokens(self, report: TokenReport, plot: Path | None) -> None:
         """The result of `marlin-convert bench --tokens`."""
@@ -466,7 +342,7 @@ class Screen:
         self._machine(report.machine)
         method = report.as_dict()["method"]
         sizes = ", ".join(f"{name} {size(count)}" for name, count in report.weight_bytes.items())
-        table = Table(title=f"{escape(report.title)}: tokens/s", title_justify="left", box=None, pad_edge=False)
+        table = Table(title=f"{report.title}: tokens/s", title_justify="left", box=None, pad_edge=False)
         for heading in ("batch", "fp16", "Marlin", "speedup"):
             table.add_column(heading, justify="right", no_wrap=True)
         for cell in report.cells:
@@ -485,11 +361,12 @@ class Screen:
     @staticmethod
     def _bench_table(report: BenchReport, layer: LayerResult) -> Table:
         shape = layer.shape
+        kind = f", {shape.kind}" if shape.kind else ""
         many = f", {shape.count} layers" if shape.count > 1 else ""
-        title = f"{escape(report.title)} {escape(shape.name)}  {shape.K} x {shape.N}, group {shape.group_size}{many}"
+        title = f"{report.title} {shape.name}  {shape.K} x {shape.N}, group {shape.group_size}{kind}{many}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading in ("M", "fp16", "Marlin", *report.peers, "speedup", "GB/s", "TFLOP/s", "of limit", "", ""):
-            table.add_column(escape(heading), justify="right" if heading else "left", no_wrap=True)
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
         for cell in layer.cells:
             table.add_row(*_bench_row(cell))
         return table
@@ -520,72 +397,8 @@ def _clocks(clocks: dict[str, float | None] | None) -> str:
     return f"; under load {', '.join(parts)}" if parts else "; clocks unknown (no nvidia-smi)"
 
 
-class Plot:
-    """Speedup over fp16 against batch size, one line for each layer, as an image at `path`.
-
-    Made before the measurement, so that what is missing is said at once: MarlinConvertError without matplotlib or
-    for a file type that it cannot write, OutputError for a folder that is not there.
-    """
-
-    IDEAL = 4  # times fewer bits to read than fp16 has
-
-    def __init__(self, path: Path) -> None:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MarlinConvertError(
-                f'--plot needs matplotlib ({error}): pip install "marlin-convert[plot]", or leave --plot out.'
-            ) from None
-        self.path, self._figure = path, Figure(figsize=(8, 5), layout="constrained")
-        types = self._figure.canvas.get_supported_filetypes()
-        if path.suffix.lower().removeprefix(".") not in types:
-            raise MarlinConvertError(f"{path}: matplotlib writes no such file; end its name in .png, .svg or .pdf.")
-        if not path.parent.is_dir():
-            raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
-
-    def draw(self, report: BenchReport) -> OutputError | None:
-        """Draw and write the image; the error when it cannot be written."""
-        axes = self._figure.subplots()
-        for layer in report.layers:
-            rows, speedups = [cell.M for cell in layer.cells], [cell.speedup for cell in layer.cells]
-            axes.plot(rows, speedups, marker="o", markersize=4, label=str(layer.shape))
-        axes.axhline(self.IDEAL, color="0.4", linestyle="--", linewidth=1, label=f"ideal {self.IDEAL}x")
-        axes.axhline(1, color="0.7", linewidth=1)
-        self._batches(axes, {cell.M for layer in report.layers for cell in layer.cells})
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("batch size M")
-        axes.set_ylabel("speedup over fp16 (cuBLAS)")
-        return self._written(axes, report.machine.name, report.title)
-
-    def draw_tokens(self, report: TokenReport) -> OutputError | None:
-        """The same for tokens per second, one line for fp16 and one for Marlin, both axes logarithmic."""
-        axes = self._figure.subplots()
-        for label, pick in (("Marlin", "marlin"), ("fp16", "fp16")):
-            points = [(cell.batch, getattr(cell, pick)) for cell in report.cells if getattr(cell, pick)]
-            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=label)
-        self._batches(axes, {cell.batch for cell in report.cells})
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.set_xlabel("batch size")
-        axes.set_ylabel("tokens per second, all sequences")
-        return self._written(axes, report.machine.name, report.title)
-
-    @staticmethod
-    def _batches(axes: Any, sizes: set[int]) -> None:
-        axes.set_xscale("log", base=2)
-        ticks = sorted(sizes)
-        axes.set_xticks(ticks, labels=[str(M) for M in ticks])
-        axes.minorticks_off()
-
-    def _written(self, axes: Any, machine: str, title: str) -> OutputError | None:
-        axes.set_title(f"Marlin on {machine}: {title}".replace("$", r"\$"))
-        axes.grid(alpha=0.3)
-        axes.legend()
-        try:
-            self._figure.savefig(self.path, dpi=150)
-        except OSError as error:
-            return OutputError(f"{self.path}: the plot cannot be written: {error.strerror or error}.")
-        return None
+def _labelled(text: str, label: str, style: str) -> Text:
+    return Text.assemble((label, style), " " if label and text else "", text)
 
 
 def _kind(layer: Layer) -> str:
@@ -603,14 +416,5 @@ def _verdict(report: Verification) -> str:
     equal = sum(x.exact for x in report.layers)
     return (
         f"{equal} of {len(report.layers)} layers exactly equal, {report.tensors_equal} other tensors byte for byte; "
-        f"outputs on {escape(report.device)}: largest relative error {report.worst:.1e}"
+        f"outputs on {report.device}: largest relative error {report.worst:.1e}"
     )
-
-
-def size(count: float) -> str:
-    """Bytes for people, in decimal units as disks and the Hub count them."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -5,6 +5,7 @@ Nothing in it depends on the time or on the folders of the machine: the same sou
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..checkpoint.bounded import read_file
+from ..checkpoint.output_folder import write_file
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.writer import write_file
-from ..formats.config import QUANT_METHODS
-from ..hub.download import Source
+from ..engine_support import VLLM, readers, vllm_refuses
+from ..hub.open import Source
+from ..options import CARD_FILE, QuantMethod
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -23,13 +26,15 @@ if TYPE_CHECKING:
 
     from .verify import Verification
 
-CARD_FILE = "README.md"
 TAGS = ("marlin", "gptq")
 
 #: What the source's card says about itself only: results and successors are not this repository's.
 _NOT_CARRIED_OVER = {"model-index", "model_name", "eval_results", "new_version", "ignore_metadata_errors", "self"}
 #: What stands for the repository's id in a card that is written before the id is known.
 _SOME_REPOSITORY = "REPO"
+#: Bytes of a card, and characters of its metadata, that are read.
+_MAX_CARD_BYTES, _MAX_METADATA = 16 << 20, 1 << 16
+_LONG_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxXob_:.]{40,}")
 _VERIFICATION = re.compile(r"(?<=## Verification\n\n).*?(?=\n\n## )", re.DOTALL)
 
 
@@ -38,7 +43,7 @@ class Made:
     """What a card tells about a conversion, beside its plan. `options` are those that shaped the result."""
 
     source: Source
-    quant_method: str
+    quant_method: QuantMethod
     weight_files: int
     scale_rounding: float
     options: tuple[str, ...] = ()
@@ -90,16 +95,27 @@ def _source_card(path: Path) -> tuple[dict[str, Any], str]:
     import yaml  # as huggingface_hub reads it
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """YAML without what makes much of little: no references, no types by name, no very long numbers."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or event.anchor is not None or event.tag is not None:
+                raise yaml.YAMLError("an anchor, an alias or a tag")
+            if isinstance(event, yaml.ScalarEvent) and event.style is None and _LONG_NUMBER.fullmatch(event.value):
+                raise yaml.YAMLError("a number of very many digits")
+            return super().compose_node(parent, index)
+
     if not path.is_file():
         return {}, ""
-    content = path.read_bytes().decode("utf-8-sig", "replace").replace("\r\n", "\n")
+    content = read_file(path, _MAX_CARD_BYTES).decode("utf-8-sig", "replace").replace("\r\n", "\n")
     block = REGEX_YAML_BLOCK.search(content)
     if block is None:
         return {}, content
-    try:
-        metadata = yaml.safe_load(block.group(2))
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
-        metadata = None
+    metadata = None
+    if len(block.group(2)) <= _MAX_METADATA:
+        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
+            metadata = yaml.load(block.group(2), Loader)
     return metadata if isinstance(metadata, dict) else {}, content[block.end() :]
 
 
@@ -181,7 +197,7 @@ def _quantization(plan: Plan, made: Made) -> list[tuple[str, str]]:
     kinds = {"BF16": "bf16", "F16": "fp16"}
     scales = " and ".join(sorted({kinds[layer.stored_scales] for layer in plan.layers}))
     rounding = f", rounded by at most {made.scale_rounding:.2e} of their value" if made.scale_rounding else ""
-    method = QUANT_METHODS[0] if plan.extended else made.quant_method
+    method = QuantMethod.GPTQ if plan.extended else made.quant_method
     return [
         ("", ""),
         ("bits", _widths(plan)),
@@ -198,28 +214,15 @@ def _quantization(plan: Plan, made: Made) -> list[tuple[str, str]]:
 
 def _engines(plan: Plan, made: Made) -> list[tuple[str, str]]:
     """Engines that load this very result, and how."""
-    repo = made.repo_id or _SOME_REPOSITORY
+    repo, facts = made.repo_id or _SOME_REPOSITORY, plan.result_facts(made.quant_method, made.weight_files)
     rows = [("engine", "how"), ("with `pip install marlin-convert`:", "")]
-    refused = ", ".join(plan.vllm_refuses)
-    rows.append(("vLLM 0.26 to 0.33", f"no: it refuses {refused}" if refused else f"`vllm serve {repo}`"))
-    rows.append(("Transformers 5", f'`import marlin_convert; model = marlin_convert.load("{repo}")`'))
-    if not plan.extended:
-        rows += [("without it:", ""), *_old_engines(plan, made, repo)]
+    if refused := vllm_refuses(facts.layers):
+        rows.append((VLLM, f"no: it refuses {', '.join(refused)}"))
+    rows += [(engine.name, engine.instruction(repo)) for engine in readers(facts, with_plugin=True)]
+    if alone := readers(facts, with_plugin=False):
+        rows += [("without it:", ""), *((engine.name, engine.instruction(repo)) for engine in alone)]
     if made.repo_id is None:
         rows.append((f"`{_SOME_REPOSITORY}`", "the id of this repository, or a folder that holds it"))
-    return rows
-
-
-def _old_engines(plan: Plan, made: Made, repo: str) -> list[tuple[str, str]]:
-    """Engines that read the original format by themselves."""
-    one_file, rows = made.weight_files == 1, []
-    if made.quant_method == QUANT_METHODS[0]:
-        rows.append(("vLLM 0.3.3 to 0.10.0", f"`vllm serve {repo} --dtype float16`"))
-    if made.quant_method == QUANT_METHODS[0] and one_file:
-        rows.append(("AutoGPTQ 0.7.1", f'`AutoGPTQForCausalLM.from_quantized("{repo}", use_marlin=True)`'))
-    rows.append(("TGI 3.x", f"`text-generation-launcher --model-id {repo} --quantize marlin`"))
-    if made.quant_method == QUANT_METHODS[0] and one_file and plan.group_size != -1:
-        rows.append(("candle-vllm", "reads it as it is"))
     return rows
 
 

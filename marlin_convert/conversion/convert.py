@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .._version import __version__
+from ..checkpoint.output_folder import check_free, json_bytes, new_folder, replace_files, write_json
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import REPORT_FILE, Shards, check_free, json_bytes, new_folder, replace_files, write_json
+from ..checkpoint.writer import Shards, shard_names
 from ..device import CPU, Device, pick_device
 from ..errors import (
+    AlreadyMarlin,
     DeviceError,
     HubError,
     MarlinConvertError,
@@ -31,41 +32,33 @@ from ..errors import (
     UnsupportedError,
     require,
 )
-from ..formats.config import MARLIN, MARLIN_EXT, find_configs, marlin_ext_settings, marlin_model_config, marlin_settings
+from ..formats.gptq import ZeroPointEncoding
+from ..formats.gptq_config import find_configs
 from ..formats.layout import TILE_K, pack_zeros, permute_scales, unpack_zeros, unpermute_scales
-from ..formats.scales import ScaleFit, to_extended, to_fp16
+from ..formats.marlin_config import marlin_ext_settings, marlin_model_config, marlin_settings
 from ..hub.client import is_folder
-from ..hub.download import Source, fetch, looked_into
-from ..hub.upload import Target, check_target, create_repository, default_name, push
+from ..hub.open import Source, fetch, looked_into
+from ..hub.upload import check_target, create_repository, default_name, push
 from ..native import ops
+from ..options import (
+    CARD_FILE,
+    DEFAULT_SHARD_SIZE,
+    REPORT_FILE,
+    VERIFY_FILE,
+    Format,
+    HubAccess,
+    Options,
+    PublishTarget,
+    QuantMethod,
+)
 from ..progress import BytesOnly, Progress
 from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks, strips
-from .card import CARD_FILE, Made, model_card, with_verdict, write_card
+from .card import Made, model_card, with_verdict, write_card
+from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
 from .layer_reader import Order, order_difference, source_columns, source_rows, stored_groups, stored_order
-from .plan import V1_WORD, Layer, Plan, make_plan, span
+from .plan import Layer, Plan, make_plan
 from .supply import Item, Supply, arrivals, check_room, counted
 from .verify import Verification, Verifier, code_difference, verify
-
-DEFAULT_SHARD_SIZE = "5GB"  # as Transformers cuts its shards
-VERIFY_FILE = "verify.json"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to convert; the command line's options of the same names."""
-
-    device: str = "auto"
-    format: str = "auto"  # of the result: one of plan.FORMATS
-    zero_points: str | None = None  # one of plan.READINGS
-    verify: bool = False
-    force: bool = False
-    max_shard_size: int | str = DEFAULT_SHARD_SIZE
-    quant_method: str = "gptq"  # "gptq" or "marlin": the quant_method that the result's config names
-    revision: str | None = None
-    token: str | None = None
-    cache_dir: Path | None = None
-    low_disk: bool = False  # remove from the cache what was downloaded, as soon as it is converted
-    target: Target | None = None  # where to publish the result; an empty repo_id: named after the source
 
 
 @dataclass
@@ -77,8 +70,8 @@ class Report:
     device: Device
     plan: Plan
     codec: str
+    quant_method: QuantMethod
     remark: str | None = None  # about the device, if there is something to say
-    scale_rounding: float = 0.0
     source_quantization: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -96,7 +89,7 @@ class Report:
             "marlin_convert": __version__,
             "source": self.source.label,
             "source_commit": self.source.commit,
-            "format": plan.format,
+            "format": plan.format.value,
             "group_size": None if plan.extended else plan.group_size,
             "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
             if plan.extended
@@ -105,8 +98,9 @@ class Report:
             "tensors_copied": len(plan.copies),
             "bytes_in": plan.bytes_in,
             "bytes_out": plan.bytes_out,
-            "largest_scale_rounding": self.scale_rounding,
+            "largest_scale_rounding": plan.scale_rounding,
             "weight_files": self.files,
+            "weights_beside": list(plan.weights_beside),
             "notes": [{"note": note, "layers": names} for note, names in plan.notes.items()],
             "source_quantization": self.source_quantization,
             "verified": None if self.verification is None else self.verification.ok,
@@ -128,12 +122,13 @@ class Report:
         }
 
 
-class AlreadyMarlin(Exception):
-    """The source is a Marlin checkpoint."""
-
-
 def convert(
-    source: str | Path, out: str | Path, options: Options | None = None, progress: Progress | None = None
+    source: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    *,
+    access: HubAccess | None = None,
 ) -> Report:
     """Convert `source`, a folder or a Hub id, into a Marlin checkpoint at `out`.
 
@@ -141,26 +136,29 @@ def convert(
     `errors`' exceptions, each with a message for the user, when it cannot be done.
     """
     options, progress, started = options or Options(), progress or Progress(), time.monotonic()
-    out = Path(out)
+    out, access = Path(out), access or HubAccess()
     check_free(out, force=options.force)
     device, remark = usable_device(options)
     if options.low_disk and is_folder(str(source)):
         raise SourceError(f"{source} is a folder; --low-disk applies to a Hub id only.")
-    options = replace(options, target=_checked_target(str(source), options))
-    with looked_at(source, options, scales=True) as (origin, checkpoint):
+    options = replace(options, target=_checked_target(str(source), options, access.token))
+    with looked_at(source, access) as (origin, checkpoint):
         keep_apart(origin.folder, out)
-        plan, rounding = planned(checkpoint, options)
+        plan = make_plan(checkpoint, options.format, options.zero_points)
         if plan.already_marlin:
             raise AlreadyMarlin(f"{source} already is a Marlin checkpoint; there is nothing to convert.")
-        report = Report(origin, out, device, plan, ops.describe(), remark, rounding)
+        plan.require_convertible()
+        report = Report(origin, out, device, plan, ops.describe(), options.quant_method, remark)
         report.source_quantization = _source_quantization(checkpoint, plan)
+        require_free_names(checkpoint, shard_names(plan.out_tensors, options.max_shard_size))
+        require_readable(checkpoint)
         check_room(_bytes_needed(checkpoint, plan), checkpoint, origin, out, low_disk=options.low_disk)
         if options.target:
-            create_repository(options.target, token=options.token)
-        origin.bring_small_files()
+            create_repository(options.target, token=access.token)
+        origin.bring_extra_files(checkpoint, progress.meanwhile)
         with new_folder(out, force=options.force) as folder:
             with (
-                Shards(folder, plan.out_tensors, options.max_shard_size) as shards,
+                Shards(folder, plan.out_tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards,
                 arrivals(checkpoint, plan, origin, shards, progress, low_disk=options.low_disk) as weights,
                 _early_verifier(checkpoint, plan, folder, device, options, progress) as verifier,
             ):
@@ -168,7 +166,7 @@ def convert(
                 supply = Supply(checkpoint, plan, weights, release=options.low_disk)
                 write_tensors(checkpoint, plan, shards, progress, packer(device, options), supply, verifier)
             write_configs(checkpoint, plan, folder, options.quant_method)
-            copy_extra_files(checkpoint, folder)
+            copy_files(checkpoint, folder)
             if options.verify:
                 with Checkpoint(folder) as written:
                     report.verification = (
@@ -178,30 +176,31 @@ def convert(
                 write_json(folder / VERIFY_FILE, report.verification.as_dict())
             write_card(folder, model_card(checkpoint, plan, _made(report, options)))
             write_json(folder / REPORT_FILE, report.as_file())
+            checkpoint.require_unchanged()
     report.seconds = time.monotonic() - started
     if options.target:
-        report.pushed = push_result(out, options.target, options)
+        report.pushed = push_result(out, options.target, force=options.force, token=access.token)
     return report
 
 
-def push_result(out: Path, target: Target, options: Options) -> str:
+def push_result(out: Path, target: PublishTarget, *, force: bool = False, token: str | None = None) -> str:
     """Publish the finished result `out`; the address of the commit. What stops it leaves `out` as it is."""
     if not (out / REPORT_FILE).is_file():
         raise SourceError(f"{out}: not a finished result of marlin-convert (it has no {REPORT_FILE}).")
     try:
-        return push(out, target, token=options.token, force=options.force)
+        return push(out, target, token=token, force=force)
     except HubError as error:
         words = ["marlin-convert", "push", str(out), target.repo_id]
         for name, value in (("branch", target.branch), ("commit-message", target.commit_message)):
             words += [f"--{name}", value] if value else []
-        flags = {"private": target.private, "create-pr": target.create_pr, "force": options.force}
+        flags = {"private": target.private, "create-pr": target.create_pr, "force": force}
         words += [f"--{name}" for name, given in flags.items() if given]
         raise HubError(
             f"{error.message.rstrip('.')}. The result in {out} is kept; go on with `{shlex.join(words)}`."
         ) from None
 
 
-def _checked_target(source: str, options: Options) -> Target | None:
+def _checked_target(source: str, options: Options, token: str | None) -> PublishTarget | None:
     """Where the result will go, with its full name, once it is clear that it may."""
     target = options.target
     if target is None:
@@ -209,30 +208,44 @@ def _checked_target(source: str, options: Options) -> Target | None:
     if not target.repo_id:
         name = source if not is_folder(source) else Path(source).expanduser().resolve().name
         target = replace(target, repo_id=default_name(name))
-    return check_target(target, token=options.token, force=options.force)
+    return check_target(target, token=token, force=options.force)
 
 
-def plan_only(source: str | Path, options: Options | None = None) -> tuple[Source, Plan]:
+def plan_only(
+    source: str | Path, options: Options | None = None, *, access: HubAccess | None = None
+) -> tuple[Source, Plan]:
     """What `convert` would do with `source`, without reading any weight."""
-    with looked_at(source, options or Options()) as (origin, checkpoint):
-        return origin, make_plan(checkpoint, (options or Options()).format, (options or Options()).zero_points)
+    options = options or Options()
+    with looked_at(source, access or HubAccess()) as (origin, checkpoint):
+        plan = make_plan(checkpoint, options.format, options.zero_points)
+        if not plan.already_marlin:
+            require_free_names(checkpoint, shard_names(plan.out_tensors, options.max_shard_size))
+        return origin, plan
 
 
 def verify_pair(
-    source: str | Path, out: str | Path, options: Options | None = None, progress: Progress | None = None
+    source: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    *,
+    access: HubAccess | None = None,
 ) -> Verification:
     """Check an existing Marlin checkpoint `out` against its GPTQ `source`; writes `verify.json` into `out`."""
     options, out, progress = options or Options(), Path(out), progress or Progress()
     device, _ = usable_device(replace(options, verify=True))
-    with opened(source, options, progress) as (_, checkpoint), Checkpoint(out) as result:
+    with opened(source, access or HubAccess(), progress) as (_, checkpoint), Checkpoint(out) as result:
         found = list(find_configs(result.configs).values())
-        extended = bool(found) and found[0].get("checkpoint_format") == MARLIN_EXT
-        plan, _ = planned(checkpoint, replace(options, format="marlin-ext" if extended else MARLIN))
+        extended = bool(found) and found[0].get("checkpoint_format") == Format.MARLIN_EXT
+        plan = make_plan(checkpoint, Format.MARLIN_EXT if extended else Format.MARLIN, options.zero_points)
         if plan.already_marlin:
             raise UnsupportedError(
                 f"{source} is a Marlin checkpoint; give the GPTQ checkpoint that {out} was made from."
             )
+        plan.require_convertible()
         report = verify(checkpoint, plan, result, device, progress)
+        checkpoint.require_unchanged()
+        result.require_unchanged()
     try:
         card = with_verdict(out, report)
         replace_files(out, {VERIFY_FILE: json_bytes(report.as_dict())} | ({CARD_FILE: card} if card else {}))
@@ -246,75 +259,27 @@ def verify_pair(
 
 
 @contextlib.contextmanager
-def opened(source: str | Path, options: Options, progress: Progress) -> Iterator[tuple[Source, Checkpoint]]:
-    """Fetch `source` if it is on the Hub, all of it, and open it."""
+def opened(
+    source: str | Path, access: HubAccess, progress: Progress, *, everything: bool = False
+) -> Iterator[tuple[Source, Checkpoint]]:
+    """Fetch `source` if it is on the Hub, with the weights beside the model's own if `everything` is asked for, and
+    open it."""
     origin = fetch(
-        str(source), revision=options.revision, token=options.token, cache_dir=options.cache_dir,
-        meanwhile=progress.meanwhile,
+        str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir,
+        meanwhile=progress.meanwhile, everything=everything,
     )  # fmt: skip
     with Checkpoint(origin.folder) as checkpoint:
         yield origin, checkpoint
 
 
 @contextlib.contextmanager
-def looked_at(source: str | Path, options: Options, *, scales: bool = False) -> Iterator[tuple[Source, Checkpoint]]:
+def looked_at(source: str | Path, access: HubAccess) -> Iterator[tuple[Source, Checkpoint]]:
     """Open `source` for planning: on the Hub, no weight file is fetched; see `looked_into`."""
     looking = looked_into(
-        str(source), revision=options.revision, token=options.token, cache_dir=options.cache_dir, scales=scales
+        str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir, scales=True
     )
     with looking as origin, Checkpoint(origin.folder) as checkpoint:
         yield origin, checkpoint
-
-
-def planned(checkpoint: Checkpoint, options: Options) -> tuple[Plan, float]:
-    """The plan, fit to be carried out, and the largest relative error of a scale that it rounds.
-
-    Every layer's scales are read once: where fp16 cannot hold them, the result takes the extended format, if it may.
-    Raises UnsupportedError that names all layers that cannot be converted.
-    """
-    plan = make_plan(checkpoint, options.format, options.zero_points)
-    if plan.already_marlin:
-        return plan, 0.0
-    plan.require_convertible()
-    fits = _read_scales(checkpoint, plan)
-    problems = _scale_problems(fits)
-    if problems and options.format == "auto" and not plan.extended:
-        plan = make_plan(checkpoint, "marlin-ext", options.zero_points)
-        plan.require_convertible()
-        plan.misfits |= {
-            f"{problem}, which is the original format's type": names for problem, names in problems.items()
-        }
-        fits = _read_scales(checkpoint, plan)
-        problems = _scale_problems(fits)
-    if problems:
-        text = (
-            "these scales fit neither fp16 nor bf16; nothing was converted:"
-            if plan.extended
-            else "the original Marlin format keeps scales in fp16, and these do not fit; nothing was converted:"
-        )
-        lines = [f"  - {problem}: {span(names)}" for problem, names in problems.items()]
-        raise UnsupportedError("\n".join([text, *lines]))
-    plan.layers = [replace(layer, stored_scales=fits[layer.name].dtype) for layer in plan.layers]
-    return plan, max((fit.rounding for fit in fits.values()), default=0.0)
-
-
-def _read_scales(checkpoint: Checkpoint, plan: Plan) -> dict[str, ScaleFit]:
-    """What becomes of each layer's scales, without the scales themselves: those of a 70B model are 1 GB."""
-    fit = to_extended if plan.extended else to_fp16
-
-    def fitted(layer: Layer) -> ScaleFit:
-        found = fit(checkpoint.read(layer.scales), layer.scales.dtype)
-        return replace(found, scales=found.scales[:0].copy())  # not a view, which would keep them all
-
-    return {layer.name: fitted(layer) for layer in plan.layers}
-
-
-def _scale_problems(fits: dict[str, ScaleFit]) -> dict[str, list[str]]:
-    problems: dict[str, list[str]] = {}
-    for name, fit in fits.items():
-        if fit.problem:
-            problems.setdefault(fit.problem, []).append(name)
-    return problems
 
 
 def _source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -329,7 +294,7 @@ def _source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         "scales_dtype": common,
         "scales_dtypes": {x.name: x.scales.dtype for x in plan.layers if x.scales.dtype != common},
         "g_idx": sum(layer.g_idx is not None for layer in plan.layers) * 2 >= len(plan.layers),
-        "zero_point_reading": "word" if V1_WORD in readings else "nibble",
+        "zero_point_reading": "word" if ZeroPointEncoding.V1_WORD in readings else "nibble",
     }
 
 
@@ -501,7 +466,7 @@ def sort_and_pack(
     B[order.rows // TILE_K :] = 0
 
 
-def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method: str) -> None:
+def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method: QuantMethod) -> None:
     """config.json and quantize_config.json, with the same Marlin settings in both."""
     if plan.extended:
         settings = marlin_ext_settings({x.name: x.settings for x in plan.layers}, lm_head=plan.lm_head)
@@ -515,47 +480,28 @@ def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method
     write_json(folder / "quantize_config.json", settings)
 
 
-def copy_extra_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Tokenizer, generation config, chat template, licence, code: whatever lies beside the weights, as it is.
-
-    The source's card is a part of the result's: see `card`.
-    """
-    for name in checkpoint.extra_files:
-        if name in (REPORT_FILE, VERIFY_FILE, CARD_FILE):
-            continue
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / name, target)
-
-
 def _made(report: Report, options: Options) -> Made:
     """What the model card tells, beside the plan. Only options that shape the result are named in it."""
     named = []
     if options.max_shard_size != DEFAULT_SHARD_SIZE:
         named += ["--max-shard-size", str(options.max_shard_size)]
     if options.format != Options.format:
-        named += ["--format", options.format]
+        named += ["--format", options.format.value]
     if options.zero_points:
-        named += ["--zero-points", options.zero_points]
+        named += ["--zero-points", options.zero_points.value]
     if options.quant_method != Options.quant_method:
-        named += ["--quant-method", options.quant_method]
+        named += ["--quant-method", options.quant_method.value]
     if options.verify:
         named += ["--verify"]
     return Made(
-        report.source, options.quant_method, len(report.files), report.scale_rounding, tuple(named),
+        report.source, options.quant_method, len(report.files), report.plan.scale_rounding, tuple(named),
         repo_id=options.target.repo_id if options.target else None, verification=report.verification,
     )  # fmt: skip
 
 
 def _bytes_needed(checkpoint: Checkpoint, plan: Plan) -> int:
-    small = 0
-    for path in (checkpoint.folder / name for name in checkpoint.extra_files):
-        if not path.is_file() or not os.access(path, os.R_OK):
-            raise SourceError(
-                f"{path}: it cannot be read (a broken link, a pipe, or no permission); remove or mend it."
-            )
-        small += path.stat().st_size
-    return plan.bytes_out + small + (16 << 20)  # headers, index, reports, and the file system's own needs
+    # Headers, index, reports, and the file system's own needs.
+    return plan.bytes_out + sum(copied_files(checkpoint).values()) + (16 << 20)
 
 
 @contextlib.contextmanager
@@ -566,12 +512,12 @@ def _early_verifier(
     if not (options.verify and options.low_disk):
         yield None
         return
-    with Checkpoint(folder) as written:
+    with Checkpoint(folder, steady=False) as written:
         yield Verifier(checkpoint, plan, written, device, BytesOnly(progress))
 
 
 def keep_apart(source: Path, out: Path) -> None:
     """The source is never touched: the output is neither the source, nor inside it, nor around it."""
-    a, b = source.resolve(), out.resolve()
+    a, b = (Path(os.path.realpath(path)) for path in (source, out))  # unlike resolve, no error for a loop of links
     if a == b or a in b.parents or b in a.parents:
         raise OutputError(f"{out}: it overlaps the source {source}; choose a folder outside it.")

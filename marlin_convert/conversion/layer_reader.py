@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import UnsupportedError
+from ..formats.gptq import every_code, weights
 from ..formats.layout import TILE_K, TILE_N, pack_factor, tile_words, zero_point
 from ..formats.scales import to_extended, to_fp16
 from ..native import ops
@@ -84,7 +85,7 @@ def source_rows(checkpoint: Checkpoint, layer: Layer, k0: int, rows: int, buffer
         checkpoint.read_into(layer.qweight, read, k0 * per_row)
         ops.arrange(read, words, bits=bits, fill=fill, rows=rows)
     else:
-        words[...] = np.repeat(fill.astype(np.uint32)[None] * _every(bits), len(words), axis=0).view(np.int32)
+        words[...] = np.repeat(fill.astype(np.uint32)[None] * every_code(bits), len(words), axis=0).view(np.int32)
     _clear_padding(words, layer, k0)
     return words
 
@@ -147,29 +148,7 @@ def source_weight(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[Any]:
     rows = np.arange(layer.K) // layer.group_rows
     if layer.act_order and layer.g_idx is not None:
         rows = checkpoint.read(layer.g_idx)
-    return weights(qweight, groups, rows, layer.bits)
-
-
-def weights(qweight: Words, groups: Groups, rows: npt.NDArray[Any], bits: int) -> npt.NDArray[Any]:
-    """(code - zero) * scale of GPTQ words [K bits/32, N], `rows` [K] naming each row's group, rounded to the type of
-    the scales (fp16, or bf16 as uint16). The definition itself: the slow twin of `ops.dequantize_gptq`."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)[:, None]
-    codes = (qweight.view(np.uint32)[:, None, :] >> shifts) & np.uint32(2**bits - 1)
-    codes = codes.reshape(-1, qweight.shape[1]).astype(np.float32)
-    zeros = np.float32(zero_point(bits)) if groups.zeros is None else groups.zeros[rows].astype(np.float32)
-    if groups.scales.dtype != np.uint16:
-        with np.errstate(over="ignore"):
-            half: npt.NDArray[Any] = ((codes - zeros) * groups.scales.astype(np.float32)[rows]).astype(np.float16)
-            return half
-    product = (codes - zeros) * (groups.scales.astype(np.uint32) << 16).view(np.float32)[rows]
-    wide = product.view(np.uint32)
-    bfloat: npt.NDArray[Any] = ((wide + np.uint32(0x7FFF) + ((wide >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
-    return bfloat
-
-
-def _every(bits: int) -> np.uint32:
-    """1 in each code of a word."""
-    return np.uint32(sum(1 << i for i in range(0, 32, bits)))
+    return weights(qweight, groups.scales, groups.zeros, rows, layer.bits)
 
 
 def _fill(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[np.uint8]:

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, require_unique
+from ..engine_support import LayerFacts, ResultFacts, vllm_needs_our_kernels, vllm_refuses
 from ..errors import SourceError, UnsupportedError
-from ..formats.config import MARLIN, MARLIN_EXT, GPTQSettings, LayerSettings, parse_settings
+from ..formats.gptq import ZeroPointEncoding, decode_zeros
+from ..formats.gptq_config import GPTQSettings, parse_settings
 from ..formats.layout import (
-    BITS,
     EXT_BITS,
     EXTENDED_NAMES,
     GROUP_SIZES,
@@ -38,22 +39,23 @@ from ..formats.layout import (
     stored_groups,
     zero_point,
 )
+from ..formats.marlin_config import LayerSettings
+from ..formats.scales import ScaleFit, to_extended, to_fp16
+from ..formats.stored import MARLIN_PARTS, is_marlin_part
+from ..options import Format, QuantMethod, ZeroPointReading
 
 #: The one group size, besides "all of K", that the original format can hold.
 GROUP_SIZE = max(GROUP_SIZES)
 #: Tensors of a GPTQ linear that a converted layer no longer has.
 GPTQ_PARTS = ("qweight", "scales", "qzeros", "g_idx")
-#: Tensors of a Marlin linear, of either format.
-MARLIN_PARTS = (*ORIGINAL_NAMES.values(), *EXTENDED_NAMES.values())
 _SCALE_DTYPES = ("F16", "BF16", "F32")
-#: What `--format` may be: the original format where every layer fits it, one of the two, or nothing.
-FORMATS = ("auto", MARLIN, "marlin-ext")
-#: A linear of one expert in a mixture, Mixtral's, Qwen's or DeepSeek's, up to its number.
-_EXPERTS = re.compile(r"(.*\.)?experts\.(?=\d+\.)")
-#: How zero points are stored: all at the middle; one less, each number by itself or the word as a whole; as they are.
-SYMMETRIC, V1_NIBBLE, V1_WORD, V2 = "symmetric", "v1, each number less one", "v1, each word less one", "v2"
 #: `--zero-points`: how to read a v1 checkpoint in which a zero point is 0, where its writer is not known.
-READINGS = {"nibble": V1_NIBBLE, "word": V1_WORD}
+READINGS = {
+    ZeroPointReading.NIBBLE: ZeroPointEncoding.V1_NIBBLE, ZeroPointReading.WORD: ZeroPointEncoding.V1_WORD
+}  # fmt: skip
+
+#: A text → the layers that it concerns, in source order.
+Reasons: TypeAlias = "dict[str, list[str]]"
 
 #: Tensor-name endings that give away other quantization methods when no config does.
 _FOREIGN_TENSORS = {
@@ -84,7 +86,7 @@ class Layer:
     g_idx: Tensor | None
     bias: Tensor | None
     group_rows: int
-    zeros: str = SYMMETRIC
+    zeros: ZeroPointEncoding = ZeroPointEncoding.SYMMETRIC
     act_order: bool = False
     extended: bool = False
     stored_scales: str = "F16"
@@ -101,7 +103,7 @@ class Layer:
 
     @property
     def sym(self) -> bool:
-        return self.zeros == SYMMETRIC
+        return self.zeros is ZeroPointEncoding.SYMMETRIC
 
     @property
     def stored_K(self) -> int:
@@ -164,32 +166,28 @@ class Layer:
 
     def zero_points(self, qzeros: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
         """The source's `qzeros` [G, ⌈N bits/32⌉] → zero points [G, N]."""
-        if self.zeros == V1_WORD:
-            ones = np.uint32(sum(1 << i for i in range(0, 32, self.bits)))
-            qzeros = (qzeros.view(np.uint32) + ones).view(np.int32)
-        stored = gptq_zeros(qzeros, self.bits, self.N)
-        if self.zeros == V1_NIBBLE:
-            return (stored + np.uint8(1)) & np.uint8(2**self.bits - 1)
-        return stored
+        return decode_zeros(qzeros, self.bits, self.N, self.zeros)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """What the conversion will do. `refusals`, `misfits` and `notes` map a text to the layers it concerns, in source
-    order; misfits are why the original format cannot hold a layer."""
+    """What the conversion will do, as `make_plan` decides it. `misfits` are why the original format cannot hold a
+    layer; `scale_rounding` is the largest relative error of a scale that is rounded."""
 
     settings: GPTQSettings
     layers: list[Layer] = field(default_factory=list)
     copies: list[Tensor] = field(default_factory=list)
     dropped: list[Tensor] = field(default_factory=list)
-    refusals: dict[str, list[str]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    misfits: dict[str, list[str]] = field(default_factory=dict)
-    format: str = MARLIN  # of the result: "marlin" or "marlin_ext"
+    refusals: Reasons = field(default_factory=dict)
+    notes: Reasons = field(default_factory=dict)
+    misfits: Reasons = field(default_factory=dict)
+    format: Format = Format.MARLIN  # of the result: MARLIN or MARLIN_EXT
     group_size: int = GROUP_SIZE  # of a result in the original format: 128 or -1
     already_marlin: bool = False
     layers_found: int = 0
+    weights_beside: dict[str, int] = field(default_factory=dict)  # files that are copied as they are: name → bytes
     bytes_in: int = 0  # of all tensors that the source holds
+    scale_rounding: float = 0.0
 
     @property
     def out_tensors(self) -> list[OutTensor]:
@@ -215,29 +213,19 @@ class Plan:
         return any(layer.name.split(".")[-1] == "lm_head" for layer in self.layers)
 
     @property
-    def vllm_refuses(self) -> dict[str, list[str]]:
-        """What vLLM's Marlin kernel, or this project's plugin for vLLM, does not take → the layers that have it."""
-        found: dict[str, list[str]] = {}
-        blocks = {layer.name: match[0] for layer in self.layers if (match := _EXPERTS.match(layer.name))}
-        kinds: dict[str, set[LayerSettings]] = {}
-        for layer in self.layers:
-            if layer.name in blocks:
-                kind = replace(layer.settings, source_group_size=None)
-                kinds.setdefault(blocks[layer.name], set()).add(kind)
-        for layer in self.layers:
-            expert = layer.name in blocks
-            lacks = {
-                "groups of 16": layer.stored_group_size == TILE_K,
-                "8 bits with zero points": layer.bits != BITS and not layer.sym,
-                "experts of different settings in one block": expert and len(kinds[blocks[layer.name]]) > 1,
-                "experts with act-order": expert and layer.act_order,
-                "experts that are stored padded": expert and (layer.stored_K, layer.stored_N) != (layer.K, layer.N),
-                "experts with biases": expert and layer.bias is not None,
-            }
-            for what, has in lacks.items():
-                if has:
-                    found.setdefault(what, []).append(layer.name)
-        return found
+    def layer_facts(self) -> list[LayerFacts]:
+        """What decides whether an engine computes the layers."""
+        return [
+            LayerFacts(
+                x.name, x.bits, x.stored_group_size, not x.sym, x.act_order,
+                padded=(x.stored_K, x.stored_N) != (x.K, x.N), bias=x.bias is not None,
+            )
+            for x in self.layers
+        ]  # fmt: skip
+
+    def result_facts(self, quant_method: QuantMethod, weight_files: int) -> ResultFacts:
+        """What decides whether an engine reads the result."""
+        return ResultFacts(self.format, self.layer_facts, self.group_size, quant_method, weight_files)
 
     def require_convertible(self) -> None:
         """Raise UnsupportedError that names every refused layer, one line for each cause."""
@@ -246,10 +234,10 @@ class Plan:
         refused = {name for names in self.refusals.values() for name in names}
         lines = [f"  - {reason}: {span(names)}" for reason, names in self.refusals.items()]
         many = f"{len(refused)} of {self.layers_found} quantized layers"
-        if self.format == MARLIN:
+        if not self.extended:
             text = (
                 f"{many} do not fit the original Marlin format (4-bit, symmetric, groups of 128 or per-channel, no "
-                "act-order); nothing was converted:"
+                "act-order, scales in fp16); nothing was converted:"
             )
         else:
             text = f"{many} cannot be converted to either Marlin format; nothing was converted:"
@@ -257,7 +245,7 @@ class Plan:
 
     @property
     def extended(self) -> bool:
-        return self.format == MARLIN_EXT
+        return self.format is Format.MARLIN_EXT
 
 
 #: A number within a name, of those that count something: "07" counts nothing.
@@ -303,53 +291,100 @@ def _ranges(numbers: list[int]) -> str:
     return "{" + ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs) + "}"
 
 
-def make_plan(checkpoint: Checkpoint, format: str = MARLIN, zero_points: str | None = None) -> Plan:
-    """Plan the conversion of `checkpoint` to `format`, one of FORMATS; `zero_points` is one of READINGS, or None.
+def make_plan(
+    checkpoint: Checkpoint, format: Format | str = Format.AUTO, zero_points: ZeroPointReading | str | None = None
+) -> Plan:
+    """Plan the conversion of `checkpoint`: what is done and what a dry run shows.
+
+    Of the weights only headers are read; `g_idx`, `qzeros` and scales are read whole. `zero_points` tells how to read a
+    v1 checkpoint in which a zero point is 0.
 
     Raises SourceError for a checkpoint that is incomplete or contradicts itself, UnsupportedError for one that is no
-    GPTQ checkpoint. Layers that cannot be converted are not an error yet: they are listed in `refusals`.
+    GPTQ checkpoint, OptionError for a word that is none. Layers that cannot be converted are not an error yet: they are
+    listed in `refusals`.
     """
-    settings = parse_settings(checkpoint.configs)
-    tensors = checkpoint.tensors
-    plan = Plan(
-        settings, notes={note: [] for note in checkpoint.notes}, bytes_in=sum(t.nbytes for t in tensors.values())
-    )
+    format = Format.chosen(format, "format")
+    reading = None if zero_points is None else ZeroPointReading.chosen(zero_points, "zero_points")
+    checkpoint.require_fit()
+    settings, tensors = parse_settings(checkpoint.configs), checkpoint.tensors
+    notes: Reasons = {note: [] for note in checkpoint.notes}
+    bytes_in = sum(t.nbytes for t in tensors.values())
     if is_marlin_checkpoint(tensors):
-        plan.already_marlin = True
-        return plan
+        return Plan(settings, notes=notes, bytes_in=bytes_in, already_marlin=True)
     names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    plan.layers_found = len(names)
     if not names:
         raise UnsupportedError(f"{checkpoint.folder}: {_what_else(settings, tensors)}; a GPTQ checkpoint is needed.")
     _require_complete(tensors)
 
-    judged = [_Judged(checkpoint, name, settings, zero_points) for name in names]
-    _one_group_size(plan, judged)
+    own = settings.for_layers(names)
+    judged = [_Judged(checkpoint, name, own[name], reading) for name in names]
+    group_size = _one_group_size(judged)
+    misfits = _gathered((layer.misfits, layer.name) for layer in judged)
+    extended = format is Format.MARLIN_EXT or (
+        format is Format.AUTO and (bool(misfits) or any(layer.refusals for layer in judged))
+    )
+    layers, refusals = _convertible(judged, extended)
+    fits = _fitted_scales(checkpoint, layers, extended)
+    unfit = _gathered(([fit.problem] if fit.problem else [], name) for name, fit in fits.items())
+    if unfit and format is Format.AUTO and not extended:
+        misfits = {f"{problem}, which is the original format's type": found for problem, found in unfit.items()}
+        extended = True
+        layers, refusals = _convertible(judged, extended)
+        fits = _fitted_scales(checkpoint, layers, extended)
+        unfit = _gathered(([fit.problem] if fit.problem else [], name) for name, fit in fits.items())
+    refusals |= unfit
     for layer in judged:
-        for reason in layer.misfits:
-            plan.misfits.setdefault(reason, []).append(layer.name)
-    if format == "marlin-ext" or (format == "auto" and (plan.misfits or any(layer.refusals for layer in judged))):
-        plan.format = MARLIN_EXT
-    for layer in judged:
-        refusals = layer.refusals + (layer.extended_refusals if plan.extended else layer.misfits)
-        for reason in refusals:
-            plan.refusals.setdefault(reason, []).append(layer.name)
-        for note in layer.notes + (layer.extended_notes if plan.extended else []):
-            plan.notes.setdefault(note, []).append(layer.name)
-        if layer.layer is not None and not refusals:
-            plan.layers.append(replace(layer.layer, extended=plan.extended))
+        for note in layer.notes + (layer.extended_notes if extended else []):
+            notes.setdefault(note, []).append(layer.name)
     owned = {f"{name}.{part}" for name in names for part in GPTQ_PARTS}
-    for tensor in tensors.values():
-        if tensor.name not in owned:
-            plan.copies.append(tensor)
-        elif tensor.name.endswith((".qzeros", ".g_idx")):
-            plan.dropped.append(tensor)
-    require_unique(plan.out_tensors)
     if "config.json" not in checkpoint.configs:
-        plan.notes["the source has no config.json, so the result has none: no engine can load it without"] = []
+        notes["the source has no config.json, so the result has none: no engine can load it without"] = []
     for key, text in settings.conflicts.items():
-        plan.notes[f"the source's configs disagree on {key} ({text}); the tensors decided"] = []
+        notes[f"the source's configs disagree on {key} ({text}); the tensors decided"] = []
+    plan = Plan(
+        settings,
+        layers=[replace(x, stored_scales=fits[x.name].dtype) for x in layers if not fits[x.name].problem],
+        copies=[tensor for tensor in tensors.values() if tensor.name not in owned],
+        dropped=[t for t in tensors.values() if t.name in owned and t.name.endswith((".qzeros", ".g_idx"))],
+        refusals=refusals,
+        notes=notes,
+        misfits=misfits,
+        format=Format.MARLIN_EXT if extended else Format.MARLIN,
+        group_size=group_size,
+        layers_found=len(names),
+        weights_beside=checkpoint.weights_beside,
+        bytes_in=bytes_in,
+        scale_rounding=max((fit.rounding for fit in fits.values()), default=0.0),
+    )
+    require_unique(plan.out_tensors)
     return plan
+
+
+def _gathered(found: Iterable[tuple[list[str], str]]) -> Reasons:
+    """(reasons, layer) of each layer → each reason's layers, both in order of appearance."""
+    gathered: Reasons = {}
+    for reasons, name in found:
+        for reason in reasons:
+            gathered.setdefault(reason, []).append(name)
+    return gathered
+
+
+def _convertible(judged: list[_Judged], extended: bool) -> tuple[list[Layer], Reasons]:
+    """The layers that the format can hold, but for their scales, and why it cannot hold the others."""
+    against = {x.name: x.refusals + (x.extended_refusals if extended else x.misfits) for x in judged}
+    layers = [replace(x.layer, extended=extended) for x in judged if x.layer is not None and not against[x.name]]
+    return layers, _gathered((reasons, name) for name, reasons in against.items())
+
+
+def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) -> dict[str, ScaleFit]:
+    """What becomes of each layer's scales, without the scales themselves: those of a 70B model are 1 GB."""
+    fit = to_extended if extended else to_fp16
+
+    def fitted(layer: Layer) -> ScaleFit:
+        found = fit(checkpoint.read(layer.scales), layer.scales.dtype)
+        return replace(found, scales=found.scales[:0].copy())  # not a view, which would keep them all
+
+    return {layer.name: fitted(layer) for layer in layers}
 
 
 class _Judged:
@@ -359,9 +394,11 @@ class _Judged:
     extended one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, name: str, settings: GPTQSettings, zero_points: str | None) -> None:
-        self.checkpoint, self.name, self.settings = checkpoint, name, settings.for_layer(name)
-        self.reading = zero_points
+    def __init__(
+        self, checkpoint: Checkpoint, name: str, settings: GPTQSettings, reading: ZeroPointReading | None
+    ) -> None:
+        self.checkpoint, self.name, self.settings = checkpoint, name, settings
+        self.reading = reading
         self.refusals: list[str] = []
         self.misfits: list[str] = []
         self.notes: list[str] = []
@@ -531,7 +568,7 @@ class _Judged:
                 )
         return True
 
-    def _check_zero_points(self, layer: Layer) -> str:
+    def _check_zero_points(self, layer: Layer) -> ZeroPointEncoding:
         """How zero points are stored. Symmetric means that every one is the middle, 8 or 128: stored one less by
         checkpoint_format gptq, as it is by gptq_v2."""
         sym, version = self.settings.sym, self.settings.checkpoint_format
@@ -541,9 +578,9 @@ class _Judged:
             elif sym is not True:
                 said = "the config says sym false" if sym is False else "no config says whether it is symmetric"
                 self.refusals.append(f"no qzeros, and {said}")
-            return SYMMETRIC
+            return ZeroPointEncoding.SYMMETRIC
         if layer.bits not in EXT_BITS:
-            return SYMMETRIC
+            return ZeroPointEncoding.SYMMETRIC
         words = self.checkpoint.read(layer.qzeros)
         numbers, middle = gptq_zeros(words, layer.bits, layer.N), zero_point(layer.bits)
         stored = next((z for z in (middle - 1, middle) if (numbers == z).all()), None)
@@ -577,28 +614,30 @@ class _Judged:
                 f"checkpoint_format {layout} stores zero point {middle} as {expected}, here it is {stored}; "
                 "read as symmetric"
             )
-        return SYMMETRIC
+        return ZeroPointEncoding.SYMMETRIC
 
-    def _asymmetric(self, layer: Layer, words: npt.NDArray[np.int32], numbers: npt.NDArray[np.uint8]) -> str:
+    def _asymmetric(
+        self, layer: Layer, words: npt.NDArray[np.int32], numbers: npt.NDArray[np.uint8]
+    ) -> ZeroPointEncoding:
         """How the zero points of an asymmetric layer are stored."""
         if "checkpoint_format" in self.settings.conflicts:
             self.extended_refusals.append(
                 "asymmetric, and the configs disagree on checkpoint_format "
                 f"({self.settings.conflicts['checkpoint_format']}), which tells how zero points are stored"
             )
-            return V2
+            return ZeroPointEncoding.V2
         if self.settings.checkpoint_format == "gptq_v2":
-            return V2
+            return ZeroPointEncoding.V2
         if self.reading is not None:
             return READINGS[self.reading]
         highest = 2**layer.bits - 1
         if not (numbers == highest).any():  # every reading agrees
-            return V1_NIBBLE
+            return ZeroPointEncoding.V1_NIBBLE
         writer = self.settings.writer
         if writer == "gptqmodel":
-            return V1_WORD
+            return ZeroPointEncoding.V1_WORD
         if writer == "autoround":
-            return V1_NIBBLE
+            return ZeroPointEncoding.V1_NIBBLE
         lost = (
             "AutoGPTQ, which wrote it, loses the numbers beside it"
             if writer == "autogptq"
@@ -608,7 +647,7 @@ class _Judged:
             f"asymmetric with a zero point stored as {highest}: {lost}; give --zero-points word (GPTQModel) or nibble "
             "(others) if you know"
         )
-        return V1_NIBBLE
+        return ZeroPointEncoding.V1_NIBBLE
 
 
 def _rows_per_group(K: int, G: int, settings: GPTQSettings) -> int | None:
@@ -630,12 +669,12 @@ def _group_text(layer: Layer) -> str:
     return f"groups of {rows}" + (f" with a short last one (K = {layer.K})" if layer.K % rows else "")
 
 
-def _one_group_size(plan: Plan, judged: Iterable[_Judged]) -> None:
-    """The original format has one group_size for all layers: 128, or -1 when no layer has more than one group."""
+def _one_group_size(judged: Iterable[_Judged]) -> int:
+    """The original format's one group_size for all layers: 128, or -1 when no layer has more than one group. Layers of
+    the other kind, where there are both, get a misfit."""
     fine = [j for j in judged if j.layer is not None and not j.refusals and not j.misfits]
     grouped = [j for j in fine if j.layer is not None and j.layer.G > 1]
     single = [j for j in fine if j.layer is not None and j.layer.G == 1 and j.layer.K != GROUP_SIZE]
-    plan.group_size = GROUP_SIZE if grouped or not single else -1
     if grouped and single:
         few, many = sorted((grouped, single), key=len)
         kind = {id(grouped): "groups of 128", id(single): "one group per column"}
@@ -644,6 +683,7 @@ def _one_group_size(plan: Plan, judged: Iterable[_Judged]) -> None:
                 f"{kind[id(few)]}, while {len(many)} other layers have {kind[id(many)]}; "
                 "the original format has one group_size for all"
             )
+    return GROUP_SIZE if grouped or not single else -1
 
 
 def is_marlin_checkpoint(tensors: dict[str, Tensor]) -> bool:
@@ -671,41 +711,31 @@ def _require_complete(tensors: dict[str, Tensor]) -> None:
             )
 
 
-def is_marlin_part(tensors: Mapping[str, Tensor], name: str) -> bool:
-    """Whether a reader of either Marlin format takes tensor `name` for a part of a quantized layer.
-
-    `B` and `s` are words that others use too: they count where both are there, and B holds words.
-    """
-    layer, _, part = name.rpartition(".")
-    if part in EXTENDED_NAMES.values():
-        return True
-    if part not in ORIGINAL_NAMES.values():
-        return False
-    weight, scales = (tensors.get(f"{layer}.{part}") for part in ORIGINAL_NAMES.values())
-    return weight is not None and scales is not None and weight.dtype == "I32"
-
-
 def _what_else(settings: GPTQSettings, tensors: dict[str, Tensor]) -> str:
     for name in tensors:
         for ending, kind in _FOREIGN_TENSORS.items():
             if name.endswith(ending):
                 return f"{kind} ({name})"
     if settings.is_marlin:
-        return "its config says Marlin, and it has neither Marlin's tensors (B and s) nor GPTQ's (qweight)"
+        return "its config says Marlin, and it has neither Marlin's tensors (B, marlin_qweight) nor GPTQ's (qweight)"
     return "an unquantized checkpoint: none of its tensors is a qweight"
 
 
 def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
     """The plan for scripts (`--dry-run --json`): every layer, what happens to it, sizes in bytes."""
+    facts = plan.layer_facts
     return {
         "source": source,
         "already_marlin": plan.already_marlin,
         "convertible": not plan.refusals and not plan.already_marlin,
-        "format": plan.format,
+        "format": plan.format.value,
         "group_size": None if plan.extended else plan.group_size,
         "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
         if plan.extended else [],
-        "vllm_refuses": [{"what": what, "layers": names} for what, names in plan.vllm_refuses.items()],
+        "vllm_refuses": [{"what": what, "layers": names} for what, names in vllm_refuses(facts).items()],
+        "vllm_needs_our_kernels": [
+            {"what": what, "layers": names} for what, names in vllm_needs_our_kernels(facts).items()
+        ],
         "layers": [
             {"name": x.name, "K": x.K, "N": x.N, "bits": x.bits, "group_size": x.group_size, "sym": x.sym,
              "desc_act": x.act_order, "stored_K": x.stored_K, "stored_N": x.stored_N,
@@ -716,6 +746,7 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "refused": [{"reason": reason, "layers": names} for reason, names in plan.refusals.items()],
         "notes": [{"note": note, "layers": names} for note, names in plan.notes.items()],
         "copied": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes} for t in plan.copies],
+        "weights_beside": [{"name": name, "bytes": nbytes} for name, nbytes in plan.weights_beside.items()],
         "dropped": [t.name for t in plan.dropped],
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,37 +22,29 @@ import numpy as np
 import numpy.typing as npt
 
 from .._version import __version__
-from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import (
-    REPORT_FILE,
-    OutTensor,
-    Shards,
-    check_free,
-    check_space,
-    new_folder,
-    write_file,
-    write_json,
-)
+from ..checkpoint.output_folder import check_free, check_space, new_folder, write_file, write_json
+from ..checkpoint.reader import Checkpoint, Tensor, read_json
+from ..checkpoint.writer import OutTensor, Shards, shard_names
 from ..errors import MarlinConvertError, SourceError, UnsupportedError
-from ..formats.config import LayerSettings, find_configs, read_marlin_settings
+from ..formats import bf16
+from ..formats.gptq import ZeroPointEncoding, encode_zeros
+from ..formats.gptq_config import find_configs
 from ..formats.layout import (
-    EXTENDED_NAMES,
-    ORIGINAL_NAMES,
     TILE_K,
-    pack_factor,
-    pack_gptq_zeros,
-    padded_size,
     unpack_zeros,
     unpermute_scales,
     zero_point,
 )
-from ..hub.download import Source
+from ..formats.marlin_config import read_marlin_settings
+from ..formats.stored import MARLIN_PARTS, StoredLayer, is_marlin_part, layer_names, stored_layers
+from ..hub.open import Source
 from ..native import ops
+from ..options import CARD_FILE, REPORT_FILE, Format, HubAccess, Options, ZeroPointReading
 from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all
-from .card import CARD_FILE
-from .convert import VERIFY_FILE, Options, keep_apart, opened
-from .plan import GPTQ_PARTS, MARLIN_PARTS, is_marlin_part
+from .convert import keep_apart, opened
+from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
+from .plan import GPTQ_PARTS
 
 _NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}
 
@@ -65,32 +56,34 @@ Words: TypeAlias = "npt.NDArray[np.int32]"
 
 @dataclass(frozen=True)
 class MarlinLayer:
-    """One quantized linear of a Marlin checkpoint. K and N are the layer's own, stored_K and stored_N with padding."""
+    """One quantized linear of a Marlin checkpoint, and what only its source's files told."""
 
-    name: str
-    settings: LayerSettings
-    K: int
-    N: int
-    stored_K: int
-    stored_N: int
-    stored_G: int
-    weight: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    perm: Tensor | None
+    stored: StoredLayer[Tensor]
     scales_dtype: str  # of the source
     g_idx: bool  # whether the source had one
 
     @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
     def bits(self) -> int:
-        return self.settings.bits
+        return self.stored.bits
+
+    @property
+    def K(self) -> int:
+        return self.stored.K
+
+    @property
+    def N(self) -> int:
+        return self.stored.N
 
     @property
     def group_size(self) -> int:
         """The source's rows in a group; K where there is one group."""
-        if self.stored_G == 1:
+        if self.stored.G == 1:
             return self.K
-        return self.settings.source_group_size or self.settings.group_size
+        return self.stored.settings.source_group_size or self.stored.group_size
 
     @property
     def G(self) -> int:
@@ -117,7 +110,7 @@ class Restored:
 
     source: Source
     out: Path
-    format: str  # that of the Marlin checkpoint
+    format: Format  # that of the Marlin checkpoint
     zero_points: str  # "gptq" (v1) or "gptq_v2"
     layers: list[MarlinLayer]
     copies: list[Tensor]
@@ -132,7 +125,7 @@ class Restored:
             "restored_from": self.source.label,
             "source_commit": self.source.commit,
             "format": self.zero_points,
-            "marlin_format": self.format,
+            "marlin_format": self.format.value,
             "layers_restored": len(self.layers),
             "tensors_copied": len(self.copies),
             "settings_known": self.settings_known,
@@ -152,6 +145,7 @@ def restore(
     progress: Progress | None = None,
     *,
     v2: bool = False,
+    access: HubAccess | None = None,
 ) -> Restored:
     """Write the GPTQ checkpoint that `marlin`, a folder or a Hub id, was made from to `out`.
 
@@ -161,25 +155,30 @@ def restore(
     options, progress, started = options or Options(), progress or Progress(), time.monotonic()
     out = Path(out)
     check_free(out, force=options.force)
-    with opened(marlin, options, progress) as (origin, checkpoint):
+    with opened(marlin, access or HubAccess(), progress, everything=True) as (origin, checkpoint):
         keep_apart(origin.folder, out)
+        checkpoint.require_fit()
         noted = _noted(checkpoint)
-        format_, layers = marlin_layers(checkpoint, noted)
-        owned = {t.name for x in layers for t in (x.weight, x.scales, x.zeros, x.perm) if t is not None}
+        layers = [_layer(stored, noted) for stored in marlin_layers(checkpoint).values()]
+        owned = {tensor.name for layer in layers for tensor in layer.stored.parts.values()}
         owned |= _stray_g_idx(checkpoint, layers)
         copies = [t for t in checkpoint.tensors.values() if t.name not in owned]
         _require_one_format(checkpoint, layers, copies)
-        tensors = _in_order(layers, copies)
-        report = Restored(origin, out, format_, "gptq_v2" if v2 else "gptq", layers, copies, bool(noted))
+        tensors, format = _in_order(layers, copies), layers[0].stored.format
+        report = Restored(origin, out, format, "gptq_v2" if v2 else "gptq", layers, copies, bool(noted))
         report.bytes_out = sum(t.nbytes for t in tensors)
-        check_space(out.parent, report.bytes_out + (16 << 20))
+        require_free_names(checkpoint, shard_names(tensors, options.max_shard_size))
+        require_readable(checkpoint)
+        check_space(out.parent, report.bytes_out + sum(copied_files(checkpoint).values()) + (16 << 20))
         with new_folder(out, force=options.force) as folder:
-            with Shards(folder, tensors, options.max_shard_size) as shards:
-                _write_tensors(checkpoint, report, shards, progress, _reading(noted), v2=v2)
+            with Shards(folder, tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards:
+                _write_tensors(checkpoint, report, shards, progress, _encoding(noted, v2=v2))
                 report.files = shards.files
             _write_configs(checkpoint, report, folder, noted)
-            _copy_extra_files(checkpoint, folder)
+            copy_files(checkpoint, folder)
+            _restore_card(checkpoint, folder)
             write_json(folder / REPORT_FILE, report.as_file())
+            checkpoint.require_unchanged()
     report.seconds = time.monotonic() - started
     return report
 
@@ -193,92 +192,52 @@ def _noted(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.folder / REPORT_FILE
     if not path.is_file():
         return {}
-    import json
-
     try:
-        noted = json.loads(path.read_bytes())["source_quantization"]
-    except (ValueError, KeyError, TypeError):
+        noted = read_json(path).get("source_quantization")
+    except SourceError:
         return {}
     return noted if isinstance(noted, dict) else {}
 
 
-def _reading(noted: dict[str, Any]) -> str:
-    return "word" if noted.get("zero_point_reading") == "word" else "nibble"
+def _encoding(noted: dict[str, Any], *, v2: bool) -> ZeroPointEncoding:
+    """How zero points are to be stored."""
+    if v2:
+        return ZeroPointEncoding.V2
+    word = noted.get("zero_point_reading") == ZeroPointReading.WORD
+    return ZeroPointEncoding.V1_WORD if word else ZeroPointEncoding.V1_NIBBLE
 
 
-def marlin_layers(checkpoint: Checkpoint, noted: dict[str, Any] | None = None) -> tuple[str, list[MarlinLayer]]:
-    """The format ("marlin" or "marlin_ext") and the quantized layers of a Marlin checkpoint.
+def marlin_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer[Tensor]]:
+    """The quantized layers of a Marlin checkpoint, by name; there is at least one.
 
     Raises UnsupportedError for another kind of checkpoint, SourceError where tensors and settings do not agree.
     """
-    tensors, noted = checkpoint.tensors, noted or {}
     found = list(find_configs(checkpoint.configs).values())
-    extended = [n.removesuffix(".marlin_qweight") for n in tensors if n.endswith(".marlin_qweight")]
-    original = [n.removesuffix(".B") for n in tensors if n.endswith(".B") and is_marlin_part(tensors, n)]
-    if not extended and not original:
+    if not any(layer_names(checkpoint.tensors, format) for format in (Format.MARLIN, Format.MARLIN_EXT)):
         raise UnsupportedError(
             f"{checkpoint.folder}: not a Marlin checkpoint (no tensor is named B or marlin_qweight); "
             "to-gptq restores what marlin-convert, AutoGPTQ or vLLM's readers called Marlin."
         )
-    if extended and original:
-        raise SourceError(
-            f"{checkpoint.folder}: it holds layers of both Marlin formats ({extended[0]}, {original[0]})."
-        )
     if not found:
         raise SourceError(f"{checkpoint.folder}: no quantization settings in config.json or quantize_config.json.")
-    settings = read_marlin_settings(found[0])
-    if (settings.format == "marlin_ext") != bool(extended):
-        raise SourceError(
-            f"{checkpoint.folder}: the settings say {settings.format}, the tensors are of the "
-            f"{'extended' if extended else 'original'} format."
-        )
-    names = EXTENDED_NAMES if extended else ORIGINAL_NAMES
-    return settings.format, [_layer(tensors, name, names, settings.layer(name), noted) for name in extended or original]
+    return stored_layers(str(checkpoint.folder), checkpoint.tensors, read_marlin_settings(found[0]))
 
 
-def _layer(
-    tensors: dict[str, Tensor], name: str, names: dict[str, str], settings: LayerSettings, noted: dict[str, Any]
-) -> MarlinLayer:
-    def part(what: str, needed: bool) -> Tensor | None:
-        tensor = tensors.get(f"{name}.{names[what]}") if what in names else None
-        if needed != (tensor is not None):
-            state = "is missing" if needed else "should not be there by the settings"
-            raise SourceError(f"{name}: {names.get(what, what)} {state}.")
-        return tensor
-
-    weight, scales = part("weight", True), part("scales", True)
-    zeros, perm = part("zeros", not settings.sym), part("perm", settings.desc_act)
-    assert weight is not None
-    assert scales is not None
-    bits = settings.bits
-    if weight.dtype != "I32" or len(weight.shape) != 2 or len(scales.shape) != 2 or scales.dtype not in ("F16", "BF16"):
-        raise SourceError(f"{name}: {weight.dtype} {list(weight.shape)} and {scales.dtype} {list(scales.shape)}.")
-    stored_K, stored_N = weight.shape[0] * TILE_K, weight.shape[1] * pack_factor(bits) // TILE_K
-    K, N = settings.in_features or stored_K, settings.out_features or stored_N
-    G = scales.shape[0]
-    if names is EXTENDED_NAMES:
-        expected_G = 1 if settings.group_size == -1 else stored_K // settings.group_size
-        fits = padded_size(K, N) == (stored_K, stored_N) and expected_G == G
-    else:  # G counts, whatever the settings say: K = 128 with groups of 128 is one group
-        fits = G == 1 or stored_K == G * 128
-    fits = fits and scales.shape[1] == stored_N and K * bits % 32 == 0
-    fits = fits and (zeros is None or zeros.shape == (G, stored_N * bits // 32))
-    fits = fits and (perm is None or perm.shape == (K,))
-    if not fits:
-        raise SourceError(
-            f"{name}: its tensors, {list(weight.shape)} and {list(scales.shape)}, do not fit its settings {settings}."
-        )
+def _layer(stored: StoredLayer[Tensor], noted: dict[str, Any]) -> MarlinLayer:
+    if stored.K * stored.bits % 32:
+        raise SourceError(f"{stored.name}: K = {stored.K} does not fill whole words of {stored.bits}-bit codes.")
     dtypes, default = noted.get("scales_dtypes") or {}, noted.get("scales_dtype")
-    dtype = dtypes.get(name, default)
+    dtype = dtypes.get(stored.name, default)
     return MarlinLayer(
-        name, settings, K, N, stored_K, stored_N, G, weight, scales, zeros, perm,
-        dtype if dtype in _NUMPY else scales.dtype, noted.get("g_idx", True) is not False or perm is not None,
-    )  # fmt: skip
+        stored,
+        dtype if dtype in _NUMPY else stored.scales.dtype,
+        noted.get("g_idx", True) is not False or stored.perm is not None,
+    )
 
 
 def _stray_g_idx(checkpoint: Checkpoint, layers: list[MarlinLayer]) -> set[str]:
     """Names of g_idx that AutoGPTQ left beside a layer's Marlin tensors, and that say what is so without them."""
-    found = {layer: checkpoint.tensors.get(f"{layer.name}.g_idx") for layer in layers if layer.perm is None}
+    found = {layer: checkpoint.tensors.get(f"{layer.name}.g_idx") for layer in layers if layer.stored.perm is None}
     return {
         tensor.name
         for layer, tensor in found.items()
@@ -307,7 +266,7 @@ def _in_order(layers: list[MarlinLayer], copies: list[Tensor]) -> list[OutTensor
     """Every tensor of the result, in the order of the source's files."""
     entries: list[tuple[tuple[str, int, str], list[OutTensor]]] = []
     for layer in layers:
-        at = layer.weight
+        at = layer.stored.weight
         entries.append(((at.file, at.offset, at.name), list(layer.out.values())))
     entries += [((t.file, t.offset, t.name), [OutTensor(t.name, t.dtype, t.shape, t.nbytes)]) for t in copies]
     return [tensor for _, tensors in sorted(entries, key=lambda e: e[0]) for tensor in tensors]
@@ -318,20 +277,22 @@ def _in_order(layers: list[MarlinLayer], copies: list[Tensor]) -> list[OutTensor
 
 
 def _write_tensors(
-    checkpoint: Checkpoint, report: Restored, shards: Shards, progress: Progress, reading: str, *, v2: bool
+    checkpoint: Checkpoint, report: Restored, shards: Shards, progress: Progress, encoding: ZeroPointEncoding
 ) -> None:
     """Stream every tensor: read, unpack, check, write."""
     progress.stage("restoring", report.bytes_out, len(report.layers))
     buffers, counting = Buffers(), threading.Lock()
-    panels_left = {layer.name: sum(1 for _ in column_panels(layer)) for layer in report.layers if layer.perm}
+    panels_left = {
+        layer.name: sum(1 for _ in column_panels(layer.stored)) for layer in report.layers if layer.stored.perm
+    }
 
     def tasks() -> Iterator[Callable[[], None]]:
         for layer in report.layers:
             yield partial(write_groups, layer)
-            if layer.perm is None:
+            if layer.stored.perm is None:
                 yield partial(write_weights, layer)
                 continue
-            for n0, columns in column_panels(layer):
+            for n0, columns in column_panels(layer.stored):
                 yield partial(write_sorted, layer, n0, columns)
         for tensor in report.copies:
             for start, length in byte_blocks(tensor.nbytes):
@@ -339,16 +300,16 @@ def _write_tensors(
 
     def unpacked(layer: MarlinLayer, k0: int, rows: int, words: Words) -> None:
         """Read stored rows k0 … of a layer into `words` [rows bits/32, stored_N], checked by packing them again."""
-        B = buffers.array("B", (rows // TILE_K, layer.weight.shape[1]), np.int32)
-        checkpoint.read_into(layer.weight, B, k0 * layer.stored_N * layer.bits // 8)
+        B = buffers.array("B", (rows // TILE_K, layer.stored.weight.shape[1]), np.int32)
+        checkpoint.read_into(layer.stored.weight, B, k0 * layer.stored.stored_N * layer.bits // 8)
         ops.unpack(B, out=words, bits=layer.bits)
         again = ops.pack(words, out=buffers.array("again", B.shape, np.int32), bits=layer.bits)
         if ops.first_difference(B, again) is not None:
             raise _went_wrong(layer, "unpacking")
 
     def write_weights(layer: MarlinLayer) -> None:
-        for k0, rows in row_blocks(layer.stored_K, layer.stored_N * layer.bits // 4):
-            words = buffers.array("words", (rows * layer.bits // 32, layer.stored_N), np.int32)
+        for k0, rows in row_blocks(layer.stored.stored_K, layer.stored.stored_N * layer.bits // 4):
+            words = buffers.array("words", (rows * layer.bits // 32, layer.stored.stored_N), np.int32)
             unpacked(layer, k0, rows, words)
             own = max(0, min(rows, layer.K - k0)) * layer.bits // 32
             if own:
@@ -362,15 +323,15 @@ def _write_tensors(
     def write_sorted(layer: MarlinLayer, n0: int, columns: int) -> None:
         """Columns n0 … of a layer with act-order: any row may come from anywhere, so that all of them are needed."""
         (perm, inverse), bits = _permutation(checkpoint, layer), layer.bits
-        B = buffers.array("B columns", (layer.stored_K // TILE_K, columns * bits // 2), np.int32)
-        checkpoint.read_columns(layer.weight, B, n0 * bits // 2)
-        words = buffers.array("sorted", (layer.stored_K * bits // 32, columns), np.int32)
+        B = buffers.array("B columns", (layer.stored.stored_K // TILE_K, columns * bits // 2), np.int32)
+        checkpoint.read_columns(layer.stored.weight, B, n0 * bits // 2)
+        words = buffers.array("sorted", (layer.stored.stored_K * bits // 32, columns), np.int32)
         ops.unpack(B, out=words, bits=bits)
         natural = buffers.array("natural", (layer.K * bits // 32, columns), np.int32)
         fill = np.zeros(columns, np.uint8)
         ops.arrange(words, natural, bits=bits, fill=fill, rows=layer.K, perm=inverse)
         # Of padding only the last tile of the layer's own rows is looked at, and taken to be as it is.
-        if layer.stored_K > layer.K:
+        if layer.stored.stored_K > layer.K:
             last = words[layer.K * bits // 32].view(np.uint32) >> layer.K * bits % 32
             fill = (last & np.uint32(2**bits - 1)).astype(np.uint8)
         tiles = B[: -(-layer.K // TILE_K)]
@@ -385,7 +346,7 @@ def _write_tensors(
 
     def write_groups(layer: MarlinLayer) -> None:
         """Scales, zero points and g_idx: small."""
-        groups = _restored_groups(checkpoint, layer, reading, v2=v2)
+        groups = _restored_groups(checkpoint, layer, encoding)
         for part, array in groups.items():
             shards.write(f"{layer.name}.{part}", array)
         progress.advance(sum(array.nbytes for array in groups.values()), layer.name)
@@ -406,9 +367,9 @@ def _went_wrong(layer: MarlinLayer, what: str) -> MarlinConvertError:
 
 def _permutation(checkpoint: Checkpoint, layer: MarlinLayer) -> tuple[Words, Words]:
     """`perm` [K] as stored, and its inverse [stored_K], which leaves padding where it is."""
-    assert layer.perm is not None
-    perm = checkpoint.read(layer.perm)
-    inverse = np.arange(layer.stored_K, dtype=np.int32)
+    assert layer.stored.perm is not None
+    perm = checkpoint.read(layer.stored.perm)
+    inverse = np.arange(layer.stored.stored_K, dtype=np.int32)
     if not np.array_equal(np.sort(perm), np.arange(layer.K)):
         raise SourceError(f"{layer.name}: marlin_perm is not an order of the {layer.K} rows.")
     inverse[perm] = np.arange(layer.K, dtype=np.int32)
@@ -416,19 +377,19 @@ def _permutation(checkpoint: Checkpoint, layer: MarlinLayer) -> tuple[Words, Wor
 
 
 def _restored_groups(
-    checkpoint: Checkpoint, layer: MarlinLayer, reading: str, *, v2: bool
+    checkpoint: Checkpoint, layer: MarlinLayer, encoding: ZeroPointEncoding
 ) -> dict[str, npt.NDArray[Any]]:
-    s = checkpoint.read(layer.scales)
-    scales = _source_rows(unpermute_scales(s, layer.stored_G), layer, "scales")
+    s = checkpoint.read(layer.stored.scales)
+    scales = _source_rows(unpermute_scales(s, layer.stored.G), layer, "scales")
     found: dict[str, npt.NDArray[Any]] = {"scales": _as_dtype(scales, layer)}
-    if layer.zeros is None:
+    if layer.stored.zeros is None:
         zeros = np.full(scales.shape, zero_point(layer.bits), np.uint8)
     else:
-        zeros = _source_rows(unpack_zeros(checkpoint.read(layer.zeros), layer.bits), layer, "zero points")
-    found["qzeros"] = _qzeros(zeros, layer.bits, reading, v2=v2)
+        zeros = _source_rows(unpack_zeros(checkpoint.read(layer.stored.zeros), layer.bits), layer, "zero points")
+    found["qzeros"] = encode_zeros(zeros, layer.bits, encoding)
     if layer.g_idx:
         groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
-        if layer.perm is not None:
+        if layer.stored.perm is not None:
             groups = groups[_permutation(checkpoint, layer)[1][: layer.K]]
         found["g_idx"] = groups
     return found
@@ -436,9 +397,9 @@ def _restored_groups(
 
 def _source_rows(stored: npt.NDArray[Any], layer: MarlinLayer, what: str) -> npt.NDArray[Any]:
     """Rows of the source's groups out of the stored ones, which repeat them where groups were cut; without padding."""
-    step = 1 if layer.stored_G == 1 else max(1, layer.group_size // layer.settings.group_size)
+    step = 1 if layer.stored.G == 1 else max(1, layer.group_size // layer.stored.group_size)
     rows = np.ascontiguousarray(stored[::step, : layer.N][: layer.G])
-    used = -(-layer.K // layer.settings.group_size) if layer.stored_G > 1 else 1
+    used = -(-layer.K // layer.stored.group_size) if layer.stored.G > 1 else 1
     if not np.array_equal(np.repeat(rows, step, axis=0)[:used], stored[:used, : layer.N]):
         raise SourceError(f"{layer.name}: {what} differ within a group of {layer.group_size} rows.")
     return rows
@@ -446,25 +407,10 @@ def _source_rows(stored: npt.NDArray[Any], layer: MarlinLayer, what: str) -> npt
 
 def _as_dtype(scales: npt.NDArray[Any], layer: MarlinLayer) -> npt.NDArray[Any]:
     """Scales [G, N] as stored (fp16, or bf16 as uint16) in the source's dtype."""
-    stored = layer.scales.dtype
-    if stored == layer.scales_dtype:
+    if layer.stored.scales.dtype == layer.scales_dtype:
         return scales
-    wide = (scales.astype(np.uint32) << 16).view(np.float32) if stored == "BF16" else scales.astype(np.float32)
-    if layer.scales_dtype == "F32":
-        return wide
-    if layer.scales_dtype == "F16":
-        return wide.astype(np.float16)
-    return ((wide.view(np.uint32) + 0x7FFF + ((wide.view(np.uint32) >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def _qzeros(zeros: npt.NDArray[np.uint8], bits: int, reading: str, *, v2: bool) -> Words:
-    """Zero points [G, N] → qzeros: as they are (v2), or one less: in each number by itself, or in the whole word."""
-    if v2:
-        return pack_gptq_zeros(zeros, bits)
-    if reading == "nibble":
-        return pack_gptq_zeros((zeros - np.uint8(1)) & np.uint8(2**bits - 1), bits)
-    ones = np.uint32(sum(1 << i for i in range(0, 32, bits)))
-    return (pack_gptq_zeros(zeros, bits).view(np.uint32) - ones).view(np.int32)
+    wide = bf16.widened(scales)
+    return bf16.rounded(wide) if layer.scales_dtype == "BF16" else wide.astype(_NUMPY[layer.scales_dtype])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -514,7 +460,7 @@ def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any
 
     def of(layer: MarlinLayer) -> tuple[int, int, bool, bool]:
         group_size = -1 if layer.G == 1 else layer.group_size
-        return layer.bits, group_size, layer.settings.sym, layer.settings.desc_act
+        return layer.bits, group_size, layer.stored.settings.sym, layer.stored.settings.desc_act
 
     kinds = [of(layer) for layer in report.layers]
     common = max(dict.fromkeys(kinds), key=kinds.count)
@@ -537,18 +483,16 @@ def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any
     return {**result, "dynamic": dynamic} if dynamic else result
 
 
-def _copy_extra_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """What lies beside the weights, as it is; of a card that marlin-convert wrote, the source's, if it holds one."""
-    ours = (checkpoint.folder / REPORT_FILE).is_file()
-    for name in checkpoint.extra_files:
-        if name in (REPORT_FILE, VERIFY_FILE) or (ours and name == CARD_FILE):
-            continue
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / name, target)
+def _restore_card(checkpoint: Checkpoint, folder: Path) -> None:
+    """The source's card: as it is, or out of the one that marlin-convert wrote, if that holds it."""
     card = checkpoint.folder / CARD_FILE
-    if ours and card.is_file():
-        _, marker, rest = card.read_bytes().decode("utf-8", "replace").partition("\n# Card of the source\n")
+    if not card.is_file():
+        return
+    content = card.read_bytes()
+    if (checkpoint.folder / REPORT_FILE).is_file():
+        _, marker, rest = content.decode("utf-8", "replace").partition("\n# Card of the source\n")
         _, _, text = rest.partition(":\n\n")
-        if marker and text.strip():
-            write_file(folder / CARD_FILE, text.encode())
+        if not (marker and text.strip()):
+            return
+        content = text.encode()
+    write_file(folder / CARD_FILE, content)

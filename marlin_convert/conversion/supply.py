@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
+from ..checkpoint.output_folder import check_space, existing
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import Shards, check_space, existing
-from ..hub.download import Arrivals, Source
+from ..checkpoint.writer import Shards
+from ..hub.open import Source
+from ..hub.prefetch import Arrivals
 from ..progress import Progress
 from .plan import Layer, Plan
 
@@ -36,14 +38,15 @@ def check_room(result: int, checkpoint: Checkpoint, origin: Source, out: Path, *
     fetched beside it."""
     remote = origin.remote
     coming = [] if remote is None else [remote.to_come(file) for file in checkpoint.weight_files]
-    if remote is None or not any(coming):
+    beside = 0 if remote is None else sum(map(remote.to_come, checkpoint.weights_beside))
+    if remote is None or not (any(coming) or beside):
         check_space(out.parent, result)
         return
-    largest, whole = max(coming), sum(coming)
-    if not _one_disk(remote.storage, out):
+    largest, whole = max(coming) + beside, sum(coming) + beside
+    if not _one_disk(remote.cache.folder, out):
         check_space(out.parent, result)
-        held = min(whole, 2 * largest) if low_disk else whole
-        check_space(remote.storage, held, "what is downloaded takes", "" if low_disk else ", or use --low-disk")
+        held = min(whole, 2 * max(coming) + beside) if low_disk else whole
+        check_space(remote.cache.folder, held, "what is downloaded takes", "" if low_disk else ", or use --low-disk")
         return
     small = result + largest
     if low_disk:
@@ -69,7 +72,7 @@ def arrivals(
     if remote is None:
         return contextlib.nullcontext()
     largest = max(remote.files[file].size for file in checkpoint.weight_files)
-    one_disk = _one_disk(remote.storage, shards.folder)
+    one_disk = _one_disk(remote.cache.folder, shards.folder)
 
     def room(nbytes: int) -> bool:
         limit, used = (plan.bytes_out + largest, shards.written) if one_disk else (2 * largest, 0)

@@ -20,9 +20,13 @@ from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor
 from ..device import Device
 from ..errors import VerificationError
-from ..formats.config import QUANT_METHODS, find_configs, marlin_ext_settings
+from ..formats.bf16 import widened
+from ..formats.gptq import weights
+from ..formats.gptq_config import find_configs
 from ..formats.layout import TILE_K, pack_factor, unpack_zeros, unpermute_scales, zero_point
+from ..formats.marlin_config import marlin_ext_settings
 from ..native import ops
+from ..options import Format, QuantMethod
 from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks
 from .layer_reader import (
@@ -33,7 +37,6 @@ from .layer_reader import (
     source_rows,
     stored_groups,
     stored_order,
-    weights,
 )
 from .plan import Layer, Plan
 
@@ -184,7 +187,7 @@ class CPUProduct:
             )  # fmt: skip
             return
         groups = self.groups[k0 : k0 + len(qweight) * pack_factor(layer.bits)]
-        weight = _wide(weights(qweight, source, groups, layer.bits))
+        weight = widened(weights(qweight, source.scales, source.zeros, groups, layer.bits))
         self.reference += self.x[:, k0 : k0 + len(weight)] @ weight
 
     def add_stored(self, k0: int, B: I32) -> None:
@@ -195,13 +198,6 @@ class CPUProduct:
 
     def errors(self) -> tuple[float, float]:
         return compare(self.result[:, : self.layer.N], self.reference)
-
-
-def _wide(scales: npt.NDArray[Any]) -> F32:
-    """fp16, or bf16 as uint16 → float32."""
-    if scales.dtype != np.uint16:
-        return scales.astype(np.float32)
-    return (scales.astype(np.uint32) << 16).view(np.float32)
 
 
 class CUDAProduct:
@@ -411,7 +407,7 @@ def _groups_difference(layer: Layer, stored: dict[str, Any], expected: Groups) -
         different = ours.view(width) != theirs.view(width)
         if different.any():
             group, column = np.argwhere(different)[0]
-            values = [(_wide(x) if x.dtype == np.uint16 else x)[group, column] for x in (ours, theirs)]
+            values = [(widened(x) if x.dtype == np.uint16 else x)[group, column] for x in (ours, theirs)]
             return f"the {what} of group {group}, column {column} is {values[0]}, not {values[1]}"
     if expected.perm is not None and not np.array_equal(stored["perm"], expected.perm):
         row = int(np.argmax(stored["perm"] != expected.perm))
@@ -444,8 +440,8 @@ def _shape_problem(result: Checkpoint, expected: OutTensor) -> str | None:
 def _check_config(report: Verification, plan: Plan, source: Checkpoint, result: Checkpoint) -> None:
     """Each of the result's configs must describe the checkpoint as it is."""
     required: dict[str, Any] = {
-        "bits": 4, "group_size": plan.group_size, "sym": True, "desc_act": False, "checkpoint_format": "marlin",
-        "is_marlin_format": True,
+        "bits": 4, "group_size": plan.group_size, "sym": True, "desc_act": False,
+        "checkpoint_format": Format.MARLIN.value, "is_marlin_format": True,
     }  # fmt: skip
     if plan.extended:
         required = marlin_ext_settings({x.name: x.settings for x in plan.layers}, lm_head=plan.lm_head)
@@ -455,7 +451,7 @@ def _check_config(report: Verification, plan: Plan, source: Checkpoint, result: 
             report.problems.append(f"{file} has no quantization settings")
     for where, config in found.items():
         wrong = [f"{k} is {config.get(k)!r}, not {v!r}" for k, v in required.items() if config.get(k) != v]
-        if config.get("quant_method") not in QUANT_METHODS:
-            wrong.append(f"quant_method is {config.get('quant_method')!r}, not {' or '.join(QUANT_METHODS)}")
+        if config.get("quant_method") not in list(QuantMethod):
+            wrong.append(f"quant_method is {config.get('quant_method')!r}, not {' or '.join(QuantMethod)}")
         if wrong:
             report.problems.append(f"{where}: {', '.join(wrong)}")

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..conversion.convert import Options
 from ..errors import DeviceError, MissingPackageError, SourceError, UnsupportedError, require
+from ..options import HubAccess, Options
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -84,16 +84,18 @@ def generate(
     sampling: Sampling | None = None,
     options: Options | None = None,
     on_text: Callable[[str], None] | None = None,
+    *,
+    access: HubAccess | None = None,
 ) -> Generated:
     """Continue `prompt` with the Marlin checkpoint `source`, a folder or a Hub id.
 
-    `on_text` gets each piece of text as soon as it is final. `options` give the device and the Hub's settings.
+    `on_text` gets each piece of text as soon as it is final. `options` give the device, `access` the Hub's settings.
     Raises MarlinConvertError when torch or Transformers is missing, and what `load` raises.
     """
-    sampling, options = sampling or Sampling(), options or Options()
+    sampling, options, access = sampling or Sampling(), options or Options(), access or HubAccess()
     started = time.monotonic()
     with transformers_quietly() as hf, _explained(str(source)):
-        hub = {"revision": options.revision, "token": options.token, "cache_dir": options.cache_dir}
+        hub = {"revision": access.revision, "token": access.token, "cache_dir": access.cache_dir}
         model = hf.load(source, device=options.device, **hub)
         tokenizer = hf.load_tokenizer(source, **hub)
         loaded = time.monotonic()

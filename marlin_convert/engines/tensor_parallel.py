@@ -1,9 +1,8 @@
 """Pieces of Marlin layers: what one rank of a tensor-parallel engine holds, and layers side by side as one product.
 
-Tiles are cut along whole tiles only, scales and zero points along whole groups, so that every piece is again a Marlin
-layer, with no repacking; it is a copy, so that the whole can be freed. What cannot be cut so is refused with
-ValueError: a piece is right, or there is none. The one thing that changes is the order of scales when a rank is left
-with a single group (see `layout`).
+Columns are taken in any order and rows anywhere: whole tiles and groups with no repacking, others through their codes,
+exactly. A piece is a copy, so that the whole can be freed, and again a Marlin layer. Scales change their order when a
+rank is left with one group (see `layout`).
 """
 
 from __future__ import annotations
@@ -14,18 +13,20 @@ import torch
 from torch import Tensor
 
 from ..formats import layout
-from ..formats.config import LayerSettings
 from ..formats.layout import EXT_K, TILE_K, TILE_N
+from ..formats.marlin_config import LayerSettings
 from ..native import repack
 
-CONTIGUOUS = torch.contiguous_format
+#: Codes that are unpacked at once when columns leave their tiles: 128 MiB of int64.
+_CODES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
 class Piece:
     """A Marlin layer, or a part of one. K and N are its own rows and columns, the tensors' are padded.
 
-    weight int32 [K'/16, N' bits/2], scales [G, N'], zeros int32 [G, N' bits/32] or None, perm int32 [K] or None.
+    weight int32 [K'/16, N' bits/2], scales [G, N'], zeros int32 [G, N' bits/32] or None, perm int32 [K] or None; a perm
+    [K'] has rows of zeros between others, see `rows`.
     """
 
     bits: int
@@ -79,53 +80,71 @@ def whole(name: str, settings: LayerSettings, tensors: dict[str, Tensor]) -> Pie
     return Piece(settings.bits, own_K, own_N, weight, scales, tensors.get("zeros"), tensors.get("perm"))
 
 
-def columns(name: str, piece: Piece, first: int, count: int) -> Piece:
-    """Columns first .. first + count of a layer, as a rank of column parallelism has them.
+def columns(piece: Piece, order: Tensor) -> Piece:
+    """The columns of a layer that `order` int64 [N of the result] names, in that order; -1 is a column of zeros.
 
-    Beyond the layer's own columns there are zeros (a vocabulary padded by the engine). Raises ValueError for a cut
-    through a tile.
+    Any order is exact: whole tiles are moved as they are, other columns are taken out of their tiles and put into new
+    ones. The result is a copy, unless it is all of the layer.
     """
-    if first == 0 and count == piece.N:
+    order, count = order.to(piece.weight.device), order.shape[0]
+    if count == piece.N and torch.equal(order, torch.arange(count, device=order.device)):
         return piece
-    if first % TILE_N or (count % TILE_N and first + count < piece.N):
-        raise ValueError(
-            f"{name}: columns {first} to {first + count} of {piece.N} cut through a tile of {TILE_N}; "
-            "use fewer tensor-parallel ranks"
-        )
-    stored = -(-count // TILE_N) * TILE_N
+    order = torch.nn.functional.pad(order, (0, -count % TILE_N), value=-1)
+    tiles, positions = order.reshape(-1, TILE_N), torch.arange(order.shape[0], device=order.device).reshape(-1, TILE_N)
+    first, beyond = tiles[:, :1], positions >= count
+    zero = ((tiles < 0) | beyond).all(1)
+    moved = (first[:, 0] % TILE_N == 0) & ((tiles == first + positions % TILE_N) | beyond).all(1)
+    if bool((zero | moved).all()):
+        last = piece.stored_N // TILE_N
+        tile = torch.where(zero, last, first[:, 0].clamp(min=0) // TILE_N)
+        weight, scales = _take_tiles(piece.weight, last, tile), _take_tiles(piece.scales, last, tile)
+        zeros = None if piece.zeros is None else _take_tiles(piece.zeros, last, tile)
+        return replace(piece, N=count, weight=weight, scales=scales, zeros=zeros)
+    at_once = max(1, _CODES_AT_ONCE // (piece.stored_N * TILE_K))
+    weight = torch.cat([
+        repack.pack_marlin(_take(repack.unpack_marlin(rows, piece.bits), order), piece.bits)
+        for rows in torch.split(piece.weight, at_once)
+    ])  # fmt: skip
+    scales = repack.permute_scales(_take(repack.unpermute_scales(piece.scales), order))
+    zeros = piece.zeros
+    if zeros is not None:
+        zeros = repack.pack_zeros(_take(repack.unpack_zeros(zeros, piece.bits), order), piece.bits)
+    return replace(piece, N=count, weight=weight, scales=scales, zeros=zeros)
 
-    def cut(tensor: Tensor, per_column: float) -> Tensor:
-        begin, end = int(first * per_column), int((first + stored) * per_column)
-        part = tensor[:, begin : min(end, tensor.shape[1])]
-        return torch.nn.functional.pad(part, (0, end - begin - part.shape[1])).clone(memory_format=CONTIGUOUS)
 
-    return replace(
-        piece,
-        N=count,
-        weight=cut(piece.weight, piece.bits / 2),
-        scales=cut(piece.scales, 1),
-        zeros=None if piece.zeros is None else cut(piece.zeros, piece.bits / 32),
-    )
+def _take(matrix: Tensor, order: Tensor) -> Tensor:
+    """Columns of `matrix`, zeros where `order` is negative."""
+    taken = matrix[:, order.clamp(min=0)]
+    taken[:, order < 0] = 0
+    return taken
 
 
-def rows(name: str, piece: Piece, first: int, count: int) -> Piece:
-    """Rows first .. first + count of a layer, as a rank of row parallelism has them.
+def _take_tiles(tensor: Tensor, count: int, order: Tensor) -> Tensor:
+    """Columns of the tiles in `order` of a layer's tensor, which has `count` of them; tile `count` is zeros."""
+    tiles = tensor.reshape(tensor.shape[0], count, -1)
+    taken = tiles[:, order.clamp(max=count - 1)]
+    taken[:, order == count] = 0
+    return taken.reshape(tensor.shape[0], -1)
 
-    Raises ValueError for act-order, whose rows lie in another order, for a cut through a group, and for one that no
-    kernel takes.
+
+def cuts_whole_groups(piece: Piece, first: int, count: int) -> bool:
+    """Whether rows first .. first + count are whole groups of a layer, and blocks of rows that kernels take."""
+    group = piece.stored_K // piece.G if piece.G > 1 else EXT_K
+    return piece.perm is None and not any(row % size for row in (first, count) for size in (group, EXT_K))
+
+
+def rows(piece: Piece, first: int, count: int) -> Piece:
+    """Rows first .. first + count of a layer, in the source's order, as a rank of row parallelism has them.
+
+    Whole groups that lie side by side are taken as they are. Others, those of act-order among them, become groups of
+    16 rows each: a group's rows on this rank, filled up with rows of zeros, have its scales. Exact too, for kernels
+    that have such groups; the result's `perm` then names a column of activations for each stored row.
     """
     if first == 0 and count == piece.K:
         return piece
-    if piece.perm is not None:
-        raise ValueError(
-            f"{name}: it has act-order, whose rows cannot be split over tensor-parallel ranks; run it on one rank"
-        )
+    if not cuts_whole_groups(piece, first, count):
+        return _regrouped(piece, first, count)
     group = piece.stored_K // piece.G if piece.G > 1 else 0
-    if first % EXT_K or count % EXT_K or (group and (first % group or count % group)):
-        what = f"a group of {group}" if group > EXT_K else f"a block of {EXT_K}"
-        raise ValueError(
-            f"{name}: rows {first} to {first + count} of {piece.K} cut through {what}; use fewer tensor-parallel ranks"
-        )
 
     def of_groups(tensor: Tensor) -> Tensor:
         return tensor[first // group : (first + count) // group].clone() if group else tensor
@@ -140,6 +159,44 @@ def rows(name: str, piece: Piece, first: int, count: int) -> Piece:
         scales=scales,
         zeros=None if piece.zeros is None else of_groups(piece.zeros),
     )
+
+
+def _regrouped(piece: Piece, first: int, count: int) -> Piece:
+    device, size = piece.weight.device, piece.stored_K // piece.G
+    source = torch.arange(piece.K, device=device) if piece.perm is None else piece.perm.long()
+    stored = torch.nonzero((source >= first) & (source < first + count)).flatten()  # by group, as they are stored
+    group = stored // size
+    own = torch.bincount(group, minlength=piece.G)
+    filled = -(-own // TILE_K) * TILE_K if piece.G > 1 else own
+    begin, inside = filled.cumsum(0) - filled, own.cumsum(0) - own
+    target = begin[group] + torch.arange(count, device=device) - inside[group]
+    K = -(-int(filled.sum()) // EXT_K) * EXT_K
+    of_row = torch.repeat_interleave(torch.arange(piece.G, device=device), filled)
+    of_row = torch.nn.functional.pad(of_row, (0, K - of_row.shape[0]))  # rows of zeros behind them: any group will do
+    groups = of_row[::TILE_K] if piece.G > 1 else of_row[:1]
+
+    scales = repack.permute_scales(repack.unpermute_scales(piece.scales)[groups])
+    zeros = None if piece.zeros is None else repack.unpack_zeros(piece.zeros, piece.bits)
+    words = piece.bits * TILE_N // 2
+    weight = piece.weight.new_empty(K // TILE_K, piece.weight.shape[1])
+    tiles = max(1, _CODES_AT_ONCE // (max(K, piece.stored_K) * TILE_N))
+    for part in range(0, piece.stored_N // TILE_N, tiles):
+        n = slice(part * TILE_N, (part + tiles) * TILE_N)
+        w = slice(part * words, (part + tiles) * words)
+        codes = repack.unpack_marlin(piece.weight[:, w], piece.bits)
+        if zeros is None:
+            new = codes.new_full((K, codes.shape[1]), layout.zero_point(piece.bits))
+        else:
+            new = zeros[:, n][of_row]
+        new[target] = codes[stored]
+        weight[:, w] = repack.pack_marlin(new, piece.bits)
+    perm = torch.zeros(K, dtype=torch.int32, device=device)
+    perm[target] = (source[stored] - first).int()
+    if torch.equal(target, torch.arange(count, device=device)):  # the filling lies behind all of them
+        perm = perm[:count]
+    in_order = torch.equal(perm, torch.arange(count, device=device))
+    packed = None if zeros is None else repack.pack_zeros(zeros[groups], piece.bits)
+    return Piece(piece.bits, count, piece.N, weight, scales, packed, None if in_order else perm)
 
 
 def single_group(scales: Tensor) -> Tensor:

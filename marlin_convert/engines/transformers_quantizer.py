@@ -14,7 +14,6 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +36,11 @@ from ..conversion.layer_reader import source_weight
 from ..conversion.plan import make_plan
 from ..device import pick_device
 from ..errors import SourceError, UnsupportedError
-from ..formats.config import MARLIN_EXT, MarlinSettings, is_marlin, read_marlin_settings
-from ..formats.layout import BITS, EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K, padded_size, stored_groups
-from ..hub.download import fetch
+from ..formats.marlin_config import MarlinSettings, is_marlin, read_marlin_settings
+from ..formats.stored import StoredLayer, stored_layers
+from ..hub.open import fetch
 from ..native import cuda
+from ..options import Format
 from .linear import MarlinLinear
 
 if TYPE_CHECKING:
@@ -88,33 +88,7 @@ def _register() -> None:
 # ---- What the checkpoint holds ----
 
 
-@dataclass(frozen=True)
-class StoredLayer:
-    """A quantized layer of a checkpoint, from headers and settings: all that `MarlinLinear` is made from."""
-
-    name: str  # in the checkpoint
-    in_features: int
-    out_features: int
-    bits: int
-    group_size: int
-    sym: bool
-    desc_act: bool
-    extended: bool
-    scale_dtype: torch.dtype
-    bias: bool
-
-    def module(self) -> MarlinLinear:
-        """An empty layer, on the device and of the dtype that are the default."""
-        try:
-            return MarlinLinear(
-                self.in_features, self.out_features, self.bias, bits=self.bits, group_size=self.group_size,
-                sym=self.sym, desc_act=self.desc_act, extended=self.extended, scale_dtype=self.scale_dtype,
-            )  # fmt: skip
-        except ValueError as error:
-            raise SourceError(f"{self.name}: {error}.") from None
-
-
-def stored_layers(files: Sequence[str | Path], settings: MarlinSettings) -> dict[str, StoredLayer]:
+def layers_of(where: str, files: Sequence[str | Path], settings: MarlinSettings) -> dict[str, StoredLayer[Tensor]]:
     """The Marlin layers of the safetensors `files`, by name. Raises SourceError where tensors and settings disagree."""
     tensors: dict[str, Tensor] = {}
     for file in map(Path, files):
@@ -123,46 +97,15 @@ def stored_layers(files: Sequence[str | Path], settings: MarlinSettings) -> dict
             tensors |= {tensor.name: tensor for tensor in read_header(fd, file, file.name)}
         finally:
             os.close(fd)
-    layers = {}
-    for full_name, tensor in tensors.items():
-        name, _, last = full_name.rpartition(".")
-        if last == EXTENDED_NAMES["weight"]:
-            layers[name] = _extended_layer(name, tensors, settings)
-        elif last == ORIGINAL_NAMES["weight"] and tensor.dtype == "I32":
-            layers[name] = _original_layer(name, tensors)
-    return layers
+    return stored_layers(where, tensors, settings)
 
 
-def _original_layer(name: str, tensors: dict[str, Tensor]) -> StoredLayer:
-    B, s = tensors[f"{name}.B"], tensors.get(f"{name}.s")
-    if s is None or len(B.shape) != 2 or len(s.shape) != 2 or s.dtype not in _SCALE_DTYPES:
-        raise SourceError(f"{name}: B has no matching s; the checkpoint is damaged, or of another format.")
-    K, N, G = B.shape[0] * TILE_K, B.shape[1] * 2 // BITS, s.shape[0]
-    if G == 0 or K % G or s.shape[1] != N:
-        raise SourceError(f"{name}: B {list(B.shape)} and s {list(s.shape)} do not belong together.")
-    return StoredLayer(
-        name, K, N, bits=BITS, group_size=-1 if G == 1 else K // G, sym=True, desc_act=False, extended=False,
-        scale_dtype=_SCALE_DTYPES[s.dtype], bias=f"{name}.bias" in tensors,
-    )  # fmt: skip
-
-
-def _extended_layer(name: str, tensors: dict[str, Tensor], settings: MarlinSettings) -> StoredLayer:
-    own, qweight, scales = settings.layer(name), tensors[f"{name}.marlin_qweight"], tensors.get(f"{name}.marlin_scales")
-    if settings.format != MARLIN_EXT or scales is None or scales.dtype not in _SCALE_DTYPES or len(qweight.shape) != 2:
-        raise SourceError(
-            f"{name}: it has marlin_qweight, and not the settings or the marlin_scales that belong to it; the "
-            "checkpoint is damaged."
-        )
-    stored_K, stored_N = qweight.shape[0] * TILE_K, qweight.shape[1] * 2 // own.bits
-    K, N = own.in_features or stored_K, own.out_features or stored_N
-    groups = stored_groups(K, own.group_size)
-    if padded_size(K, N) != (stored_K, stored_N) or scales.shape != (groups, stored_N):
-        raise SourceError(
-            f"{name}: its tensors, {list(qweight.shape)} and {list(scales.shape)}, do not fit its settings ({own})."
-        )
-    return StoredLayer(
-        name, K, N, bits=own.bits, group_size=own.group_size, sym=own.sym, desc_act=own.desc_act, extended=True,
-        scale_dtype=_SCALE_DTYPES[scales.dtype], bias=f"{name}.bias" in tensors,
+def empty_module(layer: StoredLayer[Tensor]) -> MarlinLinear:
+    """Make the module of a layer, still empty, on the device and of the dtype that are the default."""
+    return MarlinLinear(
+        layer.K, layer.N, layer.bias is not None, bits=layer.bits, group_size=layer.group_size,
+        sym=layer.zeros is None, desc_act=layer.perm is not None, extended=layer.format is Format.MARLIN_EXT,
+        scale_dtype=_SCALE_DTYPES[layer.scales.dtype],
     )  # fmt: skip
 
 
@@ -197,7 +140,7 @@ class MarlinQuantizer(HfQuantizer):
             )
         self._scales: dict[str, torch.dtype] = {}
         self._complete = False
-        layers = stored_layers(files, self.quantization_config.marlin)
+        layers = layers_of(model.name_or_path or "the model", files, self.quantization_config.marlin)
         if not layers:
             raise SourceError(f"{model.name_or_path}: its config says Marlin, but it has no Marlin layer.")
         _put_layers(model, layers)
@@ -273,13 +216,13 @@ def _some(names: list[str]) -> str:
 # ---- Modules ----
 
 
-def _put_layers(model: PreTrainedModel, layers: dict[str, StoredLayer]) -> None:
+def _put_layers(model: PreTrainedModel, layers: dict[str, StoredLayer[Tensor]]) -> None:
     """Replace the modules of `model` that `layers` are for. Layers without a module are left to the check of keys."""
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     modules = dict(model.named_modules())
-    experts: dict[str, dict[str, StoredLayer]] = {}
+    experts: dict[str, dict[str, StoredLayer[Tensor]]] = {}
     for layer in layers.values():
         place = _place(model, _renamed(f"{layer.name}.weight", renamings).removesuffix(".weight"), modules)
         if place is None:
@@ -310,22 +253,22 @@ def _experts_above(name: str, modules: dict[str, nn.Module]) -> str | None:
     return ".".join(parts[:-2]) if fused else None
 
 
-def _put_layer(model: PreTrainedModel, place: str, module: nn.Module, layer: StoredLayer) -> None:
+def _put_layer(model: PreTrainedModel, place: str, module: nn.Module, layer: StoredLayer[Tensor]) -> None:
     if isinstance(module, nn.Linear):
         size = (module.in_features, module.out_features)
     elif isinstance(module, Conv1D):
         size = (module.nx, module.nf)
     else:
         raise UnsupportedError(f"{layer.name}: {type(module).__name__} is no linear layer; Marlin cannot replace it.")
-    if size != (layer.in_features, layer.out_features):
+    if size != (layer.K, layer.N):
         raise SourceError(
-            f"{layer.name}: the checkpoint has K = {layer.in_features}, N = {layer.out_features}, "
+            f"{layer.name}: the checkpoint has K = {layer.K}, N = {layer.N}, "
             f"{type(model).__name__} has {size[0]} and {size[1]}; config.json and the weights do not belong together."
         )
     if f"{place}.weight" in model.all_tied_weights_keys:  # a quantized lm_head has weights of its own
         del model.all_tied_weights_keys[f"{place}.weight"]
         model.config.tie_word_embeddings = False
-    model.set_submodule(place, layer.module())
+    model.set_submodule(place, empty_module(layer))
 
 
 class MarlinExpert(nn.Module):
@@ -365,7 +308,7 @@ class MarlinExperts(nn.ModuleList):
 
 
 def _expert_layers(
-    holder: str, module: nn.Module, parts: dict[str, StoredLayer], converters: list[WeightConverter]
+    holder: str, module: nn.Module, parts: dict[str, StoredLayer[Tensor]], converters: list[WeightConverter]
 ) -> MarlinExperts:
     """The module for fused experts `module`, from the checkpoint's layers ("3.up_proj" → layer)."""
     usual = {"has_gate": True, "is_concatenated": True, "has_bias": False, "is_transposed": False,
@@ -391,12 +334,12 @@ def _expert_layers(
     for number in range(count):
         layers = {name: parts[f"{number}.{name}"] for name in names}
         for layer, size in zip(layers.values(), sizes, strict=True):
-            if (layer.in_features, layer.out_features) != size:
+            if size != (layer.K, layer.N):
                 raise SourceError(
-                    f"{layer.name}: the checkpoint has K = {layer.in_features}, N = {layer.out_features}, the model "
+                    f"{layer.name}: the checkpoint has K = {layer.K}, N = {layer.N}, the model "
                     f"has {size[0]} and {size[1]}; config.json and the weights do not belong together."
                 )
-        experts.append(MarlinExpert({name: layer.module() for name, layer in layers.items()}, *names))
+        experts.append(MarlinExpert({name: empty_module(layer) for name, layer in layers.items()}, *names))
     return MarlinExperts(experts, module.act_fn)  # type: ignore[arg-type]
 
 
@@ -491,7 +434,7 @@ def load_dequantized(
     origin = fetch(str(source), revision=revision, token=token, cache_dir=cache_dir)
     tensors: dict[str, torch.Tensor] = {}
     with Checkpoint(origin.folder) as checkpoint:
-        plan = make_plan(checkpoint, "auto")
+        plan = make_plan(checkpoint)
         plan.require_convertible()
         for tensor in plan.copies:
             with safe_open(origin.folder / tensor.file, framework="pt") as file:

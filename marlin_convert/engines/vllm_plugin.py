@@ -1,23 +1,30 @@
-"""A vLLM plugin: vLLM loads Marlin checkpoints of both formats and computes with its own Marlin kernel.
+"""A vLLM plugin: vLLM loads Marlin checkpoints of both formats, computes with our kernels or its own Marlin kernel.
 
 vLLM finds it by its entry point (group `vllm.general_plugins`) when both packages are installed; nothing is imported by
 hand. For vLLM 0.26 to 0.33. Nothing is repacked at load: what the checkpoint holds is what the kernel takes.
 
-Columns and rows are cut for tensor parallelism as `shards` does it, while the layers arrive: a piece is right, or
-loading stops and says why. fp16 scales are cast to the activations' dtype, as vLLM does for GPTQ. Experts are stacked
-for vLLM's fused product; those that it cannot compute are refused by name.
+MARLIN_CONVERT_VLLM_KERNEL chooses for linear layers: `ours`, `vllm`, or `auto`, which is ours where it has been
+measured to be the faster one and for layers that vLLM's kernel does not have.
+
+vLLM's own loading code says which columns a layer gets (see `column_marks`): a piece is right, or loading stops and
+says why. For vLLM's kernel, fp16 scales are cast to the activations' dtype, as vLLM does for GPTQ; ours takes them as
+they are. Experts are stacked for vLLM's fused product; those that it cannot compute are refused by name.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
+import vllm.envs as envs
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
@@ -30,23 +37,86 @@ from vllm.model_executor.layers.quantization.utils.marlin_utils import (
     marlin_permute_bias,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader import utils as loader_utils
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.scalar_type import scalar_types
 from vllm.transformers_utils.config import get_safetensors_params_metadata
+from vllm.version import __version__ as VLLM_VERSION
 
-from ..formats.config import LayerSettings, is_marlin, read_marlin_settings
-from ..formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES
+from .. import engine_support
+from .._version import __version__
+from ..errors import DeviceError
+from ..formats.marlin_config import LayerSettings, is_marlin, read_marlin_settings
+from ..native import cuda
+from . import linear as _linear  # noqa: F401 - it defines the operator that computes on our kernels
 from . import tensor_parallel as shards
+from .column_marks import NOTHING, Arriving, Marks
 from .tensor_parallel import Piece
+
+logger = init_logger(__name__)
 
 NAME = "marlin_convert"
 _MIN_CAPABILITY = 80
-_SHARDS = {"q": 0, "k": 1, "v": 2}
 #: Blocks of the experts' kernel on each multiprocessor: its workspace has a lock for each.
 _BLOCKS_OF_EXPERTS = 4
 #: What the kernel calls codes of so many bits, by whether they have zero points of their own.
 _TYPES = {
     (4, False): scalar_types.uint4b8, (8, False): scalar_types.uint8b128, (4, True): scalar_types.uint4,
 }  # fmt: skip
+
+
+#: The environment variable that chooses the kernel of linear layers, and its values.
+KERNEL = "MARLIN_CONVERT_VLLM_KERNEL"
+_KERNELS = ("auto", "ours", "vllm")
+#: Where ours has been measured to be at least as fast as vLLM's Marlin kernel: capability, major.
+_FASTER_ON = (9,)
+
+
+class Kernel(NamedTuple):
+    """What computes linear layers, and why. `missing` says why our kernels cannot run here, if they cannot."""
+
+    ours: bool
+    why: str
+    missing: str = ""
+
+
+@cache
+def kernel() -> Kernel:
+    """The choice for this process. Raises ValueError for one that cannot be."""
+    asked = os.environ.get(KERNEL, "").strip().lower() or "auto"
+    if asked not in _KERNELS:
+        raise ValueError(f"{KERNEL} is {asked!r}; it should be one of {', '.join(_KERNELS)}")
+    try:
+        cuda.load_library()
+        missing = ""
+    except DeviceError as error:
+        missing = str(error).rstrip(".")
+    if asked == "ours" and missing:
+        raise ValueError(f"{KERNEL}=ours: {missing}")
+    if asked != "auto":
+        return Kernel(asked == "ours", f"{KERNEL}={asked}", missing)
+    if missing:
+        return Kernel(False, missing, missing)
+    capability = torch.cuda.get_device_capability()
+    where = f"on compute capability {capability[0]}.{capability[1]}"
+    if capability[0] in _FASTER_ON:
+        return Kernel(True, f"the faster one {where}")
+    return Kernel(False, f"ours has not been measured to be faster {where}")
+
+
+@cache
+def _say_kernel() -> None:
+    choice = kernel()
+    name = "marlin-convert's kernels" if choice.ours else "vLLM's Marlin kernel"
+    logger.info("Linear layers of this Marlin checkpoint are computed by %s: %s", name, choice.why)
+
+
+def _part_of_the_cache_key() -> str:
+    """vLLM keys compiled graphs by its environment variables; this is ours among them, as it was decided."""
+    return f"{'ours' if kernel().ours else 'vllm'} {cuda.ABI_VERSION} {__version__}"
+
+
+envs.environment_variables[KERNEL] = _part_of_the_cache_key
 
 
 def register() -> None:
@@ -63,6 +133,8 @@ class MarlinCheckpointConfig(QuantizationConfig):  # type: ignore[misc]
         self.layers = dict(self.settings.layers)
         self.quantized: set[str] = set()
         self.biases: set[str] = set()  # layers with a bias, quantized or not
+        self.stored: frozenset[str] = frozenset()  # the quantized layers in the checkpoint's own words
+        self.arriving: Arriving | None = None  # while weights are loaded
 
     def __repr__(self) -> str:
         return f"MarlinCheckpointConfig({self.settings.format}, {self.settings.default}, {len(self.layers)} exceptions)"
@@ -99,6 +171,7 @@ class MarlinCheckpointConfig(QuantizationConfig):  # type: ignore[misc]
         names = set(get_safetensors_params_metadata(model_name, revision=revision))
         ending = ".marlin_qweight" if self.settings.format == "marlin_ext" else ".B"
         self.quantized = {name.removesuffix(ending) for name in names if name.endswith(ending)}
+        self.stored = frozenset(self.quantized)
         self.biases = {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
         if not self.quantized:
             raise ValueError(f"{model_name}: the settings say {self.settings.format}, and no tensor ends in {ending}")
@@ -129,7 +202,7 @@ class MarlinCheckpointConfig(QuantizationConfig):  # type: ignore[misc]
         names = self.parts(prefix)
         there = [name in self.quantized for name in names]
         if all(there):
-            return MarlinCheckpointMethod(self, names)
+            return MarlinCheckpointMethod(self, prefix, names)
         if any(there):
             plain = [name for name, quantized in zip(names, there, strict=True) if not quantized]
             raise ValueError(f"{prefix}: vLLM computes it as one layer, and {', '.join(plain)} of it is not quantized")
@@ -137,23 +210,33 @@ class MarlinCheckpointConfig(QuantizationConfig):  # type: ignore[misc]
 
 
 class _Product(NamedTuple):
-    """One call of the kernel: the number in its tensors' names, and what the call needs beside them."""
+    """One call of a kernel: the number in its tensors' names, and what the call needs beside them."""
 
     number: int
-    type: Any
+    ours: bool
+    bits: int
+    type: Any  # vLLM's name of the codes
     K: int  # of the activations
     stored_K: int
     N: int
     stored_N: int
     sorted: bool  # act-order
+    spread: bool  # rows of zeros between others, see `tensor_parallel.rows`
 
 
 class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
-    """One linear layer of vLLM: `names` are the checkpoint's layers in it."""
+    """One linear layer of vLLM, whose columns come from layers of the checkpoint."""
 
-    def __init__(self, config: MarlinCheckpointConfig, names: list[str]) -> None:
-        self.config, self.names = config, names
-        self.settings = [_supported(name, config.layer(name)) for name in names]
+    def __init__(self, config: MarlinCheckpointConfig, prefix: str, names: Iterable[str] = ()) -> None:
+        """`names` are the layers of the checkpoint that are known to belong to it. Raises ValueError for those that
+        no kernel computes."""
+        self.config, self.prefix = config, prefix
+        self.pieces: list[Piece] = []
+        _say_kernel()
+        _check_invariance(prefix)
+        for name in names:
+            settings = config.layer(name)
+            _ours(name, settings.bits, not settings.sym, settings.group_size)
 
     def create_weights(
         self,
@@ -163,99 +246,130 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         input_size: int,
         output_size: int,
         params_dtype: torch.dtype,
+        weight_loader: Callable[..., Any] | None = None,
         **_: Any,
     ) -> None:
-        """Register a stand-in for each of the checkpoint's tensors; their loaders keep what this rank needs."""
-        widths = list(output_partition_sizes)
-        ranks = output_size // sum(widths)
-        if len(self.names) != len(widths):  # fused in the checkpoint already
-            if len(self.names) != 1 or ranks > 1:
-                raise ValueError(
-                    f"{self.names[0]}: fused in the checkpoint, it cannot be split over tensor-parallel ranks; use one"
-                )
-            widths = [sum(widths)]
-        self.widths, self.ranks, self.dtype = widths, ranks, params_dtype
-        self.own_K, self.all_K = input_size_per_partition, input_size
-        self.arrived = [
-            _Arriving(name, settings, partial(self._cut, layer, part))
-            for part, (name, settings) in enumerate(zip(self.names, self.settings, strict=True))
-        ]
+        """Register a list of columns, for vLLM's loader to fill with marks as if it were the weight."""
+        self.own_K, self.all_K, self.dtype = input_size_per_partition, input_size, params_dtype
+        self.device = torch.get_default_device()
+        marks = torch.full((sum(output_partition_sizes), 1), NOTHING, dtype=torch.int64, device="cpu")
+        parameter: Any = nn.Parameter(marks, requires_grad=False)
+        way: Callable[..., Any] = weight_loader or layer.weight_loader
+        given: list[Tensor] = []
 
-        def load(param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: Any = None, *_: Any, **__: Any) -> None:
-            part = 0 if loaded_shard_id is None else loaded_shard_id
-            if isinstance(part, str):
-                part = _SHARDS.get(part, -1)
-            if not isinstance(part, int) or not 0 <= part < len(self.arrived):
-                raise ValueError(f"a part named {loaded_shard_id!r} of a layer of {len(self.arrived)} parts")
-            self.arrived[part].take(param, loaded_weight)
+        def load(param: Any, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
+            if not isinstance(loaded_weight, Marks):
+                raise ValueError(f"{self.prefix}: vLLM computes it as one layer, and a part of it is not quantized")
+            self._arriving.asked(loaded_weight)
+            given.append(loaded_weight)
+            way(param, loaded_weight, *args, **kwargs)
+            if bool((param.data >= 0).all()):
+                self._cut(layer, param.data, given[-1])
 
-        _stand_ins(layer, self.config, "", load)
+        parameter.output_dim, parameter.weight_loader = 0, load
+        layer.register_parameter("weight", parameter)
 
-    def _cut(self, layer: Any, part: int, piece: Piece) -> Piece:
-        """This rank's piece of a layer."""
-        name, widths, ranks, own_K, all_K = self.names[part], self.widths, self.ranks, self.own_K, self.all_K
-        rank = _rank(layer) if ranks > 1 or own_K != all_K else 0
-        if own_K != all_K:
-            piece = shards.rows(name, piece, rank * own_K, own_K)
-        elif own_K != piece.K:
-            raise ValueError(f"{name}: it has {piece.K} rows, the model {own_K}")
-        replicas = getattr(layer, "num_kv_head_replicas", 1) if part else 1  # of the heads of k and v
-        if ranks > 1:
-            piece = shards.columns(name, piece, rank // replicas * widths[part], widths[part])
-        elif isinstance(layer, ParallelLMHead):
-            piece = shards.columns(name, piece, 0, widths[part])  # the vocabulary, as vLLM pads it
-        elif widths[part] != piece.N:
-            raise ValueError(f"{name}: it has {piece.N} columns, the model {widths[part]}")
-        return _cast(name, piece, self.dtype)
+    @property
+    def _arriving(self) -> Arriving:
+        if self.config.arriving is None:
+            raise ValueError(f"{self.prefix}: its weights can be loaded once only; start vLLM again to load others")
+        return self.config.arriving
+
+    def _cut(self, layer: Any, marks: Tensor, given: Tensor | None = None) -> None:
+        """Take this rank's columns and rows."""
+        pieces = self._arriving.pieces(self.prefix, marks, self.device, given)
+        first = _rank(layer) * self.own_K if self.own_K != self.all_K else 0
+        self.pieces = []
+        for piece in pieces:
+            if self.all_K != piece.K:
+                raise ValueError(f"{self.prefix}: it has {piece.K} rows, the model {self.all_K}")
+            own = piece if self.own_K == self.all_K else self._rows(piece, first)
+            self.pieces.append(own if _piece_is_ours(self.prefix, own) else _cast(self.prefix, own, self.dtype))
+
+    def _rows(self, piece: Piece, first: int) -> Piece:
+        if _not_ours() and piece.G > 1 and not shards.cuts_whole_groups(piece, first, self.own_K):
+            why = "it has act-order" if piece.perm is not None else f"they cut through its {piece.G} groups"
+            raise ValueError(
+                f"{self.prefix}: rows {first} to {first + self.own_K} of {piece.K}, of this rank, become groups of 16 "
+                f"({why}), which vLLM's Marlin kernel does not have; marlin-convert's are not used: {_not_ours()}"
+            )
+        return shards.rows(piece, first, self.own_K)
+
+    def finish(self, layer: Any) -> None:
+        """Cut what a loader of the model's own has filled. Raises ValueError for columns that have not come."""
+        if not self.pieces:
+            self._cut(layer, layer.weight.data)
+        del layer.weight
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Join what one call of the kernel can do; nothing is repacked."""
-        pieces = [arriving.piece() for arriving in self.arrived]
-        self.arrived = []
-        _remove_stand_ins(layer, "")
+        """Join what one call of a kernel can do; nothing is repacked."""
+        if not self.pieces:
+            raise ValueError(f"{self.prefix}: its weights have not been loaded")
+        pieces, self.pieces = self.pieces, []
         bias, products, column = getattr(layer, "bias", None), [], 0
         for number, piece in enumerate(shards.join(pieces)):
-            device = piece.weight.device
-            tensors = {
-                "weight": piece.weight,
-                "scales": piece.scales,
-                "zeros": piece.zeros if piece.zeros is not None else torch.empty(0, dtype=torch.int32, device=device),
-                "perm": piece.perm,
-                "bias": None if bias is None else _kernel_bias(bias[column : column + piece.N], piece.stored_N),
-            }
+            device, ours = piece.weight.device, _piece_is_ours(self.prefix, piece)
+            own = None if bias is None else bias.data[column : column + piece.N].clone()
+            if own is not None and not ours:
+                own = _kernel_bias(own, piece.stored_N)
+            zeros = piece.zeros
+            if zeros is None and not ours:
+                zeros = torch.empty(0, dtype=torch.int32, device=device)
+            tensors = {"weight": piece.weight, "scales": piece.scales, "zeros": zeros, "perm": piece.perm, "bias": own}
             for what, tensor in tensors.items():
                 value = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
                 layer.register_parameter(f"marlin{number}_{what}", value)
-            kind = _TYPES[piece.bits, piece.zeros is not None]
+            kind = _TYPES.get((piece.bits, piece.zeros is not None))
             sizes = (piece.K, piece.stored_K, piece.N, piece.stored_N)
-            products.append(_Product(number, kind, *sizes, piece.perm is not None))
+            sort = piece.perm is not None
+            spread = piece.perm is not None and piece.perm.numel() != piece.K
+            products.append(_Product(number, ours, piece.bits, kind, *sizes, sort, spread))
             column += piece.N
         self.products = tuple(products)
-        self.workspace = marlin_make_workspace_new(pieces[0].weight.device)
-        self.nothing = torch.empty(0, dtype=torch.int32, device=pieces[0].weight.device)
+        layer.qweight = layer.marlin0_weight  # where vLLM looks for a device when it takes a layer's weights apart
+        if not all(product.ours for product in products):
+            self.workspace = marlin_make_workspace_new(pieces[0].weight.device)
+            self.nothing = torch.empty(0, dtype=torch.int32, device=pieces[0].weight.device)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] of this rank → [..., N of this rank]."""
-        results = []
-        for product in self.products:
-            own = x.index_select(-1, getattr(layer, f"marlin{product.number}_perm")) if product.sorted else x
-            if product.stored_K != product.K:
-                own = nn.functional.pad(own, (0, product.stored_K - product.K))
-            y = _multiply(
-                input=own,
-                weight=getattr(layer, f"marlin{product.number}_weight"),
-                weight_scale=getattr(layer, f"marlin{product.number}_scales"),
-                weight_zp=getattr(layer, f"marlin{product.number}_zeros"),
-                workspace=self.workspace,
-                wtype=product.type,
-                output_size_per_partition=product.stored_N,
-                input_size_per_partition=product.stored_K,
-                bias=None if bias is None else getattr(layer, f"marlin{product.number}_bias"),
-                **dict.fromkeys(_EMPTY, self.nothing),
-                **_FIXED,
-            )
-            results.append(y[..., : product.N] if product.stored_N != product.N else y)
+        results = [
+            (self._our_product if product.ours else self._product)(layer, x, product, bias is not None)
+            for product in self.products
+        ]
         return results[0] if len(results) == 1 else torch.cat(results, -1)
+
+    def _our_product(self, layer: Any, x: Tensor, product: _Product, add_bias: bool) -> Tensor:
+        """Our operator: it takes a layer as stored, and chooses its way by the rows that come when it runs."""
+        tensors = [getattr(layer, f"marlin{product.number}_{w}") for w in ("weight", "scales", "bias", "zeros", "perm")]
+        weight, scales, bias, zeros, perm = tensors
+        K = product.K
+        if product.spread:
+            x, perm, K = x.index_select(-1, perm), None, product.stored_K
+        y: Tensor = torch.ops.marlin_convert.linear(
+            x, weight, scales, bias if add_bias else None, zeros, perm, product.bits, K, product.N
+        )
+        return y
+
+    def _product(self, layer: Any, x: Tensor, product: _Product, add_bias: bool) -> Tensor:
+        """vLLM's Marlin kernel: sizes as stored, act-order and padding around it."""
+        own = x.index_select(-1, getattr(layer, f"marlin{product.number}_perm")) if product.sorted else x
+        if product.stored_K != product.K:
+            own = nn.functional.pad(own, (0, product.stored_K - product.K))
+        y: Tensor = _multiply(
+            input=own,
+            weight=getattr(layer, f"marlin{product.number}_weight"),
+            weight_scale=getattr(layer, f"marlin{product.number}_scales"),
+            weight_zp=getattr(layer, f"marlin{product.number}_zeros"),
+            workspace=self.workspace,
+            wtype=product.type,
+            output_size_per_partition=product.stored_N,
+            input_size_per_partition=product.stored_K,
+            bias=getattr(layer, f"marlin{product.number}_bias") if add_bias else None,
+            **dict.fromkeys(_EMPTY, self.nothing),
+            **_FIXED,
+        )
+        return y[..., : product.N] if product.stored_N != product.N else y
 
 
 class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -276,18 +390,21 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             why = "is not quantized" if odd in names else "is not one of them"
             raise ValueError(f"{prefix}: vLLM computes its experts as one layer, and {odd} {why}")
         if names & config.biases:
-            self._refuse(f"experts with biases ({min(names & config.biases)})")
+            self._refuse(f"{engine_support.BIASED} ({min(names & config.biases)})")
         if self.moe.moe_parallel_config.use_all2all_kernels:
             self._refuse("experts spread over data-parallel ranks")
         kinds = {replace(config.layer(name), source_group_size=None) for name in sorted(names)}
         self.settings = kinds.pop()
         if kinds:
-            self._refuse("experts of different settings in one block")
+            self._refuse(engine_support.DIFFERENT)
         if self.settings.desc_act:
-            self._refuse("experts with act-order")
+            self._refuse(engine_support.SORTED)
         if self.settings.in_features is not None or self.settings.out_features is not None:
-            self._refuse("experts that are stored padded")
-        _supported(prefix, self.settings)
+            self._refuse(engine_support.PADDED)
+        _check_invariance(prefix)
+        lacking = _vllm_lacks(self.settings.bits, not self.settings.sym, self.settings.group_size)
+        if lacking:
+            raise ValueError(f"{prefix}: {lacking}")
 
     def _name(self, number: int, shard: str) -> str:
         return f"{self.prefix}.{number}.{self.parts[shard]}"
@@ -307,9 +424,10 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """Register a stand-in for each kind of tensor; their loaders keep what this rank needs of its experts."""
+        """Register a stand-in for each weight; its loader keeps what this rank needs of its experts."""
         self.hidden, self.own, self.dtype = hidden_size, intermediate_size_per_partition, params_dtype
-        self.arrived: dict[tuple[int, str], _Arriving] = {}
+        self.device = torch.get_default_device()
+        self.pieces: dict[tuple[int, str], Piece] = {}
         self.count = num_experts
 
         def load(
@@ -322,15 +440,20 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         ) -> bool | None:
             local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local >= 0:
-                if (local, shard_id) not in self.arrived:
-                    name = self._name(expert_id, shard_id)
-                    cut = partial(self._cut, layer, name, shard_id)
-                    self.arrived[local, shard_id] = _Arriving(name, self.settings, cut)
-                self.arrived[local, shard_id].take(param, loaded_weight)
+                name = self._name(expert_id, shard_id)
+                if not isinstance(loaded_weight, Marks) or self.config.arriving is None:
+                    raise ValueError(f"{name}: its weights are not those of the checkpoint")
+                self.config.arriving.asked(loaded_weight)
+                pieces = self.config.arriving.pieces(name, loaded_weight, self.device)
+                if len(pieces) != 1:
+                    raise ValueError(f"{name}: the engine joins layers of the checkpoint in it")
+                self.pieces[local, shard_id] = self._cut(layer, name, shard_id, pieces[0])
             return local >= 0 if return_success else None
 
-        for prefix in ("w13_", "w2_"):
-            _stand_ins(layer, self.config, prefix, load)
+        for name in ("w13_weight", "w2_weight"):
+            stand_in: Any = nn.Parameter(torch.empty(0, dtype=torch.int64, device="cpu"), requires_grad=False)
+            stand_in.weight_loader = load
+            layer.register_parameter(name, stand_in)
 
     def _cut(self, layer: Any, name: str, shard: str, piece: Piece) -> Piece:
         """This rank's piece of one expert's gate, up or down."""
@@ -338,21 +461,29 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         K, N = (self.own * ranks, self.hidden) if shard == "w2" else (self.hidden, self.own * ranks)
         if (piece.K, piece.N) != (K, N):
             raise ValueError(f"{name}: it is {piece.K} x {piece.N}, the model {K} x {N}")
-        way = shards.rows if shard == "w2" else shards.columns
-        return _cast(name, way(name, piece, rank * self.own, self.own), self.dtype)
+        if shard == "w2":
+            first = rank * self.own
+            if ranks > 1 and not shards.cuts_whole_groups(piece, first, self.own):
+                self._refuse(f"experts whose rows {first} to {first + self.own}, of this rank, cut through groups")
+            piece = shards.rows(piece, first, self.own)
+        else:
+            piece = shards.columns(piece, torch.arange(rank * self.own, (rank + 1) * self.own))
+        return _cast(name, piece, self.dtype)
+
+    def finish(self, layer: Any) -> None:
+        """Raises ValueError for experts that have not come."""
+        for number in range(self.count):
+            for shard, part in self.parts.items():
+                if (number, shard) not in self.pieces:
+                    raise ValueError(f"{self.prefix}: the checkpoint has no {part} for one of its experts")
+        del layer.w13_weight, layer.w2_weight
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Stack the experts; nothing is repacked."""
-        for number in range(self.count):
-            for shard, part in self.parts.items():
-                if (number, shard) not in self.arrived:
-                    raise ValueError(f"{self.prefix}: the checkpoint has no {part} for one of its experts")
-        pieces = {key: arriving.piece() for key, arriving in self.arrived.items()}
-        self.arrived = {}
+        pieces, self.pieces = self.pieces, {}
         first = [shards.join([pieces[number, "w1"], pieces[number, "w3"]])[0] for number in range(self.count)]
         second = [pieces[number, "w2"] for number in range(self.count)]
         for prefix, stack in (("w13_", first), ("w2_", second)):
-            _remove_stand_ins(layer, prefix)
             for what in ("weight", "scales", "zeros"):
                 tensors = [getattr(piece, what) for piece in stack]
                 value = None if tensors[0] is None else nn.Parameter(torch.stack(tensors), requires_grad=False)
@@ -396,46 +527,191 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
 # ---- Loading ----
 
-
-class _Arriving:
-    """A layer whose tensors come one by one; this rank's piece of it is cut as soon as all are there."""
-
-    def __init__(self, name: str, settings: LayerSettings, cut: Callable[[Piece], Piece]) -> None:
-        self.name, self.settings, self.cut = name, settings, cut
-        self.tensors: dict[str, Tensor] = {}
-        self.done: Piece | None = None
-
-    def take(self, parameter: nn.Parameter, loaded: Tensor) -> None:
-        self.tensors[parameter.what] = loaded.to(parameter.device)  # type: ignore[attr-defined]
-        if self.tensors.keys() == shards.needed(self.settings):
-            self.done, self.tensors = self.piece(), {}
-
-    def piece(self) -> Piece:
-        """Raises ValueError while a tensor is missing."""
-        return self.done or self.cut(shards.whole(self.name, self.settings, self.tensors))
+_configure = loader_utils.configure_quant_config
+_expected: dict[type, MarlinCheckpointConfig] = {}  # classes of models that are about to be built
 
 
-def _stand_ins(layer: nn.Module, config: MarlinCheckpointConfig, prefix: str, load: Callable[..., Any]) -> None:
-    """Parameters under the names of the checkpoint's tensors, for vLLM's loader to find; `load` takes what comes."""
-    for what, name in (EXTENDED_NAMES if config.settings.format == "marlin_ext" else ORIGINAL_NAMES).items():
-        parameter = nn.Parameter(torch.empty(0, dtype=torch.int32), requires_grad=False)
-        parameter.weight_loader, parameter.what = load, what  # type: ignore[attr-defined]
-        layer.register_parameter(prefix + name, parameter)
+def _configure_model(quant_config: QuantizationConfig, model_class: Any) -> None:
+    """vLLM's own step before it builds a model; a model of a Marlin checkpoint then loads through `_load_model`."""
+    _configure(quant_config, model_class)
+    _expected.pop(model_class, None)
+    if isinstance(quant_config, MarlinCheckpointConfig):
+        _expected[model_class] = quant_config
+        if not hasattr(model_class.load_weights, "_marlin_convert"):
+            load = model_class.load_weights
+
+            @wraps(load)
+            def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
+                return _load_model(model, partial(load, model), weights, *args, **kwargs)
+
+            load_weights._marlin_convert = True  # type: ignore[attr-defined]
+            model_class.load_weights = load_weights
 
 
-def _remove_stand_ins(layer: nn.Module, prefix: str) -> None:
-    for name in (*ORIGINAL_NAMES.values(), *EXTENDED_NAMES.values()):
-        if hasattr(layer, prefix + name):
-            delattr(layer, prefix + name)
+loader_utils.configure_quant_config = _configure_model
 
 
-def _supported(name: str, settings: LayerSettings) -> LayerSettings:
-    """Raises ValueError for what vLLM's kernel lacks."""
-    if (settings.bits, not settings.sym) not in _TYPES:
-        raise ValueError(f"{name}: vLLM's Marlin kernel has no {settings.bits}-bit codes with zero points")
-    if settings.group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
-        raise ValueError(f"{name}: vLLM's Marlin kernel has no groups of {settings.group_size}")
-    return settings
+def _load_model(model: nn.Module, load: Callable[..., Any], weights: Any, *args: Any, **kwargs: Any) -> Any:
+    """`load` the checkpoint's tensors into a model of vLLM, which gets marks for the quantized ones.
+
+    Raises ValueError, with names, for what the model cannot take, and for what it leaves out.
+    """
+    config = next((_expected[kind] for kind in type(model).__mro__ if kind in _expected), None)
+    ours = {id(method.config) for _, method in _methods(model)}
+    known = get_current_vllm_config_or_none()
+    if config is None or (ours != {id(config)} and (ours or known is None or known.quant_config is not config)):
+        return load(weights, *args, **kwargs)
+    if config.arriving is not None:  # a model within a model
+        return load(weights, *args, **kwargs)
+    arriving = config.arriving = Arriving(config.settings, config.stored)
+    plain = _watch(model, config)
+    try:
+        result = load(arriving.stream(weights), *args, **kwargs)
+        for layer, method in _methods(model):
+            method.finish(layer)
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        if arriving.now not in config.stored or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{arriving.now}: {type(model).__name__} of vLLM {VLLM_VERSION} does not take it "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    finally:
+        config.arriving = None
+        for kind in [kind for kind, its in _expected.items() if its is config]:
+            del _expected[kind]
+        for watched in plain:
+            watched.parameter.weight_loader = watched.way
+    left = arriving.unclaimed()
+    loaded = result if isinstance(result, set) else set()
+    empty = [w.name for w in plain if not w.filled and isinstance(w.layer, LinearBase) and w.name not in loaded]
+    if left and empty:
+        raise ValueError(
+            f"{type(model).__name__} of vLLM {VLLM_VERSION} leaves out {len(left)} quantized layers of the checkpoint "
+            f"({_some(left)}), and {len(empty)} layers of its own are without weights ({_some(empty)})"
+        )
+    if left:
+        logger.info("%d quantized layers of the checkpoint are no part of this model: %s", len(left), _some(left))
+    return result
+
+
+@dataclass
+class _Watched:
+    """A weight of the model that this plugin did not know to be quantized; `way` is its loader."""
+
+    name: str
+    layer: Any
+    parameter: Any
+    way: Callable[..., Any]
+    filled: bool = False
+    ours: bool = False
+
+
+def _watch(model: nn.Module, config: MarlinCheckpointConfig) -> list[_Watched]:
+    """Let plain layers of the model become this plugin's when marks arrive: vLLM calls some by other names, or says
+    nothing of quantization when it builds them."""
+    found: dict[int, _Watched] = {}
+    for name, layer in model.named_modules():
+        if isinstance(getattr(layer, "quant_method", None), (MarlinCheckpointMethod, MarlinExpertsMethod)):
+            continue
+        if isinstance(layer, (LinearBase, ParallelLMHead, RoutedExperts)):
+            for own, parameter in layer.named_parameters(recurse=False):
+                if own.endswith("weight") and id(parameter) not in found:
+                    way = getattr(parameter, "weight_loader", default_weight_loader)
+                    watched = found[id(parameter)] = _Watched(f"{name}.{own}", layer, parameter, way)
+                    parameter.weight_loader = partial(_load_watched, watched, config)
+    return list(found.values())
+
+
+def _load_watched(
+    watched: _Watched,
+    config: MarlinCheckpointConfig,
+    param: nn.Parameter,
+    loaded_weight: Tensor,
+    *args: Any,
+    **more: Any,
+) -> Any:
+    layer: Any = watched.layer
+    name = watched.name.removesuffix(".weight")
+    plain = not isinstance(loaded_weight, Marks)
+    if (watched.ours and plain) or (watched.filled and not plain and not watched.ours):
+        raise ValueError(f"{name}: vLLM computes it as one layer, and a part of it is not quantized")
+    watched.filled = True
+    if plain:
+        return watched.way(param, loaded_weight, *args, **more)
+    if isinstance(layer, RoutedExperts):
+        raise ValueError(f"{name}: vLLM calls these experts by another name than the checkpoint does")
+    if not watched.ours:
+        watched.ours = True
+        del layer.weight
+        own = getattr(watched.way, "__self__", None) is not layer  # a loader of the model's own: it cuts marks as well
+        way: Any = watched.way if own else type(layer).weight_loader.__get__(layer)
+        with param.device:
+            _adopt(layer, MarlinCheckpointMethod(config, name), way, param.dtype)
+    marks: Any = layer.get_parameter("weight")
+    return marks.weight_loader(marks, loaded_weight, *args, **more)
+
+
+def _adopt(layer: Any, method: MarlinCheckpointMethod, way: Callable[..., Any], dtype: torch.dtype) -> None:
+    """Make `method` that of a layer which vLLM has built for plain weights."""
+    layer.quant_method = method
+    if isinstance(layer, ParallelLMHead):
+        K, widths, N = layer.embedding_dim, [layer.num_embeddings_per_partition], layer.num_embeddings_padded
+        method.create_weights(layer, K, widths, K, N, dtype, weight_loader=way)
+    else:
+        method.create_weights(
+            layer, getattr(layer, "input_size_per_partition", layer.input_size), layer.output_partition_sizes,
+            layer.input_size, layer.output_size, dtype, weight_loader=way,
+        )  # fmt: skip
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+
+
+def _methods(model: nn.Module) -> list[tuple[Any, Any]]:
+    """The layers that this plugin computes, with their methods."""
+    kinds = (MarlinCheckpointMethod, MarlinExpertsMethod)
+    found = [(layer, getattr(layer, "quant_method", None)) for layer in model.modules()]
+    return [(layer, method) for layer, method in found if isinstance(method, kinds)]
+
+
+# ---- Which kernel ----
+
+
+def _vllm_lacks(bits: int, zeros: bool, group_size: int) -> str:
+    """What vLLM's Marlin kernel does not have of such a layer, or nothing."""
+    if (bits, zeros) not in _TYPES:
+        return f"vLLM's Marlin kernel has no {bits}-bit codes with zero points"
+    if group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
+        return f"vLLM's Marlin kernel has no groups of {group_size}"
+    return ""
+
+
+def _ours(name: str, bits: int, zeros: bool, group_size: int) -> bool:
+    """Whether our kernels compute such a layer. Raises ValueError if neither we nor vLLM can."""
+    lacking = _vllm_lacks(bits, zeros, group_size)
+    if lacking and _not_ours():
+        raise ValueError(f"{name}: {lacking}, and marlin-convert's are not used: {_not_ours()}")
+    return kernel().ours or bool(lacking)
+
+
+def _not_ours() -> str:
+    """Why our kernels compute nothing here, not even what vLLM's cannot; or nothing."""
+    choice = kernel()
+    return choice.missing or ("" if choice.ours or not choice.why.startswith(KERNEL) else choice.why)
+
+
+def _piece_is_ours(name: str, piece: Piece) -> bool:
+    return _ours(name, piece.bits, piece.zeros is not None, -1 if piece.G == 1 else piece.stored_K // piece.G)
+
+
+def _check_invariance(name: str) -> None:
+    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+        raise ValueError(
+            f"{name}: VLLM_BATCH_INVARIANT=1 asks for results that do not depend on the number of rows; the kernels "
+            "for Marlin checkpoints do not give them. Start vLLM without it"
+        )
 
 
 def _cast(name: str, piece: Piece, dtype: torch.dtype) -> Piece:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import bf16
+
 F16 = npt.NDArray[np.float16]
 
 
@@ -38,7 +40,7 @@ def to_fp16(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
         if ((raw.view(np.uint16) & 0x7C00) == 0x7C00).any():  # an exponent of all ones: inf or NaN
             return ScaleFit(scales, "scales contain inf or NaN")
         return ScaleFit(scales)
-    wide = (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else raw
+    wide = bf16.widened(raw)
     if not np.isfinite(wide).all():
         return ScaleFit(np.zeros(raw.shape, np.float16), "scales contain inf or NaN")
     with np.errstate(over="ignore", under="ignore"):
@@ -65,17 +67,15 @@ def to_extended(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
     if dtype == "F16" or (half.problem is None and (dtype == "F32" or half.rounding == 0)):
         return half
     if dtype == "BF16":
-        finite = ((raw & 0x7F80) != 0x7F80).all()
-        return ScaleFit(raw) if finite else ScaleFit(raw, "scales contain inf or NaN")
+        return ScaleFit(raw) if bf16.finite(raw).all() else ScaleFit(raw, "scales contain inf or NaN")
     if not np.isfinite(raw).all():
         return half
-    bits = raw.view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
-    if ((rounded & 0x7F80) == 0x7F80).any():
+    rounded = bf16.rounded(raw)
+    if not bf16.finite(rounded).all():
         return ScaleFit(rounded, "F32 scales beyond what bf16 can hold")
-    if ((raw != 0) & ((rounded & 0x7FFF) == 0)).any():
+    if ((raw != 0) & ~bf16.nonzero(rounded)).any():
         return ScaleFit(rounded, "F32 scales so small that they would be 0 in bf16")
-    wide = (rounded.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    wide = bf16.widened(rounded).astype(np.float64)
     nonzero = raw != 0
     error = np.divide(np.abs(wide - raw), np.abs(raw, dtype=np.float64), out=np.zeros(raw.shape), where=nonzero)
     return ScaleFit(rounded, None, float(error.max(initial=0.0)))

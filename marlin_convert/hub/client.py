@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,10 +30,16 @@ _PASSING = (408, 429, 500, 502, 503, 504)
 
 def is_folder(source: str) -> bool:
     """Whether `source` is a folder (True) or may be a Hub id (False); raises SourceError when it is neither."""
-    path = Path(source).expanduser()
-    if source and path.is_dir():
+    try:
+        mode = Path(source).expanduser().stat().st_mode if source else 0
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, a loop of links, a name too long, ~nobody
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise SourceError(f"{source}: cannot be read: {reason}.") from None
+    if stat.S_ISDIR(mode):
         return True
-    if source and path.exists():
+    if mode:
         raise SourceError(f"{source} is a file; give the folder that holds the checkpoint.")
     if source.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(source) or source.count("/") > 1:
         raise SourceError(f"{source or repr(source)}: no such folder.")
@@ -125,15 +132,39 @@ def explained(repo_id: str, revision: str | None, *, doing: str = "download") ->
             raise HubError(f"{repo_id}: the Hub has no such names; write it like your-name/model-marlin.") from None
         raise SourceError(f"{repo_id}: neither a folder nor a Hub id.") from None
     except (json.JSONDecodeError, errors.FileMetadataError):
-        raise HubError(
-            f"{repo_id}: what answers at {constants.ENDPOINT} is no Hub; check the proxy settings, and HF_ENDPOINT."
-        ) from None
+        raise no_hub(repo_id) from None
     except (errors.LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise HubError(f"{repo_id}: {_why(error, doing)}") from None
     except ValueError as error:  # what create_commit raises for a card that the Hub does not take
         if doing != "upload":
-            raise
+            if not _raised_by_client(error):
+                raise
+            raise no_hub(repo_id) from None
         raise HubError(f"{repo_id}: the Hub does not take it: {' '.join(str(error).split())}") from None
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if not _raised_by_client(error):
+            raise
+        raise no_hub(repo_id) from None  # its answers have other types than a Hub's
+
+
+def _raised_by_client(error: BaseException) -> bool:
+    """Whether an error comes from huggingface_hub, or from what that calls."""
+    trace, names = error.__traceback__, []
+    while trace is not None:
+        names.append(str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0])
+        trace = trace.tb_next
+    own = __name__.partition(".")[0]
+    return "huggingface_hub" in names[max((i for i, name in enumerate(names) if name == own), default=0) :]
+
+
+def no_hub(repo_id: str, what: str | None = None) -> HubError:
+    """That what answers is no Hub; `what` it answers, if that is clear."""
+    from huggingface_hub import constants
+
+    return HubError(
+        f"{repo_id}: what answers at {constants.ENDPOINT} is no Hub{f' ({what})' if what else ''}; "
+        "check the proxy settings, and HF_ENDPOINT."
+    )
 
 
 def interruptible(work: Callable[[], T]) -> T:

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._version import __version__
 from ..checkpoint.reader import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from ..errors import HubError
-from .client import checked_token, explained, interruptible, patiently
+from ..options import PublishTarget
+from .answers import account_of, describe, files_of
+from .client import checked_token, explained, interruptible, no_hub, patiently
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _READ = (".safetensors", INDEX_SUFFIX)  # what engines read of a repository
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a result goes on the Hub, and how. A `repo_id` without an owner is the user's own."""
-
-    repo_id: str
-    private: bool = False
-    branch: str | None = None
-    create_pr: bool = False
-    commit_message: str | None = None
 
 
 def default_name(label: str) -> str:
@@ -35,7 +26,7 @@ def default_name(label: str) -> str:
     return f"{name[:80].rstrip('-.')}-marlin"
 
 
-def check_target(target: Target, *, token: str | None, force: bool) -> Target:
+def check_target(target: PublishTarget, *, token: str | None, force: bool) -> PublishTarget:
     """The target with its owner's name, if this user may write there; changes nothing on the Hub.
 
     Raises HubError when the user may not, or, without `force`, when weights that are there would be overwritten.
@@ -52,12 +43,16 @@ def check_target(target: Target, *, token: str | None, force: bool) -> Target:
             raise HubError(f"{target.repo_id}: publishing needs a token; log in with `hf auth login` or give --token.")
         api = HfApi(token=token)
         target = _own(api, target)
-        if _exists(api, target) and not (target.create_pr or force) and _weights_there(api, target, _head(api, target)):
+        if (
+            _exists(api, target, token)
+            and not (target.create_pr or force)
+            and _weights_there(target, _head(target, token), token)
+        ):
             raise HubError(_other_weights(target))
     return target
 
 
-def create_repository(target: Target, *, token: str | None) -> None:
+def create_repository(target: PublishTarget, *, token: str | None) -> None:
     """Create the repository, unless it is there."""
     with explained(target.repo_id, target.branch, doing="upload"):
         from huggingface_hub import HfApi
@@ -66,7 +61,7 @@ def create_repository(target: Target, *, token: str | None) -> None:
         patiently(lambda: api.create_repo(target.repo_id, private=target.private or None, exist_ok=True))
 
 
-def push(folder: Path, target: Target, *, token: str | None, force: bool) -> str:
+def push(folder: Path, target: PublishTarget, *, token: str | None, force: bool) -> str:
     """Upload every file of `folder` in one commit; the address of the commit or pull request.
 
     What an earlier try has uploaded is not uploaded again. Raises HubError; the repository then is as it was.
@@ -82,17 +77,17 @@ def push(folder: Path, target: Target, *, token: str | None, force: bool) -> str
         names = [p.relative_to(folder).as_posix() for p in files]
         visible = [(p, n) for p, n in zip(files, names, strict=True) if not n.startswith(".") and "/." not in n]
         added = {name: CommitOperationAdd(name, str(path)) for path, name in visible}
-        head = _head(api, target)
+        head = _head(target, token)
         if not force and not target.create_pr:
-            for name, sha in _weights_there(api, target, head).items():
+            for name, sha in _weights_there(target, head, token).items():
                 if sha and (name not in added or added[name].upload_info.sha256.hex() != sha):
                     raise HubError(_other_weights(target))
         if head is None and target.branch:
             branch = target.branch
             patiently(lambda: api.create_branch(target.repo_id, branch=branch, exist_ok=True))
-            head = _head(api, target)
+            head = _head(target, token)
         # Weights of another result beside these would be read with them.
-        there = _weights_there(api, target, head)
+        there = _weights_there(target, head, token)
         stale = [CommitOperationDelete(n) for n in there if n not in added and n.endswith(_READ) and "/" not in n]
         message = target.commit_message or f"Marlin checkpoint, by marlin-convert {__version__}"
         done = interruptible(
@@ -107,29 +102,30 @@ def push(folder: Path, target: Target, *, token: str | None, force: bool) -> str
     return str(done.pr_url or done.commit_url)
 
 
-def _own(api: HfApi, target: Target) -> Target:
+def _own(api: HfApi, target: PublishTarget) -> PublishTarget:
     """The target with its owner's name; raises HubError when whose token it is may not write there."""
-    who = patiently(api.whoami)
-    role = who.get("auth", {}).get("accessToken", {}).get("role")
-    if role == "read":
+    try:
+        who = account_of(patiently(api.whoami))
+    except (AttributeError, LookupError, TypeError):
+        raise no_hub(target.repo_id, "it does not say whose the token is") from None
+    if who.role == "read":
         raise HubError(f"{target.repo_id}: the token may only read; give one that may write.")
     if "/" not in target.repo_id:
-        target = replace(target, repo_id=f"{who['name']}/{target.repo_id}")
+        target = replace(target, repo_id=f"{who.name}/{target.repo_id}")
     owner = target.repo_id.split("/")[0]
-    roles = {org["name"]: org.get("roleInOrg") for org in who.get("orgs", [])}
-    if owner != who["name"] and not target.create_pr and roles.get(owner, "read") == "read":
+    if owner != who.name and not target.create_pr and who.orgs.get(owner, "read") == "read":
         raise HubError(
-            f"{target.repo_id}: {who['name']} may not write there; choose a repository of your own, or --create-pr."
+            f"{target.repo_id}: {who.name} may not write there; choose a repository of your own, or --create-pr."
         )
     return target
 
 
-def _exists(api: HfApi, target: Target) -> bool:
+def _exists(api: HfApi, target: PublishTarget, token: str | None) -> bool:
     """Whether the repository is there; raises when it is and may not be written to."""
     from huggingface_hub import CommitOperationAdd, errors
 
     try:
-        private = patiently(lambda: api.model_info(target.repo_id)).private
+        private = describe(target.repo_id, None, token).private
     except errors.RepositoryNotFoundError:
         return False
     if target.private and not private:
@@ -140,28 +136,25 @@ def _exists(api: HfApi, target: Target) -> bool:
     return True
 
 
-def _head(api: HfApi, target: Target) -> str | None:
+def _head(target: PublishTarget, token: str | None) -> str | None:
     """The commit that the result will follow; None when the target's branch is not there."""
     from huggingface_hub import errors
 
     revision = None if target.create_pr else target.branch
     try:
-        return patiently(lambda: api.model_info(target.repo_id, revision=revision)).sha
+        return describe(target.repo_id, revision, token).commit
     except errors.RevisionNotFoundError:
         return None
 
 
-def _weights_there(api: HfApi, target: Target, commit: str | None) -> dict[str, str]:
+def _weights_there(target: PublishTarget, commit: str | None, token: str | None) -> dict[str, str]:
     """Names and SHA-256 (of LFS files, as weights are) of the weights and indexes at a commit, if it is one."""
-    from huggingface_hub.hf_api import RepoFile
-
     if commit is None:
         return {}
-    entries = patiently(lambda: list(api.list_repo_tree(target.repo_id, revision=commit, recursive=True)))
-    files = [e for e in entries if isinstance(e, RepoFile) and e.path.endswith(WEIGHT_SUFFIXES)]
-    return {file.path: file.lfs.sha256 if file.lfs else "" for file in files}
+    files = files_of(target.repo_id, commit, token)
+    return {f.name: f.oid if len(f.oid) == 64 else "" for f in files.values() if f.name.endswith(WEIGHT_SUFFIXES)}
 
 
-def _other_weights(target: Target) -> str:
+def _other_weights(target: PublishTarget) -> str:
     where = f", branch {target.branch}," if target.branch else ""
     return f"{target.repo_id}{where} holds other weights; choose another repository, or overwrite them with --force."

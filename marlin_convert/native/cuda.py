@@ -34,7 +34,7 @@ from ..formats.layout import TILE_K, pack_factor
 LIBRARY = Path(os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "_cuda.so")
 
 # MARLIN_CUDA_* of kernels/marlin_cuda.h; a test compares them.
-ABI_VERSION = 3
+ABI_VERSION = 4
 K_MULTIPLE = 64
 N_MULTIPLE = 64
 GROUP_SIZE = 128

@@ -1,8 +1,9 @@
 """The only door to compiled code: packing, unpacking, comparing and multiplying, on numpy arrays.
 
 The work is done by the native CPU library `_cpu.so` (`kernels/cpu`), loaded on first use. Where it is missing, the same
-functions run through the torch twin in `repack.py`: slow, but correct. `describe()` says which of the two it is. Set
-MARLIN_CONVERT_NO_NATIVE=1 in the environment to force the twin.
+functions run through the torch twin in `repack.py`: slow, but correct. `describe()` says which of the two it is. In the
+environment, MARLIN_CONVERT_NO_NATIVE=1 forces the twin, and MARLIN_CONVERT_ISA=plain or avx2 keeps the library from
+instructions beyond that set.
 
 Codes have 4 bits unless `bits` says 8. Scales are float16, or bf16 as uint16, numpy having no bf16; the weights are
 rounded to the type of their scales, and come as the same. Zero points are uint8 [G, N], the columns in their own order;
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MissingPackageError
+from ..errors import DeviceError, MissingPackageError
 from ..formats import layout
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ _Prototype = tuple[Any, list[Any]]
 
 ABI_VERSION = 3  # MARLIN_CPU_ABI_VERSION of kernels/marlin.h
 NO_NATIVE = "MARLIN_CONVERT_NO_NATIVE"
+HIGHEST_ISA = "MARLIN_CONVERT_ISA"
 MAX_THREADS = 1024
 LIBRARY = Path(__file__).parents[1] / "_cpu.so"
 
@@ -544,8 +546,15 @@ def _load(path: Path) -> _Native | _Twin:
     if version != ABI_VERSION:
         return _twin(f"{name} has ABI version {version}, this package wants {ABI_VERSION}: run pip install -e . again")
     _declare(library)
-    best = library.marlin_cpu_best_isa()
+    best = min(library.marlin_cpu_best_isa(), _highest_wanted())
     return _Native(library, tuple(isa for isa, code in _ISAS.items() if code <= best))
+
+
+def _highest_wanted() -> int:
+    wanted = os.environ.get(HIGHEST_ISA) or max(_ISAS, key=_ISAS.__getitem__)
+    if wanted not in _ISAS:
+        raise DeviceError(f"{HIGHEST_ISA} is {wanted!r}; it should be one of {', '.join(_ISAS)}.")
+    return _ISAS[wanted]
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -562,7 +571,7 @@ def _choose(threads: int, isa: str | None) -> tuple[_Native | _Twin, int]:
         raise ValueError(f"threads is {threads}; it should be 1..{MAX_THREADS}")
     backend = _backend()
     if isa is None:
-        return backend, _ISA_AUTO
+        return backend, _ISAS[backend.isas[-1]] if isinstance(backend, _Native) else _ISA_AUTO
     if isa not in _ISAS:
         raise ValueError(f"isa is {isa!r}; it should be one of {', '.join(_ISAS)}")
     if isinstance(backend, _Twin):

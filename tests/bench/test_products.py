@@ -16,17 +16,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from marlin_convert import cli
 from marlin_convert.bench import products as b
 from marlin_convert.bench.products import Cell, Limits, Machine, Peer, Report, Rig, Shape, Speed, Weights
-from marlin_convert.cli import commands as cli
-from marlin_convert.cli.output import Bars, PlainLines, Plot, Screen
+from marlin_convert.cli import commands
+from marlin_convert.cli.output import Screen
+from marlin_convert.cli.plot import Plot
+from marlin_convert.cli.progress import Bars, PlainLines
 from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.device import CPU, Device
 from marlin_convert.errors import DeviceError, MarlinConvertError, OutputError, SourceError, UnsupportedError
 from marlin_convert.native import repack
+from marlin_convert.options import HubAccess
 from marlin_convert.progress import Progress
 from tests.support.cli import Run
 from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
@@ -59,7 +64,6 @@ class Bench:
 
     def took(self, what: str, a: torch.Tensor, weight: torch.Tensor, K: int, N: int) -> None:
         assert a.dtype == torch.float16
-        assert a.shape[1] == K
         self.products.append((what, a.shape[0], K, N))
         self.read.append(weight.data_ptr())
         self.tensors += [weakref.ref(a), weakref.ref(weight)]
@@ -71,14 +75,17 @@ class Bench:
         self.took("fp16", a, W, K, N)
         return out
 
-    def matmul(self, a: torch.Tensor, B: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        K, N = repack.marlin_size(B)
+    def matmul(self, a: torch.Tensor, B: torch.Tensor, s: torch.Tensor, **layer: Any) -> torch.Tensor:
+        K, N = repack.marlin_size(B, layer["bits"])
         assert (B.dtype, s.dtype, s.shape[1]) == (torch.int32, torch.float16, N)
         assert all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (B, s))  # as the kernels require it
+        assert a.shape[1] == layer["in_features"] <= K
+        assert (layer["zeros"] is None) or layer["zeros"].shape == (s.shape[0], N * layer["bits"] // 32)
+        assert (layer["perm"] is None) or layer["perm"].tolist() != sorted(layer["perm"].tolist())
         self.took("marlin", a, B, K, N)
-        return a.new_empty((a.shape[0], N))
+        return a.new_empty((a.shape[0], layer["out_features"]))
 
-    def dequantizing_pays(self, M: int, N: int, K: int, index: int) -> bool:
+    def dequantizing_pays(self, M: int, N: int, K: int, index: int, **kind: Any) -> bool:
         assert index == 0
         return M >= 256
 
@@ -130,7 +137,7 @@ def test_the_presets_are_the_models() -> None:
 
 
 def test_the_help_names_the_presets() -> None:
-    preset = next(p for p in cli.bench.params if p.name == "preset")
+    preset = next(p for p in commands.bench.params if p.name == "preset")
     assert preset.metavar == "|".join(b.PRESETS)  # type: ignore[attr-defined]
     assert b.DEFAULT_PRESET in preset.help  # type: ignore[attr-defined]
 
@@ -141,26 +148,57 @@ def test_shapes_of_a_gptq_checkpoint(tmp_path: Path) -> None:
         for i in range(2)
         for name, (K, N) in {"attn.k_proj": (256, 256), "attn.v_proj": (256, 256), "mlp.up": (256, 512)}.items()
     }
-    write_source(tmp_path / "source", layers | {"odd": GPTQLayer(K=256, N=320)})
-    label, shapes, notes = b.source_shapes(tmp_path / "source", Options())
+    write_source(tmp_path / "source", layers | {"odd": GPTQLayer(K=256, N=320), "few": GPTQLayer(bits=2)})
+    label, shapes, notes = b.source_shapes(tmp_path / "source", HubAccess())
     assert label == "source"
-    assert set(shapes) == {Shape("k_proj/v_proj", 256, 256, 2, 4), Shape("up", 256, 512, 2, 2)}
-    assert notes == {"left out, Marlin cannot hold it: N = 320 is not a multiple of 256": ["odd"]}
+    assert set(shapes) == {
+        Shape("k_proj/v_proj", 256, 256, 2, 4), Shape("up", 256, 512, 2, 2), Shape("odd", 256, 320, 2),
+    }  # fmt: skip
+    assert notes == {"left out, Marlin cannot hold it: 2-bit weights; Marlin has 4 and 8 bits": ["few"]}
 
 
 @pytest.mark.parametrize("group_size", [128, -1])
 def test_shapes_of_a_marlin_checkpoint_are_those_of_its_source(tmp_path: Path, group_size: int) -> None:
     write_source(tmp_path / "source", two_layers(group_size=group_size))
     convert(tmp_path / "source", tmp_path / "out", Options(device="cpu"))
-    ours = b.source_shapes(tmp_path / "out", Options())[1]
-    assert set(ours) == set(b.source_shapes(tmp_path / "source", Options())[1])
+    ours = b.source_shapes(tmp_path / "out", HubAccess())[1]
+    assert set(ours) == set(b.source_shapes(tmp_path / "source", HubAccess())[1])
     assert {x.group_size for x in ours} == {group_size}
 
 
+def test_shapes_of_the_extended_format(tmp_path: Path) -> None:
+    """Padding, bits, groups, zero points and act-order, from a GPTQ source as from what becomes of it."""
+    K, N = 200, 96
+    order = np.random.default_rng(0).permutation(np.arange(K) // 32)
+    zeros = np.arange(7 * N).reshape(7, N) % 250
+    layers = {
+        "a.eight": GPTQLayer(K=K, N=N, bits=8, group_size=32, stored_zero=zeros, g_idx=order),
+        "a.four": GPTQLayer(K=256, N=256, group_size=64),
+    }
+    write_source(tmp_path / "source", layers)
+    convert(tmp_path / "source", tmp_path / "out", Options(device="cpu"))
+    expected = {
+        Shape("eight", K, N, 8, bits=8, zeros=True, act_order=True), Shape("four", 256, 256, 4)
+    }  # fmt: skip
+    for folder in ("source", "out"):
+        label, shapes, notes = b.source_shapes(tmp_path / folder, HubAccess())
+        assert (label, set(shapes), notes) == (folder, expected, {})
+    eight = next(x for x in shapes if x.bits == 8)
+    assert eight.stored == (256, 128)
+    assert eight.group_size == 32
+    assert eight.packed_bytes == 256 * 128 + 8 * 128 * 2 + 8 * 128 + K * 4
+    machine = Bench()
+    report = b.bench("x", shapes, machine.rig, batch=[1, 3])
+    assert {(what, M, K_, N_) for what, M, K_, N_ in machine.products if what == "marlin"} == {
+        ("marlin", 1, 256, 128), ("marlin", 3, 256, 128), ("marlin", 1, 256, 256), ("marlin", 3, 256, 256),
+    }  # fmt: skip
+    assert [x.as_dict()["bits"] for x in report.layers] == [x.bits for x in shapes]
+
+
 def test_a_source_with_nothing_to_measure(tmp_path: Path) -> None:
-    write_source(tmp_path / "source", two_layers(bits=8, stored_zero=127))
-    with pytest.raises(UnsupportedError, match="8-bit weights"):
-        b.source_shapes(tmp_path / "source", Options())
+    write_source(tmp_path / "source", two_layers(bits=2))
+    with pytest.raises(UnsupportedError, match="2-bit weights"):
+        b.source_shapes(tmp_path / "source", HubAccess())
 
 
 @pytest.mark.parametrize(
@@ -168,9 +206,9 @@ def test_a_source_with_nothing_to_measure(tmp_path: Path) -> None:
 )
 def test_marlin_tensors_that_make_no_layer(tmp_path: Path, B: tuple[int, ...], s: tuple[int, ...]) -> None:
     plain = {"layer.B": torch.zeros(B, dtype=torch.int32), "layer.s": torch.zeros(s, dtype=torch.float16)}
-    write_source(tmp_path / "source", {}, plain)
-    with pytest.raises(SourceError, match=r"^layer: B \["):
-        b.source_shapes(tmp_path / "source", Options())
+    write_source(tmp_path / "source", {}, plain, quantization={"quant_method": "gptq", "checkpoint_format": "marlin"})
+    with pytest.raises(SourceError, match=r"^layer: "):
+        b.source_shapes(tmp_path / "source", HubAccess())
 
 
 # ---- Numbers ----
@@ -230,10 +268,10 @@ def test_weights_rotate_through_more_than_the_cache() -> None:
 
 def test_weights_are_random() -> None:
     weights = b.random_weights(SHAPE, Bench().rig)
-    codes = repack.unpack_marlin(weights.packed[0][0])
+    codes = repack.unpack_marlin(weights.packed[0].weight)
     assert torch.bincount(codes.flatten(), minlength=16).min() > SHAPE.K * SHAPE.N / 16 / 2
-    assert all(not torch.equal(weights.packed[0][0], B) for B, _ in weights.packed[1:])
-    assert all(s.min() > 0 and torch.isfinite(s).all() for _, s in weights.packed)
+    assert all(not torch.equal(weights.packed[0].weight, layer.weight) for layer in weights.packed[1:])
+    assert all(x.scales.min() > 0 and torch.isfinite(x.scales).all() for x in weights.packed)
     assert all(W.float().std() > 0.01 for W in weights.plain)
 
 
@@ -326,7 +364,7 @@ def peer(name: str, machine: Bench, us: float, fails: Callable[[int], bool] = la
         print(f"{name} is talkative")
         if fails(a.shape[0]):
             raise ValueError(f"no such tile\nfor {a.shape[0]} rows")
-        return [partial(machine.took, name, a, B, shape.K, shape.N) for B, _ in weights.packed]
+        return [partial(machine.took, name, a, layer.weight, shape.K, shape.N) for layer in weights.packed]
 
     return Peer(name, "1.2", lambda shape, weights, device: partial(calls, shape, weights))
 
@@ -639,14 +677,14 @@ def test_the_options_arrive(main: Callable[..., Run]) -> None:
     assert main("folder", "--revision", "v2", "--token", "t", "--cache-dir", "cache").code == 0
     source, preset, settings = main.asked  # type: ignore[attr-defined]
     assert (source, preset, settings["batch"], settings["compare"]) == ("folder", None, b.BATCH, False)
-    options = settings["options"]
-    assert (options.revision, options.token, options.cache_dir) == ("v2", "t", Path("cache"))
+    access = settings["access"]
+    assert (access.revision, access.token, access.cache_dir) == ("v2", "t", Path("cache"))
 
 
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["--preset", "gpt-5"], "'gpt-5' is no preset; give mistral-7b, llama-3-8b, llama-70b."),
+        (["--preset", "gpt-5"], "'gpt-5' is not one of 'mistral-7b', 'llama-3-8b', 'llama-70b'."),
         (["folder", "--preset", "llama-70b"], "Give a SOURCE or --preset, not both."),
         (["--device", "gpu"], "'gpu' is no device"),
         *(

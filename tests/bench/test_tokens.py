@@ -15,7 +15,8 @@ import marlin_convert
 from marlin_convert.bench import tokens as whole_model
 from marlin_convert.bench.products import Machine
 from marlin_convert.bench.tokens import CONTEXT, GRAPHS, LAUNCHES, STEPS, Decoder, Rig, bench, time_launched
-from marlin_convert.cli.output import Plot, Screen
+from marlin_convert.cli.output import Screen
+from marlin_convert.cli.plot import Plot
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.errors import DeviceError, OutputError
 from tests.support.cli import Run

@@ -632,16 +632,20 @@ def test_empty_folder(tmp_path: Path) -> None:
     assert "no .safetensors file" in message
 
 
-def test_extra_files_are_what_is_no_weight_no_config_and_not_hidden(tmp_path: Path) -> None:
-    kept = ["LICENSE", "README.md", "chat_template.jinja", "sub/vocab.txt", "tokenizer.json", "tokenizer.model"]
-    left = [
+def test_extra_files_are_what_is_not_the_models_weights_no_config_and_not_hidden(tmp_path: Path) -> None:
+    small = ["LICENSE", "README.md", "chat_template.jinja", "sub/vocab.txt", "tokenizer.json", "tokenizer.model"]
+    weights = [
         "pytorch_model.bin", "a.pt", "a.pth", "a.pkl", "a.ckpt", "a.gguf", "a.onnx", "tf_model.h5",
-        "flax_model.msgpack", "pytorch_model.bin.index.json", "sub/other.safetensors", ".git/config", ".gitattributes",
-        "quant_config.json", "quantize_config.json", "quantization_config.json",
+        "flax_model.msgpack", "pytorch_model.bin.index.json", "sub/other.safetensors", "mtp.safetensors",
+    ]  # fmt: skip
+    kept = sorted(small + weights)
+    left = [
+        ".git/config", ".gitattributes", "quant_config.json", "quantize_config.json", "quantization_config.json",
     ]  # fmt: skip
     write_source(tmp_path / "m", extra={**dict.fromkeys(kept, "x"), **dict.fromkeys(left, "{}")})
     with Checkpoint(tmp_path / "m") as checkpoint:
         assert list(checkpoint.extra_files) == kept
+        assert checkpoint.weights_beside == dict.fromkeys(sorted(weights), 1)
         assert set(checkpoint.configs) == {
             "config.json", "quantize_config.json", "quant_config.json", "quantization_config.json"
         }  # fmt: skip

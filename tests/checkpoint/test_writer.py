@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -18,10 +19,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from marlin_convert.checkpoint import writer as publish
-from marlin_convert.checkpoint.writer import REPORT_FILE, OutTensor, Shards, check_space, clear_leftovers, new_folder
+from marlin_convert.checkpoint import output_folder
+from marlin_convert.checkpoint.output_folder import check_space, clear_leftovers, new_folder
+from marlin_convert.checkpoint.writer import OutTensor, Shards
 from marlin_convert.errors import OutputError, SourceError
-from tests.support.cli import Run
+from marlin_convert.options import REPORT_FILE
+from tests.support.cli import PATIENCE, Run
 from tests.support.gptq_checkpoints import Source
 
 
@@ -215,7 +218,7 @@ class NoRenameat2:
 
 
 def test_force_where_folders_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("marlin_convert.checkpoint.writer._libc", NoRenameat2())
+    monkeypatch.setattr("marlin_convert.checkpoint.output_folder._libc", NoRenameat2())
     out = tmp_path / "out"
     old = earlier_result(out)
     write_new(out, force=True)
@@ -247,7 +250,7 @@ def hidden_folders(parent: Path) -> list[Path]:
 KILLED = """
 import os, sys
 from pathlib import Path
-from marlin_convert.checkpoint.writer import new_folder
+from marlin_convert.checkpoint.output_folder import new_folder
 with new_folder(Path(sys.argv[1]), force=True) as folder:
     (folder / "weights").write_text("half")
     os.kill(os.getpid(), 9)
@@ -255,7 +258,7 @@ with new_folder(Path(sys.argv[1]), force=True) as folder:
 
 
 def killed_run(out: Path) -> None:
-    process = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False, timeout=60)
+    process = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False, timeout=PATIENCE)
     assert process.returncode == -9
 
 
@@ -319,7 +322,7 @@ def test_an_earlier_result_in_between_is_put_back(tmp_path: Path) -> None:
 def test_the_lock_is_held_until_the_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no other run takes a folder that is still being published, or removed, for a leftover."""
     held: list[bool] = []
-    rmtree, swap_in = shutil.rmtree, publish._swap_in
+    rmtree, swap_in = shutil.rmtree, output_folder._swap_in
 
     def is_held() -> bool:
         (hidden,) = hidden_folders(tmp_path)
@@ -339,7 +342,7 @@ def test_the_lock_is_held_until_the_folder_is_gone(tmp_path: Path, monkeypatch: 
         swap_in(folder, out, force=force)
 
     monkeypatch.setattr(shutil, "rmtree", watched_rmtree)
-    monkeypatch.setattr(publish, "_swap_in", watched_swap_in)
+    monkeypatch.setattr(output_folder, "_swap_in", watched_swap_in)
     write_new(tmp_path / "out")
     assert held
     assert all(held)
@@ -426,13 +429,13 @@ def test_a_leftover_that_may_not_be_entered(source: Source, tmp_path: Path) -> N
 
 def test_a_run_that_ends_first_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It appears after the last look whether the place is free, and before the rename."""
-    out, swap_in = tmp_path / "out", publish._swap_in
+    out, swap_in = tmp_path / "out", output_folder._swap_in
 
     def faster(folder: Path, out: Path, *, force: bool) -> None:
         earlier_result(out)
         swap_in(folder, out, force=force)
 
-    monkeypatch.setattr(publish, "_swap_in", faster)
+    monkeypatch.setattr(output_folder, "_swap_in", faster)
     with pytest.raises(OutputError, match="it exists already"):
         write_new(out)
     assert contents(tmp_path) == {f"out/{REPORT_FILE}": "{}", "out/deep/weights": "old"}
@@ -455,6 +458,72 @@ def test_a_lock_that_another_run_took_for_a_leftover(tmp_path: Path, monkeypatch
     assert contents(tmp_path) == {"out/weights": "new"}
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_runs_that_start_and_end_at_the_same_time(tmp_path: Path, force: bool) -> None:
+    """Each succeeds, or says that another was faster; none trips over what another one makes and removes."""
+    out, count = tmp_path / "a" / "b" / "out", 12
+    together, ends = threading.Barrier(count), []
+
+    def run(number: int) -> str:
+        try:
+            with new_folder(out, force=force) as folder:
+                (folder / REPORT_FILE).write_text("{}")
+                if number % 2:
+                    raise ValueError  # a run that fails removes the folders above that it made
+        except (OutputError, ValueError) as error:
+            return str(error)
+        return "done"
+
+    def start(number: int) -> None:
+        together.wait()
+        ends.extend(run(number) for _ in range(20))
+
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    taken = f"{out}: it exists already; choose another name, or replace it with --force."
+    assert set(ends) <= {"done", "", taken}
+    assert len(ends) == count * 20
+    assert ends.count("done") == (count * 20 // 2 if force else 1)
+    assert contents(tmp_path) == {f"a/b/out/{REPORT_FILE}": "{}"}
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_an_interrupt_at_any_step_of_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """The output is complete, and the run goes on; or it is not there, and nothing else."""
+    out, left = tmp_path / "above" / "out", [steps]
+
+    def interrupting(function: Any) -> Any:
+        def step(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        return step
+
+    def run() -> None:
+        with new_folder(out) as folder:
+            (folder / "weights").write_text("new")
+            for owner, name in (
+                (os, "fsync"),
+                (output_folder, "check_free"),
+                (output_folder, "_sync_folder"),
+                (shutil, "rmtree"),
+            ):
+                monkeypatch.setattr(owner, name, interrupting(getattr(owner, name)))
+
+    try:
+        run()
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+    assert contents(tmp_path) == ({} if interrupted else {"above/out/weights": "new"})
+    assert [p.name for p in tmp_path.iterdir()] == ([] if interrupted else ["above"])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Changes to a finished output
 
@@ -465,7 +534,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, before: str | None) -> No
     if before is not None:
         path.write_text(before)
         path.chmod(0o640)
-    publish.replace_files(tmp_path, {"file": b"new"})
+    output_folder.replace_files(tmp_path, {"file": b"new"})
     assert path.read_text() == "new"
     assert before is None or path.stat().st_mode & 0o777 == 0o640
     assert list(tmp_path.iterdir()) == [path]
@@ -484,19 +553,19 @@ def test_a_replacement_that_fails_changes_nothing(
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(type(error)):
-        publish.replace_files(tmp_path, {"file": b"new"})
+        output_folder.replace_files(tmp_path, {"file": b"new"})
     assert contents(tmp_path) == {"file": "old"}
 
 
 def test_a_new_file_does_not_overwrite(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     with pytest.raises(FileExistsError):
-        publish.write_json(tmp_path / "file", {})
+        output_folder.write_json(tmp_path / "file", {})
     assert (tmp_path / "file").read_text() == "old"
 
 
 def test_json_holds_what_utf8_cannot(tmp_path: Path) -> None:
-    publish.write_json(tmp_path / "file", {"half": "\ud800", "whole": "é\U0001f600"})
+    output_folder.write_json(tmp_path / "file", {"half": "\ud800", "whole": "é\U0001f600"})
     raw = (tmp_path / "file").read_bytes()
     assert json.loads(raw) == {"half": "\ud800", "whole": "é\U0001f600"}
     assert raw == '{\n  "half": "\\ud800",\n  "whole": "é\U0001f600"\n}\n'.encode()
@@ -564,7 +633,9 @@ def limited(source: Source, tmp_path: Path, limit: str = "") -> Run:
     """A conversion in a process that has run the code `limit` on itself first."""
     program = ["-m", "marlin_convert.cli", str(source.folder), str(tmp_path / "results" / "out")]
     code = f"{limit}\nimport os, sys\nos.execv(sys.executable, [sys.executable, *{program!r}])"
-    return Run(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False))
+    return Run(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    )
 
 
 def test_a_file_that_may_not_grow(source: Source, tmp_path: Path) -> None:

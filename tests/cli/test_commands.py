@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +22,15 @@ import numpy as np
 import pytest
 
 import marlin_convert
-from marlin_convert.cli import commands as cli
+from marlin_convert.cli import commands
 from marlin_convert.errors import EXIT_CODES
-from tests.support.cli import Run
+from marlin_convert.interrupts import Interrupted
+from tests.support.cli import PATIENCE, Run
 from tests.support.gptq_checkpoints import GPTQLayer, Source, quantization_config, two_layers, write_source
 
 PROGRAM = [sys.executable, "-m", "marlin_convert.cli"]
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 REPORTS = {"marlin_convert.json", "verify.json"}
-
-
-@pytest.fixture
-def main(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Run]]:
-    """Run `cli.main` in this process, where a test can break something inside; signals are put back afterwards."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
-
-    def main(*args: object) -> Run:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main([str(a) for a in args])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return Run(subprocess.CompletedProcess([], code, out, err))
-
-    yield main
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def document(result: Run) -> dict[str, Any]:
@@ -102,13 +79,16 @@ def test_0_success(run: Callable[..., Run], source: Source, tmp_path: Path) -> N
 
 def test_0_the_engines_are_those_that_read_it(run: Callable[..., Run], source: Source, tmp_path: Path) -> None:
     plain = run(source.folder, tmp_path / "a", "--dry-run")
-    assert "original Marlin format, which vLLM and Transformers with marlin-convert, and vLLM 0.3.3" in plain.out
+    assert (
+        "original Marlin format, which vLLM 0.26 to 0.33 and Transformers 5 with marlin-convert, and vLLM 0.3.3"
+        in plain.out
+    )
     assert "vLLM refuses" not in plain.out
     layers = {f"model.layers.0.mlp.experts.{i}.up_proj": GPTQLayer(bias=True) for i in range(3)}
     experts = write_source(tmp_path / "experts", layers)
     for command in ([experts.folder, "--dry-run"], [experts.folder, tmp_path / "out"]):
         said = run(*command).out
-        assert "format: original Marlin format, which Transformers with marlin-convert, and vLLM 0.3.3" in said
+        assert "format: original Marlin format, which Transformers 5 with marlin-convert, and vLLM 0.3.3" in said
         assert "vLLM refuses experts with biases: 3 layers, model.layers.0.mlp.experts.{0-2}.up_proj" in said
         assert "vllm serve" not in said
     assert "marlin_convert.load(" in said
@@ -292,8 +272,10 @@ def test_70_bug(main: Callable[..., Run], source: Source, tmp_path: Path, monkey
     )
     as_json = main(source.folder, tmp_path / "out", "--json")
     assert as_json.code == document(as_json)["exit_code"] == 70
-    with pytest.raises(ZeroDivisionError):
-        main(source.folder, tmp_path / "out", "--verbose")
+    result = main(source.folder, tmp_path / "out", "--verbose")
+    assert result.code == 70
+    assert "Traceback" in result.err
+    assert "ZeroDivisionError" in result.err
 
 
 def test_130_interrupted(
@@ -304,6 +286,22 @@ def test_130_interrupted(
     assert result.code == 130
     # The empty line ends the one that holds the terminal's ^C.
     assert result.err == "\nmarlin-convert: interrupted; nothing half-done was left behind.\n"
+
+
+def test_129_its_terminal_went_away(
+    main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _break(monkeypatch, Interrupted(signal.SIGHUP))
+    assert main(source.folder, tmp_path / "out").code == 129
+
+
+def test_143_asked_to_end(
+    main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _break(monkeypatch, Interrupted(signal.SIGTERM))
+    result = main(source.folder, tmp_path / "out", "--json")
+    assert result.code == 143
+    assert result.json()["exit_code"] == 143
 
 
 def test_every_exit_code_has_a_test() -> None:
@@ -403,7 +401,7 @@ def test_json_when_verification_fails_while_converting(
     main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "marlin_convert.conversion.convert.copy_extra_files", lambda _, folder: flip_bit(folder / "model.safetensors")
+        "marlin_convert.conversion.convert.copy_files", lambda _, folder: flip_bit(folder / "model.safetensors")
     )
     result = main(source.folder, tmp_path / "out", "--verify", "--json")
     assert result.code == document(result)["exit_code"] == 7
@@ -508,7 +506,7 @@ def test_demo(run: Callable[..., Run], tmp_path: Path) -> None:
     }
     assert run("demo").code == 6
     assert run("demo", "elsewhere", "--json").json()["ok"]
-    assert run("verify", cli.DEMO_FOLDER, out).code == 0
+    assert run("verify", commands.DEMO_FOLDER, out).code == 0
     # Nothing is left of GPTQ in the result.
     header = (out / "model.safetensors").read_bytes()[:20000]
     assert b".B" in header
@@ -531,13 +529,13 @@ def test_version(run: Callable[..., Run]) -> None:
     assert (result.code, result.out, result.err) == (0, f"marlin-convert {marlin_convert.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", [None, *cli.cli.commands])
+@pytest.mark.parametrize("command", [None, *commands.cli.commands])
 def test_help(main: Callable[..., Run], command: str | None) -> None:
     args = [] if command is None else [command]
     result = main(*args, "--help")
     assert (result.code, result.err) == (0, "")
     assert main(*args, "-h").out == result.out
-    shown = cli.cli.commands[command or "convert"]
+    shown = commands.cli.commands[command or "convert"]
     options = [p for p in shown.params if isinstance(p, click.Option)]
     assert options
     for option in options:
@@ -547,7 +545,7 @@ def test_help(main: Callable[..., Run], command: str | None) -> None:
             assert name in result.out
     assert shown.help
     if command is None:
-        assert all(f"  {name} " in result.out for name in cli.cli.commands)
+        assert all(f"  {name} " in result.out for name in commands.cli.commands)
         assert all(re.search(rf"^  {code} +\S", result.out, re.MULTILINE) for code in EXIT_CODES)
 
 
@@ -557,12 +555,12 @@ HEAVY = ("torch", "transformers", "numpy", "rich", "huggingface_hub", "safetenso
 def heavy_imports(*args: object) -> set[str]:
     """Which of the heavy packages a run of the program has imported by its end."""
     code = (
-        "import sys\nfrom marlin_convert.cli.commands import main\n"
+        "import sys\nfrom marlin_convert.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         f"print('loaded:', *({HEAVY!r} & sys.modules.keys() if 0 else [m for m in {HEAVY!r} if m in sys.modules]))"
     )
     process = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True, timeout=PATIENCE
     )
     return set(process.stdout.splitlines()[-1].split()[1:])
 
@@ -577,6 +575,7 @@ def test_quick_answers_import_nothing_heavy(args: list[str]) -> None:
     assert heavy_imports(*args) == set()
 
 
+@pytest.mark.slow
 def test_a_conversion_needs_no_torch(source: Source, tmp_path: Path) -> None:
     loaded = heavy_imports(source.folder, tmp_path / "out", "--verify", "--device", "cpu", "--quiet")
     assert (tmp_path / "out").is_dir()
@@ -602,7 +601,7 @@ def test_plain_lines_in_a_log(run: Callable[..., Run], source: Source, tmp_path:
 def test_plain_lines_on_the_way(
     main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("marlin_convert.cli.output.PLAIN_INTERVAL", 0)
+    monkeypatch.setattr("marlin_convert.cli.progress.PLAIN_INTERVAL", 0)
     lines = main(source.folder, tmp_path / "out").err.splitlines()[1:-1]
     pattern = (
         r"converting: (\d+) %, (\d)/2 layers, [\d.]+ k?B of 152\.1 kB, [\d.]+ [kMG]?B/s, \d+ s left, model\.[\w.]+"
@@ -647,7 +646,7 @@ class Terminal:
 
 SLOW = """
 import sys, threading, time
-from marlin_convert.cli import commands as cli
+from marlin_convert import cli
 from marlin_convert.conversion import convert
 write, one_at_a_time = convert.Shards.write, threading.Lock()
 def slow(*args, **kw):
@@ -678,9 +677,10 @@ def on_a_terminal(command: list[str], *, columns: int = 100) -> tuple[int, Termi
             break
         raw += part
     os.close(parent)
-    return process.wait(timeout=60), Terminal(raw.decode())
+    return process.wait(timeout=PATIENCE), Terminal(raw.decode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 160])
 def test_a_bar_on_a_terminal(source: Source, tmp_path: Path, columns: int) -> None:
     command = [sys.executable, "-c", SLOW, str(source.folder), str(tmp_path / "out"), "--verify", "--device", "cpu"]
@@ -704,6 +704,7 @@ def test_a_bar_on_a_terminal(source: Source, tmp_path: Path, columns: int) -> No
     assert all(line for line in rest)
 
 
+@pytest.mark.slow
 def test_an_error_leaves_no_bar_on_a_terminal(source: Source, tmp_path: Path) -> None:
     full = SLOW.replace("write(*args, **kw)", "raise OSError(28, 'No space left on device')")
     code, terminal = on_a_terminal([sys.executable, "-c", full, str(source.folder), str(tmp_path / "out")])
@@ -715,11 +716,13 @@ def test_an_error_leaves_no_bar_on_a_terminal(source: Source, tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_quiet_on_a_terminal(source: Source, tmp_path: Path) -> None:
     code, terminal = on_a_terminal([*PROGRAM, str(source.folder), str(tmp_path / "out"), "--quiet"])
     assert (code, terminal.frames) == (0, "")
 
 
+@pytest.mark.slow
 def test_json_on_a_terminal(source: Source, tmp_path: Path) -> None:
     code, terminal = on_a_terminal([*PROGRAM, str(source.folder), str(tmp_path / "out"), "--json"])
     assert code == 0
@@ -730,6 +733,7 @@ def test_json_on_a_terminal(source: Source, tmp_path: Path) -> None:
 # Pipes, encodings, secrets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
 def test_a_closed_pipe_is_no_bug(source: Source, tmp_path: Path, closed: str) -> None:
     """As with `| head`: the reader is gone before the program has printed all."""
@@ -739,7 +743,7 @@ def test_a_closed_pipe_is_no_bug(source: Source, tmp_path: Path, closed: str) ->
     streams |= dict.fromkeys(("stdout", "stderr"), writer) if closed == "both" else {closed: writer}
     process = subprocess.Popen([*PROGRAM, str(source.folder), str(tmp_path / "out"), "--verify"], text=True, **streams)
     os.close(writer)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     for text in (out or "", err or ""):
         assert "Traceback" not in text
@@ -756,12 +760,13 @@ def test_output_that_is_not_utf8(run: Callable[..., Run], source: Source, tmp_pa
     assert run(source.folder, "y", "--json", env={"PYTHONIOENCODING": "ascii"}).json()["ok"]
 
 
+@pytest.mark.slow
 def test_file_names_that_are_not_utf8(source: Source, tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     shutil.copytree(os.fsencode(source.folder), folder)
     for extra in ([], [b"--force", b"--json"]):
         command = [*map(os.fsencode, PROGRAM), folder, folder + b"-out", *extra]
-        process = subprocess.run(command, capture_output=True, timeout=60, check=False)
+        process = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False)
         assert process.returncode == 0, process.stderr
     report = json.loads((Path(os.fsdecode(folder + b"-out")) / "marlin_convert.json").read_text("utf-8"))
     assert report["source"] == "caf\ufffd"

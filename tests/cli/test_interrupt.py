@@ -17,7 +17,10 @@ import pytest
 
 from marlin_convert.conversion.convert import Options, convert
 from tests.conversion.test_convert import assert_equal_to_source
+from tests.support.cli import PATIENCE, running
 from tests.support.gptq_checkpoints import Source, two_layers, write_source
+
+pytestmark = pytest.mark.slow
 
 CPU, FORCE = Options(device="cpu"), Options(device="cpu", force=True)
 
@@ -25,9 +28,9 @@ CPU, FORCE = Options(device="cpu"), Options(device="cpu", force=True)
 # pool of workers down (in a worker), or by SIGUSR1.
 DRIVER = """
 import os, signal, sys, threading
-from marlin_convert.cli import commands as cli
+from marlin_convert import cli
 from marlin_convert.conversion import convert, blocks as stream, verify
-from marlin_convert.checkpoint import writer as publish
+from marlin_convert.checkpoint import output_folder, writer
 
 released = threading.Event()
 signal.signal(signal.SIGUSR1, lambda *_: released.set())
@@ -46,7 +49,7 @@ def stop_at(owner, name, *, calls=0, afterwards=False):
             function(*args, **options)
         if next(counter) >= calls:
             os.write(1, b"ready\\n")
-            assert released.wait(60)
+            assert released.wait()
         if not afterwards:
             return function(*args, **options)
     setattr(owner, name, stopping)
@@ -56,11 +59,11 @@ if stop_in_worker:
     stream.ThreadPoolExecutor.shutdown = release_and_shut_down
 {
     "before the first write": lambda: stop_at(convert, "write_tensors"),
-    "in the middle of writing": lambda: stop_at(publish.Shards, "write", calls=3),
+    "in the middle of writing": lambda: stop_at(writer.Shards, "write", calls=3),
     "before the configs": lambda: stop_at(convert, "write_configs"),
     "while verifying": lambda: stop_at(verify.CPUProduct, "add_stored"),
-    "before the rename": lambda: stop_at(publish, "_swap_in"),
-    "after the rename": lambda: stop_at(publish, "_swap_in", afterwards=True),
+    "before the rename": lambda: stop_at(output_folder, "_swap_in"),
+    "after the rename": lambda: stop_at(output_folder, "_swap_in", afterwards=True),
 }[sys.argv[1]]()
 cli.main(sys.argv[3:])
 """
@@ -77,20 +80,16 @@ POINTS = (
 def stopped(point: str, *args: object, setting: str = "") -> Iterator[subprocess.Popen[str]]:
     """The program, waiting at `point`."""
     command = [sys.executable, "-c", DRIVER, point, setting, *map(str, args), "--verify", "--quiet", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line == "ready\n", process.communicate()
         yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=60)
 
 
 def end(process: subprocess.Popen[str]) -> str:
     """Wait for the process; what it wrote to standard error."""
-    return process.communicate(timeout=60)[1]
+    return process.communicate(timeout=PATIENCE)[1]
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -107,17 +106,26 @@ def test_interrupted(source: Source, tmp_path: Path, point: str, number: signal.
         assert len(list(tmp_path.iterdir())) == 2  # the source and the hidden folder
         process.send_signal(number)
         error = end(process)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert error == "\nmarlin-convert: interrupted; nothing half-done was left behind.\n"
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
     assert snapshot(source.folder) == before
+
+
+@pytest.mark.parametrize("point", ["in the middle of writing", "before the rename"])
+def test_folders_above_are_removed_too(source: Source, tmp_path: Path, point: str) -> None:
+    with stopped(point, source.folder, tmp_path / "not" / "there" / "out") as process:
+        process.send_signal(signal.SIGINT)
+        end(process)
+    assert process.returncode == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_lost_terminal_interrupts(source: Source, tmp_path: Path) -> None:
     with stopped("in the middle of writing", source.folder, tmp_path / "out") as process:
         process.send_signal(signal.SIGHUP)
         end(process)
-    assert process.returncode == 130
+    assert process.returncode == 129
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -179,6 +187,8 @@ def test_after_the_rename_the_new_result_is_there(tmp_path: Path, number: signal
     with stopped("after the rename", new.folder, out, "--force") as process:
         process.send_signal(number)
         end(process)
+    if number == signal.SIGINT:
+        assert process.returncode == 0  # the result is complete
     assert_equal_to_source(new, out)
     hidden = [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     assert len(hidden) == (0 if number == signal.SIGINT else 1)
@@ -190,14 +200,14 @@ def test_after_the_rename_the_new_result_is_there(tmp_path: Path, number: signal
 def test_an_interrupt_while_arguments_are_read_is_no_traceback(source: Source, tmp_path: Path) -> None:
     """Ctrl-C can come before anything has begun."""
     code = (
-        "import os, signal, sys\nfrom marlin_convert.cli import commands as cli\n"
+        "import os, signal, sys\nfrom marlin_convert import cli\n"
         "import os, signal, sys\nfrom marlin_convert.hub import client as hub\n"
-        "cli._options = lambda **_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from marlin_convert.cli import commands\ncommands._screen = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
         "cli.main(sys.argv[1:])"
     )
     process = subprocess.run(
         [sys.executable, "-c", code, source.folder, tmp_path / "out"],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert process.returncode == 130
     assert process.stderr == "\nmarlin-convert: interrupted; nothing half-done was left behind.\n"

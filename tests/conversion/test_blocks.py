@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from marlin_convert.conversion import blocks as stream
 from marlin_convert.conversion.blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all, strips
+from tests.support.cli import PATIENCE
 
 
 @given(st.integers(1, 600), st.integers(1, 500))
@@ -95,7 +96,7 @@ def test_nothing_to_do() -> None:
 
 def test_several_run_at_a_time() -> None:
     """Three tasks that wait for each other end only if all three are running."""
-    meeting = threading.Barrier(3, timeout=10)
+    meeting = threading.Barrier(3, timeout=PATIENCE)
     run_all([meeting.wait] * 3, workers=3)  # type: ignore[list-item]
 
 
@@ -137,7 +138,7 @@ def test_the_first_error_stops_the_rest() -> None:
 
 def test_no_task_is_running_when_the_error_arrives() -> None:
     """The caller removes the output folder then; nobody may still be writing into it."""
-    in_flight, both = 0, threading.Barrier(2, timeout=10)
+    in_flight, both = 0, threading.Barrier(2, timeout=PATIENCE)
     lock = threading.Lock()
 
     def slow() -> None:
@@ -189,7 +190,7 @@ def test_buffers_are_kept_and_grow() -> None:
 
 
 def test_each_thread_has_its_own_buffers() -> None:
-    buffers, arrays, both = Buffers(), [], threading.Barrier(2, timeout=10)
+    buffers, arrays, both = Buffers(), [], threading.Barrier(2, timeout=PATIENCE)
 
     def take() -> None:
         array = buffers.array("a", (1000,), np.uint8)

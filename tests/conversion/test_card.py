@@ -56,6 +56,7 @@ ModelCard.load(sys.argv[1]).validate()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [None, SOURCE_CARD], ids=["no card", "a card"])
 def test_the_hubs_own_check(hub: Hub, tmp_path: Path, text: str | None) -> None:
     """huggingface_hub's client asks the Hub, whose rules for these fields the test's server knows."""

@@ -178,16 +178,16 @@ def test_config_under_text_config(tmp_path: Path) -> None:
     assert config["text_config"]["dtype"] == "float16"
 
 
-def test_small_files_travel_and_weights_of_other_kinds_do_not(tmp_path: Path) -> None:
+def test_what_lies_beside_the_weights_travels(tmp_path: Path) -> None:
     extra = {
         "tokenizer.json": "{}", "tokenizer_config.json": "{}", "generation_config.json": '{"top_p": 0.9}',
         "chat_template.jinja": "{{ x }}", "LICENSE": "free", "modeling_x.py": "x = 1", "assets/logo.txt": "logo",
-        "pytorch_model.bin": "not read", "model.gguf": "not read", "optimizer.pt": "not read", ".git/config": "hidden",
+        "pytorch_model.bin": "pickle", "model.gguf": "GGUF", "optimizer.pt": "pickle", ".git/config": "hidden",
     }  # fmt: skip
     source = write_source(tmp_path / "source", extra=extra)
     convert(source.folder, tmp_path / "out", Options(device="cpu"))
     out = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    carried = {name for name in extra if not name.endswith((".bin", ".gguf", ".pt")) and not name.startswith(".git")}
+    carried = {name for name in extra if not name.startswith(".git")}
     made = {"model.safetensors", "config.json", "quantize_config.json", "marlin_convert.json", "README.md"}
     assert out == carried | made
     for name in carried:
@@ -235,7 +235,7 @@ def test_rounding_of_scales_is_reported(tmp_path: Path) -> None:
     report = convert(source.folder, tmp_path / "out", Options(device="cpu"))
     own = np.float32(0.01)
     expected = max(2**-12 / (1 + 2**-12), abs(float(np.float16(own)) - float(own)) / float(own))
-    assert report.scale_rounding == pytest.approx(expected, rel=1e-6)
+    assert report.plan.scale_rounding == pytest.approx(expected, rel=1e-6)
 
 
 def test_output_must_not_touch_the_source(source: Source, tmp_path: Path) -> None:

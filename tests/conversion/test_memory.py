@@ -15,8 +15,11 @@ import pytest
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.blocks import PANEL_BYTES, WORKERS
-from marlin_convert.conversion.convert import Options, planned
+from marlin_convert.conversion.plan import make_plan
+from tests.support.cli import PATIENCE
 from tests.support.gptq_checkpoints import quantization_config
+
+pytestmark = pytest.mark.slow
 
 MB = 1_000_000
 
@@ -75,7 +78,7 @@ def write_large_source(
 MEASURED = """
 import sys
 from pathlib import Path
-from marlin_convert.cli import commands as cli
+from marlin_convert import cli
 cli.main(sys.argv[1:])
 print([line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")][0])
 """
@@ -84,7 +87,7 @@ print([line.split()[1] for line in Path("/proc/self/status").read_text().splitli
 def peak_memory(*args: object) -> int:
     """Peak resident bytes of a whole run of the program, files mapped into it included."""
     command = [sys.executable, "-c", MEASURED, *map(str, args)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     return int(process.stdout.splitlines()[-1]) * 1024
 
 
@@ -105,7 +108,7 @@ def test_scales_are_not_gathered(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization_config()}))
     with Checkpoint(tmp_path) as checkpoint:
         tracemalloc.start()
-        plan, _ = planned(checkpoint, Options())
+        plan = make_plan(checkpoint)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert len(plan.layers) == layers

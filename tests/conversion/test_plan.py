@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.plan import Plan, make_plan, plan_as_dict, span
+from marlin_convert.engine_support import vllm_needs_our_kernels, vllm_refuses
 from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
 from tests.support.gptq_checkpoints import (
     GPTQLayer,
@@ -34,7 +35,7 @@ NO_QUANTIZATION: dict[str, Any] = {}
 
 def plan_of(folder: Path) -> Plan:
     with Checkpoint(folder) as checkpoint:
-        return make_plan(checkpoint)
+        return make_plan(checkpoint, "marlin")
 
 
 def planned(
@@ -320,7 +321,7 @@ def test_g_idx_tells_the_size_of_groups(tmp_path: Path, K: int, group_size: int,
     )
     write_source(tmp_path / "m", {"a": layer})
     with Checkpoint(tmp_path / "m") as checkpoint:
-        plan = make_plan(checkpoint, "auto")
+        plan = make_plan(checkpoint)
     assert plan.refusals == {}
     assert (plan.layers[0].group_rows, plan.layers[0].act_order) == (group_size, order)
     assert (
@@ -785,8 +786,8 @@ def marlin_tensors() -> dict[str, torch.Tensor]:
 
 
 MARLIN_LABELS: list[dict[str, Any]] = [
-    {"checkpoint_format": "marlin"}, {"is_marlin_format": True}, {"quant_method": "marlin"}, {},
-    {"is_marlin_format": False},
+    {"checkpoint_format": "marlin"}, {"checkpoint_format": "marlin_ext"}, {"is_marlin_format": True},
+    {"quant_method": "marlin"}, {}, {"is_marlin_format": False},
 ]  # fmt: skip
 
 
@@ -811,7 +812,7 @@ def test_gptq_tensors_labelled_marlin(tmp_path: Path, label: dict[str, Any]) -> 
     assert_converts(plan)
 
 
-@pytest.mark.parametrize("label", [*MARLIN_LABELS[:3]], ids=str)
+@pytest.mark.parametrize("label", MARLIN_LABELS[:4], ids=str)
 def test_labelled_marlin_with_neither_kind_of_tensors(tmp_path: Path, label: dict[str, Any]) -> None:
     message = error_of(lambda: planned(tmp_path, {}, {"a.weight": torch.ones(2)}, **label), UnsupportedError)
     assert "Marlin" in message
@@ -903,7 +904,7 @@ def tensors_touched(source: Source, reads: Reads) -> set[str]:
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("shards", [1, 2])
-def test_only_g_idx_and_qzeros_are_read(
+def test_weights_and_plain_tensors_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], shards: int
 ) -> None:
     source = write_source(tmp_path / "m", two_layers(**changes), shards=shards)
@@ -911,12 +912,14 @@ def test_only_g_idx_and_qzeros_are_read(
         reads = Reads(context)
         plan_of(source.folder)
     touched = tensors_touched(source, reads)
-    assert {name.rsplit(".", 1)[1] for name in touched} <= {"g_idx", "qzeros"}
+    assert {name.rsplit(".", 1)[1] for name in touched} <= {"g_idx", "qzeros", "scales"}
     if not changes:
-        assert touched == {f"{n}.{part}" for n in source.layers for part in ("g_idx", "qzeros")}
+        assert touched == {f"{n}.{part}" for n in source.layers for part in ("g_idx", "qzeros", "scales")}
 
 
-def test_plan_of_a_70b_model_reads_zero_points_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_of_a_70b_model_reads_zero_points_and_the_scales_of_what_it_converts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """40 GB of holes on disk: whoever reads weights here is found out by the count, and by the clock."""
     layers, N, K = 80, 28672, 8192
     zeros = layer_zeros(K // 128, N).numpy().tobytes()
@@ -945,7 +948,10 @@ def test_plan_of_a_70b_model_reads_zero_points_only(tmp_path: Path, monkeypatch:
         plan = plan_of(tmp_path)
     assert [x.name for x in plan.layers] == [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]
     assert_refused(plan, "asymmetric", name="model.layers.79.mlp.up_proj")
-    assert sum(b - a for _, a, b in reads.ranges) == 8 + len(raw) + layers * len(zeros)
+    assert (
+        sum(b - a for file, a, b in reads.ranges if file == "model.safetensors")
+        == 8 + len(raw) + layers * len(zeros) + len(plan.layers) * K // 128 * N * 2
+    )
     assert plan.bytes_in == position
 
 
@@ -963,6 +969,7 @@ def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
         "l.1.experts.1.up_proj": GPTQLayer(group_size=64),
         "l.2.experts.0.up_proj": GPTQLayer(g_idx=order, bias=True),
         "l.3.experts.0.up_proj": GPTQLayer(N=72),
+        "l.4.experts.0.up_proj": GPTQLayer(group_size=16),
         "a": GPTQLayer(K=128, N=64, group_size=16),
         "b": GPTQLayer(K=144, N=64, group_size=48),
         "c": GPTQLayer(bits=8, stored_zero=np.arange(512).reshape(2, 256) % 200),
@@ -971,17 +978,21 @@ def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
     }
     write_source(tmp_path / "m", layers, quantization=quantization_config(sym=False))
     with Checkpoint(tmp_path / "m") as checkpoint:
-        plan = make_plan(checkpoint, "auto")
+        plan = make_plan(checkpoint)
     assert {x.name for x in plan.layers} == layers.keys()
-    assert plan.vllm_refuses == {
-        "groups of 16": ["a", "b"],
-        "8 bits with zero points": ["c"],
+    refused = vllm_refuses(plan.layer_facts)
+    assert refused == {
+        "groups of 16": ["l.4.experts.0.up_proj"],
         "experts of different settings in one block": ["l.1.experts.0.up_proj", "l.1.experts.1.up_proj"],
         "experts with act-order": ["l.2.experts.0.up_proj"],
         "experts with biases": ["l.2.experts.0.up_proj"],
         "experts that are stored padded": ["l.3.experts.0.up_proj"],
     }
-    assert {"what": "groups of 16", "layers": ["a", "b"]} in plan_as_dict(plan, "s")["vllm_refuses"]
+    needed = {"groups of 16": ["a", "b"], "8 bits with zero points": ["c"]}
+    assert vllm_needs_our_kernels(plan.layer_facts) == needed
+    document = plan_as_dict(plan, "s")
+    assert {x["what"]: x["layers"] for x in document["vllm_refuses"]} == refused
+    assert {x["what"]: x["layers"] for x in document["vllm_needs_our_kernels"]} == needed
 
 
 # ---- For scripts ----
@@ -1006,6 +1017,7 @@ def test_plan_as_dict(tmp_path: Path) -> None:
         ],
         "why_extended": [],
         "vllm_refuses": [],
+        "vllm_needs_our_kernels": [],
         "refused": [{"reason": "8-bit weights; the original format has 4 bits only", "layers": ["b"]}],
         "notes": [
             {"note": "checkpoint_format gptq stores zero point 8 as 7, here it is 8; read as symmetric",
@@ -1016,6 +1028,7 @@ def test_plan_as_dict(tmp_path: Path) -> None:
             {"name": "norm.weight", "dtype": "F32", "shape": [3, 5], "bytes": 60},
             {"name": "a.bias", "dtype": "F16", "shape": [512], "bytes": 1024},
         ],
+        "weights_beside": [],
         "dropped": ["a.g_idx", "a.qzeros", "b.g_idx", "b.qzeros"],
         "bytes_in": sum(t.nbytes for t in load_file(tmp_path / "m" / "model.safetensors").values()),
         "bytes_out": 384 * 512 // 2 + 3 * 512 * 2 + 60 + 1024,

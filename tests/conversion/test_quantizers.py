@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import load_file
 
 from marlin_convert.conversion.convert import Options, convert
-from marlin_convert.formats.config import read_marlin_settings
+from marlin_convert.formats.marlin_config import read_marlin_settings
 from marlin_convert.native.repack import dequantize_layer
 from tests.support import format_reader
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from marlin_convert.conversion.convert import Options, convert, verify_pair
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import UnsupportedError
-from marlin_convert.formats.config import read_marlin_settings
+from marlin_convert.formats.marlin_config import read_marlin_settings
 from marlin_convert.native import ops, repack
 from tests.support import format_reader
 from tests.support.gptq_checkpoints import GPTQLayer, Source, pack_columns, quantization_config, write_source
@@ -178,6 +178,7 @@ def test_layers_side_by_side(tmp_path: Path) -> None:
     assert_restored(source, tmp_path / "back")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("panel", "strip"), [(1, 1), (60_000, 20_000), (10**9, 20_000)])
 def test_act_order_in_many_panels(

@@ -22,7 +22,7 @@ from marlin_convert.conversion.plan import make_plan
 from marlin_convert.conversion.verify import TOLERANCE, CPUProduct, LayerCheck, Verification, compare
 from marlin_convert.errors import SourceError, VerificationError
 from marlin_convert.formats.layout import SCALE_PERMUTATION, SCALE_PERMUTATION_SINGLE
-from tests.support.cli import Run
+from tests.support.cli import PATIENCE, Run
 from tests.support.gptq_checkpoints import GPTQLayer, Source, marlin_codes, two_layers, write_source
 
 CPU = Options(device="cpu")
@@ -53,10 +53,8 @@ def test_what_cannot_be_written_leaves_the_output_as_it_was(source: Source, out:
     convert(source.folder, out, Options(device="cpu", force=True))
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
-    code = (
-        f"{limit}\nfrom marlin_convert.cli import commands\ncommands.main({['verify', str(source.folder), str(out)]})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    code = f"{limit}\nfrom marlin_convert import cli\ncli.main({['verify', str(source.folder), str(out)]})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 6, done.stderr
     assert done.stderr.splitlines()[-1] == (
         f"marlin-convert: {out}: equal to its source, but verify.json and README.md cannot be written there: File too "
@@ -434,7 +432,7 @@ def errors_of(source: Source, edit: Callable[[Any, Any], tuple[Any, Any]]) -> tu
     convert(source.folder, out, CPU)
     tensors = load_file(out / "model.safetensors")
     with Checkpoint(source.folder) as checkpoint:
-        (layer,) = make_plan(checkpoint).layers
+        (layer,) = make_plan(checkpoint, "marlin").layers
         qweight, scales = checkpoint.read(layer.qweight), checkpoint.read(layer.scales)
     B, s = edit(tensors["a.B"].numpy(), tensors["a.s"].numpy())
     product = CPUProduct(layer, Groups(scales, None, None), None, {"s": np.ascontiguousarray(s)})
@@ -492,7 +490,7 @@ def test_the_product_is_the_definitions(one_layer: Source) -> None:
     """The reference against activations times weights in float64, computed here from codes and scales."""
     layer = one_layer.layers["a"]
     with Checkpoint(one_layer.folder) as checkpoint:
-        (planned,) = make_plan(checkpoint).layers
+        (planned,) = make_plan(checkpoint, "marlin").layers
         scales = checkpoint.read(planned.scales)
         product = CPUProduct(planned, Groups(scales, None, None), None, {"s": scales})
         product.add_source(0, checkpoint.read(planned.qweight))

@@ -31,18 +31,14 @@ class Instance(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("id", "capability", "bits", "group_size", "zero_points")),
-        *((name, ctypes.c_int32) for name in ("block_m", "block_n", "block_k", "clusters")),
+        *((name, ctypes.c_int32) for name in ("block_m", "block_n", "block_k", "clusters", "rounds_weights")),
         ("name", ctypes.c_char * 64),
     )
-
-    @property
-    def scaled(self) -> bool:
-        return self.capability == 80 and self.group_size == 0 and self.block_m >= 32
 
     def takes(self, bits: int, group_size: int, zeros: bool) -> bool:
         """Weights of these bits and groups (-1: one group), with zero points or without."""
         group = GROUP_SIZE if group_size < 0 else group_size
-        return self.bits == bits and self.group_size in (0, group) and (self.zero_points or not zeros)
+        return self.bits == bits and self.group_size in (0, group) and self.zero_points in ((1, 2) if zeros else (0, 1))
 
 
 class Plan(ctypes.Structure):
@@ -142,6 +138,21 @@ class Library:
         plan = Plan()
         self.check(self.lib.marlin_cuda_plan(layer, m, self.device, variant, ctypes.byref(plan)))
         return plan
+
+    def instance(self, layer: Layer, a: torch.Tensor, choice: int = 0) -> Instance:
+        """The one that multiplies `a` with this layer."""
+        zeros = None if layer.rest["zeros"] is None else 1
+        plan = self.plan(a.shape[0], layer.n, layer.k, layer.groups, choice, bits=layer.bits, zeros=zeros)
+        return next(x for x in INSTANCES.values() if x.id == plan.instance)
+
+    def operand(self, layer: Layer, a: torch.Tensor, choice: int = 0) -> torch.Tensor:
+        """The W [K, N] that gemm multiplies `a` with, in float64: exact, or rounded to the type of `a` once.
+
+        It is rounded where the instance that runs does so; never with one group, whose scales enter after the sums.
+        """
+        if layer.groups > 1 and self.instance(layer, a, choice).rounds_weights:
+            return layer.weight(torch.float32).to(a.dtype).double()
+        return layer.weight()
 
     def gather(self, a, perm, k):
         out = torch.full((a.shape[0], k), float("nan"), dtype=a.dtype, device=a.device)

@@ -68,17 +68,6 @@ def runs_here(name: str) -> bool:
     return INSTANCES[name].capability != 90 or torch.cuda.get_device_capability() == (9, 0)
 
 
-def scaled(name: str) -> bool:
-    """Whether it multiplies weights by their scales in 16 bits."""
-    return bool(INSTANCES[name].scaled)
-
-
-def weight_of(name: str, layer: Layer, dtype) -> torch.Tensor:
-    """What the instance multiplies with, in float64: W, or W rounded once to the activations' type."""
-    exact = not scaled(name) or layer.groups == 1  # one group's scales are applied to the sums
-    return layer.weight() if exact else layer.weight(torch.float32).to(dtype).double()
-
-
 def names(bits: int, group_size: int, zeros: bool = False) -> list[str]:
     """The instances that take such weights and run here."""
     return [name for name, x in INSTANCES.items() if x.takes(bits, group_size, zeros) and runs_here(name)]
@@ -116,10 +105,9 @@ def test_dequantize(library, k, n, groups, dtype):
 @pytest.mark.parametrize(("k", "n", "groups"), [(1152, 448, 9), (1088, 320, 1)])
 def test_rows(library, k, n, groups, dtype):
     layer = Layer(k, n, groups)
-    weight = layer.weight()
     for m in [*range(1, 300, 2), 2, 8, 16, 32, 64, 128, 256]:
         a = activations(m, k, dtype)
-        assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, n, dtype)), a, weight)
+        assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, n, dtype)), a, library.operand(layer, a))
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16])
@@ -127,7 +115,7 @@ def test_rows(library, k, n, groups, dtype):
 def test_many_rows(library, m, dtype):
     layer = Layer(1024, 1536, 8)
     a = activations(m, 1024, dtype)
-    assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, 1536, dtype)), a, layer.weight())
+    assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, 1536, dtype)), a, library.operand(layer, a))
 
 
 SHAPES = [
@@ -140,10 +128,9 @@ SHAPES = [
 @pytest.mark.parametrize(("k", "n", "groups"), SHAPES)
 def test_shapes(library, k, n, groups):
     layer = Layer(k, n, groups)
-    weight = layer.weight()
     for m in (1, 7, 16, 24, 48, 65, 128, 257):
         a = activations(m, k, FP16)
-        assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, n, FP16)), a, weight)
+        assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, n, FP16)), a, library.operand(layer, a))
 
 
 def test_largest_shape(library):
@@ -154,19 +141,22 @@ def test_largest_shape(library):
         out = library.gemm(a, layer.b, layer.s, poisoned(m, n, FP16))
         for first in range(0, n, 8192):  # float64 weights of an eighth at a time
             columns = slice(first, first + 8192)
-            scales = layer.scales[:, columns].double().repeat_interleave(GROUP, dim=0)
-            assert_close(out[:, columns], a, (layer.code[:, columns].double() - 8) * scales)
+            scales = layer.scales[:, columns].float().repeat_interleave(GROUP, dim=0)
+            weight = (layer.code[:, columns].float() - 8) * scales  # exact
+            rounded = library.instance(layer, a).rounds_weights
+            assert_close(out[:, columns], a, (weight.to(a.dtype) if rounded else weight).double())
 
 
 def run_splits(library, name: str, layer: Layer, a: torch.Tensor, bias: torch.Tensor) -> int:
     """One instance with every split that it can do, against float64; how many these are."""
-    weight, ran = weight_of(name, layer, a.dtype), 0
+    weight, ran = library.operand(layer, a, variant(name)), 0
+    optional = (*CLUSTERS, STREAM_K) if name.startswith("sm90_wide") else CLUSTERS  # needs a rest of tiles to split
     for split in (*CLUSTERS, STREAM_K, DATA_PARALLEL):
         out = poisoned(a.shape[0], layer.n, a.dtype)
         try:
             library.gemm(a, layer.b, layer.s, out, bias, variant(name, 0, split), **layer.rest)
         except CudaError as error:
-            if error.code != -9 or split not in CLUSTERS:  # more blocks than steps, or than fit
+            if error.code != -9 or split not in optional:  # more blocks than steps, or than fit
                 raise
             continue
         assert_close(out, a, weight, bias)
@@ -184,7 +174,7 @@ def test_every_instance_and_split(library, name):
             layer = Layer(k, n, groups)
             for m in (1, 17, 130, 257):
                 a, bias = activations(m, k, dtype), torch.randn(n, device="cuda").to(dtype)
-                assert run_splits(library, name, layer, a, bias) >= 2
+                assert run_splits(library, name, layer, a, bias) >= (1 if k == 64 else 2)
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 5, 6, 8, 10])
@@ -193,7 +183,6 @@ def test_stages(library, stages):
     for bits in (4, 8):
         layer = Layer(4096, 1024, 32, bits=bits)
         for name in names(bits, GROUP):
-            weight = weight_of(name, layer, FP16)
             for split in (STREAM_K, DATA_PARALLEL):
                 a, out, choice = activations(9, 4096, FP16), poisoned(9, 1024, FP16), variant(name, stages, split)
                 try:
@@ -202,7 +191,7 @@ def test_stages(library, stages):
                     if error.code != -9:  # more stages than fit, or not a number that the instance can use
                         raise
                     continue
-                assert_close(out, a, weight)
+                assert_close(out, a, library.operand(layer, a, choice))
                 ran += 1
     assert ran or stages > 8
 
@@ -214,7 +203,8 @@ def test_bias_and_row_stride(library, m):
         wide = torch.full((m, 512 + 24), float("nan"), dtype=dtype, device="cuda")  # what lies between rows is not read
         wide[:, :512] = activations(m, 512, dtype)
         a, bias = wide[:, :512], torch.randn(192, device="cuda").to(dtype) * 10
-        assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, 192, dtype), bias), a, layer.weight(), bias)
+        out = library.gemm(a, layer.b, layer.s, poisoned(m, 192, dtype), bias)
+        assert_close(out, a, library.operand(layer, a), bias)
 
 
 @pytest.mark.parametrize("m", [1, 16, 130])
@@ -237,8 +227,12 @@ def test_extremes(library, m, groups, scale, activation):
     layer = Layer(k, n, groups, scales)
     a = (torch.randn(m, k, device="cuda").clamp(-2, 2) * activation).to(FP16)
     out = library.gemm(a, layer.b, layer.s, poisoned(m, n, FP16))
-    assert torch.isfinite(out).all()
-    assert_close(out, a, layer.weight())
+    weight = library.operand(layer, a)
+    overflows = ~torch.isfinite(weight).all(dim=0)  # where weights are rounded to fp16 before the product
+    assert overflows.any() == (library.instance(layer, a).rounds_weights and groups > 1 and scale >= 60000)
+    assert not torch.isfinite(out[:, overflows]).any()
+    assert torch.isfinite(out[:, ~overflows]).all()
+    assert_close(out[:, ~overflows], a, weight[:, ~overflows])
 
 
 def test_infinite_activation_stays_in_its_row(library):
@@ -299,7 +293,6 @@ def test_extended(library, size, zeros, bits, dtype):
             continue
         for scale_dtype in (FP16, BF16):
             layer = Layer(k, n, groups_of(k, size), bits=bits, zeros=zeros, scale_dtype=scale_dtype)
-            weight = layer.weight()
             for m in (1, 9, 17, 130, 257):
                 a, bias = activations(m, k, dtype), torch.randn(n, device="cuda").to(dtype)
                 assert_close(
@@ -316,7 +309,7 @@ def test_extended(library, size, zeros, bits, dtype):
                             if error.code != -9 or split != 3:  # fewer steps, or more blocks than are resident
                                 raise
                             continue
-                        assert_close(out, a, weight_of(name, layer, dtype), bias)
+                        assert_close(out, a, library.operand(layer, a, choice), bias)
 
 
 @pytest.mark.parametrize(
@@ -337,11 +330,13 @@ def test_extended_every_sm90_instance_and_split(library, name, size):
         if k <= size:  # one group, which is another instance's
             continue
         for zeros in (False, True):
+            if not INSTANCES[name].takes(bits, size, zeros):
+                continue
             layer = Layer(k, n, groups_of(k, size), bits=bits, zeros=zeros)
             for dtype in (FP16, BF16):
                 for m in (1, 17, 131):
                     a, bias = activations(m, k, dtype), torch.randn(n, device="cuda").to(dtype)
-                    assert run_splits(library, name, layer, a, bias) >= 2
+                    assert run_splits(library, name, layer, a, bias) >= (1 if k == 64 else 2)
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16])
@@ -353,7 +348,6 @@ def test_padded(library, size, bits, dtype):
     for zeros in (False, True):
         layer = Layer(k, n, groups_of(k, size), bits=bits, zeros=zeros)
         for rows, columns in ((640, 320), (520, 257), (584, 318), (632, 5), (8, 300)):
-            weight = layer.weight()[:rows, :columns]
             for m in (1, 16, 65):
                 wide = torch.full((m, rows + 8), float("nan"), dtype=dtype, device="cuda")
                 wide[:, :rows] = activations(m, rows, dtype)
@@ -366,7 +360,7 @@ def test_padded(library, size, bits, dtype):
                     library.gemm(
                         a, layer.b, layer.s, out, bias, choice, in_features=rows, out_features=columns, **layer.rest
                     )
-                    assert_close(out, a, weight, bias)
+                    assert_close(out, a, library.operand(layer, a, choice)[:rows, :columns], bias)
                     assert (buffer[:around] == 7).all()
                     assert (buffer[-around:] == 7).all()
 
@@ -392,7 +386,7 @@ def test_extended_equal_bits_every_time(library, m, bits):
 
     for choice in (0, variant("", 0, STREAM_K)):
         first = call(choice)
-        assert_close(first, a, layer.weight())
+        assert_close(first, a, library.operand(layer, a, choice))
         assert all(torch.equal(first, call(choice)) for _ in range(50))
     assert not library.workspace[:COUNTER_BYTES].any()
 
@@ -458,14 +452,14 @@ def test_in_a_graph(library):
             a.copy_(activations(m, 2048, FP16))
             out.fill_(float("nan"))
             graph.replay()
-            assert_close(out, a, layer.weight())
+            assert_close(out, a, library.operand(layer, a))
 
 
 # ---- Answers and errors. ---------------------------------------------------------------------------------------------
 
 
 def test_version_and_device(library):
-    assert library.lib.marlin_cuda_abi_version() == 3
+    assert library.lib.marlin_cuda_abi_version() == 4
     count = ctypes.c_int()
     library.check(library.lib.marlin_cuda_device_count(ctypes.byref(count)))
     assert count.value == torch.cuda.device_count()
@@ -480,7 +474,8 @@ def test_choose(library):
         for bits in (4, 8):
             assert library.choose(1, n, k, bits=bits) == 0
             assert all(library.choose(m, n, k, k // 64, bits=bits) in (0, 1) for m in (1, 100, 1000, 10000, 100000))
-    assert library.choose(16384, 28672, 4096) == 1
+    # cuBLAS is faster than mma.sync on large products; the kernel for many rows on Hopper is as fast as cuBLAS.
+    assert library.choose(16384, 28672, 4096, 32) == (torch.cuda.get_device_capability() != (9, 0))
     assert library.choose(0, 64, 64) == -2
     assert library.choose(1, 64, 96) == -2
     assert library.choose(1, 64, 128, 3) == -3

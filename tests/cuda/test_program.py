@@ -53,7 +53,7 @@ def test_verify_finds_what_is_wrong_on_the_gpu(tmp_path: Path) -> None:
     from marlin_convert.formats.scales import to_fp16
 
     with Checkpoint(DEMO_FOLDER) as source:
-        layer = make_plan(source).layers[0]
+        layer = make_plan(source, "marlin").layers[0]
         scales = to_fp16(source.read(layer.scales), layer.scales.dtype).scales
         qweight = source.read(layer.qweight)
         B = cuda.repack(torch.from_numpy(qweight).cuda()).cpu().numpy()

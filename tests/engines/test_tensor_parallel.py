@@ -9,7 +9,7 @@ import torch
 
 from marlin_convert.engines import tensor_parallel as shards
 from marlin_convert.engines.tensor_parallel import Piece
-from marlin_convert.formats.config import LayerSettings
+from marlin_convert.formats.marlin_config import LayerSettings
 from marlin_convert.native import repack
 
 
@@ -41,6 +41,10 @@ def layer(
 
 def weight_of(piece: Piece) -> torch.Tensor:
     sizes: dict[str, Any] = {"bits": piece.bits, "in_features": piece.K, "out_features": piece.N}
+    if piece.perm is not None and len(piece.perm) != piece.K:  # rows of zeros between others
+        sizes["in_features"] = piece.stored_K
+        W = repack.dequantize_layer(piece.weight, piece.scales, piece.zeros, **sizes, dtype=torch.float32).double()
+        return torch.zeros(piece.K, piece.N, dtype=torch.float64).index_add(0, piece.perm.long(), W)
     return repack.dequantize_layer(
         piece.weight, piece.scales, piece.zeros, piece.perm, **sizes, dtype=torch.float32
     ).double()
@@ -61,7 +65,7 @@ def test_columns(ranks: int, kind: dict[str, Any]) -> None:
     whole, weight = layer(256, 512, **kind)
     for rank in range(ranks):
         first, count = rank * 512 // ranks, 512 // ranks
-        piece = shards.columns("x", whole, first, count)
+        piece = shards.columns(whole, torch.arange(first, first + count))
         assert (piece.K, piece.N, piece.stored_N) == (256, count, count)
         assert torch.equal(weight_of(piece), weight[:, first : first + count])
 
@@ -72,17 +76,19 @@ def test_rows(ranks: int, kind: dict[str, Any]) -> None:
     whole, weight = layer(512, 128, **kind)
     for rank in range(ranks):
         first, count = rank * 512 // ranks, 512 // ranks
-        piece = shards.rows("x", whole, first, count)
+        piece = shards.rows(whole, first, count)
         assert (count, 128) == (piece.K, piece.N)
+        assert piece.perm is None
         assert torch.equal(weight_of(piece), weight[first : first + count])
 
 
 @pytest.mark.parametrize("kind", [*KINDS, {"group": 64, "order": True}])
 def test_pieces_keep_nothing_of_the_whole_in_memory(kind: dict[str, Any]) -> None:
     whole, _ = layer(512, 256, **kind)
-    pieces = [shards.columns("x", whole, 128, 128)]
+    pieces = [shards.columns(whole, torch.arange(128, 256)), shards.columns(whole, torch.arange(100, 200))]
     if whole.perm is None:
-        pieces.append(shards.rows("x", whole, 256, 256))
+        pieces.append(shards.rows(whole, 256, 256))
+    pieces.append(shards.rows(whole, 100, 300))
     for piece in pieces:
         for what in ("weight", "scales", "zeros"):
             tensor = getattr(piece, what)
@@ -93,7 +99,7 @@ def test_pieces_keep_nothing_of_the_whole_in_memory(kind: dict[str, Any]) -> Non
 def test_one_group_left_on_a_rank_changes_the_order_of_its_scales() -> None:
     """With G = 1 every reader takes the other permutation: new[8i + j] = old[2i + (0, 1, 8, 9, 16, 17, 24, 25)[j]]."""
     whole, _ = layer(256, 64)
-    piece = shards.rows("x", whole, 128, 128)
+    piece = shards.rows(whole, 128, 128)
     natural = repack.unpermute_scales(whole.scales)[1]
     assert piece.G == 1
     expected = [
@@ -105,34 +111,70 @@ def test_one_group_left_on_a_rank_changes_the_order_of_its_scales() -> None:
     assert piece.scales[0].tolist() == [float(x) for x in expected]
 
 
-@pytest.mark.parametrize(
-    ("kind", "first", "count", "message"),
-    [
-        ({"group": 128}, 64, 64, "cut through a block of 128"),
-        ({"group": 128}, 192, 192, "cut through a block of 128"),
-        ({"group": 64, "order": True}, 0, 256, "act-order, whose rows cannot be split over tensor-parallel ranks"),
-    ],
-)
-def test_rows_that_cannot_be_cut(kind: dict[str, Any], first: int, count: int, message: str) -> None:
-    whole, _ = layer(512, 64, **kind)
-    with pytest.raises(ValueError, match=f"^x: .*{message}"):
-        shards.rows("x", whole, first, count)
+ORDERED = [*KINDS, {"group": 64, "order": True}, {"group": 32, "bits": 8, "asym": True, "order": True}]
 
 
-@pytest.mark.parametrize(("first", "count"), [(32, 64), (0, 96), (128, 32)])
-def test_columns_that_cannot_be_cut(first: int, count: int) -> None:
-    whole, _ = layer(128, 192)
-    with pytest.raises(ValueError, match="cut through a tile of 64; use fewer tensor-parallel ranks"):
-        shards.columns("x", whole, first, count)
+@pytest.mark.parametrize("kind", ORDERED)
+@pytest.mark.parametrize("N", [320, 296])
+def test_columns_in_any_order(kind: dict[str, Any], N: int) -> None:
+    """Single columns, whole tiles, tiles that begin elsewhere, columns twice, columns of zeros, the last of them."""
+    whole, weight = layer(128, N, **kind)
+    orders = [
+        torch.randperm(N, generator=torch.Generator().manual_seed(1)),
+        torch.cat([torch.arange(128, 192), torch.arange(0, 64)]),
+        torch.arange(32, 96),
+        torch.cat([torch.arange(96), torch.arange(96)]),
+        torch.cat([torch.arange(64, 100), torch.full((28,), -1), torch.arange(64)]),
+        torch.full((70,), -1),
+        torch.arange(192, N),
+        torch.arange(256, 296),
+        torch.tensor([N - 1]),
+    ]
+    for order in orders:
+        piece = shards.columns(whole, order)
+        assert (piece.K, piece.N, piece.stored_N) == (128, len(order), -(-len(order) // 64) * 64)
+        assert torch.equal(weight_of(piece), torch.where(order < 0, 0, weight[:, order.clamp(min=0)]))
+
+
+@pytest.mark.parametrize("kind", ORDERED)
+@pytest.mark.parametrize("K", [512, 456])
+def test_rows_cut_anywhere(kind: dict[str, Any], K: int) -> None:
+    """Act-order, cuts through groups and through blocks of 128: the same weights, in groups of 16 or one group."""
+    whole, weight = layer(K, 128, **kind)
+    for first, count in [(0, 64), (0, 256), (256, K - 256), (100, 37), (192, 192), (K - 1, 1)]:
+        piece = shards.rows(whole, first, count)
+        assert (piece.K, piece.N, piece.stored_K % 128) == (count, 128, 0)
+        assert torch.equal(weight_of(piece), weight[first : first + count])
+        assert piece.G == 1 or piece.stored_K // piece.G in (16, kind["group"])
+
+
+def test_the_rows_of_all_ranks_are_not_many_more() -> None:
+    """A group of 128 rows in random order has about 64 on each of two ranks, filled up to a multiple of 16."""
+    whole, _ = layer(2048, 64, order=True)
+    stored = sum(shards.rows(whole, first, 1024).stored_K for first in (0, 1024))
+    assert stored <= 2048 * 1.25
+
+
+def test_columns_of_a_large_layer_are_moved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_CODES_AT_ONCE", 64 * 16 * 3)
+    whole, weight = layer(256, 128, asym=True)
+    order = torch.arange(127, -1, -1)
+    assert torch.equal(weight_of(shards.columns(whole, order)), weight[:, order])
+    assert torch.equal(weight_of(shards.rows(whole, 8, 200)), weight[8:208])
+
+
+def test_all_columns_are_no_copy() -> None:
+    whole, _ = layer(128, 200)
+    assert shards.columns(whole, torch.arange(200)) is whole
 
 
 def test_padding_of_a_vocabulary_is_zero() -> None:
     whole, weight = layer(128, 200, asym=True)
-    piece = shards.columns("x", whole, 128, 192)
+    piece = shards.columns(whole, torch.cat([torch.arange(128, 200), torch.full((120,), -1)]))
     assert piece.stored_N == 192
     found = weight_of(piece)
     assert torch.equal(found[:, :72], weight[:, 128:])
-    assert (found[:, 128:] == 0).all()
+    assert (found[:, 72:] == 0).all()
 
 
 def test_neighbours_are_joined_where_one_product_can_do_them() -> None:

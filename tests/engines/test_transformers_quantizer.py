@@ -24,6 +24,7 @@ from marlin_convert.engines import transformers_quantizer as hf
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.errors import DeviceError, SourceError, UnsupportedError
 from marlin_convert.native import cuda
+from tests.support.cli import PATIENCE
 from tests.support.hub_server import Hub
 from tests.support.tiny_models import (
     BLOCKS,
@@ -240,10 +241,10 @@ def test_extended_that_is_damaged_or_newer(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="marlin_ext_version is 2"):
         AutoModelForCausalLM.from_pretrained(edited(pair, tmp_path / "a", marlin_ext_version=2))
     folder = without(pair, tmp_path / "b", "model.layers.0.mlp.up_proj.marlin_scales")
-    with pytest.raises(SourceError, match=r"up_proj: it has marlin_qweight, and not .* the marlin_scales"):
+    with pytest.raises(SourceError, match=r"up_proj: marlin_scales is missing"):
         AutoModelForCausalLM.from_pretrained(folder)
     folder = edited(pair, tmp_path / "c", checkpoint_format="marlin", is_marlin_format=True, group_size=128)
-    with pytest.raises(SourceError, match="it has marlin_qweight, and not the settings"):
+    with pytest.raises(SourceError, match=r"the settings say marlin, and .* is a layer of marlin_ext"):
         AutoModelForCausalLM.from_pretrained(folder)
     for key in ("bits", "group_size", "desc_act", "sym"):  # settings that the tensors contradict
         changed = {"bits": 8, "group_size": 64, "desc_act": True, "sym": False}[key]
@@ -271,7 +272,7 @@ def test_missing_keys_are_an_error(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"does not fit LlamaForCausalLM: model.norm.weight \(missing"):
         AutoModelForCausalLM.from_pretrained(folder)
     folder = without(pair, tmp_path / "c", "model.layers.1.mlp.up_proj.s")
-    with pytest.raises(SourceError, match="up_proj: B has no matching s"):
+    with pytest.raises(SourceError, match=r"up_proj.B \(in the checkpoint and not in the model\)"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -372,10 +373,12 @@ except HubError as error: print(error)
 """
 
 
+@pytest.mark.slow
 def test_load_from_the_hub(pair: Pair, hub: Hub, tmp_path: Path) -> None:
     hub.add("me/tiny-marlin", pair.out)
     process = subprocess.run(
-        [sys.executable, "-c", LOAD, tmp_path / "logits"], capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", LOAD, tmp_path / "logits"],
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
         env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf-home")},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr

@@ -18,10 +18,14 @@ from tests.engines.test_tensor_parallel import layer as random_layer
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from vllm.config.utils import hash_factors  # noqa: E402
+
 from marlin_convert.engines import vllm_plugin as plugin  # noqa: E402
+from marlin_convert.engines.column_marks import Arriving  # noqa: E402
 from marlin_convert.engines.tensor_parallel import Piece  # noqa: E402
-from marlin_convert.formats.config import marlin_ext_settings  # noqa: E402
+from marlin_convert.errors import DeviceError  # noqa: E402
 from marlin_convert.formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES  # noqa: E402
+from marlin_convert.formats.marlin_config import marlin_ext_settings  # noqa: E402
 from marlin_convert.native import repack  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -51,10 +55,26 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "_multiply", reference)
     monkeypatch.setattr(plugin, "marlin_make_workspace_new", lambda device: torch.zeros(1, dtype=torch.int32))
     monkeypatch.setattr(plugin, "_rank", lambda layer: layer.rank)
+    choose(monkeypatch, "vllm")
+
+
+def choose(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, missing: str = "", capability: tuple[int, int] = (9, 0)
+) -> None:
+    """MARLIN_CONVERT_VLLM_KERNEL, on a machine of one's own: our kernels there or `missing`, a GPU of `capability`."""
+
+    def load() -> None:
+        if missing:
+            raise DeviceError(missing)
+
+    monkeypatch.setenv(plugin.KERNEL, kernel)
+    monkeypatch.setattr(plugin.cuda, "load_library", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    plugin.kernel.cache_clear()
 
 
 def config_of(pieces: dict[str, tuple[Piece, torch.Tensor, dict[str, Any]]], extended: bool) -> Any:
-    from marlin_convert.formats.config import LayerSettings
+    from marlin_convert.formats.marlin_config import LayerSettings
 
     if not extended:
         result = plugin.MarlinCheckpointConfig.from_config(ORIGINAL)
@@ -88,30 +108,44 @@ class Linear(torch.nn.Module):
 
 def load(
     config: Any, names: list[str], pieces: dict[str, Any], linear: Linear, sizes: tuple[int, list[int], int, int],
-    shards: list[Any], extended: bool,
+    shards: list[Any], extended: bool, dtype: torch.dtype = torch.float16,
 ) -> Any:  # fmt: skip
-    """Through the three calls that vLLM makes: create, load each of the checkpoint's tensors, process."""
-    method = plugin.MarlinCheckpointMethod(config, names)
+    """Through the steps of vLLM's loading: create, load marks cut as vLLM cuts a plain weight, process."""
+    method = plugin.MarlinCheckpointMethod(config, "layer", names)
     own_K, widths, all_K, all_N = sizes
-    method.create_weights(linear, own_K, widths, all_K, all_N, torch.float16, weight_loader=None)
-    for name, shard in zip(names, shards, strict=True):
-        piece = pieces[name][0]
-        for what, ending in (EXTENDED_NAMES if extended else ORIGINAL_NAMES).items():
-            tensor = getattr(piece, what)
-            if tensor is not None:
-                parameter = dict(linear.named_parameters())[ending]
-                arguments = (tensor,) if shard is None else (tensor, shard)
-                parameter.weight_loader(parameter, *arguments)
+
+    def cut(param: Any, loaded: torch.Tensor, shard: Any = None) -> None:
+        part = {"q": 0, "k": 1, "v": 2}.get(shard, shard or 0)
+        rank = linear.rank // (linear.num_kv_head_replicas if part else 1) if all_N > sum(widths) else 0
+        first = sum(widths[:part])
+        param.data[first : first + widths[part]] = loaded.narrow(0, rank * widths[part], widths[part])
+
+    method.create_weights(linear, own_K, widths, all_K, all_N, dtype, weight_loader=cut)
+    weights = [
+        (f"{name}.{ending}", getattr(pieces[name][0], what))
+        for name in names
+        for what, ending in (EXTENDED_NAMES if extended else ORIGINAL_NAMES).items()
+        if getattr(pieces[name][0], what) is not None
+    ]
+    config.arriving = Arriving(config.settings, names)
+    of_name = dict(zip(names, shards, strict=True))
+    for key, marks in config.arriving.stream(weights):
+        shard = of_name[key.removesuffix(".weight")]
+        linear.weight.weight_loader(linear.weight, marks, *(() if shard is None else (shard,)))
+    method.finish(linear)
+    config.arriving = None
     method.process_weights_after_loading(linear)
-    assert not set(dict(linear.named_parameters())) & {*ORIGINAL_NAMES.values(), *EXTENDED_NAMES.values()}
+    assert not hasattr(linear, "weight")
     return method
 
 
-def check(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+def check(
+    y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None, close: float = 1e-3
+) -> None:
     expected = x.double() @ W + (0 if bias is None else bias.double())
     error = (y.double() - expected).norm() / expected.norm()
     assert y.shape == expected.shape
-    assert error < 1e-3, error
+    assert error < close, error
 
 
 QKV = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"]
@@ -163,10 +197,27 @@ def test_row_parallel(ranks: int, extended: bool, kind: dict[str, Any]) -> None:
         check(method.apply(linear, x), x, pieces[name][1][rank * own : (rank + 1) * own])
 
 
-def test_row_parallel_act_order_is_refused() -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kind", [{"group": 64}, {"group": 128, "asym": True}, {"group": -1}, {"bits": 8, "group": 32}])
+def test_row_parallel_act_order(monkeypatch: pytest.MonkeyPatch, ranks: int, kind: dict[str, Any]) -> None:
+    """Each rank has some rows of every group: on our kernels, in groups of 16."""
+    choose(monkeypatch, "auto", capability=(8, 0))
+    name, kind = "model.layers.0.mlp.down_proj", {**kind, "order": True}
+    pieces = {name: (*random_layer(512, 256, **kind), kind)}
+    own = 512 // ranks
+    for rank in range(ranks):
+        linear = Linear(rank, torch.randn(256).half())
+        method = load(config_of(pieces, True), [name], pieces, linear, (own, [256], 512, 256), [None], True)
+        assert method.products[0].ours == (ranks > 1 and kind["group"] != -1)
+        x = torch.randn(2, 5, own).half()
+        check(method.apply(linear, x), x, pieces[name][1][rank * own : (rank + 1) * own])
+
+
+def test_row_parallel_act_order_is_refused_without_our_kernels() -> None:
     name, kind = "model.layers.0.mlp.down_proj", {"group": 64, "order": True}
     pieces = {name: (*random_layer(512, 256, **kind), kind)}
-    with pytest.raises(ValueError, match=r"down_proj: it has act-order, whose rows cannot be split"):
+    message = r"layer: rows 0 to 256 of 512, of this rank, become groups of 16 \(it has act-order\)"
+    with pytest.raises(ValueError, match=message):
         load(config_of(pieces, True), [name], pieces, Linear(0), (256, [256], 512, 256), [None], True)
 
 
@@ -180,21 +231,113 @@ def test_parts_of_different_kinds_and_padding() -> None:
     check(method.apply(linear, x, linear.bias), x, torch.cat([pieces[n][1] for n in names], 1), linear.bias.data)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "missing", "capability", "ours", "why"),
+    [
+        ("auto", "", (9, 0), True, "the faster one on compute capability 9.0"),
+        ("", "", (9, 0), True, "the faster one on compute capability 9.0"),
+        ("auto", "", (8, 0), False, "ours has not been measured to be faster on compute capability 8.0"),
+        ("auto", "", (12, 0), False, "ours has not been measured to be faster on compute capability 12.0"),
+        ("auto", "not built.", (9, 0), False, "not built"),
+        ("vllm", "", (9, 0), False, "MARLIN_CONVERT_VLLM_KERNEL=vllm"),
+        ("Ours", "", (8, 0), True, "MARLIN_CONVERT_VLLM_KERNEL=ours"),
+    ],
+)
+def test_which_kernel(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, missing: str, capability: tuple[int, int], ours: bool, why: str
+) -> None:
+    choose(monkeypatch, kernel, missing, capability)
+    assert plugin.kernel()[:2] == (ours, why)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "missing", "message"),
+    [
+        ("ours", "not built.", "MARLIN_CONVERT_VLLM_KERNEL=ours: not built"),
+        ("marlin", "", "MARLIN_CONVERT_VLLM_KERNEL is 'marlin'; it should be one of auto, ours, vllm"),
+    ],
+)
+def test_kernels_that_cannot_be(monkeypatch: pytest.MonkeyPatch, kernel: str, missing: str, message: str) -> None:
+    choose(monkeypatch, kernel, missing)
+    with pytest.raises(ValueError, match=message):
+        plugin.kernel()
+
+
+def test_compiled_graphs_are_keyed_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM itself takes for the key of its cache."""
+    keys = []
+    for kernel in ("ours", "vllm", "ours"):
+        choose(monkeypatch, kernel)
+        keys.append(hash_factors(vllm.envs.compile_factors()))
+    assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [{"group": 16}, {"bits": 8, "asym": True, "group": 64}])
+def test_what_vllm_lacks_is_ours_on_every_gpu(
+    monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """One part of each kind in a layer with a bias, padded; our operator's reference on a CPU."""
+    choose(monkeypatch, "auto", capability=(8, 6))
+    names, kinds = ["gate_proj", "up_proj"], [kind, {"group": 64}]
+    pieces = {n: (*random_layer(200, 72, seed=i, **k), k) for i, (n, k) in enumerate(zip(names, kinds, strict=True))}
+    linear = Linear(0, torch.randn(144).to(dtype))
+    method = load(config_of(pieces, True), names, pieces, linear, (200, [72, 72], 200, 144), [0, 1], True, dtype)
+    assert [product.ours for product in method.products] == [True, False]
+    W, x = torch.cat([pieces[n][1] for n in names], 1), torch.randn(3, 200).to(dtype)
+    check(method.apply(linear, x, linear.bias), x, W, linear.bias.data, 1e-3 if dtype == torch.float16 else 2e-2)
+    check(method.apply(linear, x), x, W, None, 1e-3 if dtype == torch.float16 else 2e-2)
+
+
+@pytest.mark.parametrize("kind", [{}, {"group": 64, "order": True}, {"group": -1}, {"bits": 8, "group": 32}])
+def test_our_kernel(monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]) -> None:
+    choose(monkeypatch, "ours")
+    widths = [512, 128, 128]
+    pieces = {
+        n: (*random_layer(256, w, seed=i, **kind), kind) for i, (n, w) in enumerate(zip(QKV, widths, strict=True))
+    }
+    linear, W = Linear(0, torch.randn(768).half()), torch.cat([pieces[n][1] for n in QKV], 1)
+    method = load(config_of(pieces, True), QKV, pieces, linear, (256, widths, 256, 768), ["q", "k", "v"], True)
+    assert all(product.ours for product in method.products)
+    x = torch.randn(2, 5, 256).half()
+    check(method.apply(linear, x, linear.bias), x, W, linear.bias.data)
+
+
+@pytest.mark.parametrize("kernel", ["ours", "vllm"])
+def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    choose(monkeypatch, kernel)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(
+        ValueError, match=r"^x: VLLM_BATCH_INVARIANT=1 asks for results that do not depend on the number"
+    ):
+        plugin.MarlinCheckpointMethod(config_of({}, False), "x")
+
+
 def test_what_the_kernel_lacks_is_refused() -> None:
     for kind, message in [({"group": 16}, "no groups of 16"), ({"bits": 8, "asym": True}, "no 8-bit codes with zero")]:
         pieces = {"a": (*random_layer(256, 64, **kind), kind)}
         with pytest.raises(ValueError, match=f"a: vLLM's Marlin kernel has {message}"):
-            plugin.MarlinCheckpointMethod(config_of(pieces, True), ["a"])
+            plugin.MarlinCheckpointMethod(config_of(pieces, True), "a", ["a"])
 
 
-def test_a_missing_tensor_is_an_error() -> None:
+def test_columns_that_have_not_come_are_an_error() -> None:
     pieces = {"a": (*random_layer(256, 64), {})}
-    method = plugin.MarlinCheckpointMethod(config_of(pieces, False), ["a"])
-    linear = Linear(0)
-    method.create_weights(linear, 256, [64], 256, 64, torch.float16)
-    linear.B.weight_loader(linear.B, pieces["a"][0].weight)
-    with pytest.raises(ValueError, match="a: it has weight; scales, weight needed"):
+    config, linear = config_of(pieces, False), Linear(0)
+    method = plugin.MarlinCheckpointMethod(config, "layer", ["a"])
+    method.create_weights(linear, 256, [64], 256, 64, torch.float16, weight_loader=lambda param, loaded: None)
+    config.arriving = Arriving(config.settings, ["a"])
+    with pytest.raises(ValueError, match="layer: 64 of its 64 columns have not been loaded"):
+        method.finish(linear)
+    with pytest.raises(ValueError, match="layer: its weights have not been loaded"):
         method.process_weights_after_loading(linear)
+
+
+def test_a_part_that_is_not_quantized_is_an_error() -> None:
+    config, linear = config_of({"a": (*random_layer(256, 64), {})}, False), Linear(0)
+    method = plugin.MarlinCheckpointMethod(config, "layer", ["a"])
+    method.create_weights(linear, 256, [64], 256, 64, torch.float16, weight_loader=lambda param, loaded: None)
+    with pytest.raises(ValueError, match="layer: vLLM computes it as one layer, and a part of it is not quantized"):
+        linear.weight.weight_loader(linear.weight, torch.zeros(64, 256))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,21 +15,21 @@ import numpy as np
 import pytest
 
 from marlin_convert.errors import SourceError
-from marlin_convert.hub.download import fetch
-from tests.support.cli import SECRET, Run, refusal
+from marlin_convert.hub.open import fetch
+from tests.support.cli import PATIENCE, PROGRAM, SECRET, Run, refusal, running
 from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
 from tests.support.hub_server import Hub, Request
 
 REPO = "someone/model-gptq"
-#: Beside the weights: what travels, and what is never fetched.
-EXTRA = {"tokenizer.json": "{}", "LICENSE": "free", "assets/logo.txt": "logo"}
-UNWANTED = {"pytorch_model.bin": "pickle", "old/consolidated.00.pth": "pickle", "model.Q4_K_M.gguf": "GGUF"}
+#: What lies beside the weights, and what of it are weights of other kinds.
+BESIDE = {"pytorch_model.bin": "pickle", "2_Dense/model.safetensors": "other", "mtp.safetensors": "a draft"}
+EXTRA = {"tokenizer.json": "{}", "LICENSE": "free", "assets/logo.txt": "logo", **BESIDE}
 
 
 @pytest.fixture
 def repository(hub: Hub, tmp_path: Path) -> Source:
     """A checkpoint in the repository REPO; the folder it came from is not there any more."""
-    source = write_source(tmp_path / "upload", extra={**EXTRA, **UNWANTED}, shards=2)
+    source = write_source(tmp_path / "upload", extra=EXTRA, shards=2)
     hub.add(REPO, source.folder)
     shutil.rmtree(source.folder)
     return source
@@ -48,12 +47,13 @@ def test_a_conversion(hub: Hub, repository: Source, online: Callable[..., Run], 
     wanted = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
               "config.json", *EXTRA}  # fmt: skip
     assert hub.fetched() == wanted
-    assert not list(tmp_path.rglob("*.bin"))
+    assert report["weights_beside"] == sorted(BESIDE)
     # The progress bars of huggingface_hub do not mix with ours.
     said = [line.split(":")[0] for line in result.err.splitlines()]
-    assert said[0] == "downloading"
-    assert sorted(said[:4]) == ["converting"] * 2 + ["downloading"] * 2  # at the same time
-    assert said[4:] == ["verifying"] * 2
+    assert said[:2] == ["downloading other files"] * 2
+    assert said[2] == "downloading"
+    assert sorted(said[2:6]) == ["converting"] * 2 + ["downloading"] * 2  # at the same time
+    assert said[6:] == ["verifying"] * 2
 
 
 WEIGHTS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
@@ -79,6 +79,17 @@ def test_a_plan_without_fetching_the_weights(
         (folder / name).write_bytes(content)
     local = online(folder, "--dry-run", "--json").json()
     assert {**local, "source": REPO} == plan
+
+
+def test_what_lies_beside_is_restored(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
+    """Also what the index does not name, which engines that find no index would read as the model's own."""
+    assert online(REPO, tmp_path / "out", "--quiet", "--device", "cpu").code == 0
+    hub.add("someone/model-marlin", tmp_path / "out")
+    assert online("to-gptq", "someone/model-marlin", tmp_path / "back", "--quiet").code == 0
+    for folder in (tmp_path / "out", tmp_path / "back"):
+        assert {name: (folder / name).read_text() for name in EXTRA} == EXTRA
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {"model.safetensors"}
 
 
 def test_a_plan_reads_little_of_a_large_file(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
@@ -258,6 +269,7 @@ def test_a_server_that_is_no_hub(hub: Hub, online: Callable[..., Run], tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_ends_at_once(hub: Hub, repository: Source, tmp_path: Path) -> None:
     """huggingface_hub alone would wait for every file, which may be gigabytes, or for the server, as here."""
     arrived, release = threading.Event(), threading.Event()
@@ -265,20 +277,18 @@ def test_an_interrupted_download_ends_at_once(hub: Hub, repository: Source, tmp_
     def hold(request: Request) -> None:
         if request.method == "GET" and request.path.endswith("00002-of-00002.safetensors"):
             arrived.set()
-            release.wait(60)
+            release.wait()
 
     hub.fault = hold
-    process = subprocess.Popen(
-        [sys.executable, "-m", "marlin_convert.cli", REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache"],
-        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf-home")},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = [*PROGRAM, REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache"]
+    patience = {"HF_HUB_DOWNLOAD_TIMEOUT": str(2 * PATIENCE)}  # the client's own
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), **patience}
     try:
-        assert arrived.wait(30)
-        process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=8)[1]  # the client's own patience is 10 s
+        with running(command, env=env, stderr=subprocess.PIPE) as process:
+            assert arrived.wait(PATIENCE)
+            process.send_signal(signal.SIGINT)
+            error = process.communicate(timeout=PATIENCE)[1]
     finally:
-        process.kill()
         release.set()
     assert process.returncode == 130
     assert error == "\nmarlin-convert: interrupted; nothing half-done was left behind.\n"

@@ -24,13 +24,14 @@ import numpy as np
 import pytest
 import torch
 
-from marlin_convert.checkpoint import writer as publish
+from marlin_convert.checkpoint import output_folder
 from marlin_convert.conversion import supply
-from marlin_convert.conversion.convert import Options, looked_at
+from marlin_convert.conversion.convert import looked_at
 from marlin_convert.conversion.supply import check_room
 from marlin_convert.errors import OutputError
+from marlin_convert.options import HubAccess
 from tests.support import hub_server
-from tests.support.cli import Run, refusal
+from tests.support.cli import PATIENCE, PROGRAM, Run, refusal, running
 from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
 from tests.support.hub_server import Hub, Request, at_first
 
@@ -181,10 +182,10 @@ def test_low_disk_interrupted(
 
     hub.fault = hold_the_last
     with program(hub, tmp_path, "--low-disk") as process:
-        assert arrived.wait(30)
+        assert arrived.wait(PATIENCE)
         process.kill()
-    left = disk.weights().keys()
-    assert left
+    left = {name for name in disk.weights() if (disk.blobs / name).exists()}
+    assert disk.weights()
     hub.requests.clear()
     result = online(REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache", "--low-disk", "--quiet", "--verify")
     assert (result.code, result.err) == (0, "")
@@ -212,17 +213,10 @@ def test_a_layer_in_the_first_and_the_last_file(
 
 @contextlib.contextmanager
 def program(hub: Hub, tmp_path: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "marlin_convert.cli", REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache",
-         "--quiet", *options],
-        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf-home")},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
+    command = [*PROGRAM, REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache", "--quiet", *options]
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf-home")}
+    with running(command, env=env, stderr=subprocess.PIPE) as process:
         yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
@@ -243,7 +237,7 @@ def test_an_interrupted_download_is_taken_up_again(
     with program(hub, tmp_path) as process:
         assert until(lambda: sum(disk.weights().values()) >= 20_000_000)
         process.send_signal(number)
-        process.wait(10)
+        process.wait(PATIENCE)
     ended.set()
     assert not (tmp_path / "out").exists()
     hub.alter = lambda _, content: content
@@ -265,7 +259,7 @@ class Stalling(bytes):
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice) and key.start is not None and key.start >= self.pause:  # type: ignore[attr-defined]
-            self.event.wait(60)  # type: ignore[attr-defined]
+            self.event.wait(PATIENCE)  # type: ignore[attr-defined]
         return super().__getitem__(key)
 
 
@@ -300,7 +294,7 @@ def test_content_of_another_hash(
     answers, spoilt = [], 99
     result = online(REPO, tmp_path / "out", "--quiet", "--cache-dir", tmp_path / "cache")
     assert refusal(result) == (
-        f"{REPO}: what comes as {name} is not what the Hub describes (its SHA-256 is another), twice; nothing of it "
+        f"{REPO}: what comes as {name} is not what the Hub describes (its hash is another), twice; nothing of it "
         "was kept. Try again later, or without a proxy in between."
     )
     assert len(answers) == 2
@@ -373,14 +367,17 @@ def test_a_server_without_ranges(
     assert refusal(online(REPO, "--dry-run")) == expected
 
 
-def test_weights_that_no_index_names_stay(
+def test_weights_that_no_index_names_travel_as_they_are(
     hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """The same weights once more in another file, as some repositories have them."""
     files = hub.repositories[REPO].commits[hub.repositories[REPO].refs["main"]]
-    hub.repositories[REPO].commit({**files, "consolidated.safetensors": b"the same weights", "onnx/a.onnx": b"again"})
+    beside = {"mtp.safetensors": b"a draft model's", "onnx/a.onnx": b"again"}
+    hub.repositories[REPO].commit({**files, **beside})
+    plan = online(REPO, "--dry-run", "--json").json()
+    assert plan["weights_beside"] == [{"name": name, "bytes": len(data)} for name, data in beside.items()]
+    assert not hub.fetched() & beside.keys()
     assert online(REPO, tmp_path / "out", "--quiet").code == 0
-    assert not hub.fetched() & {"consolidated.safetensors", "onnx/a.onnx"}
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in beside} == beside
     assert online(REPO, tmp_path / "offline", "--quiet", env={"HF_HUB_OFFLINE": "1"}).code == 0
 
 
@@ -428,12 +425,13 @@ def test_a_folder_that_was_meant(hub: Hub, online: Callable[..., Run], tmp_path:
 
 def test_room_on_the_disk(hub: Hub, repository: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is needed is known beforehand, for each mode; on one disk, and with the cache on another."""
-    from marlin_convert.hub.download import Remote, RemoteFile
+    from marlin_convert.hub.answers import RemoteFile
+    from marlin_convert.hub.repository import Remote
 
-    files = {p.name: RemoteFile(p.stat().st_size, "0" * 64, False) for p in weights_of(repository)}
+    files = {p.name: RemoteFile(p.name, p.stat().st_size, "0" * 64) for p in weights_of(repository)}
     remote = Remote(REPO, None, "0" * 40, None, tmp_path / "cache", files)
     source, largest = sum(f.size for f in files.values()), max(f.size for f in files.values())
-    with looked_at(repository.folder, Options()) as (origin, checkpoint):
+    with looked_at(repository.folder, HubAccess()) as (origin, checkpoint):
         origin, result = dataclasses.replace(origin, remote=remote), 8_000_000
 
         def check(*, low_disk: bool) -> None:
@@ -452,7 +450,9 @@ def test_room_on_the_disk(hub: Hub, repository: Source, tmp_path: Path, monkeypa
             assert needed == expected
             needed.clear()
         monkeypatch.undo()
-        monkeypatch.setattr(publish.shutil, "disk_usage", lambda _: type("Usage", (), {"free": result + largest + 5}))
+        monkeypatch.setattr(
+            output_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": result + largest + 5})
+        )
         check(low_disk=True)
         with pytest.raises(OutputError) as error:
             check(low_disk=False)
@@ -524,3 +524,70 @@ def test_the_report_names_the_commit(hub: Hub, repository: Source, online: Calla
     commit = hub.repositories[REPO].refs["main"]
     assert json.loads((tmp_path / "out" / "marlin_convert.json").read_text())["source_commit"] == commit
     assert commit in (tmp_path / "out" / "README.md").read_text()
+
+
+def start(hub: Hub, code: list[object], **streams: Any) -> subprocess.Popen[str]:
+    """Another process on the same Hub: Python with these arguments."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*", "HF_TOKEN": ""}
+    return subprocess.Popen([sys.executable, *map(str, code)], env={**os.environ, **settings}, text=True, **streams)
+
+
+def both(hub: Hub, online: Callable[..., Run], tmp_path: Path, first: list[str], second: list[str]) -> None:
+    """Two runs on one cache, both of which succeed: while the second file comes for the first run, the second run
+    begins, and waits for it as well."""
+    began: list[subprocess.Popen[str]] = []
+    common = ["--cache-dir", tmp_path / "cache", "--quiet", "--verify"]
+
+    def begin_another(request: Request) -> None:
+        if whole(request) == "model-00002-of-00004.safetensors" and not began:
+            code = ["-m", "marlin_convert.cli", REPO, tmp_path / "second", *common, *second]
+            began.append(start(hub, code, stderr=subprocess.PIPE))
+            assert until(lambda: [r.path for r in hub.requests].count(f"/api/models/{REPO}") == 2)
+            time.sleep(1.5)
+
+    hub.fault = begin_another
+    result = online(REPO, tmp_path / "first", *common, *first)
+    assert (result.code, result.err) == (0, "")
+    error = began[0].communicate(timeout=PATIENCE)[1]
+    assert (began[0].returncode, error) == (0, "")
+    for path in (tmp_path / "first").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+
+
+def test_two_runs_with_little_disk(
+    hub: Hub, repository: Source, disk: Disk, online: Callable[..., Run], tmp_path: Path
+) -> None:
+    both(hub, online, tmp_path, ["--low-disk"], ["--low-disk"])
+    assert disk.weights() == {}
+
+
+@pytest.mark.parametrize("first", [[], ["--low-disk"]], ids=["last", "first"])
+def test_a_run_with_little_disk_beside_another(
+    hub: Hub, repository: Source, disk: Disk, online: Callable[..., Run], tmp_path: Path, first: list[str]
+) -> None:
+    """What the other run wants to keep stays, whoever fetched it."""
+    both(hub, online, tmp_path, first, [] if first else ["--low-disk"])
+    commit = hub.repositories[REPO].refs["main"]
+    for path in weights_of(repository):
+        assert (disk.blobs.parent / "snapshots" / commit / path.name).read_bytes() == path.read_bytes()
+
+
+def test_huggingface_hub_waits_for_a_file(
+    hub: Hub, repository: Source, disk: Disk, online: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Another program asks for the file that comes, and gets it, and keeps it."""
+    name = "model-00002-of-00004.safetensors"
+    code = "import sys, huggingface_hub as h; print(h.hf_hub_download(*sys.argv[1:3], cache_dir=sys.argv[3]))"
+    others: list[subprocess.Popen[str]] = []
+
+    def ask_for_it(request: Request) -> None:
+        if whole(request) == name and not others:
+            others.append(start(hub, ["-c", code, REPO, name, tmp_path / "cache"], stdout=subprocess.PIPE))
+            assert until(lambda: any(r.method == "HEAD" and r.path.endswith(name) for r in hub.requests))
+            time.sleep(1)
+
+    hub.fault = ask_for_it
+    result = online(REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache", "--quiet", "--low-disk")
+    assert (result.code, result.err) == (0, "")
+    path = Path(others[0].communicate(timeout=PATIENCE)[0].strip())
+    assert path.read_bytes() == (repository.folder / name).read_bytes()

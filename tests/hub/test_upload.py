@@ -14,7 +14,7 @@ import pytest
 from marlin_convert.cli.commands import DEMO_FOLDER
 from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.hub.upload import default_name
-from tests.support.cli import SECRET, Run, refusal
+from tests.support.cli import PATIENCE, SECRET, Run, refusal
 from tests.support.gptq_checkpoints import Source, two_layers, write_source
 from tests.support.hub_server import Account, Hub, Request, at_first
 
@@ -242,7 +242,7 @@ def test_transformers_reads_it_back(hub: Hub, online: Callable[..., Run], tmp_pa
     read = [
         json.loads(subprocess.run(
             [sys.executable, "-c", READ_BACK, where], env={**os.environ, **settings}, cwd=tmp_path,
-            capture_output=True, text=True, check=True, timeout=60,
+            capture_output=True, text=True, check=True, timeout=PATIENCE,
         ).stdout)
         for where in (REPO, str(tmp_path / "out"))
     ]  # fmt: skip

@@ -171,7 +171,7 @@ def test_verify_with_the_gpus_product(tmp_path: Path, twin: Device, group_size: 
     source = write_source(tmp_path / "source", {"a": GPTQLayer(K=384, N=256, group_size=group_size)}, {})
     convert(source.folder, tmp_path / "out", Options(device="cpu"))
     with Checkpoint(source.folder) as original, Checkpoint(tmp_path / "out") as result:
-        report = verify(original, make_plan(original), result, twin)
+        report = verify(original, make_plan(original, "marlin"), result, twin)
     assert report.ok
     assert report.device == "cuda:0 (a twin)"
     error = report.layers[0].relative_error
@@ -184,7 +184,7 @@ def test_the_gpus_product_finds_wrong_scales(tmp_path: Path, twin: Device) -> No
     layer = GPTQLayer(K=256, N=256)
     source = write_source(tmp_path / "source", {"a": layer}, {})
     with Checkpoint(source.folder) as checkpoint:
-        planned = make_plan(checkpoint).layers[0]
+        planned = make_plan(checkpoint, "marlin").layers[0]
         qweight, scales = checkpoint.read(planned.qweight), checkpoint.read(planned.scales)
     doubled = permute_scales(scales)
     doubled[1, 7] *= 2

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from marlin_convert.errors import DeviceError
 from marlin_convert.formats import layout
 from marlin_convert.native import ops, repack
 
@@ -314,6 +315,36 @@ def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.available_isas() == ()
     with pytest.raises(ValueError, match="isa is 'avx2', but the native library is not in use"):
         ops.pack(random_words(2, 64), isa="avx2")
+
+
+@needs_native
+@pytest.mark.parametrize(("wanted", "title"), [("plain", "plain C++"), ("avx2", "AVX2"), ("avx512", "AVX-512")])
+def test_the_instruction_set_is_kept_to(
+    library: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, wanted: str, title: str
+) -> None:
+    """Seen from what reaches the native code; an instruction set that this CPU lacks is not used because of it."""
+    monkeypatch.delenv(ops.HIGHEST_ISA, raising=False)
+    library(ops.LIBRARY)
+    best = ops.available_isas()[-1]
+    monkeypatch.setenv(ops.HIGHEST_ISA, wanted)
+    library(ops.LIBRARY)
+    used = ops.available_isas()
+    assert used == ISAS[: min(ISAS.index(wanted), ISAS.index(best)) + 1]
+    assert used[-1] != wanted or title in ops.describe()
+    called: list[Any] = []
+    monkeypatch.setattr(ops._Native, "call", lambda self, function, *arguments: called.append(arguments[-1]))
+    ops.pack(random_words(2, 64))
+    assert called == [ISAS.index(used[-1]) + 1]  # MARLIN_ISA_* of kernels/marlin.h
+
+
+@needs_native
+def test_an_instruction_set_that_does_not_exist(
+    library: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ops.HIGHEST_ISA, "sse2")
+    library(ops.LIBRARY)
+    with pytest.raises(DeviceError, match="MARLIN_CONVERT_ISA is 'sse2'; it should be one of plain, avx2, avx512"):
+        ops.pack(random_words(2, 64))
 
 
 @pytest.fixture

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+PROGRAM = [sys.executable, "-m", "marlin_convert.cli"]
+
+#: Seconds after which a process or an answer is taken to hang. Nothing is measured by it.
+PATIENCE = 300
 
 #: A token; no output of the program may show it.
 SECRET = "hf_SECRETXYZ"
@@ -18,6 +26,16 @@ class Run:
 
     def json(self) -> Any:
         return json.loads(self.out)
+
+
+@contextmanager
+def running(command: list[Any], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own, with text in its pipes; whatever becomes of the test, none of it is left."""
+    with subprocess.Popen([str(word) for word in command], text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def refusal(result: Run) -> str:

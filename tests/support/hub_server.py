@@ -101,6 +101,8 @@ class Hub:
         self.cut: Callable[[Request], int | None] = lambda _: None
         #: Makes something else of a file's content.
         self.alter: Callable[[Request, bytes], bytes] = lambda _, content: content
+        #: Makes something else of what is said about a repository, an account, or a commit: any JSON, or bytes.
+        self.say: Callable[[Request, Any], Any] = lambda _, answer: answer
         #: Bytes of answers in a second, all together.
         self.rate: float | None = None
         self._line, self._free_at = threading.Lock(), 0.0
@@ -219,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(request, repo_id)
         commit = self.commit(repository, revision)
         files = [{"rfilename": name} for name in repository.commits[commit]]
-        self.send_json({
+        self.send_json(request, {
             "id": repo_id, "modelId": repo_id, "sha": commit, "private": repository.private,
             "gated": "manual" if repository.gated else False, "tags": [], "downloads": 0, "likes": 0, "siblings": files,
         })  # fmt: skip
@@ -233,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
             if is_lfs(name):
                 entry["lfs"] = {"oid": hash_of(name, content), "size": size_of(content), "pointerSize": 130}
             entries.append(entry)
-        self.send_json([e for e in entries if str(e["path"]).startswith(folder)])
+        self.send_json(request, [e for e in entries if str(e["path"]).startswith(folder)])
 
     def file(self, request: Request, repo_id: str, revision: str, file: str) -> None:
         repository = self.repository(request, repo_id)
@@ -271,7 +273,7 @@ class Handler(BaseHTTPRequestHandler):
         account = self.account(request)
         orgs = [{"name": name, "roleInOrg": role} for name, role in account.orgs.items()]
         token = {"displayName": "a token", "role": account.role}
-        self.send_json({"type": "user", "name": account.name, "orgs": orgs, "auth": {"accessToken": token}})
+        self.send_json(request, {"type": "user", "name": account.name, "orgs": orgs, "auth": {"accessToken": token}})
 
     def create(self, request: Request) -> None:
         asked = json.loads(request.body)
@@ -284,7 +286,7 @@ class Handler(BaseHTTPRequestHandler):
         private = asked.get("visibility") == "private" or asked.get("private", False)
         repository = self.hub.repositories[repo_id] = Repository(private=private, members={request.token or ""})
         repository.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
-        self.send_json(answer)
+        self.send_json(request, answer)
 
     def validate(self, request: Request) -> None:
         """The metadata of a card, by what the Hub says about these fields."""
@@ -312,7 +314,7 @@ class Handler(BaseHTTPRequestHandler):
         if branch in repository.refs:
             raise Refusal(409, message="Reference already exists")
         repository.refs[branch] = repository.refs["main"]
-        self.send_json({})
+        self.send_json(request, {})
 
     def preupload(self, request: Request, repo_id: str, revision: str) -> None:
         repository = self.repository(request, repo_id)
@@ -325,7 +327,7 @@ class Handler(BaseHTTPRequestHandler):
             oid = None if there is None else hash_of(path, there)
             mode = "lfs" if lfs else "regular"
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        self.send_json({"files": answers})
+        self.send_json(request, {"files": answers})
 
     def lfs_batch(self, request: Request, repo_id: str) -> None:
         self.repository(request, repo_id)
@@ -333,13 +335,13 @@ class Handler(BaseHTTPRequestHandler):
         for o in objects:
             if o["oid"] not in self.hub.objects:
                 o["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}
-        self.send_json({"transfer": "basic", "objects": objects})
+        self.send_json(request, {"transfer": "basic", "objects": objects})
 
     def lfs_put(self, request: Request, oid: str) -> None:
         if hashlib.sha256(request.body).hexdigest() != oid:
             raise Refusal(400, message="the content does not match its hash")
         self.hub.objects[oid] = request.body
-        self.send_json({})
+        self.send_json(request, {})
 
     def push(self, request: Request, repo_id: str, revision: str) -> None:
         repository = self.repository(request, repo_id)
@@ -362,10 +364,12 @@ class Handler(BaseHTTPRequestHandler):
         repository.titles[oid] = lines[0]["value"]["summary"]
         url = f"{self.hub.url}/{repo_id}"
         answer = {"commitOid": oid, "commitUrl": f"{url}/commit/{oid}"}
-        self.send_json({**answer, "pullRequestUrl": f"{url}/discussions/1"} if pull_request else answer)
+        self.send_json(request, {**answer, "pullRequestUrl": f"{url}/discussions/1"} if pull_request else answer)
 
-    def send_json(self, value: object) -> None:
-        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def send_json(self, request: Request, value: object) -> None:
+        said = self.hub.say(request, value)
+        body = said if isinstance(said, bytes) else json.dumps(said).encode()
+        self.send(200, body, {"Content-Type": "application/json"})
 
     def send(self, status: int, body: bytes, headers: dict[str, str], request: Request | None = None) -> None:
         self.send_response(status)

@@ -88,7 +88,10 @@ def make(folder: Path, config: PretrainedConfig, which: str = BLOCKS, *, by_hand
         if settings.get("bits") == 8:  # weights of the same size as with 4 bits
             size = settings.get("group_size", 128)
             G = 1 if size == -1 else -(-K // size)
-            settings |= {"stored_zero": 127, "scales": np.random.default_rng(G).uniform(6e-5, 1.2e-3, (G, N))}
+            settings |= {
+                "stored_zero": settings.get("stored_zero", 127),
+                "scales": np.random.default_rng(G).uniform(6e-5, 1.2e-3, (G, N)),
+            }
         layers[name] = GPTQLayer(**settings)
     assert layers
     weights = {f"{name}.weight": weight(x).to(torch.float16).t() for name, x in layers.items()}

@@ -1,0 +1,47 @@
+// gemm_sm90_wide_instance.cuh: an Instance of gemm_sm90_wide.cuh. They stand in several translation units,
+// gemm_sm90_wide_*.cu, because they take long to compile.
+#pragma once
+
+#include "gemm_sm90_wide.cuh"
+#include "instance.h"
+
+namespace marlin {
+
+template <int MB, int J, int BITS, bool ZEROS>
+Instance wide_instance(int id, const char* name) {
+  using S = WideShape<MB, J, BITS, ZEROS, false>;
+  using Mixed = WideShape<MB, J, BITS, ZEROS, true>;
+  static_assert(S::kStageBytes == Mixed::kStageBytes && S::kExtraBytes == Mixed::kExtraBytes, "");
+  Instance i = {};
+  i.id = id;
+  i.name = name;
+  i.loop = MainLoop::kSm90Wide;
+  i.kernels[0] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__half, S>);
+  i.kernels[1] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__nv_bfloat16, S>);
+  i.kernels[2] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__half, Mixed>);
+  i.kernels[3] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__nv_bfloat16, Mixed>);
+  i.rounds_weights = true;
+  i.bits = BITS;
+  i.group_size = 0;
+  i.zero_points = ZEROS ? kAlways : kNever;
+  i.threads = S::kThreads;
+  i.block_m = S::kBlockM;
+  i.block_n = S::kBlockN;
+  i.block_k = S::kBlockK;
+  i.stage_bytes = S::kStageBytes;
+  i.extra_bytes = S::kExtraBytes;
+  i.max_stages = S::kMaxStages;
+  i.stage_multiple = 1;
+  i.line_bytes = S::kLineBytes;
+  return i;
+}
+
+// 256 rows or columns halve what is read from L2 for each product, and 256 rows also what is decoded; smaller tiles fill
+// the SMs where there are few: 128 x 128, and 104 x 256 where the waves of the others end badly.
+#define MARLIN_SM90_WIDE(ID, SUFFIX, BITS, ZEROS)                              \
+  wide_instance<16, 1, BITS, ZEROS>(ID + 0, "sm90_wide_m128n128_" SUFFIX),     \
+      wide_instance<32, 1, BITS, ZEROS>(ID + 1, "sm90_wide_m256n128_" SUFFIX), \
+      wide_instance<16, 2, BITS, ZEROS>(ID + 2, "sm90_wide_m128n256_" SUFFIX), \
+      wide_instance<13, 2, BITS, ZEROS>(ID + 3, "sm90_wide_m104n256_" SUFFIX)
+
+}  // namespace marlin

@@ -1,0 +1,230 @@
+"""The options that several commands share, collected into one argument each; how output options are found.
+
+Groups are decorators: `@hub_options` gives a command --revision, --token and --cache-dir, and one argument `access`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import EXIT_CODES, OptionError
+from ..options import DEFAULT_SHARD_SIZE, Format, HubAccess, QuantMethod, Word, ZeroPointReading, shard_size
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Whether OUT can be read and written is not for click to judge: a failure there has its own exit code.
+OUT = click.Path(path_type=Path, readable=False)
+
+#: Most rows of activations that `bench` takes.
+MAX_BATCH = 1 << 20
+
+
+@dataclass
+class OutputOptions:
+    """What is printed, and how: one JSON document, nothing but errors, every detail."""
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+
+class Command(click.Command):
+    """A command that knows how to print before it knows whether its arguments are right.
+
+    `OutputOptions`, the object that the program was started with, is filled from the arguments as click itself reads
+    them (`-qv` is -q and -v; `--prompt --json` is a prompt), up to the first mistake that cannot be passed over.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        output = ctx.find_object(OutputOptions)
+        if output is not None:
+            tolerant = click.Context(
+                self, resilient_parsing=True, ignore_unknown_options=True, help_option_names=ctx.help_option_names
+            )
+            found, _, _ = self.make_parser(tolerant).parse_args(args=list(args))
+            output.as_json, output.quiet, output.verbose = (
+                bool(found.get(name)) for name in ("as_json", "quiet", "verbose")
+            )
+        return super().parse_args(ctx, args)
+
+
+class MainGroup(click.Group):
+    """A group whose first command needs no name: `marlin-convert SOURCE OUT` is `marlin-convert convert SOURCE OUT`."""
+
+    command_class = Command
+    default = "convert"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, "--help", "-h", "--version"}:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "SOURCE OUT [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="       ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        command = self.commands[self.default]
+        command.format_options(click.Context(command, parent=ctx), formatter)
+        self.format_commands(ctx, formatter)
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
+
+
+class WordChoice(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 on
+    """A `Word`, by its spelling."""
+
+    def __init__(self, words: type[Word]) -> None:
+        super().__init__([word.value for word in words])
+        self._words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Word:
+        try:
+            return self._words.chosen(value, "the option")
+        except OptionError:
+            return self._words(super().convert(value, param, ctx))  # fails, in click's words
+
+
+# ---- Options on their own ----
+
+
+def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    from ..device import REQUEST
+
+    if not REQUEST.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is no device; give auto, cpu, cuda or cuda:N.")
+    return value
+
+
+def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> int | str:
+    try:
+        return shard_size(value)
+    except OptionError as error:
+        raise click.BadParameter(error.message) from None
+
+
+def batch_sizes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Read a list such as 1,16,256."""
+    if value is None:
+        return None
+    try:
+        sizes = tuple(sorted({int(size) for size in value.split(",")}))
+    except ValueError:
+        sizes = (0,)
+    if sizes[0] < 1 or sizes[-1] > MAX_BATCH:
+        raise click.BadParameter(f"{value!r} is no list of batch sizes; write it like 1,16,256 (at most {MAX_BATCH}).")
+    return sizes
+
+
+def device_option(help: str) -> Callable[[F], F]:
+    """--device, of which a command says what it is for."""
+    return click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", callback=_device, help=help
+    )
+
+
+where_to_compute = device_option(
+    "Where to compute. auto repacks on the CPU and verifies on a GPU of capability 8.0+ if there is one."
+)
+shard_size_option = click.option(
+    "--max-shard-size", default=DEFAULT_SHARD_SIZE, show_default=True, metavar="SIZE", callback=_shard_size,
+    help="Largest weight file; one model.safetensors when everything fits.",
+)  # fmt: skip
+
+
+# ---- Groups of options ----
+
+
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator for `options`, shown in this order."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _collected(name: str, kind: Callable[..., Any], *options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """`_together`, and the command gets one argument `name`, a `kind` of the options' values by their names."""
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def collecting(*args: Any, **values: Any) -> Any:
+            values[name] = kind(**{field: values.pop(field) for field in fields})
+            return command(*args, **values)
+
+        before = len(getattr(command, "__click_params__", []))
+        collecting = _together(*options)(collecting)
+        fields = [parameter.name for parameter in collecting.__click_params__[before:]]  # type: ignore[attr-defined]
+        return collecting  # type: ignore[return-value]
+
+    return decorate
+
+
+#: What is printed: read by `Command` for every command, so that its function gets none of them.
+output_options = _together(
+    click.option(
+        "--json", "as_json", is_flag=True, expose_value=False,
+        help="Print one JSON document on standard output, for scripts.",
+    ),
+    click.option("-q", "--quiet", is_flag=True, expose_value=False, help="Print nothing but errors."),
+    click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, help="Name every layer and note; show tracebacks of bugs."
+    ),
+)  # fmt: skip
+
+#: For commands that may read from the Hub: `access`, a HubAccess.
+hub_options = _collected(
+    "access", HubAccess,
+    click.option("--revision", help="Branch, tag or commit of a Hub source."),
+    click.option(
+        "--token", help="Hub token, for gated and private repositories (default: the one you logged in with)."
+    ),
+    click.option(
+        "--cache-dir", type=click.Path(path_type=Path, file_okay=False),
+        help="Hub cache to use instead of the standard one.",
+    ),
+)  # fmt: skip
+
+#: For commands that read a source: `device`, and `access` as above.
+source_options = _together(where_to_compute, hub_options)
+
+#: For commands that choose the result's format: `format`, `zero_points`.
+format_options = _together(
+    click.option(
+        "--format", type=WordChoice(Format), default=Format.AUTO.value, show_default=True,
+        help="auto: the original Marlin format if every layer fits it, else the extended one.",
+    ),
+    click.option(
+        "--zero-points", type=WordChoice(ZeroPointReading),
+        help="How to read an asymmetric source in which a zero point is 0, if nothing tells who wrote it.",
+    ),
+)  # fmt: skip
+
+#: For commands that write a Marlin checkpoint: `force`, `max_shard_size`, `quant_method`.
+writing_options = _together(
+    click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT, or on the Hub."),
+    shard_size_option,
+    click.option(
+        "--quant-method", type=WordChoice(QuantMethod), default=QuantMethod.GPTQ.value,
+        show_default=True,
+        help="quant_method in the result's config: gptq for vLLM ≤ 0.10.0 and AutoGPTQ, marlin for TGI.",
+    ),
+)  # fmt: skip
+
+#: For commands that publish a result: `publishing`, the fields of a PublishTarget but for its repo_id.
+publishing_options = _collected(
+    "publishing", dict,
+    click.option("--private", is_flag=True, help="Create the repository as a private one."),
+    click.option("--branch", help="Branch to commit to, created when missing (default: main)."),
+    click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
+    click.option("--commit-message", metavar="TEXT", help="Title of the commit on the Hub."),
+)  # fmt: skip

@@ -1,0 +1,157 @@
+"""Progress as people see it: a bar on a terminal, a line every few seconds in a log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as RichBars
+from rich.table import Column
+from rich.text import Text
+
+from ..progress import Progress
+
+#: Seconds between plain progress lines when the output is no terminal.
+PLAIN_INTERVAL = 5.0
+
+
+class LayerColumn(ProgressColumn):
+    """The layer at hand, in what room the other columns leave: the end of its name, which tells most."""
+
+    class Tail:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            room = options.max_width
+            yield Text(self.name if len(self.name) <= room else "…" + self.name[len(self.name) + 1 - room :], "dim")
+
+    def render(self, task: Task) -> Tail:
+        return self.Tail(task.fields["layer"])
+
+
+#: Columns of a bar that counts bytes.
+BYTES = (DownloadColumn, TransferSpeedColumn)
+
+
+class Bars(Progress):
+    """A live bar on one line: bytes and their rate (or what `amounts` shows), time left, layers, the layer at hand."""
+
+    def __init__(self, console: Console, amounts: tuple[type[ProgressColumn], ...] = BYTES) -> None:
+        self._bars = RichBars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10 if console.width < 100 else 24, table_column=Column(no_wrap=True)),
+            *(column(table_column=Column(no_wrap=True)) for column in amounts),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[layers]}"),
+            LayerColumn(table_column=Column(no_wrap=True, ratio=1)),
+            console=console,
+            transient=True,
+            expand=True,
+        )
+        self._lock = threading.Lock()
+
+    def stage(self, label: str, total_bytes: int, layers: int) -> None:
+        self._done, self._layers, self._layer = 0, layers, ""
+        self._task = self._bars.add_task(label, total=total_bytes, layers=f"0/{layers} layers", layer="")
+        self._bars.start()
+
+    def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
+        with self._lock:
+            self._done += done
+            self._layer = layer or self._layer
+            self._bars.update(
+                self._task, advance=nbytes, layers=f"{self._done}/{self._layers} layers", layer=self._layer
+            )
+
+    def end(self) -> None:
+        self._bars.remove_task(self._task)
+        self._bars.stop()
+
+    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
+        if not total_bytes:
+            return super().meanwhile(label, total_bytes)
+        task = self._bars.add_task(label, total=total_bytes, layers="", layer="")
+        self._bars.start()
+        return lambda nbytes: self._bars.update(task, advance=nbytes)
+
+    def stop(self) -> None:
+        self._bars.stop()
+
+
+class PlainLines(Progress):
+    """One line every few seconds, for logs. `amount` writes what is counted: bytes, unless told otherwise."""
+
+    def __init__(self, console: Console, amount: Callable[[float], str] | None = None) -> None:
+        self._console, self._amount = console, amount or size
+        self._lock = threading.Lock()
+
+    def stage(self, label: str, total_bytes: int, layers: int) -> None:
+        self._label, self._total, self._layers = label, total_bytes, layers
+        self._bytes = self._done = 0
+        self._started = self._last = time.monotonic()
+        self._print(f"{label}: {layers} layers, {self._amount(total_bytes)}")
+
+    def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
+        with self._lock:
+            self._bytes += nbytes
+            self._done += done
+            now = time.monotonic()
+            if now - self._last < PLAIN_INTERVAL:
+                return
+            self._last = now
+            rate = self._bytes / (now - self._started)
+            left = (self._total - self._bytes) / rate if rate else 0
+            self._print(
+                f"{self._label}: {100 * self._bytes // max(1, self._total)} %, {self._done}/{self._layers} layers, "
+                f"{self._amount(self._bytes)} of {self._amount(self._total)}, {self._amount(rate)}/s, {left:.0f} s left"
+                + (f", {layer}" if layer else "")
+            )
+
+    def end(self) -> None:
+        seconds = time.monotonic() - self._started
+        self._print(f"{self._label}: done, {self._layers} layers, {self._amount(self._bytes)} in {seconds:.1f} s")
+
+    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
+        if not total_bytes:
+            return super().meanwhile(label, total_bytes)
+        started = last = time.monotonic()
+        come = 0
+        self._print(f"{label}: {self._amount(total_bytes)}")
+
+        def hear(nbytes: int) -> None:
+            nonlocal come, last
+            come, now = come + nbytes, time.monotonic()
+            if come >= total_bytes:
+                self._print(f"{label}: done, {self._amount(come)} in {now - started:.1f} s")
+            elif now - last >= PLAIN_INTERVAL:
+                last, rate = now, max(come, 1) / (now - started)
+                self._print(
+                    f"{label}: {100 * come // total_bytes} %, {self._amount(come)} of {self._amount(total_bytes)}, "
+                    f"{self._amount(rate)}/s, {(total_bytes - come) / rate:.0f} s left"
+                )
+
+        return hear
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in decimal units as disks and the Hub count them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

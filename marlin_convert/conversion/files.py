@@ -1,0 +1,74 @@
+"""The files beside the model's own weights: tokenizer, chat template, licence, code, and weights of something else (an
+adapter, a draft model's layers, a module of a pipeline). All of them travel as they are, in both directions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.writer import INDEX_FILE, SINGLE_FILE
+from ..errors import OutputError, SourceError
+from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE
+
+#: What every result has of its own, and a source's are not copied: the card is a part of the result's (see `card`).
+OWN_FILES = (REPORT_FILE, VERIFY_FILE, CARD_FILE)
+_CHUNK = 1 << 20
+
+
+def copied_files(checkpoint: Checkpoint) -> dict[str, int]:
+    """What is copied as it is: name → bytes."""
+    return {name: checkpoint.nbytes(name) for name in checkpoint.extra_files if name not in OWN_FILES}
+
+
+def needs_index(checkpoint: Checkpoint) -> bool:
+    """Whether the result needs an index that tells its own weights from others beside them, as its source has one:
+    engines that find none read every safetensors file that lies there."""
+    return checkpoint.indexed and any(n.endswith(".safetensors") and "/" not in n for n in checkpoint.weights_beside)
+
+
+def require_free_names(checkpoint: Checkpoint, weights: Collection[str]) -> None:
+    """Raise SourceError where a copied file, or its folder, has a name that the result needs: for its `weights`, for
+    its configs and reports; or one that every reader takes for the weights."""
+    own = {*weights, SINGLE_FILE, INDEX_FILE, *Checkpoint.CONFIG_FILES, *OWN_FILES}
+    for name in copied_files(checkpoint):
+        if name.split("/")[0] in own:
+            raise SourceError(
+                f"{checkpoint.folder / name}: it is none of the model's own files, and would take the place of one in "
+                "the result; give it another name, or remove it."
+            )
+
+
+def require_readable(checkpoint: Checkpoint) -> None:
+    """Raise SourceError for a copied file that may not be read; better now than after the weights."""
+    for path in (checkpoint.folder / name for name in checkpoint.extra_files):
+        if not os.access(path, os.R_OK):
+            raise SourceError(f"{path}: it cannot be read: Permission denied; remove or mend it.")
+
+
+def copy_files(checkpoint: Checkpoint, folder: Path, hear: Callable[[int], None] = lambda nbytes: None) -> None:
+    """Copy them into the new `folder`; `hear` is told of bytes. Raises SourceError when one of them cannot be read, or
+    is not what it was."""
+    for name in copied_files(checkpoint):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = target.open("xb")
+        except FileExistsError:
+            raise OutputError(
+                f"{target}: this disk does not tell it from another file of the result; rename or remove it in the "
+                "source, or choose another disk."
+            ) from None
+        with file, checkpoint.open_extra(name) as fd:
+            while block := _read(fd, checkpoint.folder / name):
+                file.write(block)
+                hear(len(block))
+
+
+def _read(fd: int, path: Path) -> bytes:
+    try:
+        return os.read(fd, _CHUNK)
+    except OSError as error:
+        raise SourceError(f"{path}: reading failed: {error.strerror}.") from None

@@ -1,0 +1,182 @@
+"""Which engine reads which result: the one table of it, and the rules that tell for a result at hand.
+
+The README's table, the model card, what a dry run and a conversion say, and the refusals of the vLLM plugin are all
+taken from here; tests compare them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from .options import Format, QuantMethod
+
+#: What the plugin for vLLM is made for.
+VLLM = "vLLM 0.26 to 0.33"
+
+# What vLLM's own Marlin kernel has, as its versions above say it; marlin-convert's kernels have all of both formats.
+VLLM_GROUP_SIZES = (-1, 32, 64, 128)
+VLLM_KINDS = ((4, False), (8, False), (4, True))  # bits, and whether there are zero points
+
+# What vLLM's fused product of experts cannot compute, in words.
+DIFFERENT = "experts of different settings in one block"
+SORTED = "experts with act-order"
+PADDED = "experts that are stored padded"
+BIASED = "experts with biases"
+
+#: A linear of one expert in a mixture, Mixtral's, Qwen's or DeepSeek's, up to its number.
+_EXPERTS = re.compile(r"(.*\.)?experts\.(?=\d+\.)")
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What decides whether an engine computes a layer. `group_size` counts stored rows, -1 is one group."""
+
+    name: str
+    bits: int
+    group_size: int
+    zeros: bool = False
+    act_order: bool = False
+    padded: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class ResultFacts:
+    """What decides whether an engine reads a result."""
+
+    format: Format
+    layers: Sequence[LayerFacts]
+    group_size: int  # of the original format
+    quant_method: QuantMethod
+    weight_files: int
+
+
+def kernel_lacks(bits: int, zeros: bool, group_size: int) -> str | None:
+    """Return what vLLM's own Marlin kernel does not have of such a layer, in words; None if it has all."""
+    if (bits, zeros) not in VLLM_KINDS:
+        return f"{bits} bits with zero points"
+    return None if group_size in VLLM_GROUP_SIZES else f"groups of {group_size}"
+
+
+def expert_faults(layers: Iterable[LayerFacts]) -> dict[str, list[str]]:
+    """Return why vLLM cannot compute the `layers` of one block's experts → the layers that are so."""
+    layers = list(layers)
+    kinds = {replace(x, name="", bias=False) for x in layers}
+    found: dict[str, list[str]] = {}
+    for x in layers:
+        faults = {
+            kernel_lacks(x.bits, x.zeros, x.group_size): True, DIFFERENT: len(kinds) > 1, SORTED: x.act_order,
+            PADDED: x.padded, BIASED: x.bias,
+        }  # fmt: skip
+        for fault, applies in faults.items():
+            if fault is not None and applies:
+                found.setdefault(fault, []).append(x.name)
+    return found
+
+
+def vllm_refuses(layers: Sequence[LayerFacts]) -> dict[str, list[str]]:
+    """Return what vLLM with the plugin does not compute → the layers that have it."""
+    blocks: dict[str, list[LayerFacts]] = {}
+    for x in layers:
+        if match := _EXPERTS.match(x.name):
+            blocks.setdefault(match[0], []).append(x)
+    found: dict[str, list[str]] = {}
+    for block in blocks.values():
+        for fault, names in expert_faults(block).items():
+            found.setdefault(fault, []).extend(names)
+    return found
+
+
+def vllm_needs_our_kernels(layers: Sequence[LayerFacts]) -> dict[str, list[str]]:
+    """Return what vLLM computes only where marlin-convert's CUDA kernels are built → the layers that have it."""
+    found: dict[str, list[str]] = {}
+    for x in layers:
+        lacking = None if _EXPERTS.match(x.name) else kernel_lacks(x.bits, x.zeros, x.group_size)
+        if lacking:
+            found.setdefault(lacking, []).append(x.name)
+    return found
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One row of the table. `original` and `extended` are its cells, in Markdown; `how` is for the model card, with
+    {repo} for the repository; `reads` tells for a result; `beside` is what the table says after the name."""
+
+    name: str
+    original: str
+    extended: str
+    how: str = ""
+    reads: Callable[[ResultFacts], bool] = lambda result: False
+    with_plugin: bool = False  # needs marlin-convert installed
+    beside: str = ""
+
+    def instruction(self, repo: str) -> str:
+        """Return how to load a result from `repo`, in Markdown."""
+        return self.how.replace("{repo}", repo)
+
+
+def _original(result: ResultFacts) -> bool:
+    return result.format is Format.MARLIN
+
+
+def _original_as_gptq(result: ResultFacts) -> bool:
+    return _original(result) and result.quant_method is QuantMethod.GPTQ
+
+
+def _one_gptq_file(result: ResultFacts) -> bool:
+    return _original_as_gptq(result) and result.weight_files == 1
+
+
+ENGINES = (
+    Engine(
+        VLLM,
+        "yes", "yes, but for [what it refuses](docs/guides/vllm.md#what-is-refused)",
+        "`vllm serve {repo}`",
+        lambda result: not vllm_refuses(result.layers),
+        with_plugin=True,
+        beside=" with marlin-convert installed",
+    ),
+    Engine(
+        "Transformers 5", "yes", "yes",
+        '`import marlin_convert; model = marlin_convert.load("{repo}")`',
+        lambda result: True,
+        with_plugin=True,
+        beside=" with `import marlin_convert.hf`",
+    ),
+    Engine(
+        "vLLM 0.3.3 to 0.10.0", "`vllm serve ./out --dtype float16`; every linear must be Marlin", "no",
+        "`vllm serve {repo} --dtype float16`",
+        _original_as_gptq,
+    ),
+    Engine("vLLM 0.10.1 and newer, alone", "no: its reader was removed", "no"),
+    Engine(
+        "AutoGPTQ 0.7.1", "one file only (`--max-shard-size 100GB`)", "no",
+        '`AutoGPTQForCausalLM.from_quantized("{repo}", use_marlin=True)`',
+        _one_gptq_file,
+    ),
+    Engine(
+        "TGI 3.x", "with `--quantize marlin`", "no",
+        "`text-generation-launcher --model-id {repo} --quantize marlin`",
+        _original,
+    ),
+    Engine(
+        "candle-vllm", "group_size 128 and one file", "no",
+        "reads it as it is",
+        lambda result: _one_gptq_file(result) and result.group_size != -1,
+    ),
+    Engine("GPTQModel", "no", "no"),
+)  # fmt: skip
+
+
+def readers(result: ResultFacts, *, with_plugin: bool) -> list[Engine]:
+    """Return the engines that load `result`, with marlin-convert beside them or alone, in the table's order."""
+    return [engine for engine in ENGINES if engine.with_plugin is with_plugin and engine.reads(result)]
+
+
+def markdown_table() -> str:
+    """Return the table of engines as the README has it."""
+    rows = [("engine", "original format", "extended format"), ("---", "---", "---")]
+    rows += [(engine.name + engine.beside, engine.original, engine.extended) for engine in ENGINES]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,234 @@
+"""What a GPTQ source says about its quantization.
+
+The spellings vary between the tools that write GPTQ checkpoints; they are brought to one form here. What the
+settings say is a claim: `plan` compares it with the tensors, and the tensors win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import SourceError, UnsupportedError
+from ..text import shortened
+from .dynamic_rules import RuleError, first_matches
+
+#: One name for each setting, then the others under which it is met.
+_ALIASES = {
+    "bits": ("bits", "w_bit", "wbits"),
+    "group_size": ("group_size", "q_group_size", "groupsize"),
+    "sym": ("sym",),
+    "desc_act": ("desc_act",),
+    "checkpoint_format": ("checkpoint_format", "format", "version"),
+    "quant_method": ("quant_method", "method"),
+}
+
+#: quant_method → how a person calls it, for sources that are recognised and cannot be repacked.
+OTHER_METHODS = {
+    "awq": "an AWQ checkpoint",
+    "bitsandbytes": "a bitsandbytes checkpoint",
+    "compressed-tensors": "a compressed-tensors checkpoint",
+    "gguf": "a GGUF checkpoint",
+    "fp8": "an FP8 checkpoint",
+    "aqlm": "an AQLM checkpoint",
+    "hqq": "an HQQ checkpoint",
+    "exl2": "an EXL2 checkpoint",
+    "exl3": "an EXL3 checkpoint",
+    "eetq": "an EETQ checkpoint",
+    "quanto": "a Quanto checkpoint",
+    "torchao": "a torchao checkpoint",
+    "mxfp4": "an MXFP4 checkpoint",
+    "modelopt": "a ModelOpt checkpoint",
+}
+
+_GPTQ_METHODS = {"gptq", "gptqmodel", "marlin"}
+_AUTO_ROUND_METHODS = {"auto-round", "auto_round", "autoround", "intel/auto-round"}
+_MARLIN_FORMATS = {"marlin", "marlin_ext"}  # read far enough to see whether there is anything to convert
+_GPTQ_FORMATS = {"gptq", "gptq_v2"} | _MARLIN_FORMATS
+_AWQ_FORMATS = {"gemm", "gemv", "gemv_fast"}
+
+#: What a `dynamic` rule can change for the layers that it matches.
+_PER_LAYER = ("bits", "group_size", "sym", "desc_act")
+#: Where the source's files contradict each other on one of these, none of them is believed.
+_CONTESTED = (*_PER_LAYER, "checkpoint_format")
+
+
+@dataclass(frozen=True)
+class GPTQSettings:
+    """What the source's configuration says; None where it says nothing.
+
+    `conflicts` names the settings on which the source's own files disagree (their value here is None).
+    `dynamic` has a source's per-layer rules in their order: pattern → what it changes.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None  # rows of K that share a scale; -1 is all of K
+    sym: bool | None = None
+    desc_act: bool | None = None
+    checkpoint_format: str | None = None  # "gptq" stores zero point - 1, "gptq_v2" the zero point itself
+    is_marlin: bool = False
+    dynamic: dict[str, dict[str, Any]] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+    conflicts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def writer(self) -> str | None:
+        """The quantizer that wrote the checkpoint, if a config names it: "gptqmodel", "autogptq" or "autoround"."""
+        meta = self.raw.get("meta")
+        named = meta.get("quantizer") if isinstance(meta, dict) else None
+        method = str(self.raw.get("quant_method", "")).lower()
+        text = (
+            " ".join(map(str, named if isinstance(named, list) else [named])).lower().replace("_", "").replace("-", "")
+        )
+        if "autoround" in text or method in _AUTO_ROUND_METHODS or "autoround_version" in self.raw:
+            return "autoround"
+        if "gptqmodel" in text:
+            return "gptqmodel"
+        return "autogptq" if "autogptq" in text else None
+
+    def for_layers(self, names: Sequence[str]) -> dict[str, GPTQSettings]:
+        """The settings of each layer: the first `dynamic` rule whose pattern matches its name overrides.
+
+        A rule's key is a regular expression (`re.match`); "+:" before it is decoration, "-:" means that the
+        layer was left unquantized and overrides nothing. Raises SourceError for a rule that cannot be used.
+        """
+        rules = list(self.dynamic)
+        try:
+            found = first_matches([rule.removeprefix("+:").removeprefix("-:") for rule in rules], names)
+        except RuleError as error:
+            raise SourceError(f"the dynamic rule {shortened(rules[error.rule])} cannot be used: {error.why}.") from None
+        overrides = [None if rule is None or rules[rule].startswith("-:") else rules[rule] for rule in found]
+        return {name: self._overridden(rule) for name, rule in zip(names, overrides, strict=True)}
+
+    def _overridden(self, rule: str | None) -> GPTQSettings:
+        if rule is None:
+            return self
+        override = self.dynamic[rule]
+        left = {key: text for key, text in self.conflicts.items() if key not in override}
+        return replace(self, conflicts=left, **override)
+
+
+def find_configs(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Every quantization config in the source's parsed JSON files: where it stands → the config as it is."""
+    found: dict[str, dict[str, Any]] = {}
+    main = configs.get("config.json", {})
+    text = main.get("text_config")
+    for where, holder in (("config.json", main), ("config.json text_config", text)):
+        if isinstance(holder, dict) and isinstance(holder.get("quantization_config"), dict):
+            found[where] = holder["quantization_config"]
+    return found | {name: config for name, config in configs.items() if name != "config.json"}
+
+
+def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
+    """Read the source's settings from its parsed JSON files (`Checkpoint.configs`).
+
+    Raises UnsupportedError when they name another quantization method or a packing that is not GPTQ's.
+    """
+    found = find_configs(configs)
+    merged: dict[str, Any] = {}
+    conflicts: dict[str, str] = {}
+    is_marlin = False
+    dynamic: dict[str, dict[str, Any]] = {}
+    for where, raw in found.items():
+        _require_gptq(where, raw)
+        known = normalised(where, raw)
+        dynamic = dynamic or _dynamic_rules(where, raw.get("dynamic"))
+        is_marlin = (
+            is_marlin or raw.get("is_marlin_format") is True or known.get("checkpoint_format") in _MARLIN_FORMATS
+        )
+        is_marlin = is_marlin or str(known.get("quant_method", "")).lower() == "marlin"
+        for key, value in known.items():
+            if value is None or key in conflicts:
+                continue
+            if key in merged and merged[key][0] != value:
+                if key in _CONTESTED:
+                    conflicts[key] = f"{merged[key][1]} says {merged[key][0]}, {where} says {value}"
+            elif key not in merged:
+                merged[key] = (value, where)
+    values = {k: v for k, (v, _) in merged.items() if k not in conflicts}
+    raw_first: dict[str, Any] = {}
+    for raw in reversed(list(found.values())):  # config.json last, so that it wins
+        raw_first.update(raw)
+    return GPTQSettings(
+        bits=values.get("bits"),
+        group_size=values.get("group_size"),
+        sym=values.get("sym"),
+        desc_act=values.get("desc_act"),
+        checkpoint_format=values.get("checkpoint_format"),
+        is_marlin=is_marlin,
+        dynamic=dynamic,
+        raw=raw_first,
+        conflicts=conflicts,
+    )
+
+
+def _dynamic_rules(where: str, rules: object) -> dict[str, dict[str, Any]]:
+    """`dynamic` as a config has it → each rule's pattern, in order, and the settings that it changes."""
+    if rules is None or rules is False:  # GPTQModel writes null where there are none
+        return {}
+    if not isinstance(rules, dict):
+        raise SourceError(f"{where}: dynamic is {shortened(rules)}; a map of rules was expected.")
+    parsed = {}
+    for pattern, override in rules.items():
+        known = normalised(
+            f"{where}, dynamic rule {shortened(pattern)}", override if isinstance(override, dict) else {}
+        )
+        parsed[pattern] = {key: known[key] for key in _PER_LAYER if known[key] is not None}
+    return parsed
+
+
+def normalised(where: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `raw` under one name each, None where it says nothing."""
+    known: dict[str, Any] = {}
+    for key, names in _ALIASES.items():
+        known[key] = next((raw[n] for n in names if raw.get(n) is not None), None)
+    if raw.get("checkpoint_format") is None and raw.get("format") is None and not _names_a_layout(raw.get("version")):
+        known["checkpoint_format"] = None  # `version` is met as a layout's name, and as a plain version number
+    if known["sym"] is None and isinstance(raw.get("zero_point"), bool):
+        known["sym"] = not raw["zero_point"]
+    for key in ("bits", "group_size"):
+        value = known[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise SourceError(f"{where}: {key} is {shortened(value)}; a whole number was expected.")
+    for key in ("sym", "desc_act"):
+        if known[key] is not None and not isinstance(known[key], bool):
+            raise SourceError(f"{where}: {key} is {shortened(known[key])}; true or false was expected.")
+    for key in ("checkpoint_format", "quant_method"):
+        known[key] = None if known[key] is None else str(known[key]).lower()
+    return known
+
+
+def _names_a_layout(value: object) -> bool:
+    return isinstance(value, str) and value.lower() in _GPTQ_FORMATS | _AWQ_FORMATS
+
+
+def _require_gptq(where: str, raw: dict[str, Any]) -> None:
+    method = str(raw.get("quant_method") or raw.get("method") or "gptq").lower()
+    packing = str(raw.get("packing_format") or "").lower()
+    if method in OTHER_METHODS:
+        raise UnsupportedError(f"{where}: {OTHER_METHODS[method]}; only GPTQ checkpoints can be repacked to Marlin.")
+    if method in _AUTO_ROUND_METHODS:
+        if packing.removeprefix("auto_round:") not in ("auto_gptq", "gptq"):
+            named = f"the packing {packing}" if packing else "a packing that it does not name"
+            raise UnsupportedError(
+                f"{where}: an AutoRound checkpoint in {named}; "
+                "export it with format='auto_gptq', which can be repacked."
+            )
+    elif method not in _GPTQ_METHODS:
+        raise UnsupportedError(
+            f"{where}: quantized with {shortened(method)}; only GPTQ checkpoints can be repacked to Marlin."
+        )
+    layout = normalised(where, raw)["checkpoint_format"]
+    if method not in _AUTO_ROUND_METHODS and layout is not None and layout not in _GPTQ_FORMATS:
+        if layout in _AWQ_FORMATS:
+            raise UnsupportedError(
+                f"{where}: an AWQ checkpoint ({layout}); only GPTQ checkpoints can be repacked to Marlin."
+            )
+        raise UnsupportedError(
+            f"{where}: checkpoint_format {shortened(layout)} cannot be repacked; "
+            f"{', '.join(sorted(_GPTQ_FORMATS - _MARLIN_FORMATS))} can."
+        )
+    pack_dtype = raw.get("pack_dtype")
+    if pack_dtype is not None and str(pack_dtype).removeprefix("torch.") != "int32":
+        raise UnsupportedError(f"{where}: pack_dtype {pack_dtype}: only weights packed in int32 words can be repacked.")

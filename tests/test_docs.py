@@ -1,0 +1,256 @@
+"""The pages: what they tell to run runs and prints what they show, and what they list is what there is.
+
+A code block behind `<!-- run -->` is run (`<!-- run 3 -->`: and ends with exit code 3), in a folder of its page's own
+where `gptq` is a GPTQ checkpoint. Each line of a block behind `<!-- prints -->` is a line that the block before has
+printed; `…` stands for anything. Other commands are parsed: their options exist.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import html
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+from marlin_convert.cli.commands import DEMO_FOLDER, cli
+from tests.support.cli import Run
+from tests.support.gptq_checkpoints import Source
+from tests.test_rooms import ROOMS
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: Files that pages name without their folder: sources, and the model card of a checkpoint.
+SHORT = {path.name for folder in ("kernels", "tests") for path in (ROOT / folder).rglob("*")} | {"README.md"}
+BLOCK = re.compile(r"(?:<!-- (run|prints)(?: (\d+))? -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass
+class Block:
+    """A code block of a page. `mark` is what stands before it: run, prints or nothing."""
+
+    mark: str
+    code: int
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    return [
+        Block(mark or "", int(code or 0), language, text)
+        for mark, code, language, text in BLOCK.findall(page.read_text(encoding="utf-8"))
+    ]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with `gptq`, and a `marlin-convert` on the PATH, in bin."""
+    shutil.copytree(DEMO_FOLDER, tmp_path / "gptq")
+    program = tmp_path / "bin" / "marlin-convert"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m marlin_convert.cli "$@"\n')
+    program.chmod(0o755)
+    return tmp_path
+
+
+def run_block(block: Block, place: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c"] if block.language == "python" else ["sh", "-ec"]
+    path = os.pathsep.join([str(place / "bin"), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hf-home")}
+    return subprocess.run([*command, block.text], cwd=place, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.mark for b in blocks(page))], ids=name)
+def test_what_a_page_says_to_run(page: Path, place: Path) -> None:
+    printed = ""
+    for block in blocks(page):
+        if block.mark == "run":
+            done = run_block(block, place)
+            assert done.returncode == block.code, done.stderr
+            printed = done.stdout
+        elif block.mark == "prints":
+            for line in block.text.splitlines():
+                pattern = ".*".join(map(re.escape, line.split("…")))
+                assert re.search(f"^{pattern}$", printed, re.MULTILINE), f"{line!r} is not in:\n{printed}"
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(page, command) for every `marlin-convert …` with arguments, of a shell block or within a sentence."""
+    for page in PAGES:
+        lines = [line for b in blocks(page) if b.language in ("", "sh") for line in b.text.splitlines()]
+        prose = re.sub(r"```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for line in [*lines, *re.findall(r"`([^`]+)`", prose)]:
+            text = line.removeprefix("$ ").split("  #")[0].strip()
+            if text.startswith("marlin-convert ") and "..." not in text and "…" not in text:
+                yield name(page), text
+
+
+@pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
+def test_commands_are_such_as_the_program_takes(page: str, command: str) -> None:
+    words = shlex.split(command)[1:]
+    sub = words.pop(0) if words[0] in cli.commands else "convert"
+    # A sentence may leave an argument out: `marlin-convert --verify`.
+    with contextlib.suppress(click.exceptions.MissingParameter):
+        cli.commands[sub].make_context(sub, words)
+
+
+def test_every_command_and_option_is_in_the_reference() -> None:
+    page = (ROOT / "docs/reference/cli.md").read_text()
+    options = {
+        option for command in cli.commands.values() for p in command.params for option in p.opts if option[0] == "-"
+    }
+    assert len(options) > 25
+    assert not [option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", page)]
+    assert not [
+        command for command in cli.commands if command != "convert" and f"## marlin-convert {command}\n" not in page
+    ]
+
+
+def test_the_architecture_page_draws_the_rooms_in_their_order() -> None:
+    drawing = (ROOT / "docs/concepts/architecture.md").read_text().split("```")[1].splitlines()
+    rows = [next(y for y, line in enumerate(drawing) if set(rooms) <= set(line.split())) for rooms in ROOMS]
+    assert rows == sorted(rows)
+
+
+FILE = re.compile(r"[\w./-]+\.(?:py|cpp|cu|cuh|h|inl|md|toml)(?!\w)")
+
+
+def files() -> Iterator[tuple[str, str]]:
+    """(page, file) for every source file that a page or a comment of kernels/ names."""
+    for path in (ROOT / "kernels").rglob("*.*"):
+        yield from ((name(path), file) for file in re.findall(r"marlin_convert/[\w/]+\.py", path.read_text("utf-8")))
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "tools").rglob("*.md")]:
+        for span in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+            yield from ((name(page), file) for file in FILE.findall(span))
+
+
+@pytest.mark.parametrize(("page", "file"), sorted(set(files())))
+def test_files_that_a_page_names_exist(page: str, file: str) -> None:
+    places = [ROOT, ROOT / "marlin_convert", (ROOT / page).parent]
+    assert any((place / file).is_file() for place in places) or file in SHORT
+
+
+# ---- JSON ----
+
+
+def documented(document: str) -> list[str]:
+    text = (ROOT / "docs/reference/json.md").read_text().split(f"<!-- keys: {document} -->")[1].split("\n#")[0]
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    return [key for row in rows for key in re.findall(r"`(\w+)`", row)]
+
+
+def test_json_documents_have_the_documented_keys(
+    source: Source, tmp_path: Path, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    found = {
+        "convert": run(source.folder, out, "--verify", "--json").json(),
+        "verify": json.loads((out / "verify.json").read_text()),
+        "dry-run": run(source.folder, "--dry-run", "--json").json(),
+        "to-gptq": run("to-gptq", out, tmp_path / "gptq", "--json").json(),
+        "error": run(source.folder, out, "--json").json(),
+    }
+    for document, value in found.items():
+        assert sorted(documented(document)) == sorted(value), document
+    report = json.loads((out / "marlin_convert.json").read_text())
+    assert list(report) == documented("convert")[1 : 1 + len(report)]
+    page = (ROOT / "docs/reference/json.md").read_text()
+    assert "{" + ", ".join(found["verify"]["layers"][0]) + "}" in page
+    assert "{" + ", ".join(found["dry-run"]["layers"][0]) + "}" in page
+    assert "{" + ", ".join(found["dry-run"]["copied"][0]) + "}" in page
+
+
+def test_json_of_generate_and_demo(tmp_path: Path, run: Callable[..., Run]) -> None:
+    out = tmp_path / "out"
+    demo = run("demo", out, "--json", "--device", "cpu").json()
+    assert sorted([*documented("convert"), "continuation"]) == sorted(demo)
+    assert list(demo["continuation"]) == ["prompt", "source", "result", "equal"]
+    done = run("generate", out, "--prompt", "And", "--max-new-tokens", "1", "--json", "--device", "cpu").json()
+    assert sorted(documented("generate")) == sorted(done)
+    assert "{" + ", ".join(done["sampling"]) + "}" in (ROOT / "docs/reference/json.md").read_text()
+
+
+# ---- The picture ----
+
+
+def text_of(picture: Path) -> list[str]:
+    """The lines of a terminal's picture."""
+    lines: dict[float, str] = {}
+    svg = picture.read_text(encoding="utf-8")
+    for y, text in re.findall(r'<text class="demo-r\d+" x="[^"]*" y="([^"]*)"[^>]*>(.*?)</text>', svg):
+        lines[float(y)] = lines.get(float(y), "") + html.unescape(text).replace("\xa0", " ")
+    return [lines[y].rstrip() for y in sorted(lines)]
+
+
+def steady(line: str) -> str:
+    """A line without what differs between runs and machines (times, speed, the CPU's instructions), and without spaces,
+    which a picture has as distances."""
+    return re.sub(r"\s|[\d.]+ s, [\d.]+ GB/s, .*", "", line)
+
+
+def test_the_demo_ends_as_the_picture_shows(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("demo_picture", ROOT / "tools" / "demo_picture.py")
+    assert spec
+    assert spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    shown = text_of(tool.PICTURE)
+    assert len(shown) > 10
+    printed = [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in tool.end_of(tool.run_demo(tmp_path))]
+    assert [steady(line) for line in shown] == [steady(line) for line in printed]
+
+
+# ---- Tables ----
+
+
+def sentences() -> list[str]:
+    """All string constants of the package, an f-string's values as a gap."""
+    found = []
+    for path in (ROOT / "marlin_convert").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_the_errors_of_troubleshooting_exist() -> None:
+    text = (ROOT / "docs/guides/troubleshooting.md").read_text()
+    messages = [
+        message for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for message in re.findall("`(.*?)`", row)
+    ]
+    assert len(messages) > 10
+    known = sentences()
+    for message in messages:
+        assert any(message in sentence for sentence in known), message
+
+
+def test_every_variable_that_is_read_is_documented() -> None:
+    sources = [*(ROOT / "marlin_convert").rglob("*.py"), ROOT / "setup.py"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    read = set(re.findall(r'"(MARLIN_[A-Z_]+)"', text))
+    read |= set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', text))
+    kernels = [path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.c*")]
+    read |= set(re.findall(r'getenv\("(\w+)"\)', "\n".join(kernels)))
+    page = (ROOT / "docs/reference/environment.md").read_text()
+    assert {"MARLIN_CONVERT_NO_NATIVE", "MARLIN_CUDA_ARCHS", "CXX"} <= read
+    assert not [variable for variable in read if f"`{variable}" not in page]
