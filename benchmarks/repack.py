@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from marlin_convert.formats import layout
-from marlin_convert.native import ops
+from marlin_convert.native import cpu
 
 
 def numpy_permutation() -> NDArray[np.int64]:
@@ -95,12 +95,12 @@ def main() -> None:
     table = Table(title=f"{K} x {N}, {qweight.nbytes / 1e6:.1f} MB packed; {processor()}, {os.cpu_count()} CPUs")
     for column in ("code", "threads", "pack GB/s", "unpack GB/s", "pack : numpy"):
         table.add_column(column, justify="left" if column == "code" else "right")
-    for isa in ops.available_isas() or (None,):
+    for isa in cpu.available_isas() or (None,):
         for threads in arguments.threads:
             repeats = arguments.repeats if isa else 1
-            pack = gigabytes / best_time(partial(ops.pack, qweight, B, threads=threads, isa=isa), repeats)
-            unpack = gigabytes / best_time(partial(ops.unpack, B, back, threads=threads, isa=isa), repeats)
-            if ops.first_difference(back, qweight) is not None:
+            pack = gigabytes / best_time(partial(cpu.pack, qweight, B, threads=threads, isa=isa), repeats)
+            unpack = gigabytes / best_time(partial(cpu.unpack, B, back, threads=threads, isa=isa), repeats)
+            if cpu.first_difference(back, qweight) is not None:
                 raise SystemExit(f"{isa}: unpack(pack(qweight)) is not qweight")
             ratio = f"{pack / reference:.0f}" if reference else "-"
             table.add_row(isa or "torch twin", str(threads), f"{pack:.2f}", f"{unpack:.2f}", ratio)
@@ -110,9 +110,9 @@ def main() -> None:
         table.add_row("numpy", "1", f"{reference:.4f}", "-", "1")
 
     console = Console()
-    console.print(ops.describe())
+    console.print(cpu.describe())
     console.print(table)
-    if ops.native_available():
+    if cpu.native_available():
         console.print(act_order_table(qweight, B, arguments.threads, arguments.repeats))
 
 
@@ -130,14 +130,14 @@ def act_order_table(qweight: NDArray[np.int32], B: NDArray[np.int32], threads: l
     table = Table(title=f"the same with act-order, strips of {width} columns")
     for column in ("code", "threads", "sort and pack GB/s", "compare GB/s"):
         table.add_column(column, justify="left" if column == "code" else "right")
-    for isa in ops.available_isas():
+    for isa in cpu.available_isas():
         for count in threads:
 
             def pack(words: Any, part: Any, fill: Any, count: int = count, isa: str = isa) -> None:
-                ops.pack_sorted(words, part, bits=4, perm=perm, fill=fill, rows=K, threads=count, isa=isa)
+                cpu.pack_sorted(words, part, bits=4, perm=perm, fill=fill, rows=K, threads=count, isa=isa)
 
             def compare(words: Any, part: Any, fill: Any, count: int = count, isa: str = isa) -> None:
-                if ops.sorted_difference(part, words, bits=4, perm=perm, fill=fill, threads=count, isa=isa):
+                if cpu.sorted_difference(part, words, bits=4, perm=perm, fill=fill, threads=count, isa=isa):
                     raise SystemExit(f"{isa}: wrong rows")
 
             rates = [qweight.nbytes / 1e9 / best_time(partial(strips, f), repeats) for f in (pack, compare)]

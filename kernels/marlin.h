@@ -16,7 +16,7 @@
 
 #include <stdint.h>
 
-// Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/ops.py.
+// Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/_cpu_library.py.
 #define MARLIN_CPU_ABI_VERSION 3
 
 // The layout; the same names as in layout.py.

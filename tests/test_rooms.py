@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import marlin_convert
-from marlin_convert.native import ops
+from marlin_convert.native import cpu
 from tests.support.cli import PATIENCE
 from tests.support.gptq_checkpoints import Source
 
@@ -104,7 +104,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 def test_own_imports_sees_all_of_them() -> None:
     """The checks above can fail only if imports are found: these are known."""
-    assert {"native.repack", "formats.layout"} <= own_imports("native.ops")  # repack: inside functions
+    assert {"native.reference", "formats.layout"} <= own_imports("native.cpu")  # reference: inside functions
     assert {"conversion.convert", "cli.output", "errors"} <= own_imports("cli.commands")  # for types and in functions
     assert own_imports("formats.bf16") == set()
 
@@ -161,7 +161,7 @@ assert convert(sys.argv[1], sys.argv[2], Options(verify=True, device="cpu")).ver
 
 @pytest.mark.slow
 def test_converting_and_verifying_load_no_torch(source: Source, tmp_path: Path) -> None:
-    if not ops.native_available():
+    if not cpu.native_available():
         pytest.skip("without the native library, torch does the work")
     loaded = loaded_after(CONVERT, source.folder, tmp_path / "out")
     assert "numpy" in loaded
@@ -172,6 +172,6 @@ def test_converting_and_verifying_load_no_torch(source: Source, tmp_path: Path) 
 @pytest.mark.slow
 def test_without_the_native_library_torch_does_the_work(source: Source, tmp_path: Path) -> None:
     """And so the test above would see it."""
-    loaded = loaded_after(CONVERT, source.folder, tmp_path / "out", **{ops.NO_NATIVE: "1"})
+    loaded = loaded_after(CONVERT, source.folder, tmp_path / "out", **{cpu.NO_NATIVE: "1"})
     assert "torch" in loaded
     assert "transformers" not in loaded

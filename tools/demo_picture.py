@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "demo.svg"
-WIDTH = 150
+#: Columns of the picture; longer lines are folded.
+WIDTH = 110
 
 #: What the picture leaves out of the table: all but the first layers.
 LAYERS = 3
@@ -24,7 +25,7 @@ LAYERS = 3
 
 def run_demo(folder: Path) -> str:
     """What the demo prints on standard output, with a terminal's colours."""
-    env = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH)}
+    env = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "200"}
     command = [sys.executable, "-m", "marlin_convert.cli", "demo", "demo-out", "--device", "cpu", "--force"]
     done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout

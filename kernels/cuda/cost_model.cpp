@@ -40,9 +40,8 @@ CostModel sm90_wide_on_h100() {
   CostModel m = sm90_on_h100();
   m.launch = 3.0;
   m.clock = 1754;
-  m.step_floor = 500;
-  m.step_floor_zeros = 200;
-  m.step_floor_b8 = 160;
+  const double floors[2][2][2] = {{{500, 737}, {559, 737}}, {{550, 1131}, {1131, 1190}}};
+  std::copy(&floors[0][0][0], &floors[0][0][0] + 8, &m.step_floor[0][0][0]);
   m.tile_end = 1000;
   m.tile_end_output = 0.05;
   m.exchange = 2930;
@@ -103,8 +102,8 @@ bool make_wide_schedule(const TileShape& tile, const Problem& x, int split, int 
     const int64_t most = std::min<int64_t>(multiprocessors, rest * (steps / kFewestSteps));
     const int64_t parts = split == kStreamK ? most : rest * split;
     if (rest == 0 || parts <= rest || parts > most) return false;
-    // Positions times ranges are divided in 31 bits, and each of the split tiles has 8 counters.
-    if ((rest * steps + 1) * parts >= int64_t{1} << 31 || rest * 8 > kMaxCounters) return false;
+    // Positions times ranges are divided in 31 bits, and each of the split tiles has at most 12 counters.
+    if ((rest * steps + 1) * parts >= int64_t{1} << 31 || rest * 12 > kMaxCounters) return false;
     s.whole_tiles = static_cast<int>(tiles - rest);
     s.ranges = static_cast<int>(parts);
     s.blocks = s.whole_tiles > 0 ? multiprocessors : s.ranges;
@@ -120,7 +119,7 @@ Prediction predict_wide(const CostModel& m, const TileShape& tile, double readin
   const double outputs = static_cast<double>(tile.block_m) * tile.block_n;
   const double flops_per_cycle = 4096;
   const double tensor = 2 * outputs * tile.block_k / flops_per_cycle;
-  const double floor = m.step_floor + (x.zeros ? m.step_floor_zeros : 0) + (tile.bits == 8 ? m.step_floor_b8 : 0);
+  const double floor = m.step_floor[tile.block_n == 256][tile.bits == 8][x.zeros];
   const double step = std::pow(std::pow(tensor, 5) + std::pow(floor, 5), 0.2);
   const double end = m.tile_end + m.tile_end_output * outputs;
   double cycles = static_cast<double>(schedule.busiest) * step + static_cast<double>(schedule.waves) * end;

@@ -45,35 +45,35 @@ bool make_schedule(const TileShape& tile, const Problem& problem, int split, boo
 
 // The constants, for one main loop on one kind of GPU. us: microseconds; KB: 1024 bytes.
 struct CostModel {
-  double launch;                           // us: a launch, with the end of a tile
-  double memory;                           // bytes per us from device memory
-  double step;                             // us of a step: for its chain of dependent instructions,
-  double step_column;                      //   for each column of the tile,
-  double step_output;                      //   for each output,
-  double step_product;                     //   and for each product of two numbers;
-  double sm_bytes;                         // but no more bytes per us into an SM
-  double group;                            // us for each further group in a step,
-  double group_output;                     //   and for each output;
-  double zero_points;                      // us for the zero points of each group
-  double cluster_rank;                     // us for each block of a cluster
-  double cluster_kb;                       // us for each KB of a tile's sums, in a cluster
-  double wave;                             // us for each further wave of clusters
-  double shared;                           // us when blocks share tiles through the workspace,
-  double shared_kb;                        //   and for each KB of a tile's sums and block that shares it
-  double misaligned;                       // us when ranges end inside tiles: a block then has two tiles' ends,
-  double misaligned_kb;                    //   and for each KB of sums
-  double clock;                            // sm90_wide: cycles per us of the tensor cores, at 4096 flops a cycle,
-  double step_floor;                       //   cycles that a step takes however small its tile,
-  double step_floor_zeros, step_floor_b8;  // and further ones with zero points, with 8 bits,
-  double tile_end;                         //   and cycles at the end of a tile,
-  double tile_end_output;                  //     and for each of its outputs;
-  double exchange;                         //   cycles to exchange sums,
-  double exchange_output;                  //     and for each output that a block exchanges,
-  double exchange_misaligned;              // and so many times that where ranges end inside of tiles
-  double product_flops;                    // flops per us of large products, 2 M N K
-  double dense_launches;                   // us: dequantizing and then cuBLAS, its launches,
-  double dense_memory;                     //   bytes per us read and written by dequantizing,
-  double dense_flops;                      //   flops per us of cuBLAS
+  double launch;         // us: a launch, with the end of a tile
+  double memory;         // bytes per us from device memory
+  double step;           // us of a step: for its chain of dependent instructions,
+  double step_column;    //   for each column of the tile,
+  double step_output;    //   for each output,
+  double step_product;   //   and for each product of two numbers;
+  double sm_bytes;       // but no more bytes per us into an SM
+  double group;          // us for each further group in a step,
+  double group_output;   //   and for each output;
+  double zero_points;    // us for the zero points of each group
+  double cluster_rank;   // us for each block of a cluster
+  double cluster_kb;     // us for each KB of a tile's sums, in a cluster
+  double wave;           // us for each further wave of clusters
+  double shared;         // us when blocks share tiles through the workspace,
+  double shared_kb;      //   and for each KB of a tile's sums and block that shares it
+  double misaligned;     // us when ranges end inside tiles: a block then has two tiles' ends,
+  double misaligned_kb;  //   and for each KB of sums
+  double clock;          // sm90_wide: cycles per us of the tensor cores, at 4096 flops a cycle,
+  // and cycles that a step takes however small its tile: by 128 or 256 columns, 4 or 8 bits, without zero points or with
+  double step_floor[2][2][2];
+  double tile_end;             //   and cycles at the end of a tile,
+  double tile_end_output;      //     and for each of its outputs;
+  double exchange;             //   cycles to exchange sums,
+  double exchange_output;      //     and for each output that a block exchanges,
+  double exchange_misaligned;  // and so many times that where ranges end inside of tiles
+  double product_flops;        // flops per us of large products, 2 M N K
+  double dense_launches;       // us: dequantizing and then cuBLAS, its launches,
+  double dense_memory;         //   bytes per us read and written by dequantizing,
+  double dense_flops;          //   flops per us of cuBLAS
 };
 
 extern const CostModel kSm90OnH100, kSm90WideOnH100, kSm80;

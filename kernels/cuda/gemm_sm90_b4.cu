@@ -15,7 +15,6 @@ std::vector<Instance> sm90_b4_instances() {
       sm90_instance<Sm90Shape<4, 4, 1, 2>>(105, "sm90_m32n256_b4_g128"),
       sm90_instance<Sm90Shape<8, 2, 1, 2>>(106, "sm90_m64n128_b4_g128"),
       sm90_instance<Sm90Shape<8, 2, 2, 1>>(107, "sm90_m64n256_b4_g128"),
-      sm90_instance<Sm90Shape<16, 1, 2, 1>>(108, "sm90_m128n128_b4_g128"),
 
       MARLIN_SM90_B4(110, "b4_g128z", 128),
   };

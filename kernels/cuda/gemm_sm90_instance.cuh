@@ -37,8 +37,7 @@ Instance sm90_instance(int id, const char* name) {
       sm90_instance<Sm90Shape<2, 2, 1, 2, true, BITS, GROUP>>(ID + 2, "sm90_m16n128_" SUFFIX), \
       sm90_instance<Sm90Shape<4, 2, 1, 2, true, BITS, GROUP>>(ID + 4, "sm90_m32n128_" SUFFIX), \
       sm90_instance<Sm90Shape<8, 2, 1, 2, true, BITS, GROUP>>(ID + 6, "sm90_m64n128_" SUFFIX), \
-      sm90_instance<Sm90Shape<8, 2, 2, 1, true, BITS, GROUP>>(ID + 7, "sm90_m64n256_" SUFFIX), \
-      sm90_instance<Sm90Shape<16, 1, 2, 1, true, BITS, GROUP>>(ID + 8, "sm90_m128n128_" SUFFIX)
+      sm90_instance<Sm90Shape<8, 2, 2, 1, true, BITS, GROUP>>(ID + 7, "sm90_m64n256_" SUFFIX)
 #define MARLIN_SM90_B4(ID, SUFFIX, GROUP)                                                   \
   MARLIN_SM90(ID, SUFFIX, 4, GROUP),                                                        \
       sm90_instance<Sm90Shape<2, 4, 1, 2, true, 4, GROUP>>(ID + 3, "sm90_m16n256_" SUFFIX), \

@@ -13,7 +13,7 @@
 //     meet, and each 16 of them read theirs. With one group for all of K the operands are the exact integers (their
 //     scales are ones, in shared memory) and the scales enter at the end of the tile, in fp32.
 //
-// Warp specialization: two consumer warpgroups, side by side along N, each 64 J columns by all rows of the tile; and
+// Warp specialization: two or three consumer warpgroups, side by side along N, each 64 J columns by all rows of the tile; and
 // three producer warps, one lane each: one copies activations, one weights, one scales and zero points. A single lane
 // that does all three is too slow for the smallest tile (its copies take longer than 512 cycles of a step's wgmmas).
 //
@@ -35,17 +35,20 @@
 
 namespace marlin {
 
-template <int MB_, int J_, int BITS_, bool ZEROS_, bool MIXED_>
+template <int MB_, int J_, int WN_, int BITS_, bool ZEROS_, bool MIXED_>
 struct WideShape {
   static constexpr int MB = MB_;  // 8-row blocks of an output tile: the N of wgmma is 8 MB
   static constexpr int J = J_;    // sub-tiles of 16 columns of each warp: 1 or 2
+  static constexpr int WN = WN_;  // consumer warpgroups, side by side along N: 2 or 3
   static constexpr int BITS = BITS_;
   static constexpr bool kZeros = ZEROS_;  // zero points are stored
   static constexpr bool kMixed = MIXED_;  // scales are not of the activations' type, one is fp16 and the other bf16
-  static constexpr int kConsumers = 256, kThreads = kConsumers + 128;
-  // Registers by warpgroup: 168 each at the start, what 65536 allow 384 threads; 40 + 2 * 232 = 3 * 168.
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kBlockM = 8 * MB, kBlockN = 128 * J, kBlockK = kWideStep;
+  static constexpr int kConsumers = 128 * WN, kThreads = kConsumers + 128;
+  // Registers by warpgroup: at the start 168 each, what 65536 allow 384 threads, or 128 with 512; 40 + 2 * 232 = 3 * 168
+  // and 56 + 3 * 152 = 4 * 128.
+  static constexpr int kProducerRegisters = WN == 2 ? 40 : 56, kConsumerRegisters = WN == 2 ? 232 : 152;
+  static_assert(WN == 2 || (WN == 3 && MB * J <= 16), "more sums do not fit");
+  static constexpr int kBlockM = 8 * MB, kBlockN = 64 * J * WN, kBlockK = kWideStep;
   static constexpr int KT = kBlockK / MARLIN_TILE_K;
   static constexpr int kDepth =
       2;  // fragments along K: one is multiplied while the next is decoded. Four are no faster
@@ -72,9 +75,9 @@ struct WideShape {
   static constexpr int kQuads = J * kSliceBlocks;  // float4s of a slice in a thread
   static constexpr int kOutPitch = 128 * J;        // bytes of a row of a warpgroup's outputs
   static constexpr int kSliceBytes = kSliceRows * kOutPitch;
-  static constexpr int kOutBytes = 2 * 2 * kSliceBytes;  // two slices in turn for each warpgroup
+  static constexpr int kOutBytes = WN * 2 * kSliceBytes;  // two slices in turn for each warpgroup
   static constexpr int kBarrierBytes = 2 * 8 * kMaxStages;
-  static constexpr int kFoundBytes = 2 * 4 * 4;  // see reduce_shared_tile
+  static constexpr int kFoundBytes = WN * 4 * 4;  // see reduce_shared_tile
   static constexpr int kExtraBytes = 1024 + kOutBytes + kScaleBytes + kBarrierBytes + kFoundBytes;
   static constexpr int kPartialFloats = kSlices * kSliceRows * kBlockN;  // of one block's share of an output tile
 
@@ -271,7 +274,7 @@ __device__ __forceinline__ void load_partial(float (&v)[4], const float4* from) 
 }
 
 // A consumer warpgroup's share of an output tile that `sharers` blocks split along K, this one the `rank`-th of them;
-// adds up the slices that fall to it and returns which these are (a bit each). The two warpgroups of a block exchange
+// adds up the slices that fall to it and returns which these are (a bit each). The warpgroups of a block exchange
 // apart, and wait only for themselves.
 //
 // Each of the four slices has an owner among the sharers. A sharer writes the slices of others to its place in the
@@ -299,7 +302,8 @@ __device__ __forceinline__ unsigned reduce_shared_tile(const WideArguments& p, f
   // Of range `r`. It may lead one tile and follow in another.
   const auto place_of = [&](int r) {
     const int64_t place = static_cast<int64_t>(r) * 2 + (r == leader);
-    return reinterpret_cast<float4*>(p.partials + place * S::kPartialFloats) + wg * (S::kPartialFloats / 8) + tid;
+    return reinterpret_cast<float4*>(p.partials + place * S::kPartialFloats) + wg * (S::kPartialFloats / 4 / S::WN) +
+           tid;
   };
   const auto write = [&](unsigned slices) {
     float4* const to = place_of(block);
@@ -327,7 +331,7 @@ __device__ __forceinline__ unsigned reduce_shared_tile(const WideArguments& p, f
 
   const bool own = owned >> lane % 4 & 1;
   const unsigned others = sharers - 1, all_but_me = own ? others : kOwnerWrote + others - 1;
-  unsigned* const counter = p.counters + (split_tile * 2 + wg) * S::kSlices + lane % 4;
+  unsigned* const counter = p.counters + (split_tile * S::WN + wg) * S::kSlices + lane % 4;
   const unsigned written = may_wait ? kAll & ~owned : kAll;
   write(written);
   bool adds = false;
@@ -571,7 +575,7 @@ __device__ __forceinline__ void consume(const WideArguments& p, WideParts work, 
           reduce_shared_tile<S>(p, sum, work.tile - p.whole_tiles, work.at >= work.end, memory.found, wg, warp % 4);
     if (slices == 0) continue;
     const WidePlace place(p, work.tile);
-    store_tile<T, S>(p, sum, slices, place.m * S::kBlockM, place.n * S::kBlockN + wg * (S::kBlockN / 2),
+    store_tile<T, S>(p, sum, slices, place.m * S::kBlockM, place.n * S::kBlockN + wg * 64 * S::J,
                      memory.out + wg * 2 * S::kSliceBytes, wg, warp % 4);
   }
 }

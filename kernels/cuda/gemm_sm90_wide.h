@@ -32,7 +32,7 @@ struct WideArguments {
   const void* bias;    // [out_features] or null
   void* C;             // [M, out_features]
   float* partials;     // [ranges, 2, kWidePartialFloats] sums of output tiles that several blocks share
-  unsigned* counters;  // [split tiles, 2 warpgroups, kWideSlices], zero between calls
+  unsigned* counters;  // [split tiles, warpgroups, kWideSlices], zero between calls
   int M, out_features;
   bool bf16_scales;
   bool weights_once;  // one block reads them: L2 need not keep them

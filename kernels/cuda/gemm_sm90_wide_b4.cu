@@ -3,6 +3,6 @@
 
 namespace marlin {
 
-std::vector<Instance> sm90_wide_b4_instances() { return {MARLIN_SM90_WIDE(300, "b4", 4, false)}; }
+std::vector<Instance> sm90_wide_b4_instances() { return {MARLIN_SM90_WIDE(300, "b4_gany", 4, false)}; }
 
 }  // namespace marlin

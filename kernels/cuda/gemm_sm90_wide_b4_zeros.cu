@@ -3,6 +3,6 @@
 
 namespace marlin {
 
-std::vector<Instance> sm90_wide_b4_zeros_instances() { return {MARLIN_SM90_WIDE(310, "b4z", 4, true)}; }
+std::vector<Instance> sm90_wide_b4_zeros_instances() { return {MARLIN_SM90_WIDE(310, "b4_ganyz", 4, true)}; }
 
 }  // namespace marlin

@@ -3,6 +3,6 @@
 
 namespace marlin {
 
-std::vector<Instance> sm90_wide_b8_instances() { return {MARLIN_SM90_WIDE(320, "b8", 8, false)}; }
+std::vector<Instance> sm90_wide_b8_instances() { return {MARLIN_SM90_WIDE(320, "b8_gany", 8, false)}; }
 
 }  // namespace marlin

@@ -3,6 +3,6 @@
 
 namespace marlin {
 
-std::vector<Instance> sm90_wide_b8_zeros_instances() { return {MARLIN_SM90_WIDE(330, "b8z", 8, true)}; }
+std::vector<Instance> sm90_wide_b8_zeros_instances() { return {MARLIN_SM90_WIDE(330, "b8_ganyz", 8, true)}; }
 
 }  // namespace marlin

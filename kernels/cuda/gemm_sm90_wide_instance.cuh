@@ -7,10 +7,10 @@
 
 namespace marlin {
 
-template <int MB, int J, int BITS, bool ZEROS>
+template <int MB, int J, int WN, int BITS, bool ZEROS>
 Instance wide_instance(int id, const char* name) {
-  using S = WideShape<MB, J, BITS, ZEROS, false>;
-  using Mixed = WideShape<MB, J, BITS, ZEROS, true>;
+  using S = WideShape<MB, J, WN, BITS, ZEROS, false>;
+  using Mixed = WideShape<MB, J, WN, BITS, ZEROS, true>;
   static_assert(S::kStageBytes == Mixed::kStageBytes && S::kExtraBytes == Mixed::kExtraBytes, "");
   Instance i = {};
   i.id = id;
@@ -36,12 +36,12 @@ Instance wide_instance(int id, const char* name) {
   return i;
 }
 
-// 256 rows or columns halve what is read from L2 for each product, and 256 rows also what is decoded; smaller tiles fill
-// the SMs where there are few: 128 x 128, and 104 x 256 where the waves of the others end badly.
-#define MARLIN_SM90_WIDE(ID, SUFFIX, BITS, ZEROS)                              \
-  wide_instance<16, 1, BITS, ZEROS>(ID + 0, "sm90_wide_m128n128_" SUFFIX),     \
-      wide_instance<32, 1, BITS, ZEROS>(ID + 1, "sm90_wide_m256n128_" SUFFIX), \
-      wide_instance<16, 2, BITS, ZEROS>(ID + 2, "sm90_wide_m128n256_" SUFFIX), \
-      wide_instance<13, 2, BITS, ZEROS>(ID + 3, "sm90_wide_m104n256_" SUFFIX)
+// 256 rows or columns halve what is read from L2 for each product, and 256 rows also what is decoded; 128 x 128 fills the
+// SMs where there are few tiles, and 192 columns those that 128 and 256 columns leave idle.
+#define MARLIN_SM90_WIDE(ID, SUFFIX, BITS, ZEROS)                                 \
+  wide_instance<16, 1, 2, BITS, ZEROS>(ID + 0, "sm90_wide_m128n128_" SUFFIX),     \
+      wide_instance<32, 1, 2, BITS, ZEROS>(ID + 1, "sm90_wide_m256n128_" SUFFIX), \
+      wide_instance<16, 2, 2, BITS, ZEROS>(ID + 2, "sm90_wide_m128n256_" SUFFIX), \
+      wide_instance<16, 1, 3, BITS, ZEROS>(ID + 3, "sm90_wide_m128n192_" SUFFIX)
 
 }  // namespace marlin

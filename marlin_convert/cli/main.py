@@ -35,6 +35,7 @@ def main(args: list[str] | None = None) -> None:
         cli.main(args=args, prog_name="marlin-convert", standalone_mode=False, obj=output)
         ignore_signals()
         sys.stdout.flush()
+        _say("")
     except MarlinConvertError as error:
         _fail(output, error.exit_code, type(error).__name__, error.message)
     except click.ClickException as error:
@@ -121,6 +122,7 @@ def _fail(
 
 
 def _say(text: str) -> None:
+    """Write to standard error, whether or not it takes anything."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()

@@ -88,10 +88,10 @@ class Screen:
 
     def start(self) -> None:
         """Warn, before a conversion, that it will be slow here."""
-        from ..native import ops
+        from ..native import cpu
 
-        if not self.silent and not ops.native_available():
-            self.err.print(_labelled(ops.describe(), "slow:", "yellow"), soft_wrap=True)
+        if not self.silent and not cpu.native_available():
+            self.err.print(_labelled(cpu.describe(), "slow:", "yellow"), soft_wrap=True)
 
     def doing(self, what: str) -> None:
         """Say what takes a while now, where no bar shows it."""

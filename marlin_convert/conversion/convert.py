@@ -39,7 +39,7 @@ from ..formats.marlin_config import marlin_ext_settings, marlin_model_config, ma
 from ..hub.client import is_folder
 from ..hub.open import Source, fetch, looked_into
 from ..hub.upload import check_target, create_repository, default_name, push
-from ..native import ops
+from ..native import cpu
 from ..options import (
     CARD_FILE,
     DEFAULT_SHARD_SIZE,
@@ -148,7 +148,7 @@ def convert(
         if plan.already_marlin:
             raise AlreadyMarlin(f"{source} already is a Marlin checkpoint; there is nothing to convert.")
         plan.require_convertible()
-        report = Report(origin, out, device, plan, ops.describe(), options.quant_method, remark)
+        report = Report(origin, out, device, plan, cpu.describe(), options.quant_method, remark)
         report.source_quantization = _source_quantization(checkpoint, plan)
         require_free_names(checkpoint, shard_names(plan.out_tensors, options.max_shard_size))
         require_readable(checkpoint)
@@ -326,7 +326,7 @@ Packer: TypeAlias = "Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32], int
 
 
 def pack_on_cpu(words: npt.NDArray[np.int32], B: npt.NDArray[np.int32], bits: int) -> None:
-    ops.pack(words, out=B, bits=bits)
+    cpu.pack(words, out=B, bits=bits)
 
 
 def packer(device: Device, options: Options) -> Packer:
@@ -389,7 +389,7 @@ def write_tensors(
         words = source_rows(checkpoint, layer, k0, rows, buffers)
         B = buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
         pack(words, B, layer.bits)
-        unpacked = ops.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
+        unpacked = cpu.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
         require_equal(layer, code_difference(unpacked, words, k0, layer.bits))
         shards.write(layer.B.name, B, k0 // TILE_K * layer.B.shape[1] * 4)
         count(layer, B.nbytes)
@@ -459,10 +459,10 @@ def sort_and_pack(
     """Columns of a layer with act-order, `qweight` [K bits/32, columns] → `B` [K'/16, columns' bits/2]."""
     filled = B[: order.rows // TILE_K]
     if pack is pack_on_cpu:
-        ops.pack_sorted(qweight, filled, bits=bits, perm=order.perm, fill=order.fill, rows=order.rows)
+        cpu.pack_sorted(qweight, filled, bits=bits, perm=order.perm, fill=order.fill, rows=order.rows)
     else:
         words = np.ascontiguousarray(qweight)
-        pack(ops.arrange(words, bits=bits, perm=order.perm, fill=order.fill, rows=order.rows), filled, bits)
+        pack(cpu.arrange(words, bits=bits, perm=order.perm, fill=order.fill, rows=order.rows), filled, bits)
     B[order.rows // TILE_K :] = 0
 
 

@@ -14,7 +14,7 @@ from ..errors import UnsupportedError
 from ..formats.gptq import every_code, weights
 from ..formats.layout import TILE_K, TILE_N, pack_factor, tile_words, zero_point
 from ..formats.scales import to_extended, to_fp16
-from ..native import ops
+from ..native import cpu
 from .blocks import Buffers
 from .plan import Layer
 
@@ -83,7 +83,7 @@ def source_rows(checkpoint: Checkpoint, layer: Layer, k0: int, rows: int, buffer
     if own:
         read = buffers.array("qweight", (own * bits // 32, layer.N), np.int32)
         checkpoint.read_into(layer.qweight, read, k0 * per_row)
-        ops.arrange(read, words, bits=bits, fill=fill, rows=rows)
+        cpu.arrange(read, words, bits=bits, fill=fill, rows=rows)
     else:
         words[...] = np.repeat(fill.astype(np.uint32)[None] * every_code(bits), len(words), axis=0).view(np.int32)
     _clear_padding(words, layer, k0)
@@ -123,12 +123,12 @@ def order_difference(B: Words, qweight: Words, order: Order, bits: int, n0: int 
     """Where columns n0 … of a layer as stored, `B` [K'/16, columns bits/2], first differ from the source's rows
     `qweight` [K bits/32, columns] in that order; None if nowhere."""
     tile_rows = order.rows // TILE_K
-    place = ops.sorted_difference(B[:tile_rows], qweight, bits=bits, perm=order.perm, fill=order.fill)
+    place = cpu.sorted_difference(B[:tile_rows], qweight, bits=bits, perm=order.perm, fill=order.fill)
     if place is None:
         return f"rows from {order.rows} on are not all 0" if B[tile_rows:].any() else None
     (row, column), factor = place, pack_factor(bits)
     tile = B[row // TILE_K, column // TILE_N * tile_words(bits) :][None, : tile_words(bits)]
-    word = ops.unpack(np.ascontiguousarray(tile), bits=bits).view(np.uint32)[row % TILE_K // factor, column % TILE_N]
+    word = cpu.unpack(np.ascontiguousarray(tile), bits=bits).view(np.uint32)[row % TILE_K // factor, column % TILE_N]
     expected = int(order.fill[column])
     if row < order.perm.size and column < qweight.shape[1]:
         at = int(order.perm[row])
@@ -142,7 +142,7 @@ def source_weight(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[Any]:
     groups, qweight = source_groups(checkpoint, layer), checkpoint.read(layer.qweight)
     regular = not layer.act_order and layer.group_rows * layer.G == layer.K and layer.group_rows % TILE_K == 0
     if regular and layer.K % TILE_K == 0 and layer.N % TILE_N == 0:
-        return ops.dequantize_gptq(
+        return cpu.dequantize_gptq(
             qweight, groups.scales, bits=layer.bits, zeros=groups.zeros, threads=os.cpu_count() or 1
         )
     rows = np.arange(layer.K) // layer.group_rows

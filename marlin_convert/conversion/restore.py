@@ -38,7 +38,7 @@ from ..formats.layout import (
 from ..formats.marlin_config import read_marlin_settings
 from ..formats.stored import MARLIN_PARTS, StoredLayer, is_marlin_part, layer_names, stored_layers
 from ..hub.open import Source
-from ..native import ops
+from ..native import cpu
 from ..options import CARD_FILE, REPORT_FILE, Format, HubAccess, Options, ZeroPointReading
 from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all
@@ -196,7 +196,18 @@ def _noted(checkpoint: Checkpoint) -> dict[str, Any]:
         noted = read_json(path).get("source_quantization")
     except SourceError:
         return {}
-    return noted if isinstance(noted, dict) else {}
+    return {key: value for key, value in noted.items() if _is_noted(key, value)} if isinstance(noted, dict) else {}
+
+
+def _is_noted(key: str, value: Any) -> bool:
+    """Whether a value is of the kind that a conversion notes under `key`."""
+    if key == "configs":
+        return isinstance(value, dict) and all(isinstance(config, dict) for config in value.values())
+    if key == "dtypes":
+        return isinstance(value, dict) and value.keys() <= {"torch_dtype", "dtype"}
+    if key == "scales_dtypes":
+        return isinstance(value, dict) and all(isinstance(dtype, str) for dtype in value.values())
+    return not isinstance(value, (dict, list))
 
 
 def _encoding(noted: dict[str, Any], *, v2: bool) -> ZeroPointEncoding:
@@ -302,9 +313,9 @@ def _write_tensors(
         """Read stored rows k0 … of a layer into `words` [rows bits/32, stored_N], checked by packing them again."""
         B = buffers.array("B", (rows // TILE_K, layer.stored.weight.shape[1]), np.int32)
         checkpoint.read_into(layer.stored.weight, B, k0 * layer.stored.stored_N * layer.bits // 8)
-        ops.unpack(B, out=words, bits=layer.bits)
-        again = ops.pack(words, out=buffers.array("again", B.shape, np.int32), bits=layer.bits)
-        if ops.first_difference(B, again) is not None:
+        cpu.unpack(B, out=words, bits=layer.bits)
+        again = cpu.pack(words, out=buffers.array("again", B.shape, np.int32), bits=layer.bits)
+        if cpu.first_difference(B, again) is not None:
             raise _went_wrong(layer, "unpacking")
 
     def write_weights(layer: MarlinLayer) -> None:
@@ -326,16 +337,16 @@ def _write_tensors(
         B = buffers.array("B columns", (layer.stored.stored_K // TILE_K, columns * bits // 2), np.int32)
         checkpoint.read_columns(layer.stored.weight, B, n0 * bits // 2)
         words = buffers.array("sorted", (layer.stored.stored_K * bits // 32, columns), np.int32)
-        ops.unpack(B, out=words, bits=bits)
+        cpu.unpack(B, out=words, bits=bits)
         natural = buffers.array("natural", (layer.K * bits // 32, columns), np.int32)
         fill = np.zeros(columns, np.uint8)
-        ops.arrange(words, natural, bits=bits, fill=fill, rows=layer.K, perm=inverse)
+        cpu.arrange(words, natural, bits=bits, fill=fill, rows=layer.K, perm=inverse)
         # Of padding only the last tile of the layer's own rows is looked at, and taken to be as it is.
         if layer.stored.stored_K > layer.K:
             last = words[layer.K * bits // 32].view(np.uint32) >> layer.K * bits % 32
             fill = (last & np.uint32(2**bits - 1)).astype(np.uint8)
         tiles = B[: -(-layer.K // TILE_K)]
-        if ops.sorted_difference(tiles, natural, bits=bits, perm=perm, fill=fill) is not None:
+        if cpu.sorted_difference(tiles, natural, bits=bits, perm=perm, fill=fill) is not None:
             raise _went_wrong(layer, "unpacking")
         own = np.ascontiguousarray(natural[:, : layer.N - n0])
         shards.write_columns(f"{layer.name}.qweight", own, n0)

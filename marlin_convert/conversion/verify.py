@@ -25,7 +25,7 @@ from ..formats.gptq import weights
 from ..formats.gptq_config import find_configs
 from ..formats.layout import TILE_K, pack_factor, unpack_zeros, unpermute_scales, zero_point
 from ..formats.marlin_config import marlin_ext_settings
-from ..native import ops
+from ..native import cpu
 from ..options import Format, QuantMethod
 from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks
@@ -181,7 +181,7 @@ class CPUProduct:
     def add_source(self, k0: int, qweight: I32) -> None:
         layer, source = self.layer, self.source
         if self.regular:
-            ops.matmul_gptq(
+            cpu.matmul_gptq(
                 self.x, qweight, source.scales, self.reference, bits=layer.bits, zeros=source.zeros, k0=k0,
                 rows_per_group=layer.group_rows,
             )  # fmt: skip
@@ -191,7 +191,7 @@ class CPUProduct:
         self.reference += self.x[:, k0 : k0 + len(weight)] @ weight
 
     def add_stored(self, k0: int, B: I32) -> None:
-        ops.matmul_marlin(
+        cpu.matmul_marlin(
             self.sorted_x, B, self.s, self.result, bits=self.layer.bits, zeros=self.zeros, k0=k0,
             rows_per_group=self.layer.rows_per_group,
         )  # fmt: skip
@@ -236,9 +236,9 @@ class CUDAProduct:
     def add_source(self, k0: int, qweight: I32) -> None:
         import torch
 
-        from ..native import repack
+        from ..native import reference
 
-        codes = repack.unpack_gptq(torch.from_numpy(qweight).to(self.device), self.layer.bits)
+        codes = reference.unpack_gptq(torch.from_numpy(qweight).to(self.device), self.layer.bits)
         groups = self.groups[k0 : k0 + codes.shape[0]]
         zeros = zero_point(self.layer.bits) if self.zeros is None else self.zeros[groups]
         weight = (codes.to(self.dtype) - zeros) * self.scales[groups]  # rounded once: the difference is exact
@@ -366,7 +366,7 @@ def _check_layer(
         own, words = max(0, min(rows, layer.K - k0)), None
         if not layer.act_order:
             words = source_rows(source, layer, k0, rows, buffers)
-            unpacked = ops.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
+            unpacked = cpu.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
             problem = problem or code_difference(unpacked, words, k0, layer.bits)
         if own:
             qweight = words
@@ -417,7 +417,7 @@ def _groups_difference(layer: Layer, stored: dict[str, Any], expected: Groups) -
 
 def code_difference(unpacked: I32, words: I32, k0: int, bits: int = 4) -> str | None:
     """Where two blocks of GPTQ words first differ: the row and column of the weight and both codes; None if nowhere."""
-    at = ops.first_difference(unpacked, words)
+    at = cpu.first_difference(unpacked, words)
     if at is None:
         return None
     word_row, column = divmod(at, words.shape[1])

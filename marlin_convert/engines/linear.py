@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch import library as torch_library
 
 from ..formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K, TILE_N, unpack_zeros
-from ..native import cuda, ops, repack
+from ..native import cpu, cuda, reference
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class MarlinLinear(nn.Module):
         assert B is not None
         assert s is not None
         size = {"bits": self.bits, "in_features": self.in_features, "out_features": self.out_features}
-        way: Any = cuda.dequantize if B.device.type == "cuda" else repack.dequantize_layer
+        way: Any = cuda.dequantize if B.device.type == "cuda" else reference.dequantize_layer
         W: Tensor = way(
             B, s, zeros=self._tensor("zeros"), perm=self._tensor("perm"), dtype=dtype or self.scale_dtype, **size
         )
@@ -214,12 +214,12 @@ def _reference(
 def _weight(B: Tensor, s: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
     """W [K', columns] of a block of columns, rows as stored: from the native library where it has that, else from the
     twin, which is the same bits."""
-    if B.device.type != "cpu" or dtype != s.dtype or not ops.native_available():
-        return repack.dequantize_layer(B, s, zeros, bits=bits, dtype=dtype)
+    if B.device.type != "cpu" or dtype != s.dtype or not cpu.native_available():
+        return reference.dequantize_layer(B, s, zeros, bits=bits, dtype=dtype)
     words, numbers = B.contiguous().numpy(), s.contiguous().view(torch.uint16).numpy()  # numpy has no bfloat16
     points = None if zeros is None else unpack_zeros(zeros.contiguous().numpy(), bits)
     scales = numbers if dtype == torch.bfloat16 else numbers.view(np.float16)
-    W = ops.dequantize_marlin(words, scales, bits=bits, zeros=points, threads=torch.get_num_threads())
+    W = cpu.dequantize_marlin(words, scales, bits=bits, zeros=points, threads=torch.get_num_threads())
     return torch.from_numpy(W.view(np.uint16)).view(dtype)
 
 

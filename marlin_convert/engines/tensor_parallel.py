@@ -15,7 +15,7 @@ from torch import Tensor
 from ..formats import layout
 from ..formats.layout import EXT_K, TILE_K, TILE_N
 from ..formats.marlin_config import LayerSettings
-from ..native import repack
+from ..native import reference
 
 #: Codes that are unpacked at once when columns leave their tiles: 128 MiB of int64.
 _CODES_AT_ONCE = 1 << 24
@@ -102,13 +102,13 @@ def columns(piece: Piece, order: Tensor) -> Piece:
         return replace(piece, N=count, weight=weight, scales=scales, zeros=zeros)
     at_once = max(1, _CODES_AT_ONCE // (piece.stored_N * TILE_K))
     weight = torch.cat([
-        repack.pack_marlin(_take(repack.unpack_marlin(rows, piece.bits), order), piece.bits)
+        reference.pack_marlin(_take(reference.unpack_marlin(rows, piece.bits), order), piece.bits)
         for rows in torch.split(piece.weight, at_once)
     ])  # fmt: skip
-    scales = repack.permute_scales(_take(repack.unpermute_scales(piece.scales), order))
+    scales = reference.permute_scales(_take(reference.unpermute_scales(piece.scales), order))
     zeros = piece.zeros
     if zeros is not None:
-        zeros = repack.pack_zeros(_take(repack.unpack_zeros(zeros, piece.bits), order), piece.bits)
+        zeros = reference.pack_zeros(_take(reference.unpack_zeros(zeros, piece.bits), order), piece.bits)
     return replace(piece, N=count, weight=weight, scales=scales, zeros=zeros)
 
 
@@ -175,27 +175,27 @@ def _regrouped(piece: Piece, first: int, count: int) -> Piece:
     of_row = torch.nn.functional.pad(of_row, (0, K - of_row.shape[0]))  # rows of zeros behind them: any group will do
     groups = of_row[::TILE_K] if piece.G > 1 else of_row[:1]
 
-    scales = repack.permute_scales(repack.unpermute_scales(piece.scales)[groups])
-    zeros = None if piece.zeros is None else repack.unpack_zeros(piece.zeros, piece.bits)
+    scales = reference.permute_scales(reference.unpermute_scales(piece.scales)[groups])
+    zeros = None if piece.zeros is None else reference.unpack_zeros(piece.zeros, piece.bits)
     words = piece.bits * TILE_N // 2
     weight = piece.weight.new_empty(K // TILE_K, piece.weight.shape[1])
     tiles = max(1, _CODES_AT_ONCE // (max(K, piece.stored_K) * TILE_N))
     for part in range(0, piece.stored_N // TILE_N, tiles):
         n = slice(part * TILE_N, (part + tiles) * TILE_N)
         w = slice(part * words, (part + tiles) * words)
-        codes = repack.unpack_marlin(piece.weight[:, w], piece.bits)
+        codes = reference.unpack_marlin(piece.weight[:, w], piece.bits)
         if zeros is None:
             new = codes.new_full((K, codes.shape[1]), layout.zero_point(piece.bits))
         else:
             new = zeros[:, n][of_row]
         new[target] = codes[stored]
-        weight[:, w] = repack.pack_marlin(new, piece.bits)
+        weight[:, w] = reference.pack_marlin(new, piece.bits)
     perm = torch.zeros(K, dtype=torch.int32, device=device)
     perm[target] = (source[stored] - first).int()
     if torch.equal(target, torch.arange(count, device=device)):  # the filling lies behind all of them
         perm = perm[:count]
     in_order = torch.equal(perm, torch.arange(count, device=device))
-    packed = None if zeros is None else repack.pack_zeros(zeros[groups], piece.bits)
+    packed = None if zeros is None else reference.pack_zeros(zeros[groups], piece.bits)
     return Piece(piece.bits, count, piece.N, weight, scales, packed, None if in_order else perm)
 
 
@@ -203,7 +203,7 @@ def single_group(scales: Tensor) -> Tensor:
     """Scales [1, N'] in the order of grouped scales → in that of a single group."""
     inverse = tuple(layout.SCALE_PERMUTATION.index(i) for i in range(TILE_N))
     natural = scales.reshape(-1, TILE_N)[:, list(inverse)].reshape(1, -1)
-    return repack.permute_scales(natural)
+    return reference.permute_scales(natural)
 
 
 def join(pieces: list[Piece]) -> list[Piece]:

@@ -1,7 +1,7 @@
 """The Marlin weight layout: names, the tile, the scale permutations, the shape rules.
 
-This is the one place that explains the format. The native code (`kernels/`) and the torch twin (`repack.py`) both
-implement what stands here, and the tests compare them with it.
+This is the one place that explains the format. The native code (`kernels/`) and the torch twin
+(`native/reference.py`) both implement what stands here, and the tests compare them with it.
 
 Names
 -----

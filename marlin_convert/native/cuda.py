@@ -88,7 +88,7 @@ class Instance(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("id", "capability", "bits", "group_size", "zero_points")),
-        *((name, ctypes.c_int32) for name in ("block_m", "block_n", "block_k", "clusters")),
+        *((name, ctypes.c_int32) for name in ("block_m", "block_n", "block_k", "clusters", "rounds_weights")),
         ("name", ctypes.c_char * 64),
     )
 

@@ -30,7 +30,7 @@ from marlin_convert.cli.progress import Bars, PlainLines
 from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.device import CPU, Device
 from marlin_convert.errors import DeviceError, MarlinConvertError, OutputError, SourceError, UnsupportedError
-from marlin_convert.native import repack
+from marlin_convert.native import reference
 from marlin_convert.options import HubAccess
 from marlin_convert.progress import Progress
 from tests.support.cli import Run
@@ -76,7 +76,7 @@ class Bench:
         return out
 
     def matmul(self, a: torch.Tensor, B: torch.Tensor, s: torch.Tensor, **layer: Any) -> torch.Tensor:
-        K, N = repack.marlin_size(B, layer["bits"])
+        K, N = reference.marlin_size(B, layer["bits"])
         assert (B.dtype, s.dtype, s.shape[1]) == (torch.int32, torch.float16, N)
         assert all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (B, s))  # as the kernels require it
         assert a.shape[1] == layer["in_features"] <= K
@@ -268,7 +268,7 @@ def test_weights_rotate_through_more_than_the_cache() -> None:
 
 def test_weights_are_random() -> None:
     weights = b.random_weights(SHAPE, Bench().rig)
-    codes = repack.unpack_marlin(weights.packed[0].weight)
+    codes = reference.unpack_marlin(weights.packed[0].weight)
     assert torch.bincount(codes.flatten(), minlength=16).min() > SHAPE.K * SHAPE.N / 16 / 2
     assert all(not torch.equal(weights.packed[0].weight, layer.weight) for layer in weights.packed[1:])
     assert all(x.scales.min() > 0 and torch.isfinite(x.scales).all() for x in weights.packed)

@@ -115,16 +115,16 @@ def test_0_already_marlin(run: Callable[..., Run], source: Source, tmp_path: Pat
 def test_1_a_wrong_layer_never_reaches_the_disk(
     main: Callable[..., Run], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from marlin_convert.native import ops
+    from marlin_convert.native import cpu
 
-    pack = ops.pack
+    pack = cpu.pack
 
     def faulty(words: Any, out: Any, bits: int) -> Any:
         pack(words, out=out, bits=bits)
         out[0, 0] ^= 1
         return out
 
-    monkeypatch.setattr("marlin_convert.conversion.convert.ops.pack", faulty)
+    monkeypatch.setattr("marlin_convert.conversion.convert.cpu.pack", faulty)
     result = main(source.folder, tmp_path / "out", "--quiet")
     assert result.code == 1
     assert "repacking went wrong" in one_line(result)
@@ -135,18 +135,18 @@ def test_1_a_wrong_layer_never_reaches_the_disk(
 def test_1_a_wrong_order_of_rows_never_reaches_the_disk(
     main: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from marlin_convert.native import ops
+    from marlin_convert.native import cpu
 
     g_idx = np.random.default_rng(0).permutation(np.arange(256) // 128)
     source = write_source(tmp_path / "source", {"a": GPTQLayer(g_idx=g_idx)}, plain={})
-    pack = ops.pack_sorted
+    pack = cpu.pack_sorted
 
     def faulty(qweight: Any, out: Any, *, perm: Any, **rest: Any) -> Any:
         swapped = perm.copy()
         swapped[[3, 200]] = perm[[200, 3]]
         return pack(qweight, out, perm=swapped, **rest)
 
-    monkeypatch.setattr("marlin_convert.conversion.convert.ops.pack_sorted", faulty)
+    monkeypatch.setattr("marlin_convert.conversion.convert.cpu.pack_sorted", faulty)
     result = main(source.folder, tmp_path / "out", "--quiet")
     assert result.code == 1
     assert "a: repacking went wrong (the code of row 3, column " in one_line(result)

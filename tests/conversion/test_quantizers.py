@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.formats.marlin_config import read_marlin_settings
-from marlin_convert.native.repack import dequantize_layer
+from marlin_convert.native.reference import dequantize_layer
 from tests.support import format_reader
 
 DATA = Path(__file__).parents[1] / "data" / "quantizers"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from marlin_convert.conversion.convert import Options, convert
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import OutputError, SourceError, UnsupportedError
-from marlin_convert.native import repack
+from marlin_convert.native import reference
 from tests.support.gptq_checkpoints import (
     GPTQLayer,
     Source,
@@ -76,11 +76,11 @@ def marlin_ext(folder: Path, layers: dict[str, GPTQLayer], **changes: Any) -> No
         of_row = torch.zeros(K, dtype=torch.long) if group == -1 else torch.arange(K) // stored_group
         codes = zeros[of_row]
         codes[: layer.K, : layer.N] = torch.from_numpy(layer.codes[order])
-        tensors[f"{name}.marlin_qweight"] = repack.pack_marlin(codes, layer.bits)
-        tensors[f"{name}.marlin_scales"] = repack.permute_scales(rows(layer.scale_tensor, layer.scale_tensor.dtype))
+        tensors[f"{name}.marlin_qweight"] = reference.pack_marlin(codes, layer.bits)
+        tensors[f"{name}.marlin_scales"] = reference.permute_scales(rows(layer.scale_tensor, layer.scale_tensor.dtype))
         act_order = not np.array_equal(order, np.arange(layer.K))
         if not sym:
-            tensors[f"{name}.marlin_qzeros"] = repack.pack_zeros(zeros, layer.bits)
+            tensors[f"{name}.marlin_qzeros"] = reference.pack_zeros(zeros, layer.bits)
         if act_order:
             tensors[f"{name}.marlin_perm"] = torch.from_numpy(order.astype(np.int32))
         if layer.bias:
@@ -229,8 +229,8 @@ def test_checkpoints_that_others_made(tmp_path: Path, settings: dict[str, Any], 
     layer, folder = GPTQLayer(bias=True), tmp_path / "marlin"
     folder.mkdir()
     tensors = {
-        f"{NAME}.B": repack.pack_marlin(torch.from_numpy(layer.codes)),
-        f"{NAME}.s": repack.permute_scales(layer.scale_tensor),
+        f"{NAME}.B": reference.pack_marlin(torch.from_numpy(layer.codes)),
+        f"{NAME}.s": reference.permute_scales(layer.scale_tensor),
         f"{NAME}.bias": layer.bias_tensor,
     }
     save_file(tensors | plain_tensors(), folder / "gptq_model-4bit-128g.safetensors", {"format": "pt"})
@@ -256,8 +256,8 @@ def test_a_stray_g_idx(tmp_path: Path, group_size: int) -> None:
     layer, folder = GPTQLayer(K=256, group_size=group_size), tmp_path / "marlin"
     folder.mkdir()
     tensors = {
-        f"{NAME}.B": repack.pack_marlin(torch.from_numpy(layer.codes)),
-        f"{NAME}.s": repack.permute_scales(layer.scale_tensor),
+        f"{NAME}.B": reference.pack_marlin(torch.from_numpy(layer.codes)),
+        f"{NAME}.s": reference.permute_scales(layer.scale_tensor),
         f"{NAME}.g_idx": torch.from_numpy(layer.groups.astype(np.int32)),
     }
     settings = {"is_marlin_format": True, "bits": 4, "group_size": group_size}

@@ -20,7 +20,7 @@ from marlin_convert.conversion.convert import Options, convert, verify_pair
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import UnsupportedError
 from marlin_convert.formats.marlin_config import read_marlin_settings
-from marlin_convert.native import ops, repack
+from marlin_convert.native import cpu, reference
 from tests.support import format_reader
 from tests.support.gptq_checkpoints import GPTQLayer, Source, pack_columns, quantization_config, write_source
 
@@ -51,10 +51,10 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     for name in tensors:
         layer, _, what = name.rpartition(".")
         if what == "B":
-            found[layer] = repack.dequantize_layer(tensors[name], tensors[f"{layer}.s"], dtype=torch.float32)
+            found[layer] = reference.dequantize_layer(tensors[name], tensors[f"{layer}.s"], dtype=torch.float32)
         elif what == "marlin_qweight":
             own = read.layer(layer)
-            found[layer] = repack.dequantize_layer(
+            found[layer] = reference.dequantize_layer(
                 tensors[name], tensors[f"{layer}.marlin_scales"], tensors.get(f"{layer}.marlin_qzeros"),
                 tensors.get(f"{layer}.marlin_perm"), bits=own.bits, in_features=own.in_features,
                 out_features=own.out_features, dtype=torch.float32,
@@ -212,7 +212,7 @@ def test_another_packer_gives_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     convert(source.folder, tmp_path / "ours", CPU)
 
     def other(words: Any, B: Any, bits: int) -> None:
-        B[...] = repack.gptq_to_marlin(torch.from_numpy(words), bits).numpy()
+        B[...] = reference.gptq_to_marlin(torch.from_numpy(words), bits).numpy()
 
     monkeypatch.setattr("marlin_convert.conversion.convert.packer", lambda *_: other)
     convert(source.folder, tmp_path / "theirs", CPU)
@@ -393,11 +393,11 @@ def test_any_layer(
 
 
 def test_the_twin_converts_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not ops.native_available():
+    if not cpu.native_available():
         pytest.skip("the native library is not built")
     layer = GPTQLayer(K=200, N=72, bits=8, group_size=64, g_idx=shuffled(200, 64), stored_zero=127)
     source = write_source(tmp_path / "source", {NAME: layer}, quantization=quantization_config(bits=8, group_size=64))
     convert(source.folder, tmp_path / "a", CPU)
-    monkeypatch.setenv(ops.NO_NATIVE, "1")
+    monkeypatch.setenv(cpu.NO_NATIVE, "1")
     convert(source.folder, tmp_path / "b", CPU)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()

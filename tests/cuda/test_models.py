@@ -48,13 +48,13 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 def plain(K: int = 512, N: int = 768, group_size: int = 128) -> tuple[MarlinLinear, torch.Tensor]:
     """A layer of the original format on the GPU, with a bias, and its weight in float64."""
-    from marlin_convert.native import repack
+    from marlin_convert.native import reference as twin
 
     layer = GPTQLayer(K=K, N=N, group_size=group_size, bias=True)
     tensors = layer.tensors("x")
     module = MarlinLinear(K, N, True, group_size=group_size)
     module.load_state_dict({
-        "B": repack.gptq_to_marlin(tensors["x.qweight"]), "s": repack.permute_scales(tensors["x.scales"]),
+        "B": twin.gptq_to_marlin(tensors["x.qweight"]), "s": twin.permute_scales(tensors["x.scales"]),
         "bias": layer.bias_tensor,
     })  # fmt: skip
     return module.cuda(), torch.from_numpy(layer.weight).cuda()

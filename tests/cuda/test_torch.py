@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import library as torch_library
 
-from marlin_convert.native import cuda, repack
+from marlin_convert.native import cuda
+from marlin_convert.native import reference as twin
 
 pytestmark = [
     pytest.mark.cuda,
@@ -23,12 +24,12 @@ def layer(K: int = K, N: int = N, G: int = G, seed: int = 0) -> tuple[torch.Tens
     generator = torch.Generator(device="cuda").manual_seed(seed)
     qweight = torch.randint(-(2**31), 2**31 - 1, (K // 8, N), dtype=torch.int32, device="cuda", generator=generator)
     scales = (torch.rand((G, N), device="cuda", generator=generator) * 0.02 + 0.001).half()
-    return qweight, scales, repack.permute_scales(scales)
+    return qweight, scales, twin.permute_scales(scales)
 
 
 def expected(a: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """a · W in float64, from the GPTQ words."""
-    return a.double() @ repack.dequantize_gptq(qweight, scales).double()
+    return a.double() @ twin.dequantize_gptq(qweight, scales).double()
 
 
 def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
@@ -55,9 +56,9 @@ def test_gemm(shape: tuple[int, ...], G: int, dtype: torch.dtype) -> None:
 def test_packing_is_exact() -> None:
     qweight, scales, s = layer()
     B = cuda.repack(qweight)
-    assert torch.equal(B, repack.gptq_to_marlin(qweight))
+    assert torch.equal(B, twin.gptq_to_marlin(qweight))
     assert torch.equal(cuda.unpack(B), qweight)
-    assert torch.equal(cuda.dequantize(B, s), repack.dequantize_gptq(qweight, scales))
+    assert torch.equal(cuda.dequantize(B, s), twin.dequantize_gptq(qweight, scales))
 
 
 def test_columns_of_a_wider_matrix() -> None:
@@ -196,8 +197,8 @@ def stored(bits: int, size: int, zeros: bool, act_order: bool, K: int, N: int) -
         natural[perm.long()] = W
         W = natural
     arguments = {
-        "B": repack.pack_marlin(code, bits), "s": repack.permute_scales(scales), "perm": perm, "bits": bits,
-        "zeros": None if zero is None else repack.pack_zeros(zero, bits), "in_features": K, "out_features": N,
+        "B": twin.pack_marlin(code, bits), "s": twin.permute_scales(scales), "perm": perm, "bits": bits,
+        "zeros": None if zero is None else twin.pack_zeros(zero, bits), "in_features": K, "out_features": N,
     }  # fmt: skip
     return arguments, W
 
@@ -212,7 +213,7 @@ def test_extended_layers(bits: int, size: int) -> None:
                 assert torch.equal(cuda.dequantize(dtype=torch.bfloat16, **layer), W.bfloat16())
                 assert torch.equal(
                     torch.ops.marlin_convert.dequantize(dtype=torch.float16, **layer),
-                    repack.dequantize_layer(dtype=torch.float16, **layer),
+                    twin.dequantize_layer(dtype=torch.float16, **layer),
                 )
                 for M in (1, 7, 16, 130, 3000):
                     a, bias = torch.randn(M, rows, device="cuda").half(), torch.randn(columns, device="cuda").half()
@@ -231,7 +232,7 @@ def test_extended_layers(bits: int, size: int) -> None:
 def test_packing_8_bits_is_exact() -> None:
     qweight = torch.randint(-(2**31), 2**31 - 1, (K // 4, N), dtype=torch.int32, device="cuda")
     B = cuda.repack(qweight, bits=8)
-    assert torch.equal(B, repack.gptq_to_marlin(qweight, 8))
+    assert torch.equal(B, twin.gptq_to_marlin(qweight, 8))
     assert torch.equal(cuda.unpack(B, bits=8), qweight)
 
 

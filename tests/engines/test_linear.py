@@ -16,7 +16,8 @@ import marlin_convert
 from marlin_convert.engines import linear
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.errors import DeviceError
-from marlin_convert.native import cuda, repack
+from marlin_convert.native import cuda
+from marlin_convert.native import reference as twin
 from tests.support.extended_layers import EXTENDED, extended
 from tests.support.gptq_checkpoints import GPTQLayer
 
@@ -26,7 +27,7 @@ def original(**changes: Any) -> tuple[GPTQLayer, MarlinLinear]:
     layer = GPTQLayer(**{"K": 384, "N": 512, "bias": True, **changes})
     tensors = layer.tensors("x")
     state = {
-        "B": repack.gptq_to_marlin(tensors["x.qweight"]), "s": repack.permute_scales(tensors["x.scales"]),
+        "B": twin.gptq_to_marlin(tensors["x.qweight"]), "s": twin.permute_scales(tensors["x.scales"]),
         "bias": layer.bias_tensor,
     }  # fmt: skip
     module = MarlinLinear(layer.K, layer.N, True, group_size=layer.group_size)
@@ -205,7 +206,7 @@ def test_the_reference_agrees_with_the_twin() -> None:
     W = module(torch.eye(384).half()) - module.bias.half()
     np.testing.assert_allclose(W.double().numpy(), layer.weight, atol=2e-3)
     assert torch.equal(
-        linear._weight(module.B, module.s, None, 4, torch.float16), repack.dequantize_marlin(module.B, module.s)
+        linear._weight(module.B, module.s, None, 4, torch.float16), twin.dequantize_marlin(module.B, module.s)
     )
 
 

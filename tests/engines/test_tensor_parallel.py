@@ -10,7 +10,7 @@ import torch
 from marlin_convert.engines import tensor_parallel as shards
 from marlin_convert.engines.tensor_parallel import Piece
 from marlin_convert.formats.marlin_config import LayerSettings
-from marlin_convert.native import repack
+from marlin_convert.native import reference
 
 
 def layer(
@@ -29,9 +29,9 @@ def layer(
     stored = ((codes - zero) * scales.double().repeat_interleave(spread, 0))[:K, :N]
     weight = torch.empty_like(stored)
     weight[torch.arange(K) if perm is None else perm.long()] = stored
-    tensors = {"weight": repack.pack_marlin(codes, bits), "scales": repack.permute_scales(scales)}
+    tensors = {"weight": reference.pack_marlin(codes, bits), "scales": reference.permute_scales(scales)}
     if zeros is not None:
-        tensors["zeros"] = repack.pack_zeros(zeros, bits)
+        tensors["zeros"] = reference.pack_zeros(zeros, bits)
     if perm is not None:
         tensors["perm"] = perm
     sizes = {"in_features": K if stored_K != K else None, "out_features": N if stored_N != N else None}
@@ -43,9 +43,9 @@ def weight_of(piece: Piece) -> torch.Tensor:
     sizes: dict[str, Any] = {"bits": piece.bits, "in_features": piece.K, "out_features": piece.N}
     if piece.perm is not None and len(piece.perm) != piece.K:  # rows of zeros between others
         sizes["in_features"] = piece.stored_K
-        W = repack.dequantize_layer(piece.weight, piece.scales, piece.zeros, **sizes, dtype=torch.float32).double()
+        W = reference.dequantize_layer(piece.weight, piece.scales, piece.zeros, **sizes, dtype=torch.float32).double()
         return torch.zeros(piece.K, piece.N, dtype=torch.float64).index_add(0, piece.perm.long(), W)
-    return repack.dequantize_layer(
+    return reference.dequantize_layer(
         piece.weight, piece.scales, piece.zeros, piece.perm, **sizes, dtype=torch.float32
     ).double()
 
@@ -100,7 +100,7 @@ def test_one_group_left_on_a_rank_changes_the_order_of_its_scales() -> None:
     """With G = 1 every reader takes the other permutation: new[8i + j] = old[2i + (0, 1, 8, 9, 16, 17, 24, 25)[j]]."""
     whole, _ = layer(256, 64)
     piece = shards.rows(whole, 128, 128)
-    natural = repack.unpermute_scales(whole.scales)[1]
+    natural = reference.unpermute_scales(whole.scales)[1]
     assert piece.G == 1
     expected = [
         natural[32 * run + 2 * i + (0, 1, 8, 9, 16, 17, 24, 25)[j]]

@@ -26,7 +26,7 @@ from marlin_convert.engines.tensor_parallel import Piece  # noqa: E402
 from marlin_convert.errors import DeviceError  # noqa: E402
 from marlin_convert.formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES  # noqa: E402
 from marlin_convert.formats.marlin_config import marlin_ext_settings  # noqa: E402
-from marlin_convert.native import repack  # noqa: E402
+from marlin_convert.native import reference as twin  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -39,7 +39,7 @@ def reference(**a: Any) -> torch.Tensor:
     bits = 4 if a["wtype"] in (plugin.scalar_types.uint4b8, plugin.scalar_types.uint4) else 8
     zeros = a["weight_zp"] if a["weight_zp"].numel() else None
     assert (zeros is not None) == (a["wtype"] == plugin.scalar_types.uint4)
-    W = repack.dequantize_layer(a["weight"], a["weight_scale"], zeros, bits=bits, dtype=torch.float32)
+    W = twin.dequantize_layer(a["weight"], a["weight_scale"], zeros, bits=bits, dtype=torch.float32)
     assert (
         W.shape == (a["input_size_per_partition"], a["output_size_per_partition"]) == (a["input"].shape[-1], W.shape[1])
     )

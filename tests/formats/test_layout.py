@@ -149,7 +149,7 @@ def test_header_has_the_same_constants() -> None:
     names = ["BITS", "PACK_FACTOR", "ZERO_POINT", "TILE_K", "TILE_N", "SUBTILE_N", "TILE_WORDS", "WARP_LANES"]
     for name in [*names, "MIN_K", "MIN_N", "EXT_K", "EXT_N"]:
         assert int(defined.pop(name)) == getattr(layout, name), name
-    # What is left are versions and codes, which test_ops.py compares.
+    # What is left are versions and codes, which test_cpu.py compares.
     assert all(name.startswith(("ISA_", "ERROR_", "OK", "CPU_ABI_VERSION")) for name in defined), defined
 
 

@@ -22,7 +22,7 @@ from marlin_convert.conversion.verify import TOLERANCE, product_for, verify
 from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats.layout import permute_scales
-from marlin_convert.native import cuda, repack
+from marlin_convert.native import cuda, reference
 from tests.support.gptq_checkpoints import GPTQLayer, write_source
 
 
@@ -60,14 +60,15 @@ def test_instances_are_what_their_names_say() -> None:
     assert len(found) == lib.marlin_cuda_instance_count() > 0
     assert len({instance.id for instance in found.values()}) == len(found)
     for name, x in found.items():
-        parts = re.fullmatch(r"sm(80|90)_m(\d+)n(\d+)_b([48])_g(any|16|32|64|128)(z?)", name)
+        parts = re.fullmatch(r"sm(80|90)(_wide)?_m(\d+)n(\d+)_b([48])_g(any|16|32|64|128)(z?)", name)
         assert parts, name
-        capability, m, n, bits, group, z = parts.groups()
+        capability, wide, m, n, bits, group, z = parts.groups()
         assert (x.capability, x.block_m, x.block_n, x.bits) == (int(capability), int(m), int(n), int(bits))
         assert x.group_size == (0 if group == "any" else int(group))
-        assert x.zero_points == (bool(z) or group != "128" or bits == "8")
+        takes_zeros = 2 * bool(z) if wide else bool(z) or group != "128" or bits == "8"
+        assert (x.zero_points, x.rounds_weights) == (takes_zeros, bool(wide))
         assert 0 < x.id < 1 << 12
-    known = {"sm80_m8n256_b4_g128": 1, "sm80_m128n128_b8_gany": 25, "sm90_m16n128_b4_g64": 122}
+    known = {"sm80_m8n256_b4_g128": 1, "sm80_m128n128_b8_gany": 25, "sm90_m16n128_b4_g64": 122, "sm90_wide_m256n128_b8_ganyz": 331}
     assert known == {name: found[name].id for name in known if name in found}
     code = lib.marlin_cuda_instance(len(found), ctypes.byref(cuda.Instance()))
     assert code == -9  # MARLIN_CUDA_ERROR_VARIANT
@@ -161,8 +162,8 @@ def test_tensors_on_the_cpu_are_refused() -> None:
 def twin(monkeypatch: pytest.MonkeyPatch) -> Device:
     """A "GPU" whose memory is the CPU's and whose kernels are the twin's."""
     monkeypatch.setattr(cuda, "torch_device", lambda _: torch.device("cpu"))
-    monkeypatch.setattr(cuda, "gemm", lambda a, B, s: repack.matmul_marlin(a.float(), B, s).half())
-    monkeypatch.setattr(cuda, "repack", repack.gptq_to_marlin)
+    monkeypatch.setattr(cuda, "gemm", lambda a, B, s: reference.matmul_marlin(a.float(), B, s).half())
+    monkeypatch.setattr(cuda, "repack", reference.gptq_to_marlin)
     return Device("cuda", 0, "a twin", (8, 0))
 
 
@@ -194,7 +195,7 @@ def test_the_gpus_product_finds_wrong_scales(tmp_path: Path, twin: Device) -> No
         for k0 in range(0, 256, 64):
             block = np.ascontiguousarray(qweight[k0 // 8 : k0 // 8 + 8])
             product.add_source(k0, block)
-            product.add_stored(k0, repack.gptq_to_marlin(torch.from_numpy(block)).numpy())
+            product.add_stored(k0, reference.gptq_to_marlin(torch.from_numpy(block)).numpy())
         errors.append(product.errors()[1])
     assert errors[0] < 5e-4
     assert errors[1] > 0.1
@@ -204,7 +205,7 @@ def test_the_gpus_product_finds_wrong_scales(tmp_path: Path, twin: Device) -> No
 def test_repacking_on_the_gpu(twin: Device) -> None:
     """Asked for by name, the GPU repacks; auto leaves it to the CPU. Both write into the array they are given."""
     qweight = np.random.default_rng(0).integers(-(2**31), 2**31, (32, 256), dtype=np.int32)
-    expected = repack.gptq_to_marlin(torch.from_numpy(qweight)).numpy()
+    expected = reference.gptq_to_marlin(torch.from_numpy(qweight)).numpy()
     for options in (Options(device="cuda:0"), Options(device="auto")):
         B = np.zeros((16, 512), np.int32)
         packer(twin, options)(qweight, B, 4)

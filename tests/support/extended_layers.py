@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from marlin_convert.engines.linear import MarlinLinear
-from marlin_convert.native import repack
+from marlin_convert.native import reference
 from tests.support.gptq_checkpoints import GPTQLayer
 
 
@@ -40,12 +40,12 @@ def extended(layer: GPTQLayer) -> tuple[MarlinLinear, torch.Tensor]:
     stored = points[group].copy()  # padding: the zero point
     stored[:K, :N] = layer.codes[order]
     state = {
-        "marlin_qweight": repack.pack_marlin(torch.from_numpy(stored), layer.bits),
-        "marlin_scales": repack.permute_scales(scales),
+        "marlin_qweight": reference.pack_marlin(torch.from_numpy(stored), layer.bits),
+        "marlin_scales": reference.permute_scales(scales),
     }
     symmetric, sequential = not isinstance(layer.stored_zero, np.ndarray), isinstance(layer.g_idx, str)
     if not symmetric:
-        state["marlin_qzeros"] = repack.pack_zeros(torch.from_numpy(points), layer.bits)
+        state["marlin_qzeros"] = reference.pack_zeros(torch.from_numpy(points), layer.bits)
     if not sequential:
         state["marlin_perm"] = torch.from_numpy(order.astype(np.int32))
     module = MarlinLinear(

@@ -36,7 +36,7 @@ from vllm.model_executor.model_loader import get_model_loader  # noqa: E402
 from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
 
 from marlin_convert.engines import vllm_plugin as plugin  # noqa: E402
-from marlin_convert.native import repack  # noqa: E402
+from marlin_convert.native import reference  # noqa: E402
 
 # vLLM's library is for GPUs; it looks these names up, and nothing here calls them.
 _library = torch_library.Library("_C", "FRAGMENT")
@@ -50,7 +50,7 @@ def dequantized(weight: Tensor, scales: Tensor, zeros: Tensor | None, quant_type
     bits = 4 if quant_type in (plugin.scalar_types.uint4b8, plugin.scalar_types.uint4) else 8
     zeros = zeros if zeros is not None and zeros.numel() else None
     assert (zeros is not None) == (quant_type == plugin.scalar_types.uint4)
-    return repack.dequantize_layer(weight, scales, zeros, bits=bits, dtype=torch.float16).double()
+    return reference.dequantize_layer(weight, scales, zeros, bits=bits, dtype=torch.float16).double()
 
 
 def multiply(**a: Any) -> Tensor:

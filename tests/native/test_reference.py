@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from marlin_convert.formats import layout
 
 # One tile of codes (k*n + 3*k + n//5) % 16, k = 0..15, n = 0..63. Worked out apart from the formula: from the registers
-from marlin_convert.native import repack
+from marlin_convert.native import reference
 
 # One tile of codes (k*n + 3*k + n//5) % 16, k = 0..15, n = 0..63. Worked out apart from the formula: from the registers
 # that the mma.m16n8k16 instruction assigns to a lane (b0, b1 = rows 2t, 2t+1 and b2, b3 = rows 2t+8, 2t+9 of column g),
@@ -65,25 +65,25 @@ shapes = st.tuples(st.integers(1, 6).map(lambda i: 16 * i), st.integers(1, 5).ma
 
 def test_golden_tile() -> None:
     codes = golden_codes()
-    B = repack.pack_marlin(codes)
+    B = reference.pack_marlin(codes)
     assert B.dtype == torch.int32
     assert B.shape == (1, 128)
     assert unsigned(B) == list(GOLDEN_B)
-    assert torch.equal(repack.unpack_marlin(B), codes)
+    assert torch.equal(reference.unpack_marlin(B), codes)
 
-    qweight = repack.pack_gptq(codes)
+    qweight = reference.pack_gptq(codes)
     assert qweight.dtype == torch.int32
     assert qweight.shape == (2, 64)
     assert {at: int(qweight[at]) & 0xFFFFFFFF for at in GOLDEN_QWEIGHT} == GOLDEN_QWEIGHT
-    assert torch.equal(repack.unpack_gptq(qweight), codes)
-    assert torch.equal(repack.gptq_to_marlin(qweight), B)
-    assert torch.equal(repack.marlin_to_gptq(B), qweight)
+    assert torch.equal(reference.unpack_gptq(qweight), codes)
+    assert torch.equal(reference.gptq_to_marlin(qweight), B)
+    assert torch.equal(reference.marlin_to_gptq(B), qweight)
 
 
 def test_every_nibble_is_where_the_formula_says() -> None:
     K, N = 48, 192
     codes = random_codes(K, N)
-    B = repack.pack_marlin(codes)
+    B = reference.pack_marlin(codes)
     words = unsigned(B)
     seen = 0
     for index, word in enumerate(words):
@@ -101,7 +101,7 @@ def test_every_nibble_is_where_the_formula_says() -> None:
 
 def test_gptq_words_hold_neighbours_along_k_lowest_first() -> None:
     codes = random_codes(32, 64)
-    words = np.array(unsigned(repack.pack_gptq(codes))).reshape(4, 64)
+    words = np.array(unsigned(reference.pack_gptq(codes))).reshape(4, 64)
     for k in range(32):
         np.testing.assert_array_equal(words[k // 8] >> (4 * (k % 8)) & 15, codes[k].numpy())
 
@@ -110,23 +110,23 @@ def test_gptq_words_hold_neighbours_along_k_lowest_first() -> None:
 @given(shape=shapes, seed=st.integers(0, 2**31))
 def test_round_trips(shape: tuple[int, int], seed: int) -> None:
     codes = random_codes(*shape, seed)
-    qweight = repack.pack_gptq(codes)
-    B = repack.gptq_to_marlin(qweight)
-    assert torch.equal(repack.unpack_gptq(qweight), codes)
-    assert torch.equal(repack.unpack_marlin(B), codes)
-    assert torch.equal(repack.marlin_to_gptq(B), qweight)
-    assert repack.marlin_size(B) == shape
+    qweight = reference.pack_gptq(codes)
+    B = reference.gptq_to_marlin(qweight)
+    assert torch.equal(reference.unpack_gptq(qweight), codes)
+    assert torch.equal(reference.unpack_marlin(B), codes)
+    assert torch.equal(reference.marlin_to_gptq(B), qweight)
+    assert reference.marlin_size(B) == shape
 
 
 def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match="K is 8; it should be a positive multiple of 16"):
-        repack.gptq_to_marlin(torch.zeros((1, 64), dtype=torch.int32))
+        reference.gptq_to_marlin(torch.zeros((1, 64), dtype=torch.int32))
     with pytest.raises(ValueError, match="N is 32; it should be a positive multiple of 64"):
-        repack.marlin_to_gptq(torch.zeros((1, 64), dtype=torch.int32))
+        reference.marlin_to_gptq(torch.zeros((1, 64), dtype=torch.int32))
     with pytest.raises(ValueError, match="codes has K = 12 rows"):
-        repack.pack_gptq(random_codes(12, 64))
+        reference.pack_gptq(random_codes(12, 64))
     with pytest.raises(ValueError, match=r"qweight has shape \(64,\)"):
-        repack.unpack_gptq(torch.zeros(64, dtype=torch.int32))
+        reference.unpack_gptq(torch.zeros(64, dtype=torch.int32))
 
 
 # ---- Weights ----
@@ -135,9 +135,9 @@ def test_shapes_are_checked() -> None:
 @pytest.mark.parametrize("G", [1, 2, 6])
 def test_scales_permute_as_in_layout(G: int) -> None:
     scales = torch.randn((G, 128)).to(torch.float16)
-    s = repack.permute_scales(scales)
+    s = reference.permute_scales(scales)
     np.testing.assert_array_equal(s.numpy(), layout.permute_scales(scales.numpy()))
-    assert torch.equal(repack.unpermute_scales(s), scales)
+    assert torch.equal(reference.unpermute_scales(s), scales)
 
 
 @pytest.mark.parametrize("G", [1, 3])
@@ -152,10 +152,10 @@ def test_dequantization_rounds_the_exact_product_once(G: int) -> None:
     assert np.isinf(expected).any()
     assert ((np.abs(expected) < 2.0**-14) & (expected != 0)).any()
 
-    W = repack.dequantize_gptq(repack.pack_gptq(codes), scales)
+    W = reference.dequantize_gptq(reference.pack_gptq(codes), scales)
     assert W.dtype == torch.float16
     np.testing.assert_array_equal(W.numpy(), expected)
-    W = repack.dequantize_marlin(repack.pack_marlin(codes), repack.permute_scales(scales))
+    W = reference.dequantize_marlin(reference.pack_marlin(codes), reference.permute_scales(scales))
     np.testing.assert_array_equal(W.numpy(), expected)
 
 
@@ -166,8 +166,8 @@ def test_products_of_both_formats(G: int) -> None:
     weights = ((codes - 8) * scales.float().repeat_interleave(96 // G, dim=0)).half()
     expected = x.double() @ weights.double()
     for y in (
-        repack.matmul_gptq(x, repack.pack_gptq(codes), scales),
-        repack.matmul_marlin(x, repack.pack_marlin(codes), repack.permute_scales(scales)),
+        reference.matmul_gptq(x, reference.pack_gptq(codes), scales),
+        reference.matmul_marlin(x, reference.pack_marlin(codes), reference.permute_scales(scales)),
     ):
         assert y.dtype == torch.float32
         torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
@@ -176,12 +176,12 @@ def test_products_of_both_formats(G: int) -> None:
 def test_scales_are_checked() -> None:
     codes = random_codes(48, 64)
     with pytest.raises(TypeError, match=r"scales has dtype torch.float32; it should be torch.float16"):
-        repack.dequantize(codes, torch.ones((1, 64)))
+        reference.dequantize(codes, torch.ones((1, 64)))
     for shape in [(1, 128), (5, 64), (0, 64)]:
         with pytest.raises(ValueError, match=r"it should be \[G, 64\] with G dividing K = 48"):
-            repack.dequantize(codes, torch.ones(shape, dtype=torch.float16))
+            reference.dequantize(codes, torch.ones(shape, dtype=torch.float16))
     with pytest.raises(ValueError, match="scales has N = 96 columns"):
-        repack.permute_scales(torch.ones((2, 96)))
+        reference.permute_scales(torch.ones((2, 96)))
 
 
 @pytest.mark.cuda
@@ -189,12 +189,12 @@ def test_the_twin_works_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     codes, scales = random_codes(128, 256), (torch.rand((1, 256)) / 50).half()
-    qweight = repack.pack_gptq(codes)
-    B = repack.gptq_to_marlin(qweight.cuda())
-    assert torch.equal(B.cpu(), repack.gptq_to_marlin(qweight))
-    assert torch.equal(repack.marlin_to_gptq(B).cpu(), qweight)
-    W = repack.dequantize_marlin(B, repack.permute_scales(scales.cuda()))
-    assert torch.equal(W.cpu(), repack.dequantize_gptq(qweight, scales))
+    qweight = reference.pack_gptq(codes)
+    B = reference.gptq_to_marlin(qweight.cuda())
+    assert torch.equal(B.cpu(), reference.gptq_to_marlin(qweight))
+    assert torch.equal(reference.marlin_to_gptq(B).cpu(), qweight)
+    W = reference.dequantize_marlin(B, reference.permute_scales(scales.cuda()))
+    assert torch.equal(W.cpu(), reference.dequantize_gptq(qweight, scales))
 
 
 # ---- The extended format ----
@@ -222,27 +222,27 @@ def test_layers_of_the_extended_format(
         zero = 2 ** (bits - 1) if zeros is None else zeros[g, :N]
         expected[k if perm is None else perm[k]] = (codes[k, :N] - zero) * scales[g, :N].double()
     stored = (
-        repack.pack_marlin(codes, bits),
-        repack.permute_scales(scales),
-        None if zeros is None else repack.pack_zeros(zeros, bits),
+        reference.pack_marlin(codes, bits),
+        reference.permute_scales(scales),
+        None if zeros is None else reference.pack_zeros(zeros, bits),
         perm,
     )
     sizes = {"bits": bits, "in_features": K, "out_features": N}
-    assert torch.equal(repack.dequantize_layer(*stored, **sizes, dtype=torch.float32).double(), expected)
+    assert torch.equal(reference.dequantize_layer(*stored, **sizes, dtype=torch.float32).double(), expected)
     for target in (torch.float16, torch.bfloat16):
-        assert torch.equal(repack.dequantize_layer(*stored, **sizes, dtype=target), expected.to(target))
-    assert repack.dequantize_layer(*stored, **sizes).dtype == dtype
+        assert torch.equal(reference.dequantize_layer(*stored, **sizes, dtype=target), expected.to(target))
+    assert reference.dequantize_layer(*stored, **sizes).dtype == dtype
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_twins_of_zero_points_agree(bits: int) -> None:
     zeros = np.random.default_rng(bits).integers(0, 2**bits, (3, 128), dtype=np.uint8)
-    words = repack.pack_zeros(torch.from_numpy(zeros), bits)
+    words = reference.pack_zeros(torch.from_numpy(zeros), bits)
     np.testing.assert_array_equal(words.numpy(), layout.pack_zeros(zeros, bits))
-    np.testing.assert_array_equal(repack.unpack_zeros(words, bits).numpy(), zeros)
+    np.testing.assert_array_equal(reference.unpack_zeros(words, bits).numpy(), zeros)
 
 
 def test_a_permutation_of_the_wrong_length() -> None:
     B, s = torch.zeros((8, 128), dtype=torch.int32), torch.ones((1, 64), dtype=torch.float16)
     with pytest.raises(ValueError, match=r"perm has shape \(3,\); it should be \[128\]"):
-        repack.dequantize_layer(B, s, perm=torch.zeros(3, dtype=torch.int32))
+        reference.dequantize_layer(B, s, perm=torch.zeros(3, dtype=torch.int32))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats import layout
-from marlin_convert.native import ops, repack
+from marlin_convert.native import _cpu_library, cpu, reference
 
 HEADER = Path(__file__).parents[2] / "kernels" / "marlin.h"
 ISAS = ("plain", "avx2", "avx512")
@@ -28,19 +28,19 @@ ISAS = ("plain", "avx2", "avx512")
 
 def needs(isa: str) -> Any:
     """A parameter for an instruction set, skipped where it cannot run."""
-    absent = isa not in ops.available_isas()
-    return pytest.param(isa, marks=pytest.mark.skipif(absent, reason=f"no {isa} here: {ops.describe()}"))
+    absent = isa not in cpu.available_isas()
+    return pytest.param(isa, marks=pytest.mark.skipif(absent, reason=f"no {isa} here: {cpu.describe()}"))
 
 
 every_isa = pytest.mark.parametrize("isa", [needs(isa) for isa in ISAS])
-needs_native = pytest.mark.skipif(not ops.native_available(), reason=ops.describe())
+needs_native = pytest.mark.skipif(not cpu.native_available(), reason=cpu.describe())
 both_backends = pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_native), "twin"])
 
 
 @pytest.fixture
 def backend_set(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "twin":
-        monkeypatch.setenv(ops.NO_NATIVE, "1")
+        monkeypatch.setenv(cpu.NO_NATIVE, "1")
 
 
 def random_words(rows: int, columns: int, seed: int = 0) -> NDArray[np.int32]:
@@ -67,11 +67,11 @@ SHAPES = [(16, 64), (16, 128), (32, 192), (48, 64), (128, 256), (144, 320), (80,
 @pytest.mark.parametrize(("K", "N"), SHAPES)
 def test_pack_and_unpack_equal_the_twin(isa: str, threads: int, K: int, N: int) -> None:
     qweight = random_words(K // 8, N, seed=K + N)
-    B = twin(repack.gptq_to_marlin, qweight)
-    np.testing.assert_array_equal(ops.pack(qweight, threads=threads, isa=isa), B)
+    B = twin(reference.gptq_to_marlin, qweight)
+    np.testing.assert_array_equal(cpu.pack(qweight, threads=threads, isa=isa), B)
     # Any words are some B, so that unpacking is tested on words that no packing made.
     B = random_words(K // 16, 2 * N, seed=K * N)
-    np.testing.assert_array_equal(ops.unpack(B, threads=threads, isa=isa), twin(repack.marlin_to_gptq, B))
+    np.testing.assert_array_equal(cpu.unpack(B, threads=threads, isa=isa), twin(reference.marlin_to_gptq, B))
 
 
 @every_isa
@@ -79,9 +79,9 @@ def test_pack_and_unpack_equal_the_twin(isa: str, threads: int, K: int, N: int) 
 def test_enough_work_for_every_thread(isa: str, threads: int) -> None:
     """Small work stays on one thread; this is enough for the threads to be started."""
     qweight = random_words(34 * 2, 64 * 31)
-    B = twin(repack.gptq_to_marlin, qweight)
-    np.testing.assert_array_equal(ops.pack(qweight, threads=threads, isa=isa), B)
-    np.testing.assert_array_equal(ops.unpack(B, threads=threads, isa=isa), qweight)
+    B = twin(reference.gptq_to_marlin, qweight)
+    np.testing.assert_array_equal(cpu.pack(qweight, threads=threads, isa=isa), B)
+    np.testing.assert_array_equal(cpu.unpack(B, threads=threads, isa=isa), qweight)
 
 
 @every_isa
@@ -89,10 +89,10 @@ def test_enough_work_for_every_thread(isa: str, threads: int) -> None:
 @given(rows=st.integers(1, 8), columns=st.integers(1, 8), threads=st.integers(1, 4), seed=st.integers(0, 2**31))
 def test_round_trip(isa: str, rows: int, columns: int, threads: int, seed: int) -> None:
     qweight = random_words(2 * rows, 64 * columns, seed)
-    B = ops.pack(qweight, threads=threads, isa=isa)
+    B = cpu.pack(qweight, threads=threads, isa=isa)
     assert B.shape == (rows, 128 * columns)
-    np.testing.assert_array_equal(B, twin(repack.gptq_to_marlin, qweight))
-    np.testing.assert_array_equal(ops.unpack(B, threads=threads, isa=isa), qweight)
+    np.testing.assert_array_equal(B, twin(reference.gptq_to_marlin, qweight))
+    np.testing.assert_array_equal(cpu.unpack(B, threads=threads, isa=isa), qweight)
 
 
 @both_backends
@@ -100,15 +100,15 @@ def test_round_trip(isa: str, rows: int, columns: int, threads: int, seed: int) 
 def test_blocks_of_rows_make_the_whole() -> None:
     K, N = 224, 192
     qweight = random_words(K // 8, N)
-    whole = twin(repack.gptq_to_marlin, qweight)
+    whole = twin(reference.gptq_to_marlin, qweight)
     B = np.zeros_like(whole)
     for k0, k1 in [(0, 16), (16, 64), (64, 176), (176, 224)]:
-        out = ops.pack(qweight[k0 // 8 : k1 // 8], B[k0 // 16 : k1 // 16])
+        out = cpu.pack(qweight[k0 // 8 : k1 // 8], B[k0 // 16 : k1 // 16])
         assert np.shares_memory(out, B)
     np.testing.assert_array_equal(B, whole)
     back = np.zeros_like(qweight)
     for k0, k1 in [(0, 48), (48, 64), (64, 224)]:
-        ops.unpack(B[k0 // 16 : k1 // 16], back[k0 // 8 : k1 // 8])
+        cpu.unpack(B[k0 // 16 : k1 // 16], back[k0 // 8 : k1 // 8])
     np.testing.assert_array_equal(back, qweight)
 
 
@@ -121,40 +121,40 @@ def test_unaligned_and_read_only_memory(isa: str) -> None:
     assert not inside.flags.aligned
     assert not inside.flags.writeable
     room = np.zeros(qweight.nbytes + 1, np.uint8)[1:].view(np.int32).reshape(K // 16, 2 * N)
-    B = ops.pack(inside, room, isa=isa)
+    B = cpu.pack(inside, room, isa=isa)
     assert B is room
-    np.testing.assert_array_equal(B, twin(repack.gptq_to_marlin, qweight))
-    np.testing.assert_array_equal(ops.unpack(B, isa=isa), qweight)
+    np.testing.assert_array_equal(B, twin(reference.gptq_to_marlin, qweight))
+    np.testing.assert_array_equal(cpu.unpack(B, isa=isa), qweight)
     scales = random_scales(1, N)
     odd_scales = np.frombuffer(b"?" + scales.tobytes(), dtype=np.float16, offset=1).reshape(1, N)
     np.testing.assert_array_equal(
-        ops.dequantize_gptq(inside, odd_scales, isa=isa), twin(repack.dequantize_gptq, qweight, scales)
+        cpu.dequantize_gptq(inside, odd_scales, isa=isa), twin(reference.dequantize_gptq, qweight, scales)
     )
     x, y = np.ones((3, K), np.float32), np.zeros((3, N), np.float32)
     odd_x = np.frombuffer(b"?" + x.tobytes(), dtype=np.float32, offset=1).reshape(3, K)
     odd_y = np.zeros(y.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(3, N)
-    ops.matmul_gptq(x, qweight, scales, y, rows_per_group=K, isa=isa)
-    ops.matmul_gptq(odd_x, inside, odd_scales, odd_y, rows_per_group=K, isa=isa)
+    cpu.matmul_gptq(x, qweight, scales, y, rows_per_group=K, isa=isa)
+    cpu.matmul_gptq(odd_x, inside, odd_scales, odd_y, rows_per_group=K, isa=isa)
     np.testing.assert_array_equal(odd_y, y)
 
 
 @every_isa
 def test_nothing_is_written_outside_of_out(isa: str) -> None:
     room = np.full((4, 256), 0x55555555, np.int32)
-    ops.pack(random_words(4, 128), room[1:3], isa=isa)
+    cpu.pack(random_words(4, 128), room[1:3], isa=isa)
     assert (room[[0, 3]] == 0x55555555).all()
     room[...] = 0x55555555
-    ops.unpack(random_words(1, 512), room[1:3], isa=isa)
+    cpu.unpack(random_words(1, 512), room[1:3], isa=isa)
     assert (room[[0, 3]] == 0x55555555).all()
 
 
 @needs_native
 def test_calls_from_many_threads_at_once() -> None:
     layers = [random_words(32, 640, seed) for seed in range(8)]
-    expected = [twin(repack.gptq_to_marlin, layer) for layer in layers]
+    expected = [twin(reference.gptq_to_marlin, layer) for layer in layers]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            for B, wanted in zip(pool.map(lambda q: ops.pack(q, threads=2), layers), expected, strict=True):
+            for B, wanted in zip(pool.map(lambda q: cpu.pack(q, threads=2), layers), expected, strict=True):
                 np.testing.assert_array_equal(B, wanted)
 
 
@@ -167,12 +167,12 @@ def test_calls_from_many_threads_at_once() -> None:
 def test_first_difference(place: int) -> None:
     a = random_words(100, 100)
     b = a.copy()
-    assert ops.first_difference(a, b) is None
+    assert cpu.first_difference(a, b) is None
     b.flat[place] ^= -(2**31)
     b.flat[9999] ^= 1
-    assert ops.first_difference(a, b) == place
+    assert cpu.first_difference(a, b) == place
     empty = np.empty((0, 4), np.int32)
-    assert ops.first_difference(empty, empty) is None
+    assert cpu.first_difference(empty, empty) is None
 
 
 # ---- Weights ----
@@ -199,10 +199,10 @@ def test_every_code_times_every_fp16_scale(isa: str) -> None:
     codes = np.repeat(np.arange(16)[:, None], 65536, axis=1)
     scales = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(1, 65536)
     expected = exact_weights(codes, scales)
-    qweight = twin(repack.pack_gptq, codes)
-    assert_same_fp16(ops.dequantize_gptq(qweight, scales, isa=isa), expected)
-    B = twin(repack.pack_marlin, codes)
-    assert_same_fp16(ops.dequantize_marlin(B, layout.permute_scales(scales), isa=isa), expected)
+    qweight = twin(reference.pack_gptq, codes)
+    assert_same_fp16(cpu.dequantize_gptq(qweight, scales, isa=isa), expected)
+    B = twin(reference.pack_marlin, codes)
+    assert_same_fp16(cpu.dequantize_marlin(B, layout.permute_scales(scales), isa=isa), expected)
 
 
 @every_isa
@@ -210,10 +210,10 @@ def test_every_code_times_every_fp16_scale(isa: str) -> None:
 @pytest.mark.parametrize(("K", "N", "G"), [(16, 64, 1), (48, 192, 3), (48, 192, 1), (256, 320, 2), (256, 1984, 16)])
 def test_dequantization(isa: str, threads: int, K: int, N: int, G: int) -> None:
     qweight, scales = random_words(K // 8, N), random_scales(G, N)
-    expected = exact_weights(twin(repack.unpack_gptq, qweight), scales)
-    assert_same_fp16(ops.dequantize_gptq(qweight, scales, threads=threads, isa=isa), expected)
-    B, s = twin(repack.gptq_to_marlin, qweight), layout.permute_scales(scales)
-    assert_same_fp16(ops.dequantize_marlin(B, s, threads=threads, isa=isa), expected)
+    expected = exact_weights(twin(reference.unpack_gptq, qweight), scales)
+    assert_same_fp16(cpu.dequantize_gptq(qweight, scales, threads=threads, isa=isa), expected)
+    B, s = twin(reference.gptq_to_marlin, qweight), layout.permute_scales(scales)
+    assert_same_fp16(cpu.dequantize_marlin(B, s, threads=threads, isa=isa), expected)
 
 
 class Product:
@@ -223,8 +223,8 @@ class Product:
         self.shape, self.rows_per_group = (M, N), K // G
         self.x = np.random.default_rng(1).standard_normal((M, K)).astype(np.float32)
         self.qweight, self.scales = random_words(K // 8, N), random_scales(G, N)
-        self.B, self.s = twin(repack.gptq_to_marlin, self.qweight), layout.permute_scales(self.scales)
-        W = exact_weights(twin(repack.unpack_gptq, self.qweight), self.scales).astype(np.float64)
+        self.B, self.s = twin(reference.gptq_to_marlin, self.qweight), layout.permute_scales(self.scales)
+        W = exact_weights(twin(reference.unpack_gptq, self.qweight), self.scales).astype(np.float64)
         self.exact = self.x.astype(np.float64) @ W
         # Each of K additions and products may err by half a unit in the last place of a partial sum.
         self.tolerance = K * 2.0**-23 * (np.abs(self.x.astype(np.float64)) @ np.abs(W))
@@ -234,10 +234,10 @@ class Product:
         for k0, k1 in blocks:
             if format_ == "gptq":
                 weights = np.ascontiguousarray(self.qweight[k0 // 8 : k1 // 8])
-                ops.matmul_gptq(self.x, weights, self.scales, y, k0=k0, rows_per_group=self.rows_per_group, **options)
+                cpu.matmul_gptq(self.x, weights, self.scales, y, k0=k0, rows_per_group=self.rows_per_group, **options)
             else:
                 weights = np.ascontiguousarray(self.B[k0 // 16 : k1 // 16])
-                ops.matmul_marlin(self.x, weights, self.s, y, k0=k0, rows_per_group=self.rows_per_group, **options)
+                cpu.matmul_marlin(self.x, weights, self.s, y, k0=k0, rows_per_group=self.rows_per_group, **options)
         return y
 
     def check(self, y: NDArray[np.float32]) -> None:
@@ -264,7 +264,7 @@ def test_products(isa: str, format_: str, M: int, K: int, N: int, G: int) -> Non
 @pytest.mark.parametrize("format_", ["gptq", "marlin"])
 @pytest.mark.parametrize("G", [1, 3])
 def test_products_by_the_twin(format_: str, G: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ops.NO_NATIVE, "1")
+    monkeypatch.setenv(cpu.NO_NATIVE, "1")
     product = Product(3, 192, 128, G)
     product.check(product.run(format_, [(0, 192)]))
     product.check(product.run(format_, [(0, 48), (48, 192)]))
@@ -275,7 +275,7 @@ def test_products_by_the_twin(format_: str, G: int, monkeypatch: pytest.MonkeyPa
 def test_products_add_to_what_is_there() -> None:
     product = Product(2, 128, 64, 1)
     y = np.full((2, 64), 1000, np.float32)
-    ops.matmul_gptq(product.x, product.qweight, product.scales, y, rows_per_group=128)
+    cpu.matmul_gptq(product.x, product.qweight, product.scales, y, rows_per_group=128)
     np.testing.assert_allclose(y, product.exact + 1000, atol=1e-3)
 
 
@@ -293,28 +293,28 @@ def test_a_wrong_nibble_shows_in_the_product() -> None:
 def test_the_twin_is_used_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     qweight, scales = random_words(16, 128), random_scales(1, 128)
     s = layout.permute_scales(scales)
-    expected_B, expected_W = twin(repack.gptq_to_marlin, qweight), twin(repack.dequantize_gptq, qweight, scales)
-    monkeypatch.delenv(ops.NO_NATIVE, raising=False)
-    built = ops.native_available()
+    expected_B, expected_W = twin(reference.gptq_to_marlin, qweight), twin(reference.dequantize_gptq, qweight, scales)
+    monkeypatch.delenv(cpu.NO_NATIVE, raising=False)
+    built = cpu.native_available()
     for value, native in [("1", False), ("0", built), ("", built)]:
-        monkeypatch.setenv(ops.NO_NATIVE, value)
-        assert ops.native_available() == native
+        monkeypatch.setenv(cpu.NO_NATIVE, value)
+        assert cpu.native_available() == native
         out = np.empty_like(expected_B)
-        assert ops.pack(qweight, out, threads=2) is out
+        assert cpu.pack(qweight, out, threads=2) is out
         np.testing.assert_array_equal(out, expected_B)
-        np.testing.assert_array_equal(ops.unpack(out), qweight)
-        np.testing.assert_array_equal(ops.dequantize_gptq(qweight, scales), expected_W)
-        np.testing.assert_array_equal(ops.dequantize_marlin(out, s), expected_W)
+        np.testing.assert_array_equal(cpu.unpack(out), qweight)
+        np.testing.assert_array_equal(cpu.dequantize_gptq(qweight, scales), expected_W)
+        np.testing.assert_array_equal(cpu.dequantize_marlin(out, s), expected_W)
 
 
 def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
-    if ops.native_available():
-        assert re.fullmatch(r"native CPU library \((plain C\+\+|AVX2|AVX-512)\)", ops.describe())
-    monkeypatch.setenv(ops.NO_NATIVE, "1")
-    assert ops.describe() == "torch twin: MARLIN_CONVERT_NO_NATIVE is set"
-    assert ops.available_isas() == ()
+    if cpu.native_available():
+        assert re.fullmatch(r"native CPU library \((plain C\+\+|AVX2|AVX-512)\)", cpu.describe())
+    monkeypatch.setenv(cpu.NO_NATIVE, "1")
+    assert cpu.describe() == "torch twin: MARLIN_CONVERT_NO_NATIVE is set"
+    assert cpu.available_isas() == ()
     with pytest.raises(ValueError, match="isa is 'avx2', but the native library is not in use"):
-        ops.pack(random_words(2, 64), isa="avx2")
+        cpu.pack(random_words(2, 64), isa="avx2")
 
 
 @needs_native
@@ -323,17 +323,17 @@ def test_the_instruction_set_is_kept_to(
     library: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, wanted: str, title: str
 ) -> None:
     """Seen from what reaches the native code; an instruction set that this CPU lacks is not used because of it."""
-    monkeypatch.delenv(ops.HIGHEST_ISA, raising=False)
-    library(ops.LIBRARY)
-    best = ops.available_isas()[-1]
-    monkeypatch.setenv(ops.HIGHEST_ISA, wanted)
-    library(ops.LIBRARY)
-    used = ops.available_isas()
+    monkeypatch.delenv(_cpu_library.HIGHEST_ISA, raising=False)
+    library(_cpu_library.LIBRARY)
+    best = cpu.available_isas()[-1]
+    monkeypatch.setenv(_cpu_library.HIGHEST_ISA, wanted)
+    library(_cpu_library.LIBRARY)
+    used = cpu.available_isas()
     assert used == ISAS[: min(ISAS.index(wanted), ISAS.index(best)) + 1]
-    assert used[-1] != wanted or title in ops.describe()
+    assert used[-1] != wanted or title in cpu.describe()
     called: list[Any] = []
-    monkeypatch.setattr(ops._Native, "call", lambda self, function, *arguments: called.append(arguments[-1]))
-    ops.pack(random_words(2, 64))
+    monkeypatch.setattr(_cpu_library.Native, "call", lambda self, function, *arguments: called.append(arguments[-1]))
+    cpu.pack(random_words(2, 64))
     assert called == [ISAS.index(used[-1]) + 1]  # MARLIN_ISA_* of kernels/marlin.h
 
 
@@ -341,10 +341,10 @@ def test_the_instruction_set_is_kept_to(
 def test_an_instruction_set_that_does_not_exist(
     library: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(ops.HIGHEST_ISA, "sse2")
-    library(ops.LIBRARY)
+    monkeypatch.setenv(_cpu_library.HIGHEST_ISA, "sse2")
+    library(_cpu_library.LIBRARY)
     with pytest.raises(DeviceError, match="MARLIN_CONVERT_ISA is 'sse2'; it should be one of plain, avx2, avx512"):
-        ops.pack(random_words(2, 64))
+        cpu.pack(random_words(2, 64))
 
 
 @pytest.fixture
@@ -352,22 +352,22 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]
     """Point `ops` to another library file, not yet loaded."""
 
     def use(path: Path) -> None:
-        monkeypatch.setattr(ops, "LIBRARY", path)
-        monkeypatch.setattr(ops, "_loaded", None)
+        monkeypatch.setattr(_cpu_library, "LIBRARY", path)
+        monkeypatch.setattr(_cpu_library, "_loaded", None)
 
-    monkeypatch.delenv(ops.NO_NATIVE, raising=False)
+    monkeypatch.delenv(cpu.NO_NATIVE, raising=False)
     return use
 
 
 def assert_works_without_library() -> None:
-    assert not ops.native_available()
+    assert not cpu.native_available()
     qweight = random_words(2, 64)
-    np.testing.assert_array_equal(ops.pack(qweight), twin(repack.gptq_to_marlin, qweight))
+    np.testing.assert_array_equal(cpu.pack(qweight), twin(reference.gptq_to_marlin, qweight))
 
 
 def test_missing_library(library: Callable[[Path], None], tmp_path: Path) -> None:
     library(tmp_path / "marlin_convert" / "_cpu.so")
-    assert ops.describe() == "torch twin: marlin_convert/_cpu.so is not built: run pip install -e ."
+    assert cpu.describe() == "torch twin: marlin_convert/_cpu.so is not built: run pip install -e ."
     assert_works_without_library()
 
 
@@ -375,7 +375,7 @@ def test_damaged_library(library: Callable[[Path], None], tmp_path: Path) -> Non
     path = tmp_path / "_cpu.so"
     path.write_bytes(b"not a library")
     library(path)
-    assert re.fullmatch(r"torch twin: .*_cpu.so cannot be loaded \(.*\): rebuild it with .*", ops.describe())
+    assert re.fullmatch(r"torch twin: .*_cpu.so cannot be loaded \(.*\): rebuild it with .*", cpu.describe())
     assert_works_without_library()
 
 
@@ -392,9 +392,9 @@ def test_stale_library(library: Callable[[Path], None], tmp_path: Path, source: 
     (tmp_path / "stale.c").write_text(source)
     subprocess.run(["gcc", "-shared", "-fPIC", tmp_path / "stale.c", "-o", path], check=True)
     library(path)
-    assert ops.describe().startswith("torch twin: ")
-    assert message in ops.describe()
-    assert "pip install -e ." in ops.describe()
+    assert cpu.describe().startswith("torch twin: ")
+    assert message in cpu.describe()
+    assert "pip install -e ." in cpu.describe()
     assert_works_without_library()
 
 
@@ -403,9 +403,10 @@ def test_importing_and_packing_does_not_import_torch() -> None:
         import sys
         import numpy as np
         from marlin_convert.formats import layout
-        from marlin_convert.native import ops, repack
-        if ops.native_available():
-            ops.pack(np.zeros((2, 64), np.int32))
+        from marlin_convert.native import _cpu_library, cpu
+        from marlin_convert.native import reference
+        if cpu.native_available():
+            cpu.pack(np.zeros((2, 64), np.int32))
         assert "torch" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -421,32 +422,32 @@ WORDS, HALVES, FLOATS = np.zeros((16, 64), np.int32), np.ones((1, 64), np.float1
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ops.pack(WORDS.tolist()), TypeError, "qweight is a list; it should be a numpy array"),
-        (lambda: ops.pack(WORDS.astype(np.int64)), TypeError, "qweight has dtype int64; it should be int32"),
-        (lambda: ops.pack(WORDS.astype(">i4")), TypeError, "qweight has dtype >i4; it should be int32"),
-        (lambda: ops.pack(WORDS[0]), ValueError, r"qweight has shape \(64,\); it should have 2 dimensions"),
-        (lambda: ops.pack(WORDS.T), ValueError, r"qweight has strides .*; it should be C-contiguous"),
-        (lambda: ops.pack(WORDS[:3]), ValueError, r"qweight has shape \(3, 64\): K is 24; .* multiple of 16"),
-        (lambda: ops.pack(WORDS[:0]), ValueError, r"qweight has shape \(0, 64\): K is 0"),
-        (lambda: ops.pack(WORDS.reshape(32, 32)), ValueError, r"qweight has shape \(32, 32\): N is 32"),
-        (lambda: ops.unpack(WORDS), ValueError, r"B has shape \(16, 64\): N is 32"),
-        (lambda: ops.unpack(np.zeros((1, 129), np.int32)), ValueError, r"B has shape \(1, 129\); .* \[K/16, 2N\]"),
-        (lambda: ops.pack(WORDS, WORDS), ValueError, r"out has shape \(16, 64\); it should be \(8, 128\)"),
-        (lambda: ops.pack(WORDS, WORDS.reshape(8, 128)), ValueError, "out overlaps the input"),
-        (lambda: ops.pack(WORDS, HALVES), TypeError, "out has dtype float16; it should be int32"),
-        (lambda: ops.pack(WORDS, read_only((8, 128))), ValueError, "out is read-only"),
-        (lambda: ops.pack(WORDS, threads=0), ValueError, r"threads is 0; it should be 1\.\."),
-        (lambda: ops.pack(WORDS, threads=10**12), ValueError, r"threads is 1000000000000; it should be 1\.\."),
-        (lambda: ops.pack(WORDS, threads=2.0), TypeError, r"threads is 2\.0; it should be an int"),
-        (lambda: ops.unpack(WORDS.reshape(8, 128), isa="sse"), ValueError, "isa is 'sse'; it should be one of plain,"),
-        (lambda: ops.first_difference(WORDS, WORDS[:3]), ValueError, r"a has shape \(16, 64\) and b \(3, 64\)"),
-        (lambda: ops.first_difference(WORDS, FLOATS), TypeError, "b has dtype float32"),
-        (lambda: ops.dequantize_gptq(WORDS, FLOATS), TypeError, "scales has dtype float32; it should be float16"),
-        (lambda: ops.dequantize_gptq(WORDS, HALVES[:, :32]), ValueError, "scales has strides|scales has shape"),
-        (lambda: ops.dequantize_gptq(WORDS, halves(1, 128)), ValueError, r"scales has shape \(1, 128\); .* N = 64"),
-        (lambda: ops.dequantize_gptq(WORDS, halves(0, 64)), ValueError, r"scales has shape \(0, 64\)"),
-        (lambda: ops.dequantize_gptq(WORDS, halves(3, 64)), ValueError, "K / G should be a multiple of 16"),
-        (lambda: ops.dequantize_marlin(WORDS.reshape(8, 128), halves(16, 64)), ValueError, "s has shape .*: G = 16"),
+        (lambda: cpu.pack(WORDS.tolist()), TypeError, "qweight is a list; it should be a numpy array"),
+        (lambda: cpu.pack(WORDS.astype(np.int64)), TypeError, "qweight has dtype int64; it should be int32"),
+        (lambda: cpu.pack(WORDS.astype(">i4")), TypeError, "qweight has dtype >i4; it should be int32"),
+        (lambda: cpu.pack(WORDS[0]), ValueError, r"qweight has shape \(64,\); it should have 2 dimensions"),
+        (lambda: cpu.pack(WORDS.T), ValueError, r"qweight has strides .*; it should be C-contiguous"),
+        (lambda: cpu.pack(WORDS[:3]), ValueError, r"qweight has shape \(3, 64\): K is 24; .* multiple of 16"),
+        (lambda: cpu.pack(WORDS[:0]), ValueError, r"qweight has shape \(0, 64\): K is 0"),
+        (lambda: cpu.pack(WORDS.reshape(32, 32)), ValueError, r"qweight has shape \(32, 32\): N is 32"),
+        (lambda: cpu.unpack(WORDS), ValueError, r"B has shape \(16, 64\): N is 32"),
+        (lambda: cpu.unpack(np.zeros((1, 129), np.int32)), ValueError, r"B has shape \(1, 129\); .* \[K/16, 2N\]"),
+        (lambda: cpu.pack(WORDS, WORDS), ValueError, r"out has shape \(16, 64\); it should be \(8, 128\)"),
+        (lambda: cpu.pack(WORDS, WORDS.reshape(8, 128)), ValueError, "out overlaps the input"),
+        (lambda: cpu.pack(WORDS, HALVES), TypeError, "out has dtype float16; it should be int32"),
+        (lambda: cpu.pack(WORDS, read_only((8, 128))), ValueError, "out is read-only"),
+        (lambda: cpu.pack(WORDS, threads=0), ValueError, r"threads is 0; it should be 1\.\."),
+        (lambda: cpu.pack(WORDS, threads=10**12), ValueError, r"threads is 1000000000000; it should be 1\.\."),
+        (lambda: cpu.pack(WORDS, threads=2.0), TypeError, r"threads is 2\.0; it should be an int"),
+        (lambda: cpu.unpack(WORDS.reshape(8, 128), isa="sse"), ValueError, "isa is 'sse'; it should be one of plain,"),
+        (lambda: cpu.first_difference(WORDS, WORDS[:3]), ValueError, r"a has shape \(16, 64\) and b \(3, 64\)"),
+        (lambda: cpu.first_difference(WORDS, FLOATS), TypeError, "b has dtype float32"),
+        (lambda: cpu.dequantize_gptq(WORDS, FLOATS), TypeError, "scales has dtype float32; it should be float16"),
+        (lambda: cpu.dequantize_gptq(WORDS, HALVES[:, :32]), ValueError, "scales has strides|scales has shape"),
+        (lambda: cpu.dequantize_gptq(WORDS, halves(1, 128)), ValueError, r"scales has shape \(1, 128\); .* N = 64"),
+        (lambda: cpu.dequantize_gptq(WORDS, halves(0, 64)), ValueError, r"scales has shape \(0, 64\)"),
+        (lambda: cpu.dequantize_gptq(WORDS, halves(3, 64)), ValueError, "K / G should be a multiple of 16"),
+        (lambda: cpu.dequantize_marlin(WORDS.reshape(8, 128), halves(16, 64)), ValueError, "s has shape .*: G = 16"),
         (lambda: product(x=FLOATS.astype(np.float64)), TypeError, "x has dtype float64"),
         (lambda: product(x=FLOATS[:, :64].copy()), ValueError, r"x has shape \(2, 64\); .* rows_per_group = 128"),
         (lambda: product(x=FLOATS[:0]), ValueError, r"x has shape \(0, 128\)"),
@@ -485,9 +486,9 @@ def product(**changed: Any) -> None:
     arguments: dict[str, Any] = {"x": FLOATS, "y": floats(2, 64), "rows_per_group": 128, **changed}
     x, y = arguments.pop("x"), arguments.pop("y")
     with pytest.raises((TypeError, ValueError)) as first:
-        ops.matmul_gptq(x, WORDS, HALVES, y, **arguments)
+        cpu.matmul_gptq(x, WORDS, HALVES, y, **arguments)
     with pytest.raises(first.type, match=re.escape(str(first.value))):
-        ops.matmul_marlin(x, WORDS.reshape(8, 128), HALVES, y, **arguments)
+        cpu.matmul_marlin(x, WORDS.reshape(8, 128), HALVES, y, **arguments)
     raise first.value
 
 
@@ -497,18 +498,18 @@ def product(**changed: Any) -> None:
 def test_header_has_the_same_codes_and_prototypes() -> None:
     text = re.sub(r"//.*", "", HEADER.read_text())
     defined = {name: int(value) for name, value in re.findall(r"#define MARLIN_(\w+) (\d+)", text)}
-    assert defined["CPU_ABI_VERSION"] == ops.ABI_VERSION
-    assert defined["ISA_AUTO"] == ops._ISA_AUTO
-    assert {name: defined[f"ISA_{name.upper()}"] for name in ISAS} == ops._ISAS
+    assert defined["CPU_ABI_VERSION"] == _cpu_library.ABI_VERSION
+    assert defined["ISA_AUTO"] == _cpu_library.ISA_AUTO
+    assert {name: defined[f"ISA_{name.upper()}"] for name in ISAS} == _cpu_library.ISAS
     errors = {value for name, value in defined.items() if name.startswith("ERROR_")}
-    assert errors == set(ops._ERRORS)
+    assert errors == set(_cpu_library.ERRORS)
 
     types = {"int": ctypes.c_int, "int64_t": ctypes.c_int64}
     prototypes = {
         name: (types[result], [c_type(argument, types) for argument in arguments.split(",") if argument != "void"])
         for result, name, arguments in re.findall(r"MARLIN_EXPORT (\w+) (\w+)\(([^)]*)\)", text)
     }
-    assert prototypes == {"marlin_cpu_abi_version": (ctypes.c_int, []), **ops._PROTOTYPES}
+    assert prototypes == {"marlin_cpu_abi_version": (ctypes.c_int, []), **_cpu_library.PROTOTYPES}
 
 
 def c_type(argument: str, types: dict[str, Any]) -> Any:
@@ -518,10 +519,10 @@ def c_type(argument: str, types: dict[str, Any]) -> Any:
 @needs_native
 def test_native_code_checks_again() -> None:
     """The Python side lets none of this through; another caller might."""
-    library = ctypes.CDLL(str(ops.LIBRARY))
+    library = ctypes.CDLL(str(_cpu_library.LIBRARY))
     words = (ctypes.c_int32 * 1024)()
     call = library.marlin_cpu_pack
-    call.argtypes = ops._PROTOTYPES["marlin_cpu_pack"][1]
+    call.argtypes = _cpu_library.PROTOTYPES["marlin_cpu_pack"][1]
     assert call(None, words, 16, 64, 4, 1, 0) == 1
     for k, n in [(8, 64), (16, 32), (0, 64), (16, 0), (-16, 64), (16, -64)]:
         assert call(words, words, k, n, 4, 1, 0) == 2
@@ -530,7 +531,7 @@ def test_native_code_checks_again() -> None:
     for bits in (0, 2, 3, 16):
         assert call(words, words, 16, 64, bits, 1, 0) == 4
     call = library.marlin_cpu_arrange
-    call.argtypes = ops._PROTOTYPES["marlin_cpu_arrange"][1]
+    call.argtypes = _cpu_library.PROTOTYPES["marlin_cpu_arrange"][1]
     sizes = [16, 64, 0, 16, 64, 4, 1, 0]  # k, n, k0, rows, padded_n, bits, threads, isa
     assert call(words, None, words, words, *sizes) == 0
     assert call(words, None, None, words, *sizes) == 1
@@ -543,7 +544,7 @@ def test_native_code_checks_again() -> None:
     arguments = [words, 64, order, words, room, 128, 16, 64, 16, 64, 4, 1, 0]
     for name, more in [("pack", []), ("compare", [ctypes.byref(place)])]:
         call = getattr(library, f"marlin_cpu_{name}_sorted")
-        call.argtypes = ops._PROTOTYPES[f"marlin_cpu_{name}_sorted"][1]
+        call.argtypes = _cpu_library.PROTOTYPES[f"marlin_cpu_{name}_sorted"][1]
         assert call(*arguments, *more) == 0
         for at in (0, 2, 3, 4):
             assert call(*arguments[:at], None, *arguments[at + 1 :], *more) == 1, at
@@ -559,7 +560,7 @@ def test_native_code_checks_again() -> None:
     assert place.value == -1
     assert call(*arguments, None) == 1
     call = library.marlin_cpu_matmul_gptq
-    call.argtypes = ops._PROTOTYPES["marlin_cpu_matmul_gptq"][1]
+    call.argtypes = _cpu_library.PROTOTYPES["marlin_cpu_matmul_gptq"][1]
     address = ctypes.addressof(words)
     layer = {
         "weights": address,
@@ -571,9 +572,9 @@ def test_native_code_checks_again() -> None:
         "rows_per_group": 16,
         "bits": 4,
     }
-    assert call(words, 1, 16, ctypes.byref(ops._Layer(**layer)), words, 1, 0) == 0
+    assert call(words, 1, 16, ctypes.byref(_cpu_library.LayerArguments(**layer)), words, 1, 0) == 0
     assert call(words, 1, 16, None, words, 1, 0) == 1
-    assert call(words, 1, 16, ctypes.byref(ops._Layer(**(layer | {"bits": 2}))), words, 1, 0) == 4
+    assert call(words, 1, 16, ctypes.byref(_cpu_library.LayerArguments(**(layer | {"bits": 2}))), words, 1, 0) == 4
     for key, value in [
         ("k0", 8),
         ("k0", 16),
@@ -583,9 +584,11 @@ def test_native_code_checks_again() -> None:
         ("rows_per_group", 8),
         ("rows_per_group", 0),
     ]:
-        assert call(words, 1, 16, ctypes.byref(ops._Layer(**(layer | {key: value}))), words, 1, 0) == 2, key
+        assert (
+            call(words, 1, 16, ctypes.byref(_cpu_library.LayerArguments(**(layer | {key: value}))), words, 1, 0) == 2
+        ), key
     for m, columns in [(0, 16), (1, 8)]:
-        assert call(words, m, columns, ctypes.byref(ops._Layer(**layer)), words, 1, 0) == 2
+        assert call(words, m, columns, ctypes.byref(_cpu_library.LayerArguments(**layer)), words, 1, 0) == 2
 
 
 # ---- The extended format ----
@@ -596,9 +599,9 @@ def test_native_code_checks_again() -> None:
 @pytest.mark.parametrize(("K", "N"), SHAPES)
 def test_eight_bits_equal_the_twin(isa: str, threads: int, K: int, N: int) -> None:
     qweight = random_words(K // 4, N, seed=K + N)
-    B = np.asarray(repack.gptq_to_marlin(torch.from_numpy(qweight), 8).numpy())
-    np.testing.assert_array_equal(ops.pack(qweight, bits=8, threads=threads, isa=isa), B)
-    np.testing.assert_array_equal(ops.unpack(B, bits=8, threads=threads, isa=isa), qweight)
+    B = np.asarray(reference.gptq_to_marlin(torch.from_numpy(qweight), 8).numpy())
+    np.testing.assert_array_equal(cpu.pack(qweight, bits=8, threads=threads, isa=isa), B)
+    np.testing.assert_array_equal(cpu.unpack(B, bits=8, threads=threads, isa=isa), qweight)
 
 
 @both_backends
@@ -611,7 +614,7 @@ def test_eight_bit_words_by_the_formula() -> None:
     qweight = np.zeros((K // 4, N), np.uint32)
     for k in range(K):
         qweight[k // 4] |= codes[k].astype(np.uint32) << np.uint32(8 * (k % 4))
-    B = ops.pack(qweight.view(np.int32), bits=8).view(np.uint32)
+    B = cpu.pack(qweight.view(np.int32), bits=8).view(np.uint32)
     assert B.shape == (2, 512)
     assert int(B[0, 0]) == 0x90108000
     for word in range(256):
@@ -635,12 +638,12 @@ def test_arrange(isa: str, threads: int, bits: int, K: int, N: int, padded_K: in
     perm = rng.permutation(K).astype(np.int32) if order else None
     stored = np.tile(fill.astype(np.int64), (padded_K, 1))
     stored[:K, :N] = codes if perm is None else codes[perm]
-    qweight, expected = (np.asarray(repack.pack_gptq(torch.from_numpy(c), bits).numpy()) for c in (codes, stored))
+    qweight, expected = (np.asarray(reference.pack_gptq(torch.from_numpy(c), bits).numpy()) for c in (codes, stored))
     options: dict[str, Any] = {"bits": bits, "fill": fill, "perm": perm, "threads": threads, "isa": isa}
-    np.testing.assert_array_equal(ops.arrange(qweight, rows=padded_K, **options), expected)
+    np.testing.assert_array_equal(cpu.arrange(qweight, rows=padded_K, **options), expected)
     factor = 32 // bits
     for k0, rows in [(0, 16), (K // factor * factor - factor, 2 * factor), (padded_K - 16, 16)]:
-        block = ops.arrange(qweight, k0=k0, rows=rows, **options)
+        block = cpu.arrange(qweight, k0=k0, rows=rows, **options)
         np.testing.assert_array_equal(block, expected[k0 // factor : (k0 + rows) // factor])
 
 
@@ -655,7 +658,7 @@ def sorted_layer(K: int, N: int, rows: int, columns: int, bits: int) -> tuple[ND
     perm = rng.permutation(K).astype(np.int32)
     stored = np.tile(fill.astype(np.int64), (rows, 1))
     stored[:K, :N] = codes[perm]
-    qweight = np.asarray(repack.pack_gptq(torch.from_numpy(codes), bits).numpy())
+    qweight = np.asarray(reference.pack_gptq(torch.from_numpy(codes), bits).numpy())
     return qweight, {"bits": bits, "perm": perm, "fill": fill}, stored
 
 
@@ -665,10 +668,10 @@ def sorted_layer(K: int, N: int, rows: int, columns: int, bits: int) -> tuple[ND
 @pytest.mark.parametrize(("K", "N", "rows", "columns"), SORTED_SIZES)
 def test_pack_sorted(isa: str, threads: int, bits: int, K: int, N: int, rows: int, columns: int) -> None:
     qweight, order, stored = sorted_layer(K, N, rows, columns, bits)
-    expected = twin(partial(repack.pack_marlin, bits=bits), stored)
-    B = ops.pack_sorted(qweight, rows=rows, threads=threads, isa=isa, **order)
+    expected = twin(partial(reference.pack_marlin, bits=bits), stored)
+    B = cpu.pack_sorted(qweight, rows=rows, threads=threads, isa=isa, **order)
     np.testing.assert_array_equal(B, expected)
-    assert ops.sorted_difference(B, qweight, threads=threads, isa=isa, **order) is None
+    assert cpu.sorted_difference(B, qweight, threads=threads, isa=isa, **order) is None
 
 
 @every_isa
@@ -686,12 +689,12 @@ def test_sorted_difference_finds_every_wrong_code(
     for row, column in places:
         wrong = stored.copy()
         wrong[row, column] ^= 1 << int(rng.integers(bits))
-        B = twin(partial(repack.pack_marlin, bits=bits), wrong)
-        assert ops.sorted_difference(B, qweight, threads=threads, isa=isa, **order) == (row, column)
+        B = twin(partial(reference.pack_marlin, bits=bits), wrong)
+        assert cpu.sorted_difference(B, qweight, threads=threads, isa=isa, **order) == (row, column)
     for row, column in places:
         stored[row, column] ^= 1
-    B = twin(partial(repack.pack_marlin, bits=bits), stored)
-    assert ops.sorted_difference(B, qweight, threads=threads, isa=isa, **order) == min(places)
+    B = twin(partial(reference.pack_marlin, bits=bits), stored)
+    assert cpu.sorted_difference(B, qweight, threads=threads, isa=isa, **order) == min(places)
 
 
 @every_isa
@@ -700,14 +703,14 @@ def test_some_columns_of_wider_matrices(isa: str, bits: int) -> None:
     """Nothing beside them is read or written."""
     K, N, rows, columns = 200, 700, 256, 704
     qweight, order, stored = sorted_layer(K, N, rows, columns, bits)
-    expected = twin(partial(repack.pack_marlin, bits=bits), stored)
+    expected = twin(partial(reference.pack_marlin, bits=bits), stored)
     B = np.full_like(expected, 0x55555555)
     for first, width in [(0, 64), (128, 192), (640, 64)]:
         some = order | {"fill": order["fill"][first : first + width]}
         words = qweight[:, first : first + width]
         part = B[:, first * bits // 2 : (first + width) * bits // 2]
-        assert ops.pack_sorted(words, part, rows=rows, isa=isa, **some) is part
-        assert ops.sorted_difference(part, words, isa=isa, **some) is None
+        assert cpu.pack_sorted(words, part, rows=rows, isa=isa, **some) is part
+        assert cpu.sorted_difference(part, words, isa=isa, **some) is None
     done = np.zeros(columns, bool)
     done[[*range(64), *range(128, 320), *range(640, 704)]] = True
     done = np.repeat(done, bits // 2)
@@ -717,25 +720,25 @@ def test_some_columns_of_wider_matrices(isa: str, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_sorted_by_the_twin(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ops.NO_NATIVE, "1")
+    monkeypatch.setenv(cpu.NO_NATIVE, "1")
     qweight, order, stored = sorted_layer(72, 30, 128, 64, bits)
-    B = ops.pack_sorted(qweight, rows=128, **order)
-    np.testing.assert_array_equal(B, twin(partial(repack.pack_marlin, bits=bits), stored))
-    assert ops.sorted_difference(B, qweight, **order) is None
+    B = cpu.pack_sorted(qweight, rows=128, **order)
+    np.testing.assert_array_equal(B, twin(partial(reference.pack_marlin, bits=bits), stored))
+    assert cpu.sorted_difference(B, qweight, **order) is None
     for row, column in [(0, 0), (71, 29), (127, 63)]:
         wrong = stored.copy()
         wrong[row, column] ^= 1
-        B = twin(partial(repack.pack_marlin, bits=bits), wrong)
-        assert ops.sorted_difference(B, qweight, **order) == (row, column)
+        B = twin(partial(reference.pack_marlin, bits=bits), wrong)
+        assert cpu.sorted_difference(B, qweight, **order) == (row, column)
 
 
 def test_arrange_by_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ops.NO_NATIVE, "1")
+    monkeypatch.setenv(cpu.NO_NATIVE, "1")
     qweight, fill = random_words(8, 30), np.full(64, 9, np.uint8)
     perm = np.random.default_rng(0).permutation(64).astype(np.int32)
-    out = ops.arrange(qweight, bits=4, fill=fill, perm=perm, rows=128)
-    codes = np.asarray(repack.unpack_gptq(torch.from_numpy(out)).numpy())
-    source = np.asarray(repack.unpack_gptq(torch.from_numpy(qweight)).numpy())
+    out = cpu.arrange(qweight, bits=4, fill=fill, perm=perm, rows=128)
+    codes = np.asarray(reference.unpack_gptq(torch.from_numpy(out)).numpy())
+    source = np.asarray(reference.unpack_gptq(torch.from_numpy(qweight)).numpy())
     np.testing.assert_array_equal(codes[:64, :30], source[perm])
     assert (codes[64:] == 9).all()
     assert (codes[:, 30:] == 9).all()
@@ -762,7 +765,7 @@ def test_weights_and_products(
 ) -> None:
     options: dict[str, Any] = {"isa": isa}
     if isa == "twin":
-        monkeypatch.setenv(ops.NO_NATIVE, "1")
+        monkeypatch.setenv(cpu.NO_NATIVE, "1")
         options = {}
     rng = np.random.default_rng(K + bits)
     codes = rng.integers(0, 2**bits, (K, N))
@@ -774,17 +777,17 @@ def test_weights_and_products(
     W = (codes - zero) * np.repeat(wide, K // G, axis=0)
     expected = as_bf16(W) if bf16 else W.astype(np.float16)  # float32 holds the products exactly
     rounded = bf16_value(expected) if bf16 else expected.astype(np.float64)
-    qweight = np.asarray(repack.pack_gptq(torch.from_numpy(codes), bits).numpy())
-    B = np.asarray(repack.pack_marlin(torch.from_numpy(codes), bits).numpy())
+    qweight = np.asarray(reference.pack_gptq(torch.from_numpy(codes), bits).numpy())
+    B = np.asarray(reference.pack_marlin(torch.from_numpy(codes), bits).numpy())
     s = layout.permute_scales(scales)
     kinds = {"bits": bits, "zeros": zeros, **options}
-    for W_found in (ops.dequantize_gptq(qweight, scales, **kinds), ops.dequantize_marlin(B, s, **kinds)):
+    for W_found in (cpu.dequantize_gptq(qweight, scales, **kinds), cpu.dequantize_marlin(B, s, **kinds)):
         assert W_found.dtype == scales.dtype
         np.testing.assert_array_equal(W_found.view(np.uint16) & 0x7FFF, expected.view(np.uint16) & 0x7FFF)
         np.testing.assert_array_equal(np.sign(bf16_value(W_found) if bf16 else W_found), np.sign(rounded))
     x = rng.standard_normal((5, K)).astype(np.float32)
     tolerance = K * 2.0**-23 * (np.abs(x.astype(np.float64)) @ np.abs(rounded))
-    for multiply, weights, own in ((ops.matmul_gptq, qweight, scales), (ops.matmul_marlin, B, s)):
+    for multiply, weights, own in ((cpu.matmul_gptq, qweight, scales), (cpu.matmul_marlin, B, s)):
         y = np.zeros((5, N), np.float32)
         half = len(weights) * 64 // K  # a block that ends within a group
         for part, k0 in ((weights[:half], 0), (weights[half:], 64)):
@@ -797,8 +800,8 @@ def test_weights_and_products(
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.pack(WORDS, bits=2), "bits is 2; it should be 4 or 8"),
-        (lambda: ops.unpack(np.zeros((1, 130), np.int32), bits=8), r"B has shape \(1, 130\); .* \[K/16, 4N\]"),
+        (lambda: cpu.pack(WORDS, bits=2), "bits is 2; it should be 4 or 8"),
+        (lambda: cpu.unpack(np.zeros((1, 130), np.int32), bits=8), r"B has shape \(1, 130\); .* \[K/16, 4N\]"),
         (lambda: arranged(fill=np.zeros(63, np.uint8)), "fill has shape .*at least N = 64"),
         (lambda: arranged(fill=np.full(64, 16, np.uint8)), "fill has 16; a code has 4 bits"),
         (lambda: arranged(rows=12), "rows is 12 and k0 0; both should be multiples of 8"),
@@ -815,12 +818,12 @@ def test_weights_and_products(
         (lambda: sorted_(qweight=WORDS[:, ::2]), "qweight has strides .*; it should be C-contiguous"),
         (lambda: sorted_(qweight=WORDS[::-1]), "qweight has strides .*; it should be C-contiguous"),
         (
-            lambda: ops.sorted_difference(
+            lambda: cpu.sorted_difference(
                 np.zeros((8, 64), np.int32), WORDS, bits=4, perm=ORDER, fill=np.zeros(64, np.uint8)
             ),
             r"B has shape \(8, 64\); it should be \[rows/16, 128\]",
         ),
-        (lambda: ops.dequantize_gptq(WORDS, HALVES, zeros=np.zeros((2, 64), np.uint8)), r"zeros has shape \(2, 64\)"),
+        (lambda: cpu.dequantize_gptq(WORDS, HALVES, zeros=np.zeros((2, 64), np.uint8)), r"zeros has shape \(2, 64\)"),
     ],
 )
 def test_arguments_of_the_extended_format(call: Callable[[], Any], message: str) -> None:
@@ -833,8 +836,8 @@ ORDER = np.arange(128, dtype=np.int32)
 
 def sorted_(**changed: Any) -> Any:
     arguments = {"qweight": WORDS, "bits": 4, "rows": 128, "fill": np.zeros(64, np.uint8), "perm": ORDER, **changed}
-    return ops.pack_sorted(**arguments)
+    return cpu.pack_sorted(**arguments)
 
 
 def arranged(**changed: Any) -> Any:
-    return ops.arrange(WORDS, **{"bits": 4, "rows": 16, "fill": np.zeros(64, np.uint8), **changed})
+    return cpu.arrange(WORDS, **{"bits": 4, "rows": 16, "fill": np.zeros(64, np.uint8), **changed})
