@@ -20,6 +20,7 @@ struct TileShape {
   bool wide;      // sm90_wide: output tiles are split in another way (make_schedule)
   int block_m, block_n, block_k;
   int bits;
+  int stages;  // of the pipeline
 };
 
 struct Problem {
@@ -50,7 +51,8 @@ struct CostModel {
   double step;           // us of a step: for its chain of dependent instructions,
   double step_column;    //   for each column of the tile,
   double step_output;    //   for each output,
-  double step_product;   //   and for each product of two numbers;
+  double step_product;   //   for each product of two numbers,
+  double step_weights;   //   and for each KB of weights;
   double sm_bytes;       // but no more bytes per us into an SM
   double group;          // us for each further group in a step,
   double group_output;   //   and for each output;
@@ -60,6 +62,7 @@ struct CostModel {
   double wave;           // us for each further wave of clusters
   double shared;         // us when blocks share tiles through the workspace,
   double shared_kb;      //   and for each KB of a tile's sums and block that shares it
+  double whole_kb;       // us for each KB of sums of each further whole tile
   double misaligned;     // us when ranges end inside tiles: a block then has two tiles' ends,
   double misaligned_kb;  //   and for each KB of sums
   double clock;          // sm90_wide: cycles per us of the tensor cores, at 4096 flops a cycle,
@@ -76,7 +79,17 @@ struct CostModel {
   double dense_flops;          //   flops per us of cuBLAS
 };
 
-extern const CostModel kSm90OnH100, kSm90WideOnH100, kSm80;
+extern const CostModel kSm90OnH100, kSm90WideOnH100;
+
+// What the model of gemm_sm80 depends on. A GPU on which nothing was measured has the H100's constants, scaled by its
+// clock and memory, and no more products a cycle than its tensor cores do by their datasheet.
+struct Gpu {
+  int capability;  // 10 major + minor
+  int multiprocessors;
+  double clock;   // cycles per us
+  double memory;  // bytes per us, the most
+};
+CostModel sm80_model(const Gpu& gpu);
 
 struct Prediction {
   double us;

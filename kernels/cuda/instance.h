@@ -27,9 +27,10 @@ struct Instance {
   int line_bytes;  // sm90: of the lines that TMA copies weights as
 };
 
-// The instances in one translation unit, gemm_sm80.cu and so on. Those of sm_90 are compiled for sm_90a only, and are
+// The instances in one translation unit, gemm_sm80_b4.cu and so on. Those of sm_90 are compiled for sm_90a only, and are
 // there when the library is built for it (MARLIN_HAS_SM90).
-std::vector<Instance> sm80_instances();
+std::vector<Instance> sm80_b4_instances();
+std::vector<Instance> sm80_extended_instances();
 std::vector<Instance> sm90_b4_instances();
 std::vector<Instance> sm90_b4_groups_instances();
 std::vector<Instance> sm90_b8_instances();

@@ -188,7 +188,7 @@ int marlin_cuda_plan(const marlin_cuda_weights_t* weights, int64_t M, int device
   Plan plan;
   MARLIN_RETURN_IF_ERROR(find_plan(M, *weights, facts, device, variant, &plan));
   const Problem problem = {M, weights->N, weights->K, weights->G, weights->zeros != nullptr};
-  const CostModel& model = cost_model(plan.instance->loop);
+  const CostModel model = cost_model(plan.instance->loop, facts);
   found->instance = plan.instance->id;
   found->stages = plan.stages;
   found->split = plan.schedule.split;

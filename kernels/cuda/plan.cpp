@@ -77,13 +77,14 @@ int resident_clusters(const Instance& i, int size, const Device& facts, int devi
 bool lay_out(const Instance& i, int split, bool forced, const Problem& problem, const Device& facts, int device,
              Plan* plan) {
   const bool wide = i.loop == MainLoop::kSm90Wide;
-  const TileShape tile = {i.loop == MainLoop::kSm90, wide, i.block_m, i.block_n, i.block_k, i.bits};
+  const TileShape tile = {i.loop == MainLoop::kSm90, wide, i.block_m, i.block_n, i.block_k, i.bits,
+                          most_stages(i, facts)};
   const bool cluster = split <= kMostSplitK && tile.clusters;
   Schedule schedule;
   if (!make_schedule(tile, problem, split, forced, facts.multiprocessors,
                      cluster ? resident_clusters(i, split, facts, device) : facts.multiprocessors / split, &schedule))
     return false;
-  *plan = {&i, schedule, most_stages(i, facts), predict(cost_model(i.loop), tile, problem, schedule)};
+  *plan = {&i, schedule, most_stages(i, facts), predict(cost_model(i.loop, facts), tile, problem, schedule)};
   return true;
 }
 
@@ -158,12 +159,17 @@ void print_plan(int64_t M, const marlin_cuda_weights_t& w, const Plan& plan) {
 
 const std::vector<Instance>& all_instances() {
   static const std::vector<Instance> all = [] {
-    std::vector<Instance> found = sm80_instances();
+    std::vector<Instance> found = sm80_b4_instances();
+    const auto add = [&](const std::vector<Instance>& more) { found.insert(found.end(), more.begin(), more.end()); };
+    add(sm80_extended_instances());
 #ifdef MARLIN_HAS_SM90
-    for (const auto& some :
-         {sm90_b4_instances(), sm90_b4_groups_instances(), sm90_b8_instances(), sm90_wide_b4_instances(),
-          sm90_wide_b4_zeros_instances(), sm90_wide_b8_instances(), sm90_wide_b8_zeros_instances()})
-      found.insert(found.end(), some.begin(), some.end());
+    add(sm90_b4_instances());
+    add(sm90_b4_groups_instances());
+    add(sm90_b8_instances());
+    add(sm90_wide_b4_instances());
+    add(sm90_wide_b4_zeros_instances());
+    add(sm90_wide_b8_instances());
+    add(sm90_wide_b8_zeros_instances());
 #endif
     std::sort(found.begin(), found.end(), [](const Instance& a, const Instance& b) { return a.id < b.id; });
     return found;
@@ -171,8 +177,9 @@ const std::vector<Instance>& all_instances() {
   return all;
 }
 
-const CostModel& cost_model(MainLoop loop) {
-  return loop == MainLoop::kSm90Wide ? kSm90WideOnH100 : loop == MainLoop::kSm90 ? kSm90OnH100 : kSm80;
+CostModel cost_model(MainLoop loop, const Device& facts) {
+  if (loop == MainLoop::kSm80) return sm80_model({facts.capability, facts.multiprocessors, facts.clock, facts.memory});
+  return loop == MainLoop::kSm90Wide ? kSm90WideOnH100 : kSm90OnH100;
 }
 
 int shared_bytes(const Instance& i, int stages) { return stages * i.stage_bytes + i.extra_bytes; }
