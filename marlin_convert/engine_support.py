@@ -26,7 +26,7 @@ PADDED = "experts that are stored padded"
 BIASED = "experts with biases"
 
 #: A linear of one expert in a mixture, Mixtral's, Qwen's or DeepSeek's, up to its number.
-_EXPERTS = re.compile(r"(.*\.)?experts\.(?=\d+\.)")
+EXPERTS = re.compile(r"(.*\.)?experts\.(?=\d+\.)")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class LayerFacts:
     act_order: bool = False
     padded: bool = False
     bias: bool = False
+    K: int = 0
+    N: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def kernel_lacks(bits: int, zeros: bool, group_size: int) -> str | None:
 def expert_faults(layers: Iterable[LayerFacts]) -> dict[str, list[str]]:
     """Return why vLLM cannot compute the `layers` of one block's experts → the layers that are so."""
     layers = list(layers)
-    kinds = {replace(x, name="", bias=False) for x in layers}
+    kinds = {replace(x, name="", bias=False, K=0, N=0) for x in layers}
     found: dict[str, list[str]] = {}
     for x in layers:
         faults = {
@@ -80,7 +82,7 @@ def vllm_refuses(layers: Sequence[LayerFacts]) -> dict[str, list[str]]:
     """Return what vLLM with the plugin does not compute → the layers that have it."""
     blocks: dict[str, list[LayerFacts]] = {}
     for x in layers:
-        if match := _EXPERTS.match(x.name):
+        if match := EXPERTS.match(x.name):
             blocks.setdefault(match[0], []).append(x)
     found: dict[str, list[str]] = {}
     for block in blocks.values():
@@ -93,7 +95,7 @@ def vllm_needs_our_kernels(layers: Sequence[LayerFacts]) -> dict[str, list[str]]
     """Return what vLLM computes only where marlin-convert's CUDA kernels are built → the layers that have it."""
     found: dict[str, list[str]] = {}
     for x in layers:
-        lacking = None if _EXPERTS.match(x.name) else kernel_lacks(x.bits, x.zeros, x.group_size)
+        lacking = None if EXPERTS.match(x.name) else kernel_lacks(x.bits, x.zeros, x.group_size)
         if lacking:
             found.setdefault(lacking, []).append(x.name)
     return found

@@ -23,10 +23,12 @@ from marlin_convert.checkpoint.reader import DTYPE_BITS, read_header
 from marlin_convert.errors import BUG, EXIT_CODES, MarlinConvertError
 from tests.support.gptq_checkpoints import GPTQLayer, write_source
 
+pytestmark = pytest.mark.slow
+
 MORE = int(os.environ.get("FUZZ", "1"))
 
 
-def many(examples: int) -> Any:
+def many(examples: int) -> settings:
     return settings(
         max_examples=examples * MORE, deadline=None, derandomize=MORE == 1, database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],

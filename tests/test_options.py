@@ -52,7 +52,10 @@ def test_a_token_is_not_printed() -> None:
 
 
 def test_exit_codes_are_those_of_the_classes() -> None:
-    kinds = [MarlinConvertError, *(x for x in MarlinConvertError.__subclasses__() if "exit_code" in vars(x))]
+    kinds: list[type[MarlinConvertError]] = [
+        MarlinConvertError,
+        *(x for x in MarlinConvertError.__subclasses__() if "exit_code" in vars(x)),
+    ]
     assert len({kind.exit_code for kind in kinds}) == len(kinds) == 9
     assert {kind.exit_code: kind.meaning for kind in kinds}.items() <= EXIT_CODES.items()
     assert AlreadyMarlin.exit_code == 0

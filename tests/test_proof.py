@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import marlin_convert
-from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.convert import convert
+from marlin_convert.options import Options
 from tests.support.cli import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -28,8 +30,14 @@ def out(tmp_path: Path) -> Path:
 
 def prove(out: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, float]]:
     figures = out.parent / "figures.json"
-    command = [sys.executable, ROOT / "benchmarks" / "proof.py", DEMO, out, ROOT / "tests" / "data" / "kjv_sample.txt"]
-    options = ["--device", "cpu", "--tokens", "200", "--new-tokens", "8", "--json", figures]
+    command: list[Any] = [
+        sys.executable,
+        ROOT / "benchmarks" / "proof.py",
+        DEMO,
+        out,
+        ROOT / "tests" / "data" / "kjv_sample.txt",
+    ]
+    options: list[Any] = ["--device", "cpu", "--tokens", "200", "--new-tokens", "8", "--json", figures]
     process = subprocess.run([*command, *options], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert figures.exists(), process.stderr
     return process, json.loads(figures.read_text(encoding="utf-8"))

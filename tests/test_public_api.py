@@ -34,7 +34,7 @@ def test_the_names() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert [name for name in names if name not in text and not name.startswith("_")] == []
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = marlin_convert.nothing  # type: ignore[attr-defined]
+        _ = marlin_convert.nothing
 
 
 def test_the_errors_are_all_there() -> None:
@@ -162,7 +162,7 @@ def test_a_notebook_shows_bars(source: Source, tmp_path: Path, monkeypatch: pyte
             self.closed = True
 
     shell = types.SimpleNamespace(kernel=object())
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setattr("tqdm.auto.tqdm", Bar)
     marlin_convert.convert(source.folder, tmp_path / "out", verify=True, device="cpu")
     assert [bar.desc for bar in bars] == ["converting", "verifying"]

@@ -154,7 +154,8 @@ def test_the_command_line_answers_without_heavy_imports(arguments: list[str] | N
 
 
 CONVERT = """
-from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.convert import convert
+from marlin_convert.options import Options
 assert convert(sys.argv[1], sys.argv[2], Options(verify=True, device="cpu")).verification.ok
 """
 

@@ -66,13 +66,14 @@ struct CostModel {
   double misaligned;     // us when ranges end inside tiles: a block then has two tiles' ends,
   double misaligned_kb;  //   and for each KB of sums
   double clock;          // sm90_wide: cycles per us of the tensor cores, at 4096 flops a cycle,
-  // and cycles that a step takes however small its tile: by 128 or 256 columns, 4 or 8 bits, without zero points or with
-  double step_floor[2][2][2];
+  // and cycles that a step takes however few its rows: by 128, 192 or 256 columns, 4 or 8 bits, without zero points or with
+  double step_floor[3][2][2];
   double tile_end;             //   and cycles at the end of a tile,
   double tile_end_output;      //     and for each of its outputs;
   double exchange;             //   cycles to exchange sums,
   double exchange_output;      //     and for each output that a block exchanges,
   double exchange_misaligned;  // and so many times that where ranges end inside of tiles
+  double stream_k;             //   and steps so many times as long: blocks that are apart in K share less in L2
   double product_flops;        // flops per us of large products, 2 M N K
   double dense_launches;       // us: dequantizing and then cuBLAS, its launches,
   double dense_memory;         //   bytes per us read and written by dequantizing,

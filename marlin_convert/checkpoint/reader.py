@@ -99,14 +99,15 @@ class Checkpoint:
     folder), without the configs named in `CONFIG_FILES`, which are parsed into `configs`.
 
     Leaving the `with` block by an error raises SourceError instead, if a file has changed meanwhile: then that is why.
-    For a folder that is being written, `steady` is false.
+    For a folder that is being written, `steady` is false; in one that stands for a repository on the Hub, `partial`
+    tells that fp16 scales, as the weights, may not be there yet.
     """
 
     #: The model's config, then those of the quantization alone: AutoGPTQ's and GPTQModel's, AutoAWQ's, AutoRound's.
     CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
-    def __init__(self, folder: Path, *, steady: bool = True) -> None:
-        self.folder, self._steady = folder, steady
+    def __init__(self, folder: Path, *, steady: bool = True, partial: bool = False) -> None:
+        self.folder, self._steady, self.partial = folder, steady, partial
         self._unfit: dict[str, str] = {}  # what may not be copied, and why
         self._states: dict[str, tuple[Path, FileState]] = {}
         names = sorted(self._find_files())
@@ -231,6 +232,16 @@ class Checkpoint:
             raise ValueError(f"{tensor.name}: bytes {start} to {start + len(view)} of {tensor.nbytes} were asked for")
         self._read_at(tensor, tensor.offset + start, view)
 
+    def read_rows(self, tensor: Tensor, first: int, count: int) -> npt.NDArray[Any]:
+        """Rows `first` … of a matrix, as `read` gives the whole of it."""
+        rows, width = tensor.shape
+        if first < 0 or first + count > rows:
+            raise ValueError(f"{tensor.name}: rows {first} to {first + count} of {tensor.shape} were asked for")
+        array = np.empty((count, width), self._numpy_dtype(tensor))
+        if array.size:
+            self.read_into(tensor, array, first * width * array.itemsize)
+        return array
+
     def read_columns(self, tensor: Tensor, buffer: Buffer, first: int) -> None:
         """Fill `buffer` [rows, columns] with the columns of a matrix from `first` on. Thread-safe; as `read_into`."""
         (rows, width), (_, columns) = tensor.shape, buffer.shape
@@ -260,13 +271,17 @@ class Checkpoint:
 
         For small tensors (scales, zero points, g_idx); weights are read in blocks with `read_into`.
         """
-        numpy_dtype = {"I32": np.int32, "F16": np.float16, "F32": np.float32, "BF16": np.uint16, "I64": np.int64}
-        if tensor.dtype not in numpy_dtype:
-            raise UnsupportedError(f"{tensor.name}: dtype {tensor.dtype} is not one that a GPTQ tensor may have.")
-        array = np.empty(tensor.shape, numpy_dtype[tensor.dtype])
+        array = np.empty(tensor.shape, self._numpy_dtype(tensor))
         if array.size:
             self.read_into(tensor, array)
         return array
+
+    @staticmethod
+    def _numpy_dtype(tensor: Tensor) -> Any:
+        numpy_dtype = {"I32": np.int32, "F16": np.float16, "F32": np.float32, "BF16": np.uint16, "I64": np.int64}
+        if tensor.dtype not in numpy_dtype:
+            raise UnsupportedError(f"{tensor.name}: dtype {tensor.dtype} is not one that a GPTQ tensor may have.")
+        return numpy_dtype[tensor.dtype]
 
     def arrived(self, file: str, path: Path) -> None:
         """Read weight file `file` from `path` from now on: the whole of it, where only its header was known.

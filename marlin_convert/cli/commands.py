@@ -56,6 +56,17 @@ def cli() -> None:
 @click.option(
     "--dry-run", is_flag=True, help="Print what would happen to every layer, from headers alone; OUT is not needed."
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["vllm", "transformers"]),
+    help="With --dry-run: say what this engine does with the result.",
+)
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1, 1024),
+    metavar="RANKS",
+    help="With --engine vllm: say what its cut for so many ranks means, too.",
+)
 @format_options
 @writing_options
 @click.option(
@@ -76,7 +87,8 @@ def cli() -> None:
 @output_options
 @click.pass_obj
 def convert(
-    output: OutputOptions, /, source: str, out: Path | None, dry_run: bool, push_to_hub: str | None,
+    output: OutputOptions, /, source: str, out: Path | None, dry_run: bool, engine: str | None,
+    tensor_parallel: int | None, push_to_hub: str | None,
     publishing: dict[str, Any], access: HubAccess, **choices: Any,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a folder or a Hub id, into a Marlin checkpoint at OUT."""
@@ -86,13 +98,17 @@ def convert(
         raise click.UsageError("--private, --branch, --create-pr and --commit-message need --push-to-hub.")
     if push_to_hub is not None and dry_run:
         raise click.UsageError("Give --dry-run or --push-to-hub, not both.")
+    if engine is not None and not dry_run:
+        raise click.UsageError("--engine needs --dry-run.")
+    if tensor_parallel is not None and engine != "vllm":
+        raise click.UsageError("--tensor-parallel needs --engine vllm: Transformers' result is not cut.")
     target = None if push_to_hub is None else PublishTarget(push_to_hub, **publishing)
     options, screen = Options(**choices, target=target), _screen(output)
     if dry_run:
         from ..conversion.convert import plan_only
 
         origin, plan = plan_only(source, options, access=access)
-        screen.plan(origin, plan, options)
+        screen.plan(origin, plan, options, engine, tensor_parallel or 1)
         with _said_in_json(output):
             plan.require_convertible()
     elif out is not None:
@@ -318,8 +334,8 @@ def _convert(
 
     try:
         require("torch", "transformers")
-        screen.doing("continuing a prompt with the source and with the result: loading torch and Transformers")
-        texts = compare(Path(source), out, prompt, DEMO_TOKENS, str(report.device))
+        with screen.doing("continuing a prompt with the source and with the result, on torch and Transformers"):
+            texts = compare(Path(source), out, prompt, DEMO_TOKENS, str(report.device))
     except MarlinConvertError as error:  # the conversion is done, whatever runs here
         screen.report(report, missing=error.message)
     else:

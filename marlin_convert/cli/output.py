@@ -12,6 +12,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,13 @@ from rich.text import Text
 from ..checkpoint.writer import shard_names
 from ..conversion.plan import Layer, Plan, plan_as_dict, span
 from ..engine_support import VLLM, ResultFacts, readers, vllm_needs_our_kernels, vllm_refuses
+from ..formats.cuts import tensor_parallel_cuts
 from ..hub import client as hub
 from ..options import Options
 from ..progress import Progress
 from ..text import visible
 from .console import Lossy, PlainConsole
-from .progress import BYTES, Bars, PlainLines, size
+from .progress import BYTES, Bars, PlainLines, size, waiting
 
 if TYPE_CHECKING:
     from ..bench.products import Cell, LayerResult, Machine
@@ -93,18 +95,21 @@ class Screen:
         if not self.silent and not cpu.native_available():
             self.err.print(_labelled(cpu.describe(), "slow:", "yellow"), soft_wrap=True)
 
-    def doing(self, what: str) -> None:
-        """Say what takes a while now, where no bar shows it."""
-        if not self.silent:
-            self.err.print(what, soft_wrap=True)
+    def doing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Say that `what` goes on while the context lasts, where no bar shows it."""
+        return contextlib.nullcontext() if self.silent else waiting(self.err, what)
 
     def already_marlin(self, text: str) -> None:
         self._say(text)
         self._json({"ok": True, "already_marlin": True, "message": text})
 
-    def plan(self, source: Source, plan: Plan, options: Options) -> None:
-        """What `--dry-run` shows."""
-        self._json(plan_as_dict(plan, source.label))
+    def plan(self, source: Source, plan: Plan, options: Options, engine: str | None = None, ranks: int = 1) -> None:
+        """What `--dry-run` shows; for an `engine`, on so many tensor-parallel `ranks`, what it does with the result."""
+        document = plan_as_dict(plan, source.label)
+        if engine == "vllm":
+            cuts = tensor_parallel_cuts(plan.layer_facts, ranks)
+            document["tensor_parallel"] = {"ranks": ranks, "cuts": [asdict(cut) for cut in cuts]}
+        self._json(document)
         if plan.already_marlin:
             self._say(f"{source.label} already is a Marlin checkpoint; there is nothing to convert.")
             return
@@ -143,7 +148,24 @@ class Screen:
         if not plan.refusals:
             files = shard_names(plan.out_tensors, options.max_shard_size)
             self._format(plan, plan.result_facts(options.quant_method, len(files)))
+            if engine is not None:
+                self._engine(plan, engine, ranks)
         self._notes(plan)
+
+    def _engine(self, plan: Plan, engine: str, ranks: int) -> None:
+        """What an engine does with the result."""
+        if engine == "transformers":
+            self._say("Transformers 5, with marlin-convert: computes every layer, on GPUs of compute capability 8.0")
+            self._say("  and newer with the bundled CUDA kernels, elsewhere with a slow reference")
+            return
+        facts = plan.layer_facts
+        cuts = tensor_parallel_cuts(facts, ranks)
+        refused = {name for names in vllm_refuses(facts).values() for name in names}
+        refused |= {name for cut in cuts if cut.refused for name in cut.layers}
+        rest = f"refuses {len(refused)} of {len(facts)} layers" if refused else "takes every layer"
+        self._say(f"{VLLM} with marlin-convert, {ranks} rank{'' if ranks == 1 else 's'}: {rest}")
+        for cut in cuts:
+            self._say(f"  {cut.what}: {self._names(cut.layers)}: {cut.effect}")
 
     def _beside(self, plan: Plan) -> None:
         """Weights that are not the model's own, every one by name."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import (
@@ -155,3 +156,22 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+@contextlib.contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """Say that `what` goes on, and every few seconds for how long it has, where nothing can be counted."""
+    console.print(what, soft_wrap=True)
+    started, over = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(PLAIN_INTERVAL):
+            console.print(f"… for {time.monotonic() - started:.0f} s", soft_wrap=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()

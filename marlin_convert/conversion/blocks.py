@@ -27,17 +27,22 @@ BLOCK_BYTES = 2 << 20
 WORKERS = min(8, 1 + (os.cpu_count() or 1))
 
 #: Bytes of packed weights in one panel. A layer in one panel is written as a whole; of several, each row of a panel is
-#: read and written by a call of its own, which takes the system twice the time. Each worker holds up to three buffers
-#: of this size, no larger than its layers: together 600 MiB at most.
-PANEL_BYTES = min(64 << 20, (600 << 20) // (3 * WORKERS))
+#: read and written by a call of its own, which takes the system twice the time. Each worker holds two buffers of this
+#: size (restoring, three of smaller panels), no larger than its layers: together 320 MiB at most.
+PANEL_BYTES = min(64 << 20, (320 << 20) // (2 * WORKERS))
 
-#: Rows of K that stay together: whole tile rows, and what the CUDA kernels take at the least.
+#: Rows of K that stay together, if they are not too many: whole tile rows, and what the CUDA kernels take at the least.
 ROWS = 4 * TILE_K
+
+#: Numbers in a strip of scales, zero points or weights that numpy works on: some float64 arrays of them are small.
+STRIP_ELEMENTS = 1 << 18
 
 
 def row_blocks(K: int, N: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of each block of a K x N layer; both are multiples of 64, if K is."""
-    rows = ROWS * max(1, BLOCK_BYTES // (ROWS * N * 4 // PACK_FACTOR))
+    """(first row, rows) of each block of a K x N layer; both are multiples of 64, if K is, or of 16 where 64 rows have
+    more than BLOCK_BYTES."""
+    step = ROWS if ROWS * N * 4 // PACK_FACTOR <= BLOCK_BYTES else TILE_K
+    rows = step * max(1, BLOCK_BYTES // (step * N * 4 // PACK_FACTOR))
     for first in range(0, K, rows):
         yield first, min(rows, K - first)
 
@@ -58,9 +63,10 @@ def stored_blocks(layer: Stored) -> Iterator[tuple[int, int]]:
     return row_blocks(layer.stored_K, layer.stored_N * layer.bits // 4)
 
 
-def column_panels(layer: Stored) -> Iterator[tuple[int, int]]:
-    """(first column, columns) of each panel of a layer as it is stored: all its rows of so many columns."""
-    return _columns(layer, layer.stored_N, PANEL_BYTES)
+def column_panels(layer: Stored, buffers: int = 2) -> Iterator[tuple[int, int]]:
+    """(first column, columns) of each panel of a layer as it is stored: all its rows of so many columns. A worker holds
+    so many `buffers` of a panel's size."""
+    return _columns(layer, layer.stored_N, PANEL_BYTES * 2 // buffers)
 
 
 def strips(layer: Stored, columns: int) -> Iterator[tuple[int, int]]:
@@ -75,6 +81,13 @@ def _columns(layer: Stored, columns: int, limit: int) -> Iterator[tuple[int, int
     width = -(-tiles // parts) * TILE_N
     for first in range(0, columns, width):
         yield first, min(width, columns - first)
+
+
+def group_strips(G: int, N: int) -> Iterator[tuple[int, int]]:
+    """(first group, groups) of each strip of a layer's scales or zero points [G, N], each worked on as a whole."""
+    count = max(1, STRIP_ELEMENTS // N)
+    for first in range(0, G, count):
+        yield first, min(count, G - first)
 
 
 def byte_blocks(nbytes: int) -> Iterator[tuple[int, int]]:

@@ -5,41 +5,33 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from .._version import __version__
 from ..checkpoint.output_folder import check_free, json_bytes, new_folder, replace_files, write_json
-from ..checkpoint.reader import Checkpoint, Tensor
+from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import Shards, shard_names
-from ..device import CPU, Device, pick_device
+from ..device import Device
 from ..errors import (
     AlreadyMarlin,
-    DeviceError,
     HubError,
-    MarlinConvertError,
-    MissingPackageError,
     OutputError,
     SourceError,
     UnsupportedError,
-    require,
 )
 from ..formats.gptq import ZeroPointEncoding
 from ..formats.gptq_config import find_configs
-from ..formats.layout import TILE_K, pack_zeros, permute_scales, unpack_zeros, unpermute_scales
-from ..formats.marlin_config import marlin_ext_settings, marlin_model_config, marlin_settings
+from ..formats.marlin_config import marlin_ext_settings, marlin_model_config, marlin_settings, ties
 from ..hub.client import is_folder
 from ..hub.open import Source, fetch, looked_into
 from ..hub.upload import check_target, create_repository, default_name, push
 from ..native import cpu
+from ..native.choose import packer, usable_device
 from ..options import (
     CARD_FILE,
     DEFAULT_SHARD_SIZE,
@@ -52,13 +44,13 @@ from ..options import (
     QuantMethod,
 )
 from ..progress import BytesOnly, Progress
-from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks, strips
+from .blocks import run_all
 from .card import Made, model_card, with_verdict, write_card
 from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
-from .layer_reader import Order, order_difference, source_columns, source_rows, stored_groups, stored_order
+from .pipeline import MarlinWriter
 from .plan import Layer, Plan, make_plan
-from .supply import Item, Supply, arrivals, check_room, counted
-from .verify import Verification, Verifier, code_difference, verify
+from .supply import Item, Supply, arrivals, check_room
+from .verify import Verification, Verifier, verify
 
 
 @dataclass
@@ -138,7 +130,7 @@ def convert(
     options, progress, started = options or Options(), progress or Progress(), time.monotonic()
     out, access = Path(out), access or HubAccess()
     check_free(out, force=options.force)
-    device, remark = usable_device(options)
+    device, remark = usable_device(options.device, computes=options.verify)
     if options.low_disk and is_folder(str(source)):
         raise SourceError(f"{source} is a folder; --low-disk applies to a Hub id only.")
     options = replace(options, target=_checked_target(str(source), options, access.token))
@@ -164,7 +156,8 @@ def convert(
             ):
                 report.files = shards.files
                 supply = Supply(checkpoint, plan, weights, release=options.low_disk)
-                write_tensors(checkpoint, plan, shards, progress, packer(device, options), supply, verifier)
+                writer = MarlinWriter(checkpoint, shards, progress, packer(device, options.device))
+                write_tensors(writer, plan, progress, supply, verifier)
             write_configs(checkpoint, plan, folder, options.quant_method)
             copy_files(checkpoint, folder)
             if options.verify:
@@ -233,7 +226,7 @@ def verify_pair(
 ) -> Verification:
     """Check an existing Marlin checkpoint `out` against its GPTQ `source`; writes `verify.json` into `out`."""
     options, out, progress = options or Options(), Path(out), progress or Progress()
-    device, _ = usable_device(replace(options, verify=True))
+    device, _ = usable_device(options.device, computes=True)
     with opened(source, access or HubAccess(), progress) as (_, checkpoint), Checkpoint(out) as result:
         found = list(find_configs(result.configs).values())
         extended = bool(found) and found[0].get("checkpoint_format") == Format.MARLIN_EXT
@@ -278,192 +271,58 @@ def looked_at(source: str | Path, access: HubAccess) -> Iterator[tuple[Source, C
     looking = looked_into(
         str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir, scales=True
     )
-    with looking as origin, Checkpoint(origin.folder) as checkpoint:
+    with looking as origin, Checkpoint(origin.folder, partial=origin.remote is not None) as checkpoint:
         yield origin, checkpoint
 
 
 def _source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """What only the source's files tell, for `to-gptq`: its settings, and the types of what was converted."""
     main = checkpoint.configs.get("config.json", {})
-    dtypes = [layer.scales.dtype for layer in plan.layers]
-    common = max(dict.fromkeys(dtypes), key=dtypes.count)
+    scales, other_scales = _common({x.name: x.scales.dtype for x in plan.layers})
+    g_idx, other_g_idx = _common({x.name: x.g_idx.dtype if x.g_idx else None for x in plan.layers})
     readings = {layer.zeros for layer in plan.layers}
     return {
         "configs": find_configs(checkpoint.configs),
         "dtypes": {key: main.get(key) for key in ("torch_dtype", "dtype")},
-        "scales_dtype": common,
-        "scales_dtypes": {x.name: x.scales.dtype for x in plan.layers if x.scales.dtype != common},
-        "g_idx": sum(layer.g_idx is not None for layer in plan.layers) * 2 >= len(plan.layers),
+        "ties": ties(main) if plan.lm_head else {},
+        "scales_dtype": scales,
+        "scales_dtypes": other_scales,
+        "g_idx_dtype": g_idx,
+        "g_idx_dtypes": other_g_idx,
+        "without_qzeros": [layer.name for layer in plan.layers if layer.qzeros is None],
+        "zero_points_stored": {x.name: x.stored_zero for x in plan.layers if x.stored_zero is not None},
         "zero_point_reading": "word" if ZeroPointEncoding.V1_WORD in readings else "nibble",
     }
 
 
-def usable_device(options: Options) -> tuple[Device, str | None]:
-    """The device that `options` ask for, its kernels loaded if they will be used, and a remark for the user.
-
-    Raises DeviceError when it was asked for by name and cannot be used. With "auto", a GPU whose kernels are not
-    there gives way to the CPU, and the remark says so.
-    """
-    device = pick_device(options.device)
-    if device.kind == "cpu":
-        return device, None
-    if options.device == "auto" and not options.verify:
-        return device, None  # nothing to compute there: see `packer`
-    try:
-        require("torch")
-        from ..native import cuda
-
-        cuda.torch_device(device)
-    except (DeviceError, MissingPackageError) as error:
-        if options.device != "auto":
-            raise
-        return CPU, f"{device} ({device.name}) is not used: {error.message}"
-    return device, None
-
-
-#: Repacks a block: GPTQ words [K bits/32, N] → the given B [K/16, N bits/2], of so many bits.
-Packer: TypeAlias = "Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32], int], object]"
-
-
-def pack_on_cpu(words: npt.NDArray[np.int32], B: npt.NDArray[np.int32], bits: int) -> None:
-    cpu.pack(words, out=B, bits=bits)
-
-
-def packer(device: Device, options: Options) -> Packer:
-    """What repacks: the CPU, which keeps up with any disk, unless a GPU was asked for by name."""
-    if device.kind == "cpu" or options.device == "auto":
-        return pack_on_cpu
-    import torch
-
-    from ..native import cuda
-
-    target = cuda.torch_device(device)
-
-    def pack(words: npt.NDArray[np.int32], B: npt.NDArray[np.int32], bits: int) -> None:
-        torch.from_numpy(B).copy_(cuda.repack(torch.from_numpy(words).to(target), bits=bits))
-
-    return pack
+def _common(values: dict[str, str | None]) -> tuple[str | None, dict[str, str | None]]:
+    """The value that most of the layers have, and the others' values by name."""
+    found = list(values.values())
+    common = max(dict.fromkeys(found), key=found.count)
+    return common, {name: value for name, value in values.items() if value != common}
 
 
 def write_tensors(
-    checkpoint: Checkpoint, plan: Plan, shards: Shards, progress: Progress, pack: Packer, supply: Supply,
-    verifier: Verifier | None,
-) -> None:  # fmt: skip
-    """Stream every tensor: read, repack, check, write; blocks of several layers at a time, in bounded memory.
-
-    What is written is verified at once, if a `verifier` is given, and then `supply` is told.
-    """
+    writer: MarlinWriter, plan: Plan, progress: Progress, supply: Supply, verifier: Verifier | None
+) -> None:
+    """Stream every tensor. What is written is verified at once, if a `verifier` is given; then `supply` is told."""
     label = "converting and verifying" if verifier else "converting"
     progress.stage(label, plan.bytes_out * (2 if verifier else 1), len(plan.layers))
-    buffers = Buffers()
-    blocks_left = {
-        layer.name: sum(1 for _ in (column_panels(layer) if layer.act_order else stored_blocks(layer)))
-        for layer in plan.layers
-    }
-    counting = threading.Lock()
 
-    def tasks() -> Iterator[Callable[[], None]]:
-        for item in supply:
-            yield from counted(list(parts(item)), partial(written, item))
-
-    def parts(item: Item) -> Iterator[Callable[[], None]]:
-        if isinstance(item, Tensor):
-            for start, length in byte_blocks(item.nbytes):
-                yield partial(copy_block, item, start, length)
-            return
-        yield partial(write_groups, item)
-        if item.act_order:
-            for n0, columns in column_panels(item):
-                yield partial(write_sorted, item, n0, columns)
-            return
-        for k0, rows in stored_blocks(item):
-            yield partial(write_block, item, k0, rows)
-
-    def written(item: Item) -> None:
+    def finished(item: Item) -> None:
         if verifier:
             verifier.check(item)
         supply.finished(item)
 
-    def write_block(layer: Layer, k0: int, rows: int) -> None:
-        """Rows k0 … of a layer as they are stored."""
-        words = source_rows(checkpoint, layer, k0, rows, buffers)
-        B = buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
-        pack(words, B, layer.bits)
-        unpacked = cpu.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
-        require_equal(layer, code_difference(unpacked, words, k0, layer.bits))
-        shards.write(layer.B.name, B, k0 // TILE_K * layer.B.shape[1] * 4)
-        count(layer, B.nbytes)
-
-    def write_sorted(layer: Layer, n0: int, columns: int) -> None:
-        """Columns n0 … of a layer with act-order: any row may come from anywhere, so that all of them are needed."""
-        order, bits = stored_order(checkpoint, layer).columns(n0, columns), layer.bits
-        qweight = source_columns(checkpoint, layer, n0, columns, buffers)
-        B = buffers.array("B columns", (layer.stored_K // TILE_K, columns * bits // 2), np.int32)
-        for n, width in strips(layer, columns):
-            words, part, own = (
-                qweight[:, n : n + width],
-                B[:, n * bits // 2 :][:, : width * bits // 2],
-                order.columns(n, width),
-            )
-            sort_and_pack(words, part, own, bits, pack)
-            require_equal(layer, order_difference(part, words, own, bits, n0 + n))
-        shards.write_columns(layer.B.name, B, n0 * bits // 2)
-        count(layer, B.nbytes)
-
-    def require_equal(layer: Layer, problem: str | None) -> None:
-        if problem:
-            raise MarlinConvertError(
-                f"{layer.name}: repacking went wrong ({problem}); this is a bug or faulty memory, nothing was kept."
-            )
-
-    def count(layer: Layer, nbytes: int) -> None:
-        with counting:
-            blocks_left[layer.name] -= 1
-            done = blocks_left[layer.name] == 0
-        progress.advance(nbytes, layer.name, done=done)
-
-    def write_groups(layer: Layer) -> None:
-        """Scales, zero points and the order of rows: small."""
-        groups = stored_groups(checkpoint, layer)
-        s = permute_scales(groups.scales)
-        problem = not np.array_equal(unpermute_scales(s).view(np.uint16), groups.scales.view(np.uint16))
-        shards.write(layer.s.name, s)
-        written = s.nbytes
-        if layer.marlin_qzeros is not None and groups.zeros is not None:
-            qzeros = pack_zeros(groups.zeros, layer.bits)
-            problem = problem or not np.array_equal(unpack_zeros(qzeros, layer.bits), groups.zeros)
-            shards.write(layer.marlin_qzeros.name, qzeros)
-            written += qzeros.nbytes
-        if layer.marlin_perm is not None and groups.perm is not None:
-            shards.write(layer.marlin_perm.name, groups.perm)
-            written += groups.perm.nbytes
-        if problem:
-            raise MarlinConvertError(
-                f"{layer.name}: permuting the scales went wrong; this is a bug or faulty memory, nothing was kept."
-            )
-        progress.advance(written, layer.name)
-
-    def copy_block(tensor: Tensor, start: int, length: int) -> None:
-        block = buffers.array("copy", (length,), np.uint8)
-        checkpoint.read_into(tensor, block, start)
-        shards.write(tensor.name, block, start)
-        progress.advance(length, tensor.name)
-
-    run_all(tasks(), on_stop=supply.stop)
+    tasks = (
+        task
+        for item in supply
+        for task in writer.counted(
+            item.name, writer.pieces(item), layer=isinstance(item, Layer), finished=partial(finished, item)
+        )
+    )
+    run_all(tasks, on_stop=supply.stop)
     progress.end()
-
-
-def sort_and_pack(
-    qweight: npt.NDArray[np.int32], B: npt.NDArray[np.int32], order: Order, bits: int, pack: Packer
-) -> None:
-    """Columns of a layer with act-order, `qweight` [K bits/32, columns] → `B` [K'/16, columns' bits/2]."""
-    filled = B[: order.rows // TILE_K]
-    if pack is pack_on_cpu:
-        cpu.pack_sorted(qweight, filled, bits=bits, perm=order.perm, fill=order.fill, rows=order.rows)
-    else:
-        words = np.ascontiguousarray(qweight)
-        pack(cpu.arrange(words, bits=bits, perm=order.perm, fill=order.fill, rows=order.rows), filled, bits)
-    B[order.rows // TILE_K :] = 0
 
 
 def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method: QuantMethod) -> None:
@@ -475,7 +334,9 @@ def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method
             plan.settings, group_size=plan.group_size, lm_head=plan.lm_head, quant_method=quant_method
         )
     if "config.json" in checkpoint.configs:
-        config = marlin_model_config(checkpoint.configs["config.json"], settings, float16=not plan.extended)
+        config = marlin_model_config(
+            checkpoint.configs["config.json"], settings, float16=not plan.extended, own_head=plan.lm_head
+        )
         write_json(folder / "config.json", config)
     write_json(folder / "quantize_config.json", settings)
 

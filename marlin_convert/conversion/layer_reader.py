@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import UnsupportedError
 from ..formats.gptq import every_code, weights
 from ..formats.layout import TILE_K, TILE_N, pack_factor, tile_words, zero_point
-from ..formats.scales import to_extended, to_fp16
+from ..formats.scales import as_stored
 from ..native import cpu
 from .blocks import Buffers
 from .plan import Layer
@@ -23,71 +24,11 @@ Words: TypeAlias = "npt.NDArray[np.int32]"
 
 @dataclass(frozen=True)
 class Groups:
-    """What a layer has for its groups: scales [G, N] (fp16, or bf16 as uint16), zero points uint8 [G, N] unless it is
-    symmetric, and with act-order the source's row of each stored row, int32 [K]. Columns in their own order."""
+    """What a layer, or some of its groups, have: scales [G, N] (fp16, or bf16 as uint16), and zero points uint8 [G, N]
+    unless it is symmetric. Columns in their own order."""
 
     scales: npt.NDArray[Any]
     zeros: npt.NDArray[np.uint8] | None
-    perm: Words | None
-
-
-def source_groups(checkpoint: Checkpoint, layer: Layer) -> Groups:
-    """As the source has them; scales in the type in which they are stored. Raises UnsupportedError where it cannot
-    hold them."""
-    fit = to_extended if layer.extended else to_fp16
-    found = fit(checkpoint.read(layer.scales), layer.scales.dtype)
-    if found.problem:  # known before, but for fp16 scales that have only just come from the Hub
-        raise UnsupportedError(f"{layer.name}: {found.problem}; nothing was converted.")
-    return Groups(found.scales, source_zeros(checkpoint, layer), source_perm(checkpoint, layer))
-
-
-def source_zeros(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[np.uint8] | None:
-    """Zero points [G, N], unless the layer is symmetric."""
-    return None if layer.sym or layer.qzeros is None else layer.zero_points(checkpoint.read(layer.qzeros))
-
-
-def source_perm(checkpoint: Checkpoint, layer: Layer) -> Words | None:
-    """With act-order, the source's rows sorted by group, those of a group in their own order; int32 [K]."""
-    if not layer.act_order or layer.g_idx is None:
-        return None
-    return np.argsort(checkpoint.read(layer.g_idx), kind="stable").astype(np.int32)
-
-
-def stored_groups(checkpoint: Checkpoint, layer: Layer) -> Groups:
-    """As they are stored: cut groups repeated, padding zero."""
-    source = source_groups(checkpoint, layer)
-    return Groups(
-        _stored(source.scales, layer), None if source.zeros is None else _stored(source.zeros, layer), source.perm
-    )
-
-
-def _stored(values: npt.NDArray[Any], layer: Layer) -> npt.NDArray[Any]:
-    if values.shape == (layer.stored_G, layer.stored_N):
-        return values
-    stored = np.zeros((layer.stored_G, layer.stored_N), values.dtype)
-    step = 1 if layer.G == 1 else layer.group_rows // layer.stored_group_size
-    used = 1 if layer.G == 1 else -(-layer.K // layer.stored_group_size)
-    stored[:used, : layer.N] = np.repeat(values, step, axis=0)[:used]
-    return stored
-
-
-def source_rows(checkpoint: Checkpoint, layer: Layer, k0: int, rows: int, buffers: Buffers) -> Words:
-    """Stored rows k0 … of a layer without act-order, as GPTQ words [rows bits/32, stored_N]."""
-    bits, per_row = layer.bits, layer.N * layer.bits // 8  # bytes
-    own = max(0, min(rows, layer.K - k0))
-    words: Words = buffers.array("words", (rows * bits // 32, layer.stored_N), np.int32)
-    if own == rows and layer.stored_N == layer.N:
-        checkpoint.read_into(layer.qweight, words, k0 * per_row)
-        return words
-    fill = _fill(checkpoint, layer)
-    if own:
-        read = buffers.array("qweight", (own * bits // 32, layer.N), np.int32)
-        checkpoint.read_into(layer.qweight, read, k0 * per_row)
-        cpu.arrange(read, words, bits=bits, fill=fill, rows=rows)
-    else:
-        words[...] = np.repeat(fill.astype(np.uint32)[None] * every_code(bits), len(words), axis=0).view(np.int32)
-    _clear_padding(words, layer, k0)
-    return words
 
 
 @dataclass(frozen=True)
@@ -103,20 +44,154 @@ class Order:
         return replace(self, fill=self.fill[first : first + columns])
 
 
-def stored_order(checkpoint: Checkpoint, layer: Layer) -> Order:
-    """The order of a layer with act-order, for all its columns."""
-    perm = source_perm(checkpoint, layer)
-    assert perm is not None
-    return Order(perm, _fill(checkpoint, layer), _filled_rows(layer))
+class LayerReader:
+    """Reads one layer of a GPTQ checkpoint: weights in blocks or panels, scales and zero points some groups at a time.
+
+    The order of rows and the code of padding are read once, when they are first needed. Thread-safe; each thread brings
+    its own buffers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layer: Layer) -> None:
+        self.checkpoint, self.layer = checkpoint, layer
+
+    # ---- Groups
+
+    def source_groups(self, first: int = 0, count: int | None = None) -> Groups:
+        """Groups `first` … as the source has them; scales in the type in which they are stored.
+
+        Raises UnsupportedError where that type cannot hold them.
+        """
+        layer = self.layer
+        count = layer.G - first if count is None else count
+        raw = self.checkpoint.read_rows(layer.scales, first, count)
+        found = as_stored(raw, layer.scales.dtype, layer.stored_scales)
+        if found.problem:  # known before, but for fp16 scales that have only just come from the Hub
+            raise UnsupportedError(f"{layer.name}: {found.problem}; nothing was converted.")
+        return Groups(found.scales, self._zeros(first, count))
+
+    def _zeros(self, first: int, count: int) -> npt.NDArray[np.uint8] | None:
+        """Zero points [count, N] of groups `first` …, unless the layer is symmetric."""
+        layer = self.layer
+        if layer.sym or layer.qzeros is None:
+            return None
+        return layer.zero_points(self.checkpoint.read_rows(layer.qzeros, first, count))
+
+    def stored_groups(self, first: int, count: int) -> Groups:
+        """Groups `first` … as they are stored: cut groups repeated, padding zero."""
+        layer = self.layer
+        step = 1 if layer.G == 1 else layer.group_rows // layer.stored_group_size
+        used = 1 if layer.G == 1 else -(-layer.K // layer.stored_group_size)
+        own = max(0, min(count, used - first))
+        if own == count and step == 1 and layer.stored_N == layer.N:
+            return self.source_groups(first, count)
+        kind = np.uint16 if layer.stored_scales == "BF16" else np.float16
+        scales: npt.NDArray[Any] = np.zeros((count, layer.stored_N), kind)
+        zeros = None if layer.sym else np.zeros((count, layer.stored_N), np.uint8)
+        if own:
+            rows = np.arange(first, first + own) // step
+            source = self.source_groups(int(rows[0]), int(rows[-1] - rows[0]) + 1)
+            scales[:own, : layer.N] = source.scales[rows - rows[0]]
+            if zeros is not None and source.zeros is not None:
+                zeros[:own, : layer.N] = source.zeros[rows - rows[0]]
+        return Groups(scales, zeros)
+
+    # ---- The order of rows
+
+    @cached_property
+    def g_idx(self) -> Words | None:
+        """The group of each of the source's rows, int32 [K], with act-order; None where rows are in order."""
+        layer = self.layer
+        return self.checkpoint.read(layer.g_idx) if layer.act_order and layer.g_idx is not None else None
+
+    @cached_property
+    def perm(self) -> Words | None:
+        """With act-order, the source's rows sorted by group, those of a group in their own order; int32 [K]."""
+        return None if self.g_idx is None else np.argsort(self.g_idx, kind="stable").astype(np.int32)
+
+    @cached_property
+    def fill(self) -> npt.NDArray[np.uint8]:
+        """The code of padding in each column [N']: the zero point of the last group, so that the weight is 0."""
+        layer = self.layer
+        if layer.sym:
+            return np.full(layer.stored_N, zero_point(layer.bits), np.uint8)
+        fill = np.zeros(layer.stored_N, np.uint8)
+        zeros = self._zeros(layer.G - 1, 1)
+        assert zeros is not None
+        fill[: layer.N] = zeros[0]
+        return fill
+
+    @property
+    def filled_rows(self) -> int:
+        """Stored rows whose padding has the code `fill`. The others are in groups of padding alone, whose zero point is
+        0 where zero points are stored, and hence their code."""
+        layer = self.layer
+        if layer.sym or layer.stored_G == 1:
+            return layer.stored_K
+        return -(-layer.K // layer.stored_group_size) * layer.stored_group_size
+
+    @property
+    def order(self) -> Order:
+        """The order of a layer with act-order, for all its columns."""
+        assert self.perm is not None
+        return Order(self.perm, self.fill, self.filled_rows)
+
+    # ---- Weights
+
+    def rows(self, k0: int, rows: int, buffers: Buffers) -> Words:
+        """Stored rows k0 … of a layer without act-order, as GPTQ words [rows bits/32, N']."""
+        layer, bits = self.layer, self.layer.bits
+        own = max(0, min(rows, layer.K - k0))
+        words: Words = buffers.array("words", (rows * bits // 32, layer.stored_N), np.int32)
+        if own == rows and layer.stored_N == layer.N:
+            return self.source_rows(k0, own, words)
+        if own:
+            read = self.source_rows(k0, own, buffers.array("qweight", (own * bits // 32, layer.N), np.int32))
+            cpu.arrange(read, words, bits=bits, fill=self.fill, rows=rows)
+        else:
+            padding = self.fill.astype(np.uint32)[None] * every_code(bits)
+            words[...] = np.repeat(padding, len(words), axis=0).view(np.int32)
+        words[max(0, self.filled_rows - k0) * bits // 32 :] = 0
+        return words
+
+    def source_rows(self, k0: int, rows: int, words: Words) -> Words:
+        """Fill `words` [rows bits/32, N] with the source's rows k0 …, and return them."""
+        self.checkpoint.read_into(self.layer.qweight, words, k0 * self.layer.N * self.layer.bits // 8)
+        return words
+
+    def columns(self, first: int, columns: int, buffers: Buffers) -> Words:
+        """Stored columns `first` … of a layer with act-order: all rows in the source's order, as GPTQ words
+        [K bits/32, columns], without padding."""
+        own = min(columns, self.layer.N - first)
+        words: Words = buffers.array("qweight columns", (self.layer.qweight.shape[0], own), np.int32)
+        self.checkpoint.read_columns(self.layer.qweight, words, first)
+        return words
+
+    def weight(self) -> npt.NDArray[Any]:
+        """W [K, N], its rows as in the source, rounded to the type of its scales (fp16, bf16 as uint16)."""
+        layer, groups, qweight = self.layer, self.source_groups(), self.checkpoint.read(self.layer.qweight)
+        regular = not layer.act_order and layer.group_rows * layer.G == layer.K and layer.group_rows % TILE_K == 0
+        if regular and layer.K % TILE_K == 0 and layer.N % TILE_N == 0:
+            return cpu.dequantize_gptq(
+                qweight, groups.scales, bits=layer.bits, zeros=groups.zeros, threads=os.cpu_count() or 1
+            )
+        rows = np.arange(layer.K) // layer.group_rows if self.g_idx is None else self.g_idx
+        return weights(qweight, groups.scales, groups.zeros, rows, layer.bits)
 
 
-def source_columns(checkpoint: Checkpoint, layer: Layer, first: int, columns: int, buffers: Buffers) -> Words:
-    """Stored columns `first` … of a layer with act-order: all rows in the source's order, as GPTQ words
-    [K bits/32, columns], without padding."""
-    own = min(columns, layer.N - first)
-    words: Words = buffers.array("qweight columns", (layer.qweight.shape[0], own), np.int32)
-    checkpoint.read_columns(layer.qweight, words, first)
-    return words
+# ---- Comparing ----
+
+
+def code_difference(unpacked: Words, words: Words, k0: int, bits: int = 4) -> str | None:
+    """Where two blocks of GPTQ words first differ: the row and column of the weight and both codes; None if nowhere."""
+    at = cpu.first_difference(unpacked, words)
+    if at is None:
+        return None
+    word_row, column = divmod(at, words.shape[1])
+    ours, theirs = int(unpacked.flat[at]) & 0xFFFFFFFF, int(words.flat[at]) & 0xFFFFFFFF
+    mask = 2**bits - 1
+    code = next(i for i in range(pack_factor(bits)) if (ours ^ theirs) >> bits * i & mask)
+    row = k0 + word_row * pack_factor(bits) + code
+    return f"the code of row {row}, column {column} is {ours >> bits * code & mask}, not {theirs >> bits * code & mask}"
 
 
 def order_difference(B: Words, qweight: Words, order: Order, bits: int, n0: int = 0) -> str | None:
@@ -135,41 +210,3 @@ def order_difference(B: Words, qweight: Words, order: Order, bits: int, n0: int 
         expected = int(qweight.view(np.uint32)[at // factor, column]) >> at % factor * bits & 2**bits - 1
     code = int(word) >> row % factor * bits & 2**bits - 1
     return f"the code of row {row}, column {n0 + column} is {code}, not {expected}"
-
-
-def source_weight(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[Any]:
-    """W [K, N] of a GPTQ layer, its rows as in the source, rounded to the type of its scales (fp16, bf16 as uint16)."""
-    groups, qweight = source_groups(checkpoint, layer), checkpoint.read(layer.qweight)
-    regular = not layer.act_order and layer.group_rows * layer.G == layer.K and layer.group_rows % TILE_K == 0
-    if regular and layer.K % TILE_K == 0 and layer.N % TILE_N == 0:
-        return cpu.dequantize_gptq(
-            qweight, groups.scales, bits=layer.bits, zeros=groups.zeros, threads=os.cpu_count() or 1
-        )
-    rows = np.arange(layer.K) // layer.group_rows
-    if layer.act_order and layer.g_idx is not None:
-        rows = checkpoint.read(layer.g_idx)
-    return weights(qweight, groups.scales, groups.zeros, rows, layer.bits)
-
-
-def _fill(checkpoint: Checkpoint, layer: Layer) -> npt.NDArray[np.uint8]:
-    """The code of padding in each column: the zero point of the last group, so that the weight is 0."""
-    if layer.sym:
-        return np.full(layer.stored_N, zero_point(layer.bits), np.uint8)
-    fill = np.zeros(layer.stored_N, np.uint8)
-    zeros = source_zeros(checkpoint, layer)
-    assert zeros is not None
-    fill[: layer.N] = zeros[-1]
-    return fill
-
-
-def _filled_rows(layer: Layer) -> int:
-    """Stored rows whose padding has the code `_fill`. The others are in groups of padding alone, whose zero point is 0
-    where zero points are stored, and hence their code."""
-    if layer.sym or layer.stored_G == 1:
-        return layer.stored_K
-    return -(-layer.K // layer.stored_group_size) * layer.stored_group_size
-
-
-def _clear_padding(words: Words, layer: Layer, k0: int) -> None:
-    """Code 0 in stored rows k0 … that are groups of padding alone."""
-    words[max(0, _filled_rows(layer) - k0) * layer.bits // 32 :] = 0

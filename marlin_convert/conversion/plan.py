@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -39,10 +39,11 @@ from ..formats.layout import (
     stored_groups,
     zero_point,
 )
-from ..formats.marlin_config import LayerSettings
-from ..formats.scales import ScaleFit, to_extended, to_fp16
+from ..formats.marlin_config import LayerSettings, ties
+from ..formats.scales import LayerFit, fit_layer
 from ..formats.stored import MARLIN_PARTS, is_marlin_part
 from ..options import Format, QuantMethod, ZeroPointReading
+from .blocks import group_strips
 
 #: The one group size, besides "all of K", that the original format can hold.
 GROUP_SIZE = max(GROUP_SIZES)
@@ -90,6 +91,7 @@ class Layer:
     act_order: bool = False
     extended: bool = False
     stored_scales: str = "F16"
+    stored_zero: int | None = None  # of a symmetric layer, if it is not what the source's checkpoint_format stores
 
     @property
     def rows_per_group(self) -> int:
@@ -210,7 +212,7 @@ class Plan:
     @property
     def lm_head(self) -> bool:
         """Whether the output head is quantized."""
-        return any(layer.name.split(".")[-1] == "lm_head" for layer in self.layers)
+        return any(_is_head(layer.name) for layer in self.layers)
 
     @property
     def layer_facts(self) -> list[LayerFacts]:
@@ -218,7 +220,7 @@ class Plan:
         return [
             LayerFacts(
                 x.name, x.bits, x.stored_group_size, not x.sym, x.act_order,
-                padded=(x.stored_K, x.stored_N) != (x.K, x.N), bias=x.bias is not None,
+                padded=(x.stored_K, x.stored_N) != (x.K, x.N), bias=x.bias is not None, K=x.K, N=x.N,
             )
             for x in self.layers
         ]  # fmt: skip
@@ -246,6 +248,10 @@ class Plan:
     @property
     def extended(self) -> bool:
         return self.format is Format.MARLIN_EXT
+
+
+def _is_head(name: str) -> bool:
+    return name.split(".")[-1] == "lm_head"
 
 
 #: A number within a name, of those that count something: "07" counts nothing.
@@ -337,6 +343,14 @@ def make_plan(
         for note in layer.notes + (layer.extended_notes if extended else []):
             notes.setdefault(note, []).append(layer.name)
     owned = {f"{name}.{part}" for name in names for part in GPTQ_PARTS}
+    without = [x.name for x in layers if fits[x.name].zero]
+    if without:
+        notes["every scale is 0, and so is every weight: the layer was not quantized rightly, or never filled"] = (
+            without
+        )
+    main = checkpoint.configs.get("config.json", {})
+    if any(_is_head(x.name) for x in layers) and any(ties(main).values()):
+        notes["the head is quantized, and the config ties it to the embedding: the result's config does not"] = []
     if "config.json" not in checkpoint.configs:
         notes["the source has no config.json, so the result has none: no engine can load it without"] = []
     for key, text in settings.conflicts.items():
@@ -376,13 +390,15 @@ def _convertible(judged: list[_Judged], extended: bool) -> tuple[list[Layer], Re
     return layers, _gathered((reasons, name) for name, reasons in against.items())
 
 
-def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) -> dict[str, ScaleFit]:
-    """What becomes of each layer's scales, without the scales themselves: those of a 70B model are 1 GB."""
-    fit = to_extended if extended else to_fp16
+def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) -> dict[str, LayerFit]:
+    """What becomes of each layer's scales."""
 
-    def fitted(layer: Layer) -> ScaleFit:
-        found = fit(checkpoint.read(layer.scales), layer.scales.dtype)
-        return replace(found, scales=found.scales[:0].copy())  # not a view, which would keep them all
+    def fitted(layer: Layer) -> LayerFit:
+        def rows() -> Iterator[npt.NDArray[Any]]:
+            for first, count in group_strips(layer.G, layer.N):
+                yield checkpoint.read_rows(layer.scales, first, count)
+
+        return fit_layer(rows, layer.scales.dtype, extended=extended)
 
     return {layer.name: fitted(layer) for layer in layers}
 
@@ -404,6 +420,7 @@ class _Judged:
         self.notes: list[str] = []
         self.extended_refusals: list[str] = []
         self.extended_notes: list[str] = []
+        self.stored_zero: int | None = None
         self.layer = self._measure()
         if self.layer is not None:
             self.layer = self._sized_by_g_idx(self.layer)
@@ -411,7 +428,8 @@ class _Judged:
             self._check_format(self.layer)
             act_order = self._check_g_idx(self.layer)
             zeros = self._check_zero_points(self.layer)
-            self.layer = replace(self.layer, act_order=act_order, zeros=zeros)
+            stored = self.stored_zero if zeros is ZeroPointEncoding.SYMMETRIC else None
+            self.layer = replace(self.layer, act_order=act_order, zeros=zeros, stored_zero=stored)
 
     def _part(self, part: str) -> Tensor | None:
         return self.checkpoint.tensors.get(f"{self.name}.{part}")
@@ -464,10 +482,13 @@ class _Judged:
     def _bits(self, rows: int, N: int, G: int, qzeros: Tensor | None, g_idx: Tensor | None) -> int | None:
         fitting = [bits for bits in (2, 3, 4, 8) if rows * 32 % bits == 0]
         if qzeros is not None:
-            if len(qzeros.shape) != 2 or qzeros.shape[0] != G or qzeros.dtype != "I32":
-                raise SourceError(
-                    f"{self.name}: qzeros {qzeros.dtype} {list(qzeros.shape)} does not match scales with {G} groups."
+            if qzeros.dtype != "I32":
+                self.refusals.append(
+                    f"qzeros are {qzeros.dtype}; only zero points packed in int32 words can be repacked"
                 )
+                return None
+            if len(qzeros.shape) != 2 or qzeros.shape[0] != G:
+                raise SourceError(f"{self.name}: qzeros {list(qzeros.shape)} does not match scales with {G} groups.")
             fitting = [bits for bits in fitting if -(-N * bits // 32) == qzeros.shape[1]]
         if g_idx is not None:
             if g_idx.dtype not in ("I32", "I64") or len(g_idx.shape) != 1:
@@ -581,16 +602,15 @@ class _Judged:
             return ZeroPointEncoding.SYMMETRIC
         if layer.bits not in EXT_BITS:
             return ZeroPointEncoding.SYMMETRIC
-        words = self.checkpoint.read(layer.qzeros)
-        numbers, middle = gptq_zeros(words, layer.bits, layer.N), zero_point(layer.bits)
-        stored = next((z for z in (middle - 1, middle) if (numbers == z).all()), None)
+        numbers, middle = self._stored_numbers(layer, layer.qzeros), zero_point(layer.bits)
+        stored = next((z for z in (middle - 1, middle) if numbers == {z}), None)
         layout, expected = ("gptq_v2", middle) if version == "gptq_v2" else ("gptq", middle - 1)
         if stored is None:
             claim = ", although the config says sym" if sym else ""
             self.misfits.append(f"asymmetric (zero points are not all {middle}{claim})")
             if sym:
                 self.extended_notes.append("the config says sym and zero points differ; converted as asymmetric")
-            return self._asymmetric(layer, words, numbers)
+            return self._asymmetric(layer, numbers)
         doubtful = sym is False or "sym" in self.settings.conflicts
         if doubtful and "checkpoint_format" in self.settings.conflicts:
             self.refusals.append(
@@ -608,18 +628,27 @@ class _Judged:
             self.misfits.append(
                 f"asymmetric (every zero point is stored as {stored}, which is {meant} in checkpoint_format {layout})"
             )
-            return self._asymmetric(layer, words, numbers)
+            return self._asymmetric(layer, numbers)
         else:
+            self.stored_zero = stored
             self.notes.append(
                 f"checkpoint_format {layout} stores zero point {middle} as {expected}, here it is {stored}; "
                 "read as symmetric"
             )
         return ZeroPointEncoding.SYMMETRIC
 
-    def _asymmetric(
-        self, layer: Layer, words: npt.NDArray[np.int32], numbers: npt.NDArray[np.uint8]
-    ) -> ZeroPointEncoding:
-        """How the zero points of an asymmetric layer are stored."""
+    def _stored_numbers(self, layer: Layer, qzeros: Tensor) -> set[int]:
+        """Every number that stands in `qzeros`."""
+        present, factor = np.zeros(2**layer.bits, np.bool_), pack_factor(layer.bits)
+        for first, count in group_strips(layer.G, layer.N):
+            words, columns = self.checkpoint.read_rows(qzeros, first, count), layer.N
+            if layer.N % factor == 0 and (words == words[0, 0]).all():  # as they mostly are: one word tells all
+                words, columns = words[:1, :1], factor
+            present[gptq_zeros(words, layer.bits, columns)] = True
+        return set(np.flatnonzero(present).tolist())
+
+    def _asymmetric(self, layer: Layer, numbers: set[int]) -> ZeroPointEncoding:
+        """How the zero points of an asymmetric layer are stored, in which `numbers` stand."""
         if "checkpoint_format" in self.settings.conflicts:
             self.extended_refusals.append(
                 "asymmetric, and the configs disagree on checkpoint_format "
@@ -631,7 +660,7 @@ class _Judged:
         if self.reading is not None:
             return READINGS[self.reading]
         highest = 2**layer.bits - 1
-        if not (numbers == highest).any():  # every reading agrees
+        if highest not in numbers:  # every reading agrees
             return ZeroPointEncoding.V1_NIBBLE
         writer = self.settings.writer
         if writer == "gptqmodel":

@@ -9,10 +9,9 @@ checkpoints that other tools made, the settings are those that the tensors imply
 from __future__ import annotations
 
 import copy
+import itertools
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from .._version import __version__
 from ..checkpoint.output_folder import check_free, check_space, new_folder, write_file, write_json
 from ..checkpoint.reader import Checkpoint, Tensor, read_json
 from ..checkpoint.writer import OutTensor, Shards, shard_names
-from ..errors import MarlinConvertError, SourceError, UnsupportedError
+from ..errors import SourceError, UnsupportedError
 from ..formats import bf16
 from ..formats.gptq import ZeroPointEncoding, encode_zeros
 from ..formats.gptq_config import find_configs
@@ -35,18 +34,20 @@ from ..formats.layout import (
     unpermute_scales,
     zero_point,
 )
-from ..formats.marlin_config import read_marlin_settings
+from ..formats.marlin_config import TIED, read_marlin_settings
 from ..formats.stored import MARLIN_PARTS, StoredLayer, is_marlin_part, layer_names, stored_layers
 from ..hub.open import Source
 from ..native import cpu
 from ..options import CARD_FILE, REPORT_FILE, Format, HubAccess, Options, ZeroPointReading
 from ..progress import Progress
-from .blocks import Buffers, byte_blocks, column_panels, row_blocks, run_all
+from .blocks import column_panels, group_strips, run_all, stored_blocks
 from .convert import keep_apart, opened
 from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
+from .pipeline import Piece, TensorStream, went_wrong
 from .plan import GPTQ_PARTS
 
-_NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}
+_NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I32": np.int32, "I64": np.int64}
+_SCALES, _INDEX = ("F16", "BF16", "F32"), ("I32", "I64")  # dtypes of the source
 
 #: Parts of GPTQ layers that nothing else has; "scales" may be anybody's.
 _GPTQ_ONLY = ("qweight", "qzeros", "g_idx")
@@ -60,7 +61,9 @@ class MarlinLayer:
 
     stored: StoredLayer[Tensor]
     scales_dtype: str  # of the source
-    g_idx: bool  # whether the source had one
+    g_idx: str | None  # the dtype of the source's, if it had one
+    qzeros: bool = True  # whether the source had them
+    stored_zero: int | None = None  # in qzeros of a symmetric layer, where its checkpoint_format stores another number
 
     @property
     def name(self) -> str:
@@ -99,8 +102,11 @@ class MarlinLayer:
             "qzeros": OutTensor(f"{self.name}.qzeros", "I32", (self.G, columns), self.G * columns * 4),
             "scales": OutTensor(f"{self.name}.scales", self.scales_dtype, (self.G, self.N), self.G * self.N * width),
         }
+        if not self.qzeros:
+            del found["qzeros"]
         if self.g_idx:
-            found["g_idx"] = OutTensor(f"{self.name}.g_idx", "I32", (self.K,), self.K * 4)
+            width = np.dtype(_NUMPY[self.g_idx]).itemsize
+            found["g_idx"] = OutTensor(f"{self.name}.g_idx", self.g_idx, (self.K,), self.K * width)
         return found
 
 
@@ -159,20 +165,22 @@ def restore(
         keep_apart(origin.folder, out)
         checkpoint.require_fit()
         noted = _noted(checkpoint)
-        layers = [_layer(stored, noted) for stored in marlin_layers(checkpoint).values()]
+        zero_points = "gptq_v2" if v2 else "gptq"
+        layers = [_layer(stored, noted, zero_points) for stored in marlin_layers(checkpoint).values()]
         owned = {tensor.name for layer in layers for tensor in layer.stored.parts.values()}
         owned |= _stray_g_idx(checkpoint, layers)
         copies = [t for t in checkpoint.tensors.values() if t.name not in owned]
         _require_one_format(checkpoint, layers, copies)
         tensors, format = _in_order(layers, copies), layers[0].stored.format
-        report = Restored(origin, out, format, "gptq_v2" if v2 else "gptq", layers, copies, bool(noted))
+        report = Restored(origin, out, format, zero_points, layers, copies, bool(noted))
         report.bytes_out = sum(t.nbytes for t in tensors)
         require_free_names(checkpoint, shard_names(tensors, options.max_shard_size))
         require_readable(checkpoint)
         check_space(out.parent, report.bytes_out + sum(copied_files(checkpoint).values()) + (16 << 20))
         with new_folder(out, force=options.force) as folder:
             with Shards(folder, tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards:
-                _write_tensors(checkpoint, report, shards, progress, _encoding(noted, v2=v2))
+                writer = GPTQWriter(checkpoint, shards, progress, _encoding(noted, v2=v2))
+                _write_tensors(writer, report, progress)
                 report.files = shards.files
             _write_configs(checkpoint, report, folder, noted)
             copy_files(checkpoint, folder)
@@ -205,8 +213,12 @@ def _is_noted(key: str, value: Any) -> bool:
         return isinstance(value, dict) and all(isinstance(config, dict) for config in value.values())
     if key == "dtypes":
         return isinstance(value, dict) and value.keys() <= {"torch_dtype", "dtype"}
-    if key == "scales_dtypes":
-        return isinstance(value, dict) and all(isinstance(dtype, str) for dtype in value.values())
+    kinds: dict[str, Any] = {"scales_dtypes": str, "g_idx_dtypes": (str, type(None)), "zero_points_stored": int}
+    kinds["ties"] = (bool, type(None))
+    if key in kinds:
+        return isinstance(value, dict) and all(isinstance(entry, kinds[key]) for entry in value.values())
+    if key == "without_qzeros":
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
     return not isinstance(value, (dict, list))
 
 
@@ -234,16 +246,30 @@ def marlin_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer[Tensor]]:
     return stored_layers(str(checkpoint.folder), checkpoint.tensors, read_marlin_settings(found[0]))
 
 
-def _layer(stored: StoredLayer[Tensor], noted: dict[str, Any]) -> MarlinLayer:
+def _layer(stored: StoredLayer[Tensor], noted: dict[str, Any], zero_points: str) -> MarlinLayer:
     if stored.K * stored.bits % 32:
         raise SourceError(f"{stored.name}: K = {stored.K} does not fill whole words of {stored.bits}-bit codes.")
-    dtypes, default = noted.get("scales_dtypes") or {}, noted.get("scales_dtype")
-    dtype = dtypes.get(stored.name, default)
+    name = stored.name
+    scales = (noted.get("scales_dtypes") or {}).get(name, noted.get("scales_dtype"))
+    g_idx = (noted.get("g_idx_dtypes") or {}).get(name, noted.get("g_idx_dtype", "I32"))
     return MarlinLayer(
         stored,
-        dtype if dtype in _NUMPY else stored.scales.dtype,
-        noted.get("g_idx", True) is not False or stored.perm is not None,
+        scales if scales in _SCALES else stored.scales.dtype,
+        g_idx if g_idx in _INDEX else "I32" if stored.perm is not None else None,
+        stored.zeros is not None or name not in (noted.get("without_qzeros") or ()),
+        _stored_zero(noted, name, stored.bits, zero_points) if stored.zeros is None else None,
     )
+
+
+def _stored_zero(noted: dict[str, Any], name: str, bits: int, zero_points: str) -> int | None:
+    """What a symmetric layer's source stored under a checkpoint_format that stores something else, if it is the one in
+    which zero points are stored now."""
+    formats = [
+        config.get("checkpoint_format") or config.get("format") for config in (noted.get("configs") or {}).values()
+    ]
+    said = next((str(f).lower() for f in formats if f), "gptq")
+    number = (noted.get("zero_points_stored") or {}).get(name)
+    return number if said == zero_points and number in (zero_point(bits), zero_point(bits) - 1) else None
 
 
 def _stray_g_idx(checkpoint: Checkpoint, layers: list[MarlinLayer]) -> set[str]:
@@ -287,133 +313,129 @@ def _in_order(layers: list[MarlinLayer], copies: list[Tensor]) -> list[OutTensor
 # Tensors
 
 
-def _write_tensors(
-    checkpoint: Checkpoint, report: Restored, shards: Shards, progress: Progress, encoding: ZeroPointEncoding
-) -> None:
-    """Stream every tensor: read, unpack, check, write."""
-    progress.stage("restoring", report.bytes_out, len(report.layers))
-    buffers, counting = Buffers(), threading.Lock()
-    panels_left = {
-        layer.name: sum(1 for _ in column_panels(layer.stored)) for layer in report.layers if layer.stored.perm
-    }
+class GPTQWriter(TensorStream):
+    """Writes GPTQ layers from Marlin ones; each block is packed again and compared before it is written."""
 
-    def tasks() -> Iterator[Callable[[], None]]:
-        for layer in report.layers:
-            yield partial(write_groups, layer)
-            if layer.stored.perm is None:
-                yield partial(write_weights, layer)
-                continue
-            for n0, columns in column_panels(layer.stored):
-                yield partial(write_sorted, layer, n0, columns)
-        for tensor in report.copies:
-            for start, length in byte_blocks(tensor.nbytes):
-                yield partial(copy_block, tensor, start, length)
+    def __init__(self, checkpoint: Checkpoint, shards: Shards, progress: Progress, encoding: ZeroPointEncoding) -> None:
+        super().__init__(checkpoint, shards, progress)
+        self.encoding = encoding
 
-    def unpacked(layer: MarlinLayer, k0: int, rows: int, words: Words) -> None:
-        """Read stored rows k0 … of a layer into `words` [rows bits/32, stored_N], checked by packing them again."""
-        B = buffers.array("B", (rows // TILE_K, layer.stored.weight.shape[1]), np.int32)
-        checkpoint.read_into(layer.stored.weight, B, k0 * layer.stored.stored_N * layer.bits // 8)
-        cpu.unpack(B, out=words, bits=layer.bits)
-        again = cpu.pack(words, out=buffers.array("again", B.shape, np.int32), bits=layer.bits)
+    def pieces(self, layer: MarlinLayer) -> list[Piece]:
+        """All of the work on a layer."""
+        stored = layer.stored
+        order = None if stored.perm is None else _Order.read(self.checkpoint, stored)
+        groups: list[Piece] = [partial(self._write_groups, layer, order)]
+        if order is not None:
+            return groups + [partial(self._write_columns, layer, order, *panel) for panel in column_panels(stored, 3)]
+        return groups + [partial(self._write_rows, layer, *block) for block in stored_blocks(stored)]
+
+    def _write_rows(self, layer: MarlinLayer, k0: int, rows: int) -> int:
+        """Stored rows k0 … of a layer."""
+        stored, bits, array = layer.stored, layer.bits, self.buffers.array
+        B = array("B", (rows // TILE_K, stored.weight.shape[1]), np.int32)
+        self.checkpoint.read_into(stored.weight, B, k0 * stored.stored_N * bits // 8)
+        words = cpu.unpack(B, out=array("words", (rows * bits // 32, stored.stored_N), np.int32), bits=bits)
+        again = cpu.pack(words, out=array("again", B.shape, np.int32), bits=bits)
         if cpu.first_difference(B, again) is not None:
-            raise _went_wrong(layer, "unpacking")
+            raise went_wrong(layer.name, "unpacking went wrong")
+        own = max(0, min(rows, layer.K - k0)) * bits // 32
+        if own:
+            qweight = np.ascontiguousarray(words[:own, : layer.N])
+            self.shards.write(f"{layer.name}.qweight", qweight, k0 * bits // 32 * layer.N * 4)
+        return own * layer.N * 4
 
-    def write_weights(layer: MarlinLayer) -> None:
-        for k0, rows in row_blocks(layer.stored.stored_K, layer.stored.stored_N * layer.bits // 4):
-            words = buffers.array("words", (rows * layer.bits // 32, layer.stored.stored_N), np.int32)
-            unpacked(layer, k0, rows, words)
-            own = max(0, min(rows, layer.K - k0)) * layer.bits // 32
-            if own:
-                shards.write(
-                    f"{layer.name}.qweight", np.ascontiguousarray(words[:own, : layer.N]),
-                    k0 * layer.bits // 32 * layer.N * 4,
-                )  # fmt: skip
-            progress.advance(own * layer.N * 4, layer.name)
-        progress.advance(0, layer.name, done=True)
-
-    def write_sorted(layer: MarlinLayer, n0: int, columns: int) -> None:
+    def _write_columns(self, layer: MarlinLayer, order: _Order, n0: int, columns: int) -> int:
         """Columns n0 … of a layer with act-order: any row may come from anywhere, so that all of them are needed."""
-        (perm, inverse), bits = _permutation(checkpoint, layer), layer.bits
-        B = buffers.array("B columns", (layer.stored.stored_K // TILE_K, columns * bits // 2), np.int32)
-        checkpoint.read_columns(layer.stored.weight, B, n0 * bits // 2)
-        words = buffers.array("sorted", (layer.stored.stored_K * bits // 32, columns), np.int32)
-        cpu.unpack(B, out=words, bits=bits)
-        natural = buffers.array("natural", (layer.K * bits // 32, columns), np.int32)
+        stored, bits, array = layer.stored, layer.bits, self.buffers.array
+        B = array("B columns", (stored.stored_K // TILE_K, columns * bits // 2), np.int32)
+        self.checkpoint.read_columns(stored.weight, B, n0 * bits // 2)
+        words = cpu.unpack(B, out=array("sorted", (stored.stored_K * bits // 32, columns), np.int32), bits=bits)
+        natural = array("natural", (layer.K * bits // 32, columns), np.int32)
         fill = np.zeros(columns, np.uint8)
-        cpu.arrange(words, natural, bits=bits, fill=fill, rows=layer.K, perm=inverse)
+        cpu.arrange(words, natural, bits=bits, fill=fill, rows=layer.K, perm=order.inverse)
         # Of padding only the last tile of the layer's own rows is looked at, and taken to be as it is.
-        if layer.stored.stored_K > layer.K:
+        if stored.stored_K > layer.K:
             last = words[layer.K * bits // 32].view(np.uint32) >> layer.K * bits % 32
             fill = (last & np.uint32(2**bits - 1)).astype(np.uint8)
         tiles = B[: -(-layer.K // TILE_K)]
-        if cpu.sorted_difference(tiles, natural, bits=bits, perm=perm, fill=fill) is not None:
-            raise _went_wrong(layer, "unpacking")
+        if cpu.sorted_difference(tiles, natural, bits=bits, perm=order.perm, fill=fill) is not None:
+            raise went_wrong(layer.name, "unpacking went wrong")
         own = np.ascontiguousarray(natural[:, : layer.N - n0])
-        shards.write_columns(f"{layer.name}.qweight", own, n0)
-        with counting:
-            panels_left[layer.name] -= 1
-            done = panels_left[layer.name] == 0
-        progress.advance(own.nbytes, layer.name, done=done)
+        self.shards.write_columns(f"{layer.name}.qweight", own, n0)
+        return own.nbytes
 
-    def write_groups(layer: MarlinLayer) -> None:
-        """Scales, zero points and g_idx: small."""
-        groups = _restored_groups(checkpoint, layer, encoding)
-        for part, array in groups.items():
-            shards.write(f"{layer.name}.{part}", array)
-        progress.advance(sum(array.nbytes for array in groups.values()), layer.name)
+    def _write_groups(self, layer: MarlinLayer, order: _Order | None) -> int:
+        """Scales and zero points, strip by strip, and g_idx."""
+        written = 0
+        for first, count in group_strips(layer.G, layer.N):
+            for part, array in _restored_groups(self.checkpoint, layer, self.encoding, first, count).items():
+                self.shards.write(f"{layer.name}.{part}", array, first * array.shape[1] * array.itemsize)
+                written += array.nbytes
+        if layer.g_idx:
+            groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
+            g_idx = (groups if order is None else groups[order.inverse[: layer.K]]).astype(_NUMPY[layer.g_idx])
+            self.shards.write(f"{layer.name}.g_idx", g_idx)
+            written += g_idx.nbytes
+        return written
 
-    def copy_block(tensor: Tensor, start: int, length: int) -> None:
-        block = buffers.array("copy", (length,), np.uint8)
-        checkpoint.read_into(tensor, block, start)
-        shards.write(tensor.name, block, start)
-        progress.advance(length, tensor.name)
 
-    run_all(tasks())
+@dataclass(frozen=True)
+class _Order:
+    """The order of the stored rows of a layer with act-order: `perm` [K] as stored, and its inverse [K'], which leaves
+    padding where it is."""
+
+    perm: Words
+    inverse: Words
+
+    @staticmethod
+    def read(checkpoint: Checkpoint, stored: StoredLayer[Tensor]) -> _Order:
+        assert stored.perm is not None
+        perm = checkpoint.read(stored.perm)
+        inverse = np.arange(stored.stored_K, dtype=np.int32)
+        if not np.array_equal(np.sort(perm), np.arange(stored.K)):
+            raise SourceError(f"{stored.name}: marlin_perm is not an order of the {stored.K} rows.")
+        inverse[perm] = np.arange(stored.K, dtype=np.int32)
+        return _Order(perm, inverse)
+
+
+def _write_tensors(writer: GPTQWriter, report: Restored, progress: Progress) -> None:
+    """Stream every tensor."""
+    progress.stage("restoring", report.bytes_out, len(report.layers))
+    layers = (t for x in report.layers for t in writer.counted(x.name, writer.pieces(x), layer=True))
+    copies = (t for x in report.copies for t in writer.counted(x.name, writer.copying(x), layer=False))
+    run_all(itertools.chain(layers, copies))
     progress.end()
 
 
-def _went_wrong(layer: MarlinLayer, what: str) -> MarlinConvertError:
-    return MarlinConvertError(f"{layer.name}: {what} went wrong; this is a bug or faulty memory, nothing was kept.")
-
-
-def _permutation(checkpoint: Checkpoint, layer: MarlinLayer) -> tuple[Words, Words]:
-    """`perm` [K] as stored, and its inverse [stored_K], which leaves padding where it is."""
-    assert layer.stored.perm is not None
-    perm = checkpoint.read(layer.stored.perm)
-    inverse = np.arange(layer.stored.stored_K, dtype=np.int32)
-    if not np.array_equal(np.sort(perm), np.arange(layer.K)):
-        raise SourceError(f"{layer.name}: marlin_perm is not an order of the {layer.K} rows.")
-    inverse[perm] = np.arange(layer.K, dtype=np.int32)
-    return perm, inverse
-
-
 def _restored_groups(
-    checkpoint: Checkpoint, layer: MarlinLayer, encoding: ZeroPointEncoding
+    checkpoint: Checkpoint, layer: MarlinLayer, encoding: ZeroPointEncoding, first: int, count: int
 ) -> dict[str, npt.NDArray[Any]]:
-    s = checkpoint.read(layer.stored.scales)
-    scales = _source_rows(unpermute_scales(s, layer.stored.G), layer, "scales")
-    found: dict[str, npt.NDArray[Any]] = {"scales": _as_dtype(scales, layer)}
-    if layer.stored.zeros is None:
+    """Scales and qzeros of the source's groups `first` …."""
+    stored = layer.stored
+    step = 1 if stored.G == 1 else max(1, layer.group_size // stored.group_size)
+    used = -(-layer.K // stored.group_size) if stored.G > 1 else 1
+    at, rows = first * step, min((first + count) * step, used) - first * step
+
+    def own(values: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
+        """Of stored rows, which repeat the source's where groups were cut, one for each group; without padding."""
+        values = values[:, : layer.N]
+        found = np.ascontiguousarray(values[::step])
+        if not np.array_equal(np.repeat(found, step, axis=0)[:rows], values):
+            raise SourceError(f"{layer.name}: {what} differ within a group of {layer.group_size} rows.")
+        return found
+
+    s = checkpoint.read_rows(stored.scales, at, rows)
+    scales = own(unpermute_scales(s, stored.G), "scales")
+    if stored.zeros is None:
         zeros = np.full(scales.shape, zero_point(layer.bits), np.uint8)
     else:
-        zeros = _source_rows(unpack_zeros(checkpoint.read(layer.stored.zeros), layer.bits), layer, "zero points")
-    found["qzeros"] = encode_zeros(zeros, layer.bits, encoding)
-    if layer.g_idx:
-        groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
-        if layer.stored.perm is not None:
-            groups = groups[_permutation(checkpoint, layer)[1][: layer.K]]
-        found["g_idx"] = groups
-    return found
-
-
-def _source_rows(stored: npt.NDArray[Any], layer: MarlinLayer, what: str) -> npt.NDArray[Any]:
-    """Rows of the source's groups out of the stored ones, which repeat them where groups were cut; without padding."""
-    step = 1 if layer.stored.G == 1 else max(1, layer.group_size // layer.stored.group_size)
-    rows = np.ascontiguousarray(stored[::step, : layer.N][: layer.G])
-    used = -(-layer.K // layer.stored.group_size) if layer.stored.G > 1 else 1
-    if not np.array_equal(np.repeat(rows, step, axis=0)[:used], stored[:used, : layer.N]):
-        raise SourceError(f"{layer.name}: {what} differ within a group of {layer.group_size} rows.")
-    return rows
+        zeros = own(unpack_zeros(checkpoint.read_rows(stored.zeros, at, rows), layer.bits), "zero points")
+    found = {"scales": _as_dtype(scales, layer)}
+    if not layer.qzeros:
+        return found
+    if layer.stored_zero is not None:
+        zeros, encoding = np.full(scales.shape, layer.stored_zero, np.uint8), ZeroPointEncoding.V2
+    return {**found, "qzeros": encode_zeros(zeros, layer.bits, encoding)}
 
 
 def _as_dtype(scales: npt.NDArray[Any], layer: MarlinLayer) -> npt.NDArray[Any]:
@@ -446,12 +468,25 @@ def _write_configs(checkpoint: Checkpoint, report: Restored, folder: Path, noted
                 main.pop(key, None)
             else:
                 main[key] = value
+        _restore_ties(main, noted.get("ties") or {})
         write_json(folder / "config.json", main)
     for name in Checkpoint.CONFIG_FILES[1:]:
         if name in configs:
             write_json(folder / name, _with_format(configs[name], report.zero_points))
         elif not configs and name == "quantize_config.json":
             write_json(folder / name, settings)
+
+
+def _restore_ties(main: dict[str, Any], ties: dict[str, Any]) -> None:
+    """Say again what the source said on whether head and embedding are one; see `marlin_config.ties`."""
+    for name, said in ties.items():
+        part = main.get(name) if name else main
+        if not isinstance(part, dict):
+            continue
+        if said is None:
+            part.pop(TIED, None)
+        else:
+            part[TIED] = said
 
 
 def _with_format(config: dict[str, Any], zero_points: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -129,22 +129,3 @@ class Supply:
         """Let whoever waits for the next item go on."""
         if self._weights is not None:
             self._weights.stop()
-
-
-def counted(tasks: list[Callable[[], None]], finished: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """`tasks`, of which the last to end calls `finished`; they may run on several threads."""
-    left, lock = len(tasks), threading.Lock()
-
-    def run(task: Callable[[], None]) -> None:
-        nonlocal left
-        task()
-        with lock:
-            left -= 1
-            last = not left
-        if last:
-            finished()
-
-    for task in tasks:
-        yield lambda task=task: run(task)  # type: ignore[misc]
-    if not tasks:
-        finished()

@@ -9,6 +9,7 @@ another road: it does not unpack `B` back to GPTQ's order, it computes with it a
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -23,21 +24,13 @@ from ..errors import VerificationError
 from ..formats.bf16 import widened
 from ..formats.gptq import weights
 from ..formats.gptq_config import find_configs
-from ..formats.layout import TILE_K, pack_factor, unpack_zeros, unpermute_scales, zero_point
+from ..formats.layout import TILE_K, pack_factor, pack_zeros, unpack_zeros, unpermute_scales, zero_point
 from ..formats.marlin_config import marlin_ext_settings
 from ..native import cpu
 from ..options import Format, QuantMethod
 from ..progress import Progress
-from .blocks import Buffers, byte_blocks, column_panels, run_all, stored_blocks
-from .layer_reader import (
-    Groups,
-    order_difference,
-    source_columns,
-    source_groups,
-    source_rows,
-    stored_groups,
-    stored_order,
-)
+from .blocks import STRIP_ELEMENTS, Buffers, byte_blocks, column_panels, group_strips, run_all, stored_blocks
+from .layer_reader import Groups, LayerReader, code_difference, order_difference
 from .plan import Layer, Plan
 
 #: Largest relative error (Frobenius norm) between Marlin's product and the reference. fp32 accumulation stays
@@ -145,13 +138,20 @@ class Product(Protocol):
         """(largest absolute error, relative error) of Marlin's product against the reference."""
 
 
-def product_for(device: Device, layer: Layer, source: Groups, g_idx: I32 | None, stored: dict[str, Any]) -> Product:
-    """The one place where a device's way of multiplying is chosen.
+@dataclass(frozen=True)
+class LayerGroups:
+    """Where a product gets a layer's scales and zero points from: some groups at a time, of which the first and the
+    count are given, the source's as it has them, the stored ones as they are stored (`s`, and zero points unpacked)."""
 
-    `source` and `g_idx` are the GPTQ layer's, `stored` the Marlin layer's small tensors as they lie on disk.
-    """
+    source: Callable[[int, int], Groups]
+    stored: Callable[[int, int], Groups]
+
+
+def product_for(device: Device, layer: Layer, groups: LayerGroups, g_idx: I32 | None, perm: I32 | None) -> Product:
+    """The one place where a device's way of multiplying is chosen. `g_idx` is the GPTQ layer's, `perm` the stored one,
+    both None without act-order."""
     kind = CPUProduct if device.kind == "cpu" else partial(CUDAProduct, device)
-    return kind(layer, source, g_idx, stored)
+    return kind(layer, groups, g_idx, perm)
 
 
 def product_device(device: Device) -> str:
@@ -163,37 +163,65 @@ class CPUProduct:
     """The CPU's product, accumulated block by block in fp32 over weights rounded to fp16 (bf16 where the scales are),
     as the definition says."""
 
-    def __init__(self, layer: Layer, source: Groups, g_idx: I32 | None, stored: dict[str, Any]) -> None:
-        self.layer, self.source = layer, source
+    #: Groups x columns of a layer with act-order whose scales and zero points are kept, not read again for each block.
+    KEPT = 1 << 23
+
+    def __init__(self, layer: Layer, groups: LayerGroups, g_idx: I32 | None, perm: I32 | None) -> None:
+        self.layer, self.groups, self.g_idx = layer, groups, g_idx
         self.x = activations(layer, CPU_ROWS)
         self.reference = np.zeros((CPU_ROWS, layer.N), np.float32)
         self.result = np.zeros((CPU_ROWS, layer.stored_N), np.float32)
-        self.s = stored["s"]
-        self.zeros = None if layer.sym else unpack_zeros(stored["qzeros"], layer.bits)
-        rows = np.arange(layer.K) if stored.get("perm") is None else stored["perm"]
         self.sorted_x = np.zeros((CPU_ROWS, layer.stored_K), np.float32)
-        self.sorted_x[:, : layer.K] = self.x[:, rows]
-        self.groups = np.arange(layer.K) // layer.group_rows if g_idx is None else g_idx
+        self.sorted_x[:, : layer.K] = self.x if perm is None else self.x[:, perm]
         #: Whether the source's rows, too, come in whole tiles and groups, which the native code multiplies.
         self.regular = not layer.act_order and (layer.stored_K, layer.stored_N) == (layer.K, layer.N)
         self.regular = self.regular and layer.group_rows * layer.G == layer.K and layer.group_rows % TILE_K == 0
+        self.kept = None if g_idx is None or layer.G * layer.N > self.KEPT else groups.source(0, layer.G)
 
     def add_source(self, k0: int, qweight: I32) -> None:
-        layer, source = self.layer, self.source
+        layer = self.layer
+        rows = len(qweight) * pack_factor(layer.bits)
         if self.regular:
+            size = layer.group_rows
+            first, last = k0 // size, (k0 + rows - 1) // size
+            source = self.groups.source(first, last - first + 1)
             cpu.matmul_gptq(
-                self.x, qweight, source.scales, self.reference, bits=layer.bits, zeros=source.zeros, k0=k0,
-                rows_per_group=layer.group_rows,
+                np.ascontiguousarray(self.x[:, first * size : (last + 1) * size]), qweight, source.scales,
+                self.reference, bits=layer.bits, zeros=source.zeros, k0=k0 - first * size, rows_per_group=size,
             )  # fmt: skip
             return
-        groups = self.groups[k0 : k0 + len(qweight) * pack_factor(layer.bits)]
-        weight = widened(weights(qweight, source.scales, source.zeros, groups, layer.bits))
-        self.reference += self.x[:, k0 : k0 + len(weight)] @ weight
+        words = max(1, STRIP_ELEMENTS // (layer.N * pack_factor(layer.bits)))  # rows of words at a time
+        for at in range(0, len(qweight), words):
+            part, begin = qweight[at : at + words], k0 + at * pack_factor(layer.bits)
+            end = begin + len(part) * pack_factor(layer.bits)
+            source, groups = self._source_groups(begin, end)
+            weight = widened(weights(part, source.scales, source.zeros, groups, layer.bits))
+            self.reference += self.x[:, begin:end] @ weight
+
+    def _source_groups(self, begin: int, end: int) -> tuple[Groups, npt.NDArray[np.intp]]:
+        """Groups that hold the groups of the source's rows `begin` to `end`, and which of them each row has."""
+        if self.g_idx is None:
+            groups = np.arange(begin, end) // self.layer.group_rows
+            first = int(groups[0])
+            return self.groups.source(first, int(groups[-1]) - first + 1), groups - first
+        present, groups = np.unique(self.g_idx[begin:end], return_inverse=True)
+        if self.kept is not None:
+            zeros = None if self.kept.zeros is None else self.kept.zeros[present]
+            return Groups(self.kept.scales[present], zeros), groups
+        rows = [self.groups.source(int(group), 1) for group in present]
+        all_zeros = [row.zeros for row in rows if row.zeros is not None]
+        scales = np.concatenate([row.scales for row in rows])
+        return Groups(scales, np.concatenate(all_zeros) if all_zeros else None), groups
 
     def add_stored(self, k0: int, B: I32) -> None:
+        layer, size = self.layer, self.layer.rows_per_group
+        first, last = k0 // size, (k0 + B.shape[0] * TILE_K - 1) // size
+        if first == last and layer.stored_G > 1:  # a single group would be taken for the layer's only one
+            first, last = (first, last + 1) if first == 0 else (first - 1, last)
+        stored = self.groups.stored(first, last - first + 1)
         cpu.matmul_marlin(
-            self.sorted_x, B, self.s, self.result, bits=self.layer.bits, zeros=self.zeros, k0=k0,
-            rows_per_group=self.layer.rows_per_group,
+            np.ascontiguousarray(self.sorted_x[:, first * size : (last + 1) * size]), B, stored.scales, self.result,
+            bits=layer.bits, zeros=stored.zeros, k0=k0 - first * size, rows_per_group=size,
         )  # fmt: skip
 
     def errors(self) -> tuple[float, float]:
@@ -206,17 +234,18 @@ class CUDAProduct:
     The reference is computed from the GPTQ words by plain torch operations, and never sees `B` or the kernels.
     """
 
-    def __init__(self, device: Device, layer: Layer, source: Groups, g_idx: I32 | None, stored: dict[str, Any]) -> None:
+    def __init__(self, device: Device, layer: Layer, groups: LayerGroups, g_idx: I32 | None, perm: I32 | None) -> None:
         import torch
 
         from ..native import cuda
 
         self.layer, self.device = layer, cuda.torch_device(device)
+        source, stored = groups.source(0, layer.G), groups.stored(0, layer.stored_G)
         bf16 = source.scales.dtype == np.uint16
         self.dtype = torch.bfloat16 if bf16 else torch.float16
-        self.stored: dict[str, Any] = {
-            what: None if array is None else self._tensor(array, bf16 and what == "s") for what, array in stored.items()
-        }
+        qzeros = None if stored.zeros is None else pack_zeros(stored.zeros, layer.bits)
+        self.s = self._tensor(stored.scales, bf16)
+        self.qzeros, self.perm = (None if x is None else self._tensor(x) for x in (qzeros, perm))
         self.scales = self._tensor(source.scales, bf16)
         self.zeros = None if source.zeros is None else self._tensor(source.zeros).to(self.dtype)
         rows = np.arange(layer.K) // layer.group_rows if g_idx is None else g_idx
@@ -256,11 +285,11 @@ class CUDAProduct:
         extended: dict[str, Any] = {}
         if self.layer.extended:
             extended = {
-                "zeros": self.stored.get("qzeros"), "perm": self.stored.get("perm"), "bits": self.layer.bits,
+                "zeros": self.qzeros, "perm": self.perm, "bits": self.layer.bits,
                 "in_features": self.layer.K, "out_features": self.layer.N,
             }  # fmt: skip
         for rows in CUDA_ROWS:
-            result = cuda.gemm(self.x[first : first + rows], self.B, self.stored["s"], **extended)
+            result = cuda.gemm(self.x[first : first + rows], self.B, self.s, **extended)
             found = compare(result.float().cpu().numpy(), self.reference[first : first + rows].cpu().numpy())
             worst, first = (float(np.max([worst[0], found[0]])), float(np.max([worst[1], found[1]]))), first + rows
         return worst
@@ -349,30 +378,28 @@ def _check_layer(
     problem = next(filter(None, (_shape_problem(result, tensor) for tensor in layer.out)), None)
     if problem:
         return LayerCheck(layer.name, layer.K, layer.N, layer.G, False, None, None, problem)
-    parts = {"s": layer.s, "qzeros": layer.marlin_qzeros, "perm": layer.marlin_perm}
-    stored = {what: None if t is None else result.read(result.tensors[t.name]) for what, t in parts.items()}
-    expected = stored_groups(source, layer)
-    problem = _groups_difference(layer, stored, expected)
-    g_idx = source.read(layer.g_idx) if layer.act_order and layer.g_idx is not None else None
-    product = product_for(device, layer, source_groups(source, layer), g_idx, stored)
+    reader = LayerReader(source, layer)
+    groups = LayerGroups(reader.source_groups, partial(_result_groups, result, layer))
+    perm = result.read(result.tensors[layer.marlin_perm.name]) if layer.marlin_perm else None
+    problem = _groups_difference(reader, groups) or _perm_difference(perm, reader.perm)
+    product = product_for(device, layer, groups, reader.g_idx, perm)
     progress.advance(sum(t.nbytes for t in layer.out) - layer.B.nbytes, layer.name)
 
     if layer.act_order:
-        problem = problem or _order_problem(source, result, layer, buffers)
-    per_row = layer.N * layer.bits // 8  # bytes of the source
+        problem = problem or _order_problem(reader, result, buffers)
     for k0, rows in stored_blocks(layer):
         B = buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
         result.read_into(result.tensors[layer.B.name], B, k0 // TILE_K * layer.B.shape[1] * 4)
         own, words = max(0, min(rows, layer.K - k0)), None
         if not layer.act_order:
-            words = source_rows(source, layer, k0, rows, buffers)
+            words = reader.rows(k0, rows, buffers)
             unpacked = cpu.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
             problem = problem or code_difference(unpacked, words, k0, layer.bits)
         if own:
             qweight = words
             if qweight is None or (own, layer.N) != (rows, layer.stored_N):
                 qweight = buffers.array("qweight", (own * layer.bits // 32, layer.N), np.int32)
-                source.read_into(layer.qweight, qweight, k0 * per_row)
+                reader.source_rows(k0, own, qweight)
             product.add_source(k0, qweight)
         product.add_stored(k0, B)
         progress.advance(B.nbytes, layer.name)
@@ -384,11 +411,11 @@ def _check_layer(
     return LayerCheck(layer.name, layer.K, layer.N, layer.G, exact, max_error, relative_error, problem)
 
 
-def _order_problem(source: Checkpoint, result: Checkpoint, layer: Layer, buffers: Buffers) -> str | None:
+def _order_problem(reader: LayerReader, result: Checkpoint, buffers: Buffers) -> str | None:
     """Where the codes of a layer with act-order first differ; None if nowhere."""
-    order = stored_order(source, layer)
+    layer, order = reader.layer, reader.order
     for n0, columns in column_panels(layer):
-        qweight = source_columns(source, layer, n0, columns, buffers)
+        qweight = reader.columns(n0, columns, buffers)
         B = buffers.array("B columns", (layer.stored_K // TILE_K, columns * layer.bits // 2), np.int32)
         result.read_columns(result.tensors[layer.B.name], B, n0 * layer.bits // 2)
         problem = order_difference(B, qweight, order.columns(n0, columns), layer.bits, n0)
@@ -397,35 +424,38 @@ def _order_problem(source: Checkpoint, result: Checkpoint, layer: Layer, buffers
     return None
 
 
-def _groups_difference(layer: Layer, stored: dict[str, Any], expected: Groups) -> str | None:
-    """Where scales, zero points or the order of rows first differ; None if nowhere."""
-    found: dict[str, tuple[Any, Any]] = {"scale": (unpermute_scales(stored["s"]), expected.scales)}
-    if stored["qzeros"] is not None:
-        found["zero point"] = (unpack_zeros(stored["qzeros"], layer.bits), expected.zeros)
-    for what, (ours, theirs) in found.items():
-        width = np.uint16 if ours.itemsize == 2 else np.uint8
-        different = ours.view(width) != theirs.view(width)
-        if different.any():
-            group, column = np.argwhere(different)[0]
-            values = [(widened(x) if x.dtype == np.uint16 else x)[group, column] for x in (ours, theirs)]
-            return f"the {what} of group {group}, column {column} is {values[0]}, not {values[1]}"
-    if expected.perm is not None and not np.array_equal(stored["perm"], expected.perm):
-        row = int(np.argmax(stored["perm"] != expected.perm))
-        return f"stored row {row} is said to be the source's row {stored['perm'][row]}, not {expected.perm[row]}"
+def _result_groups(result: Checkpoint, layer: Layer, first: int, count: int) -> Groups:
+    """Groups `first` … of a converted layer: `s` as it is stored, zero points in their own order."""
+    s = result.read_rows(result.tensors[layer.s.name], first, count)
+    if layer.marlin_qzeros is None:
+        return Groups(s, None)
+    return Groups(s, unpack_zeros(result.read_rows(result.tensors[layer.marlin_qzeros.name], first, count), layer.bits))
+
+
+def _groups_difference(reader: LayerReader, groups: LayerGroups) -> str | None:
+    """Where scales or zero points first differ; None if nowhere."""
+    layer = reader.layer
+    for first, count in group_strips(layer.stored_G, layer.stored_N):
+        stored, expected = groups.stored(first, count), reader.stored_groups(first, count)
+        found = {"scale": (unpermute_scales(stored.scales, layer.stored_G), expected.scales)}
+        if stored.zeros is not None and expected.zeros is not None:
+            found["zero point"] = (stored.zeros, expected.zeros)
+        for what, (ours, theirs) in found.items():
+            width = np.uint16 if ours.itemsize == 2 else np.uint8
+            different = ours.view(width) != theirs.view(width)
+            if different.any():
+                group, column = np.argwhere(different)[0]
+                values = [(widened(x) if x.dtype == np.uint16 else x)[group, column] for x in (ours, theirs)]
+                return f"the {what} of group {first + group}, column {column} is {values[0]}, not {values[1]}"
     return None
 
 
-def code_difference(unpacked: I32, words: I32, k0: int, bits: int = 4) -> str | None:
-    """Where two blocks of GPTQ words first differ: the row and column of the weight and both codes; None if nowhere."""
-    at = cpu.first_difference(unpacked, words)
-    if at is None:
+def _perm_difference(stored: I32 | None, expected: I32 | None) -> str | None:
+    """Where the order of rows first differs; None if nowhere."""
+    if stored is None or expected is None or np.array_equal(stored, expected):
         return None
-    word_row, column = divmod(at, words.shape[1])
-    ours, theirs = int(unpacked.flat[at]) & 0xFFFFFFFF, int(words.flat[at]) & 0xFFFFFFFF
-    mask = 2**bits - 1
-    code = next(i for i in range(pack_factor(bits)) if (ours ^ theirs) >> bits * i & mask)
-    row = k0 + word_row * pack_factor(bits) + code
-    return f"the code of row {row}, column {column} is {ours >> bits * code & mask}, not {theirs >> bits * code & mask}"
+    row = int(np.argmax(stored != expected))
+    return f"stored row {row} is said to be the source's row {stored[row]}, not {expected[row]}"
 
 
 def _shape_problem(result: Checkpoint, expected: OutTensor) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..formats import layout
+from ..formats import cuts, layout
 from ..formats.layout import EXT_K, TILE_K, TILE_N
 from ..formats.marlin_config import LayerSettings
 from ..native import reference
@@ -129,8 +129,8 @@ def _take_tiles(tensor: Tensor, count: int, order: Tensor) -> Tensor:
 
 def cuts_whole_groups(piece: Piece, first: int, count: int) -> bool:
     """Whether rows first .. first + count are whole groups of a layer, and blocks of rows that kernels take."""
-    group = piece.stored_K // piece.G if piece.G > 1 else EXT_K
-    return piece.perm is None and not any(row % size for row in (first, count) for size in (group, EXT_K))
+    group = piece.stored_K // piece.G if piece.G > 1 else -1
+    return piece.perm is None and cuts.whole_groups(first, count, group)
 
 
 def rows(piece: Piece, first: int, count: int) -> Piece:

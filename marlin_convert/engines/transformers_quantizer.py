@@ -5,7 +5,8 @@ module stands before Transformers' reader of such configs, takes what is Marlin,
 to the stock one untouched. `load` does it in one call.
 
 The checkpoint's tensors decide which modules are Marlin layers: those, and only those, for which it has `B` or
-`marlin_qweight`. Keys that are missing or left over are an error: no model is returned with random weights in it.
+`marlin_qweight`. Keys that are missing, and quantized ones that are left over, are an error: no model is returned with
+random weights in it.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from transformers.utils.import_utils import is_accelerate_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.reader import Checkpoint, Tensor, read_header
-from ..conversion.layer_reader import source_weight
+from ..conversion.layer_reader import LayerReader
 from ..conversion.plan import make_plan
 from ..device import pick_device
 from ..errors import SourceError, UnsupportedError
 from ..formats.marlin_config import MarlinSettings, is_marlin, read_marlin_settings
-from ..formats.stored import StoredLayer, stored_layers
+from ..formats.stored import MARLIN_PARTS, StoredLayer, stored_layers
 from ..hub.open import fetch
 from ..native import cuda
 from ..options import Format
@@ -195,10 +196,13 @@ class MarlinQuantizer(HfQuantizer):
 
 
 def _require_all_keys(model: PreTrainedModel, missing: Any, unexpected: Any, mismatched: Any) -> None:
-    """Raise SourceError unless the checkpoint's keys were the model's keys."""
+    """Raise SourceError unless every tensor of the model came from the checkpoint, and every quantized layer found its
+    place. Of other keys that are left over (buffers of older versions, scales of a cache) no weight becomes random:
+    Transformers' own report names them."""
+    left = [name for name in unexpected if name.rpartition(".")[2] in _QUANTIZED]
     problems = {
         "missing from the checkpoint": sorted(missing),
-        "in the checkpoint and not in the model": sorted(unexpected),
+        "in the checkpoint and not in the model": sorted(left),
         "of another shape": sorted(str(key[0]) for key in mismatched),
     }
     said = [f"{_some(names)} ({what})" for what, names in problems.items() if names]
@@ -206,6 +210,10 @@ def _require_all_keys(model: PreTrainedModel, missing: Any, unexpected: Any, mis
         raise SourceError(
             f"{model.name_or_path}: the checkpoint does not fit {type(model).__name__}: {'; '.join(said)}."
         )
+
+
+#: Names of tensors that only quantized layers have.
+_QUANTIZED = {*MARLIN_PARTS, "qweight", "qzeros", "g_idx"}
 
 
 def _some(names: list[str]) -> str:
@@ -440,7 +448,7 @@ def load_dequantized(
             with safe_open(origin.folder / tensor.file, framework="pt") as file:
                 tensors[tensor.name] = file.get_tensor(tensor.name)
         for layer in plan.layers:
-            W = source_weight(checkpoint, layer)
+            W = LayerReader(checkpoint, layer).weight()
             bf16 = W.dtype == np.uint16  # numpy has no bf16
             weight = torch.from_numpy(W.view(np.int16)).view(torch.bfloat16 if bf16 else torch.float16)
             tensors[f"{layer.name}.weight"] = weight.to(torch.float16).t().contiguous()

@@ -53,9 +53,8 @@ from . import tensor_parallel as shards
 from .column_marks import NOTHING, Arriving, Marks
 from .tensor_parallel import Piece
 
-logger = init_logger(__name__)
-
 NAME = "marlin_convert"
+logger = init_logger(f"vllm.{NAME}")  # only loggers of this name are shown by vLLM
 _MIN_CAPABILITY = 80
 #: Blocks of the experts' kernel on each multiprocessor: its workspace has a lock for each.
 _BLOCKS_OF_EXPERTS = 4

@@ -43,12 +43,26 @@ def marlin_settings(
     return result
 
 
+TIED = "tie_word_embeddings"
+
+
+def ties(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says on whether head and embedding are one tensor: by the config's part ("" for the
+    whole), None where it says nothing and a part's default counts."""
+    parts = {name: part for name, part in config.items() if isinstance(part, dict)}
+    inner = {name: part[TIED] for name, part in parts.items() if TIED in part}
+    if "text_config" in parts:
+        inner.setdefault("text_config", None)
+    return {"": config.get(TIED), **inner}
+
+
 def marlin_model_config(
-    config: dict[str, Any], quantization: dict[str, Any], *, float16: bool = True
+    config: dict[str, Any], quantization: dict[str, Any], *, float16: bool = True, own_head: bool = False
 ) -> dict[str, Any]:
     """The source's config.json with `quantization` in place of its GPTQ settings.
 
-    With `float16`, both spellings of the model's dtype say so: Marlin's original kernel computes in float16 only.
+    With `float16`, both spellings of the model's dtype say so: Marlin's original kernel computes in float16 only. With
+    `own_head`, the head is a quantized layer, and not the embedding: engines leave it out where the config ties them.
     """
     result = copy.deepcopy(config)
     text = result.get("text_config")
@@ -59,6 +73,10 @@ def marlin_model_config(
             for key in ("torch_dtype", "dtype") if float16 else ():
                 if holder is result or key in holder:
                     holder[key] = "float16"
+    if own_head:
+        for name, said in ties(config).items():
+            if said is not False:
+                (result[name] if name else result)[TIED] = False
     return result
 
 

@@ -7,6 +7,7 @@ is not zero may not become zero, because then every weight of its group would be
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from . import bf16
 
 F16 = npt.NDArray[np.float16]
+NOT_FINITE = "scales contain inf or NaN"
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ def to_fp16(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
     if dtype == "F16":
         scales = raw
         if ((raw.view(np.uint16) & 0x7C00) == 0x7C00).any():  # an exponent of all ones: inf or NaN
-            return ScaleFit(scales, "scales contain inf or NaN")
+            return ScaleFit(scales, NOT_FINITE)
         return ScaleFit(scales)
     wide = bf16.widened(raw)
     if not np.isfinite(wide).all():
-        return ScaleFit(np.zeros(raw.shape, np.float16), "scales contain inf or NaN")
+        return ScaleFit(np.zeros(raw.shape, np.float16), NOT_FINITE)
     with np.errstate(over="ignore", under="ignore"):
         scales = wide.astype(np.float16)
     if np.isinf(scales).any():
@@ -64,12 +66,19 @@ def to_extended(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
     fp16's range are rounded to bf16.
     """
     half = to_fp16(raw, dtype)
-    if dtype == "F16" or (half.problem is None and (dtype == "F32" or half.rounding == 0)):
-        return half
+    return half if _fp16_will_do(half, dtype) else to_bf16(raw, dtype)
+
+
+def _fp16_will_do(half: ScaleFit | LayerFit, dtype: str) -> bool:
+    return dtype == "F16" or (half.problem is None and (dtype == "F32" or half.rounding == 0))
+
+
+def to_bf16(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
+    """`raw` [G, N] of dtype F32 or BF16, as in `to_fp16` → bf16, as uint16."""
     if dtype == "BF16":
-        return ScaleFit(raw) if bf16.finite(raw).all() else ScaleFit(raw, "scales contain inf or NaN")
+        return ScaleFit(raw, None if bf16.finite(raw).all() else NOT_FINITE)
     if not np.isfinite(raw).all():
-        return half
+        return ScaleFit(np.zeros(raw.shape, np.uint16), NOT_FINITE)
     rounded = bf16.rounded(raw)
     if not bf16.finite(rounded).all():
         return ScaleFit(rounded, "F32 scales beyond what bf16 can hold")
@@ -79,3 +88,39 @@ def to_extended(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
     nonzero = raw != 0
     error = np.divide(np.abs(wide - raw), np.abs(raw, dtype=np.float64), out=np.zeros(raw.shape), where=nonzero)
     return ScaleFit(rounded, None, float(error.max(initial=0.0)))
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What becomes of all scales of a layer: the dtype in which they are stored, as safetensors names it; why they
+    cannot be, if so; the largest relative error; whether every one is 0."""
+
+    dtype: str
+    problem: str | None
+    rounding: float
+    zero: bool
+
+
+def fit_layer(strips: Callable[[], Iterable[npt.NDArray[Any]]], dtype: str, *, extended: bool) -> LayerFit:
+    """Decide over a layer's scales, which come in `strips` [rows, N] as a file of `dtype` has them, once or twice."""
+    half = _together("F16", dtype, (to_fp16(raw, dtype) for raw in strips()))
+    if not extended or _fp16_will_do(half, dtype):
+        return half
+    return _together("BF16", dtype, (to_bf16(raw, dtype) for raw in strips()))
+
+
+def _together(stored: str, dtype: str, fits: Iterable[ScaleFit]) -> LayerFit:
+    """One verdict for all strips: of several problems, the one that would be found first if they were one."""
+    problems: set[str | None] = set()
+    rounding, zero = 0.0, True
+    for fit in fits:
+        problems.add(fit.problem)
+        rounding = max(rounding, fit.rounding)
+        zero = zero and fit.problem is None and not bf16.nonzero(fit.scales.view(np.uint16)).any()  # as for fp16
+    found = sorted(filter(None, problems), key=lambda problem: (problem != NOT_FINITE, "beyond" not in problem))
+    return LayerFit(stored, found[0] if found else None, 0.0 if found else rounding, zero)
+
+
+def as_stored(raw: npt.NDArray[Any], dtype: str, stored: str) -> ScaleFit:
+    """Some scales of a layer, as a file of `dtype` has them, in the dtype on which `fit_layer` decided."""
+    return to_fp16(raw, dtype) if stored == "F16" else to_bf16(raw, dtype)

@@ -19,11 +19,23 @@ from ..errors import HubError, SourceError
 
 T = TypeVar("T")
 
+#: What stopped a transfer, by the name of httpx's error.
+_BROKEN = {
+    "ConnectError": "no connection to where the files are",
+    "ConnectTimeout": "no connection to where the files are",
+    "ReadTimeout": "no answer in time",
+    "ReadError": "the connection broke",
+    "RemoteProtocolError": "the connection broke",
+    "TooManyRedirects": "it is redirected without an end",
+}
+
 DOWNLOAD_THREAD = "marlin-convert-download"
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 #: Seconds to wait before each further try, where huggingface_hub itself does not try again.
 WAITS = (0.5, 1.0, 2.0, 4.0)
+#: Seconds after which nothing is tried again: one may have waited for an answer that long.
+PATIENCE = 15.0
 #: Answers that may be better the next time: too many requests, and a Hub or a proxy in trouble.
 _PASSING = (408, 429, 500, 502, 503, 504)
 
@@ -53,18 +65,31 @@ def checked_token(token: str | None) -> str | None:
     return token
 
 
-def patiently(call: Callable[[], T], *, unreachable: bool = True, garbled: bool = False) -> T:
+def patiently(
+    call: Callable[[], T],
+    *,
+    unreachable: bool = True,
+    garbled: bool = False,
+    progress: Callable[[], int] | None = None,
+) -> T:
     """What `call` returns. While the Hub is in trouble, slow, or the connection breaks, it is called again, after
     longer and longer waits: without any connection only if `unreachable`, after an answer that is no JSON if `garbled`.
+
+    Its error is raised after the last of WAITS, or after PATIENCE; both begin anew whenever `progress` has moved.
     """
-    for wait in WAITS:
+    waits, since, before = iter(WAITS), time.monotonic(), progress() if progress else 0
+    while True:
         try:
             return call()
-        except Exception as error:  # noqa: PERF203 - a network is slower than any of this
+        except Exception as error:
             if not (_may_pass(error, unreachable) or (garbled and isinstance(error, json.JSONDecodeError))):
                 raise
-            time.sleep(wait)
-    return call()
+            if progress and progress() != before:
+                waits, since, before = iter(WAITS), time.monotonic(), progress()
+            wait = next(waits, None)
+            if wait is None or time.monotonic() + wait > since + PATIENCE:
+                raise
+        time.sleep(wait)
 
 
 def _may_pass(error: Exception, unreachable: bool) -> bool:
@@ -210,7 +235,8 @@ def _why(error: Exception, doing: str) -> str:
             return f"the Hub answered {status}; try again later."
     if isinstance(error, FileNotFoundError):  # huggingface_hub's LocalEntryNotFoundError
         return unreachable(partly="Incomplete" in type(error).__name__)
-    reason = getattr(error, "strerror", None) or type(error).__name__
+    name = type(error).__name__
+    reason = getattr(error, "strerror", None) or _BROKEN.get(name, name)
     return f"the {doing} failed: {reason}; run it again to resume."
 
 

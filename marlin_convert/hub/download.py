@@ -39,11 +39,14 @@ def download(repo_id: str, file: RemoteFile, commit: str, token: str | None, cac
 
     def stream() -> bool:
         with _Hashed(partial, file, hear) as into:
-            http_get(
-                url, into, resume_size=into.tell(), headers=headers, expected_size=file.size,  # type: ignore[arg-type]
-                tqdm_class=_hearing(lambda _: None),
+            patiently(
+                lambda: http_get(
+                    url, into, resume_size=into.tell(), headers=headers, expected_size=file.size,  # type: ignore[arg-type]
+                    tqdm_class=_hearing(lambda _: None), _nb_retries=0,
+                ),
+                progress=into.tell,
             )  # fmt: skip
-        return into.oid == file.oid
+            return into.oid == file.oid
 
     with cache.fetching(file):
         for last in (False, True):
@@ -52,7 +55,7 @@ def download(repo_id: str, file: RemoteFile, commit: str, token: str | None, cac
             if file.xet and _xet():
                 _through_xet(repo_id, file, commit, headers, blob, hear)
                 return
-            if patiently(stream):
+            if stream():
                 partial.replace(blob)
                 return
             partial.unlink()
@@ -104,7 +107,10 @@ def read_range(repo_id: str, url: str, headers: dict[str, str], start: int, end:
     asked = {**headers, "range": f"bytes={start}-{end - 1}", "accept-encoding": "identity"}
 
     def read() -> bytes:
-        with http_stream_backoff("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        with http_stream_backoff(
+            "GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            retry_on_exceptions=(), retry_on_status_codes=(),
+        ) as response:  # fmt: skip
             hf_raise_for_status(response)
             content = b""
             if response.status_code == 206:  # otherwise, all of the file would come

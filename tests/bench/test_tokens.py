@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
 import marlin_convert
-from marlin_convert.bench import tokens as whole_model
 from marlin_convert.bench.products import Machine
 from marlin_convert.bench.tokens import CONTEXT, GRAPHS, LAUNCHES, STEPS, Decoder, Rig, bench, time_launched
 from marlin_convert.cli.output import Screen
@@ -69,7 +69,7 @@ def test_steps_are_timed_without_the_prompt(monkeypatch: pytest.MonkeyPatch) -> 
             calls.append("step")
 
     clock = iter(range(100))
-    monkeypatch.setattr(whole_model.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     seconds = time_launched(Recorded(), 4, lambda: calls.append("wait"))  # type: ignore[arg-type]
     assert seconds == 1 / 4
     assert calls == ["prefill", "wait", *["step"] * 4, "wait"] * 3

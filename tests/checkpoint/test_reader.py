@@ -188,8 +188,14 @@ def test_huge_header_is_refused_without_reading_it(tmp_path: Path, monkeypatch: 
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", 101_000_000) + b"{")
         file.truncate(8 + 101_000_000)
-    asked, pread = [], os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, count, at: asked.append(count) or pread(fd, count, at))
+    asked: list[int] = []
+    pread = os.pread
+
+    def counted(fd: int, count: int, at: int) -> bytes:
+        asked.append(count)
+        return pread(fd, count, at)
+
+    monkeypatch.setattr(os, "pread", counted)
     assert "claims 101000000 bytes" in refusal(tmp_path)
     assert asked
     assert sum(asked) < 1000

@@ -462,7 +462,8 @@ def test_a_lock_that_another_run_took_for_a_leftover(tmp_path: Path, monkeypatch
 def test_runs_that_start_and_end_at_the_same_time(tmp_path: Path, force: bool) -> None:
     """Each succeeds, or says that another was faster; none trips over what another one makes and removes."""
     out, count = tmp_path / "a" / "b" / "out", 12
-    together, ends = threading.Barrier(count), []
+    together = threading.Barrier(count)
+    ends: list[Any] = []
 
     def run(number: int) -> str:
         try:
@@ -596,7 +597,8 @@ def test_free_space_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_conversion_checks_the_space_before_it_writes(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from marlin_convert.conversion.convert import Options, convert
+    from marlin_convert.conversion.convert import convert
+    from marlin_convert.options import Options
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 100_000))  # the tensors take 152,077 bytes
@@ -610,7 +612,8 @@ def test_a_conversion_checks_the_space_before_it_writes(
 def test_a_disk_that_fails_while_writing(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    from marlin_convert.conversion.convert import Options, convert
+    from marlin_convert.conversion.convert import convert
+    from marlin_convert.options import Options
 
     def fail(*_: object) -> int:
         raise OSError(number, os.strerror(number))
@@ -699,7 +702,7 @@ TENSORS = [
     OutTensor("broad", "I64", (1,), 8),
     OutTensor("none", "F16", (0, 4), 0),
 ]
-DATA = {
+DATA: dict[str, Any] = {
     "odd": np.array([1, 2, 3], np.uint8),
     "half": np.array([[0x3F80, 0x4000], [0x4040, 0x4080]], np.uint16),  # 1, 2, 3, 4 in bfloat16
     "λ": np.array([-1, 2], np.int32),

@@ -96,6 +96,33 @@ def test_0_the_engines_are_those_that_read_it(run: Callable[..., Run], source: S
     assert "no: it refuses experts with biases" in card
 
 
+def test_0_an_engine_on_several_ranks(run: Callable[..., Run], tmp_path: Path) -> None:
+    layers = {
+        "model.layers.0.self_attn.o_proj": GPTQLayer(K=256, N=256, g_idx=np.arange(256)[::-1] // 128),
+        "model.layers.0.mlp.down_proj": GPTQLayer(K=512, N=256),
+    }
+    source = write_source(tmp_path / "source", layers)
+    ask = [source.folder, "--dry-run", "--engine", "vllm"]
+    one = run(*ask)
+    assert "vLLM 0.26 to 0.33 with marlin-convert, 1 rank: takes every layer" in one.out, one.err
+    two = run(*ask, "--tensor-parallel", 2).out
+    assert "vLLM 0.26 to 0.33 with marlin-convert, 2 ranks: takes every layer" in two
+    assert "act-order in rows that 2 ranks share out: model.layers.0.self_attn.o_proj: exact on marlin-convert's" in two
+    assert "refuses 2 of 2 layers" in run(*ask, "--tensor-parallel", 3).out
+    told = json.loads(run(*ask, "--tensor-parallel", 2, "--json").out)["tensor_parallel"]
+    assert told["ranks"] == 2
+    assert [cut["layers"] for cut in told["cuts"]] == [["model.layers.0.self_attn.o_proj"]]
+    assert "computes every layer" in run(source.folder, "--dry-run", "--engine", "transformers").out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["OUT", "--engine", "vllm"], ["--dry-run", "--tensor-parallel", 2], ["--dry-run", "--engine", "tgi"]],
+)
+def test_2_engines_without_their_options(run: Callable[..., Run], source: Source, arguments: list[Any]) -> None:
+    assert run(source.folder, *arguments).code == 2
+
+
 def test_0_a_refused_source_has_no_format(run: Callable[..., Run], tmp_path: Path) -> None:
     write_source(tmp_path / "source", {"a": GPTQLayer(bits=2, stored_zero=1)}, plain={})
     result = run(tmp_path / "source", "--dry-run")
@@ -124,7 +151,7 @@ def test_1_a_wrong_layer_never_reaches_the_disk(
         out[0, 0] ^= 1
         return out
 
-    monkeypatch.setattr("marlin_convert.conversion.convert.cpu.pack", faulty)
+    monkeypatch.setattr("marlin_convert.native.cpu.pack", faulty)
     result = main(source.folder, tmp_path / "out", "--quiet")
     assert result.code == 1
     assert "repacking went wrong" in one_line(result)
@@ -146,7 +173,7 @@ def test_1_a_wrong_order_of_rows_never_reaches_the_disk(
         swapped[[3, 200]] = perm[[200, 3]]
         return pack(qweight, out, perm=swapped, **rest)
 
-    monkeypatch.setattr("marlin_convert.conversion.convert.cpu.pack_sorted", faulty)
+    monkeypatch.setattr("marlin_convert.native.cpu.pack_sorted", faulty)
     result = main(source.folder, tmp_path / "out", "--quiet")
     assert result.code == 1
     assert "a: repacking went wrong (the code of row 3, column " in one_line(result)
@@ -763,7 +790,7 @@ def test_output_that_is_not_utf8(run: Callable[..., Run], source: Source, tmp_pa
 @pytest.mark.slow
 def test_file_names_that_are_not_utf8(source: Source, tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
-    shutil.copytree(os.fsencode(source.folder), folder)
+    shutil.copytree(source.folder, os.fsdecode(folder))
     for extra in ([], [b"--force", b"--json"]):
         command = [*map(os.fsencode, PROGRAM), folder, folder + b"-out", *extra]
         process = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.convert import convert
+from marlin_convert.options import Options
 from tests.conversion.test_convert import assert_equal_to_source
 from tests.support.cli import PATIENCE, running
 from tests.support.gptq_checkpoints import Source, two_layers, write_source

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from marlin_convert.conversion.convert import Options, convert, verify_pair
+from marlin_convert.conversion.convert import convert, verify_pair
+from marlin_convert.options import Options
 from tests.support.gptq_checkpoints import two_layers, write_source
 from tests.support.hub_server import Hub
 
@@ -64,7 +65,7 @@ def test_the_hubs_own_check(hub: Hub, tmp_path: Path, text: str | None) -> None:
     settings = {"HF_ENDPOINT": hub.url, "NO_PROXY": "*", "HF_HOME": str(tmp_path / "home")}
 
     def validate() -> str:
-        command = [sys.executable, "-c", VALIDATE, tmp_path / "out" / "README.md"]
+        command: list[Any] = [sys.executable, "-c", VALIDATE, tmp_path / "out" / "README.md"]
         environment = {**os.environ, **settings}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stderr
 
@@ -82,7 +83,7 @@ def test_the_sources_card_is_kept_below(tmp_path: Path) -> None:
 
 
 def test_a_source_without_a_card_gets_one(tmp_path: Path) -> None:
-    made = card(tmp_path)
+    made: Any = card(tmp_path)
     assert made.data.tags == ["marlin", "gptq", "4-bit"]
     assert "base_model" not in made.data.to_dict()
     assert "base_model_relation" not in made.data.to_dict()
@@ -146,7 +147,7 @@ def test_verifying_leaves_other_cards_alone(tmp_path: Path) -> None:
     ids=repr,
 )
 def test_odd_cards(tmp_path: Path, text: str | bytes) -> None:
-    made = card(tmp_path, text)
+    made: Any = card(tmp_path, text)
     assert {"marlin", "gptq", "4-bit"} <= set(made.data.tags or [])
     raw = text if isinstance(text, bytes) else text.encode()
     assert (b"text" in raw) == ("text" in made.text.split("# Card of the source")[-1].splitlines()[-1])

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from marlin_convert.conversion.convert import AlreadyMarlin, Options, convert, verify_pair
-from marlin_convert.errors import OutputError, UnsupportedError
+from marlin_convert.conversion.convert import convert, verify_pair
+from marlin_convert.errors import AlreadyMarlin, OutputError, UnsupportedError
+from marlin_convert.options import Format, Options, QuantMethod
 from tests.support.gptq_checkpoints import (
     GPTQLayer,
     Source,
@@ -143,7 +144,7 @@ def test_configs(tmp_path: Path) -> None:
 
 
 def test_quant_method_marlin(source: Source, tmp_path: Path) -> None:
-    convert(source.folder, tmp_path / "out", Options(quant_method="marlin", device="cpu"))
+    convert(source.folder, tmp_path / "out", Options(quant_method=QuantMethod.MARLIN, device="cpu"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "marlin"
 
@@ -216,7 +217,7 @@ def test_scales_that_fp16_cannot_hold(tmp_path: Path, value: float, dtype: torch
     layers = {"bad": GPTQLayer(scales=scales, scale_dtype=dtype), "good": GPTQLayer()}
     write_source(tmp_path / "source", layers)
     with pytest.raises(UnsupportedError, match=reason) as error:
-        convert(tmp_path / "source", tmp_path / "out", Options(device="cpu", format="marlin"))
+        convert(tmp_path / "source", tmp_path / "out", Options(device="cpu", format=Format.MARLIN))
     assert "bad" in error.value.message
     assert "good" not in error.value.message
     assert not (tmp_path / "out").exists()

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion import convert as conversion
-from marlin_convert.conversion.convert import Options, convert, verify_pair
+from marlin_convert.conversion.convert import convert, verify_pair
 from marlin_convert.conversion.files import copy_files
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import OutputError, SourceError
+from marlin_convert.options import Options
 from tests.support.cli import Run
 from tests.support.gptq_checkpoints import Source, two_layers, write_source
 
@@ -238,7 +239,8 @@ def remove(path: Path) -> None:
 
 def before(monkeypatch: pytest.MonkeyPatch, moment: str, change: Callable[[], object]) -> None:
     """Let `change` happen before the conversion's step `moment`."""
-    step, done = getattr(conversion, moment), []
+    step = getattr(conversion, moment)
+    done: list[Any] = []
 
     def late(*arguments: Any, **options: Any) -> Any:
         if not done:

@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.convert import convert
 from marlin_convert.formats.marlin_config import read_marlin_settings
 from marlin_convert.native.reference import dequantize_layer
+from marlin_convert.options import Options
 from tests.support import format_reader
 
 DATA = Path(__file__).parents[1] / "data" / "quantizers"

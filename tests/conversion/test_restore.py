@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import OutputError, SourceError, UnsupportedError
 from marlin_convert.native import reference
+from marlin_convert.options import Format, Options
 from tests.support.gptq_checkpoints import (
     GPTQLayer,
     Source,
@@ -63,7 +64,7 @@ def marlin_ext(folder: Path, layers: dict[str, GPTQLayer], **changes: Any) -> No
         repeat = 1 if group == -1 else group // stored_group
         G = 1 if group == -1 else K // stored_group
         middle = 2 ** (layer.bits - 1)
-        sym = np.ndim(layer.stored_zero) == 0
+        sym = not isinstance(layer.stored_zero, np.ndarray)
 
         def rows(values: Any, dtype: torch.dtype, G: int = G, N: int = N, repeat: int = repeat) -> torch.Tensor:
             padded = torch.zeros(G, N, dtype=dtype)
@@ -280,7 +281,7 @@ def test_every_config_of_the_source_is_replaced_and_restored(tmp_path: Path, fil
         tmp_path / "source", quantization=config, extra={file: json.dumps(config), "vocab/quant_config.json": "{}"}
     )
     before = {p.name: json.loads(p.read_text()) for p in source.folder.glob("*.json")}
-    convert(source.folder, tmp_path / "out", Options(device="cpu", format=format_))
+    convert(source.folder, tmp_path / "out", Options(device="cpu", format=Format.chosen(format_, "format")))
     result = {p.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
     assert set(result) == {"config.json", "quantize_config.json", "marlin_convert.json"}
     wanted = format_.replace("-", "_")
@@ -302,6 +303,61 @@ def test_a_g_idx_that_the_restored_layer_would_not_have(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(SourceError, match=r"it holds .*g_idx beside that layer's Marlin tensors"):
         restore(tmp_path / "out", tmp_path / "back")
+
+
+@pytest.mark.parametrize("format_", [Format.MARLIN, Format.MARLIN_EXT])
+def test_every_tensor_comes_back_in_its_own_type_or_not_at_all(tmp_path: Path, format_: Format) -> None:
+    """Layers with g_idx in int64, in int32 and without; with qzeros and without; stored as the label says, or not."""
+    layers = {
+        "a": GPTQLayer(), "b": GPTQLayer(), "c": GPTQLayer(g_idx=None), "d": GPTQLayer(stored_zero=None),
+        "e": GPTQLayer(stored_zero=8), "f": GPTQLayer(group_size=128, K=128),
+    }  # fmt: skip
+    if format_ is Format.MARLIN_EXT:
+        layers["g"] = GPTQLayer(K=256, N=64, g_idx=shuffled(256, 128))
+        layers["h"] = GPTQLayer(bits=8, stored_zero=128)
+    tensors = {key: value for name, layer in layers.items() for key, value in layer.tensors(name).items()}
+    for name in ("b", "g"):
+        if name in layers:
+            tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].to(torch.int64)
+    write_source(tmp_path / "source", {}, tensors)
+    convert(tmp_path / "source", tmp_path / "out", Options(device="cpu", format=Format(format_)))
+    restore(tmp_path / "out", tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", tensors)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
+        (tmp_path / "source" / "config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}),
+        ({}, {"tie_word_embeddings": False}),  # the default of many models
+        (
+            {"text_config": {"hidden_size": 256}, "thinker": {"tie_word_embeddings": True}},
+            {
+                "tie_word_embeddings": False, "text_config": {"hidden_size": 256, "tie_word_embeddings": False},
+                "thinker": {"tie_word_embeddings": False},
+            },
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("head", [True, False])
+def test_a_quantized_head_is_not_tied(
+    tmp_path: Path, config: dict[str, Any], expected: dict[str, Any], head: bool
+) -> None:
+    """Engines leave the head out where the config says that it is the embedding."""
+    source = {"model_type": "llama", **config, "quantization_config": quantization_config()}
+    write_source(tmp_path / "source", {"lm_head" if head else NAME: GPTQLayer()}, config=source)
+    convert(tmp_path / "source", tmp_path / "out", Options(device="cpu"))
+    result = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key, value in (expected if head else config).items():
+        assert result[key] == value
+    noted = json.loads((tmp_path / "out" / "marlin_convert.json").read_text())["notes"]
+    tied = [note for note in noted if "ties it to the embedding" in note["note"]]
+    assert len(tied) == (head and "true" in json.dumps(config))
+    restore(tmp_path / "out", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == source
 
 
 def test_names_that_others_use_too_are_only_copied(tmp_path: Path) -> None:

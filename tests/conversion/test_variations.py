@@ -16,11 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from marlin_convert.conversion.convert import Options, convert, verify_pair
+from marlin_convert.conversion.convert import convert, verify_pair
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import UnsupportedError
 from marlin_convert.formats.marlin_config import read_marlin_settings
 from marlin_convert.native import cpu, reference
+from marlin_convert.native.choose import CUDAPacker
+from marlin_convert.options import Format, Options, ZeroPointReading
 from tests.support import format_reader
 from tests.support.gptq_checkpoints import GPTQLayer, Source, pack_columns, quantization_config, write_source
 
@@ -211,10 +213,11 @@ def test_another_packer_gives_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     source = write_source(tmp_path / "source", {NAME: layer}, quantization=quantization)
     convert(source.folder, tmp_path / "ours", CPU)
 
-    def other(words: Any, B: Any, bits: int) -> None:
-        B[...] = reference.gptq_to_marlin(torch.from_numpy(words), bits).numpy()
+    class Other(CUDAPacker):
+        def pack(self, words: Any, B: Any, bits: int) -> None:
+            B[...] = reference.gptq_to_marlin(torch.from_numpy(words), bits).numpy()
 
-    monkeypatch.setattr("marlin_convert.conversion.convert.packer", lambda *_: other)
+    monkeypatch.setattr("marlin_convert.conversion.convert.packer", lambda *_: Other(torch.device("cpu")))
     convert(source.folder, tmp_path / "theirs", CPU)
     ours, theirs = (load_file(tmp_path / x / "model.safetensors") for x in ("ours", "theirs"))
     for name, tensor in ours.items():
@@ -288,7 +291,8 @@ def test_a_zero_point_of_zero(tmp_path: Path, meta: Any, option: str | None, by_
     stored = by_words if by_word else (zeros - 1) % 16
     layer = GPTQLayer(stored_zero=stored)
     source = write_source(tmp_path / "source", {NAME: layer}, quantization=quantization_config(sym=False, meta=meta))
-    convert(source.folder, tmp_path / "out", Options(device="cpu", verify=True, zero_points=option))
+    reading = None if option is None else ZeroPointReading(option)
+    convert(source.folder, tmp_path / "out", Options(device="cpu", verify=True, zero_points=reading))
     expected = (layer.codes - zeros[layer.groups]) * layer.scale_tensor.double().numpy()[layer.groups]
     np.testing.assert_array_equal(weights_of(tmp_path / "out")[NAME].double().numpy(), expected)
     restore(tmp_path / "out", tmp_path / "back")
@@ -321,7 +325,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_what_neither_format_can_hold(tmp_path: Path, name: str) -> None:
     layer, quantization, message = REFUSED[name]
     write_source(tmp_path / "source", {NAME: GPTQLayer(**layer)}, quantization=quantization_config(**quantization))
-    for format_ in ("auto", "marlin-ext"):
+    for format_ in (Format.AUTO, Format.MARLIN_EXT):
         with pytest.raises(UnsupportedError, match=message) as error:
             convert(tmp_path / "source", tmp_path / "out", Options(device="cpu", format=format_))
         assert "cannot be converted to either Marlin format" in error.value.message
@@ -330,13 +334,13 @@ def test_what_neither_format_can_hold(tmp_path: Path, name: str) -> None:
 
 def test_the_format_on_request(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", {NAME: GPTQLayer()})
-    convert(source.folder, tmp_path / "out", Options(device="cpu", verify=True, format="marlin-ext"))
+    convert(source.folder, tmp_path / "out", Options(device="cpu", verify=True, format=Format.MARLIN_EXT))
     assert_exact(source, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {f"{NAME}.marlin_qweight", f"{NAME}.marlin_scales"} <= set(tensors)
     odd = write_source(tmp_path / "odd", {NAME: GPTQLayer(N=320)})
     with pytest.raises(UnsupportedError, match="do not fit the original Marlin format"):
-        convert(odd.folder, tmp_path / "other", Options(device="cpu", format="marlin"))
+        convert(odd.folder, tmp_path / "other", Options(device="cpu", format=Format.MARLIN))
 
 
 @pytest.mark.parametrize("part", ["marlin_qweight", "marlin_scales", "marlin_qzeros", "marlin_perm"])
@@ -377,7 +381,14 @@ def test_any_layer(
 ) -> None:  # fmt: skip
     folder = tmp_path_factory.mktemp("any")
     K = 8 * (groups * 16 + rest) if size == -1 else max(8, groups * size - 8 * rest)
-    layer = {"K": K, "N": 8 * N, "bits": bits, "group_size": size, "seed": seed % 1000, "scale_dtype": dtype}
+    layer: dict[str, Any] = {
+        "K": K,
+        "N": 8 * N,
+        "bits": bits,
+        "group_size": size,
+        "seed": seed % 1000,
+        "scale_dtype": dtype,
+    }
     middle = 2 ** (bits - 1) - 1
     layer["stored_zero"] = asymmetric(layer) if asym else middle
     if order and size != -1:
@@ -386,7 +397,7 @@ def test_any_layer(
         folder / "source", {NAME: GPTQLayer(**layer)}, {},
         quantization=quantization_config(bits=bits, group_size=size, sym=not asym, desc_act=order),
     )  # fmt: skip
-    convert(source.folder, folder / "out", Options(device="cpu", verify=True, format="marlin-ext"))
+    convert(source.folder, folder / "out", Options(device="cpu", verify=True, format=Format.MARLIN_EXT))
     assert_exact(source, folder / "out")
     restore(folder / "out", folder / "back")
     assert_restored(source, folder / "back")

@@ -16,14 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.conversion.convert import Options, convert, verify_pair
-from marlin_convert.conversion.layer_reader import Groups
+from marlin_convert.conversion.convert import convert, verify_pair
 from marlin_convert.conversion.plan import make_plan
 from marlin_convert.conversion.verify import TOLERANCE, CPUProduct, LayerCheck, Verification, compare
 from marlin_convert.errors import SourceError, VerificationError
 from marlin_convert.formats.layout import SCALE_PERMUTATION, SCALE_PERMUTATION_SINGLE
+from marlin_convert.options import Options, QuantMethod
 from tests.support.cli import PATIENCE, Run
 from tests.support.gptq_checkpoints import GPTQLayer, Source, marlin_codes, two_layers, write_source
+from tests.support.products import groups_of
 
 CPU = Options(device="cpu")
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -214,7 +215,7 @@ def missing_scales(tensors: dict[str, torch.Tensor]) -> None:
     del tensors[f"{Q}.s"]
 
 
-LAYER_DAMAGE = {
+LAYER_DAMAGE: dict[Any, str] = {
     wrong_dtype: f"{Q}.s is BF16 [2, 512], not F16 [2, 512]",
     wrong_shape: f"{Q}.B is I32 [32, 512], not I32 [16, 1024]",
     missing_layer: f"{Q}.B is missing",
@@ -254,7 +255,7 @@ def flattened_tensor(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].reshape(-1)
 
 
-TENSOR_DAMAGE = {
+TENSOR_DAMAGE: dict[Any, str] = {
     changed_byte: "model.embed_tokens.weight: byte 12345 differs from the source",
     missing_tensor: "model.norm.weight: model.norm.weight is missing",
     additional_tensor: f"{Q}.g_idx is in the result and should not be",
@@ -309,7 +310,7 @@ def test_a_config_that_is_missing(source: Source, out: Path, file: str) -> None:
 
 
 def test_both_quant_methods_are_fine(source: Source, tmp_path: Path) -> None:
-    convert(source.folder, tmp_path / "out", Options(device="cpu", quant_method="marlin"))
+    convert(source.folder, tmp_path / "out", Options(device="cpu", quant_method=QuantMethod.MARLIN))
     assert verify_pair(source.folder, tmp_path / "out", CPU).ok
 
 
@@ -392,7 +393,7 @@ def corrupt(name: str, position: int) -> Callable[..., None]:
     from marlin_convert.conversion.convert import write_configs
 
     def after_writing(checkpoint: Checkpoint, plan: Any, folder: Path, quant_method: str) -> None:
-        write_configs(checkpoint, plan, folder, quant_method)
+        write_configs(checkpoint, plan, folder, QuantMethod(quant_method))
         with Checkpoint(folder) as written:
             offset = written.tensors[name].offset + position
         with (folder / "model.safetensors").open("r+b") as file:
@@ -435,7 +436,7 @@ def errors_of(source: Source, edit: Callable[[Any, Any], tuple[Any, Any]]) -> tu
         (layer,) = make_plan(checkpoint, "marlin").layers
         qweight, scales = checkpoint.read(layer.qweight), checkpoint.read(layer.scales)
     B, s = edit(tensors["a.B"].numpy(), tensors["a.s"].numpy())
-    product = CPUProduct(layer, Groups(scales, None, None), None, {"s": np.ascontiguousarray(s)})
+    product = CPUProduct(layer, groups_of(scales, s), None, None)
     product.add_source(0, qweight)
     product.add_stored(0, np.ascontiguousarray(B))
     return product.errors()
@@ -468,7 +469,7 @@ def test_the_product_finds_wrong_permutations_by_itself(one_layer: Source) -> No
     """The other permutation, and none at all: what others shipped (a permutation chosen by the wrong K)."""
     wrong = SCALE_PERMUTATION_SINGLE if one_layer.layers["a"].G > 1 else SCALE_PERMUTATION
     for permutation in (wrong, tuple(range(64))):
-        assert errors_of(one_layer, lambda B, s, p=permutation: (B, repermuted(p, s)))[1] > 100 * TOLERANCE
+        assert errors_of(one_layer, lambda B, s, p=permutation: (B, repermuted(p, s)))[1] > 100 * TOLERANCE  # type: ignore[misc]
 
 
 def test_the_product_finds_a_wrong_order_of_codes_by_itself(one_layer: Source) -> None:
@@ -492,7 +493,7 @@ def test_the_product_is_the_definitions(one_layer: Source) -> None:
     with Checkpoint(one_layer.folder) as checkpoint:
         (planned,) = make_plan(checkpoint, "marlin").layers
         scales = checkpoint.read(planned.scales)
-        product = CPUProduct(planned, Groups(scales, None, None), None, {"s": scales})
+        product = CPUProduct(planned, groups_of(scales, scales), None, None)
         product.add_source(0, checkpoint.read(planned.qweight))
         product.add_stored(0, np.zeros((16, 512), np.int32))
     assert product.x.shape == (4, 256)

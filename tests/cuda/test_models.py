@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import marlin_convert
 from marlin_convert.cli.commands import DEMO_FOLDER
-from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.convert import convert
 from marlin_convert.engines.generate import Sampling, compare, generate
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.native import cuda
+from marlin_convert.options import Options
 from tests.support.extended_layers import EXTENDED, extended
 from tests.support.gptq_checkpoints import GPTQLayer
 from tests.support.tiny_models import (
@@ -46,7 +47,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # ---- The module ----
 
 
-def plain(K: int = 512, N: int = 768, group_size: int = 128) -> tuple[MarlinLinear, torch.Tensor]:
+def plain(K: int = 512, N: int = 768, group_size: int = 128) -> tuple[Any, torch.Tensor]:
     """A layer of the original format on the GPU, with a bias, and its weight in float64."""
     from marlin_convert.native import reference as twin
 
@@ -189,7 +190,8 @@ def test_logits_of_a_padded_model(tmp_path: Path) -> None:
 
 def test_from_pretrained_then_moved(tmp_path: Path) -> None:
     pair = make(tmp_path, llama())
-    model = AutoModelForCausalLM.from_pretrained(pair.out).to("cuda")
+    model: Any = AutoModelForCausalLM.from_pretrained(pair.out)
+    model.to("cuda")
     same_logits(model, pair.reference().cuda(), 2e-3)
     with torch.no_grad():
         ids = tokens(512).cuda()
@@ -205,7 +207,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any, Any]
     """(the converted checkpoint, its model, the model with dequantized weights, the tokenizer)"""
     folder = tmp_path_factory.mktemp("demo")
     convert(DEMO_FOLDER, folder / "out", Options(device="cpu"))
-    reference = AutoModelForCausalLM.from_pretrained(dequantized_demo(folder / "dense"), dtype=torch.float16).cuda()
+    reference: Any = AutoModelForCausalLM.from_pretrained(dequantized_demo(folder / "dense"), dtype=torch.float16)
+    reference.cuda()
     model = marlin_convert.load(folder / "out", device="cuda:0")
     return folder / "out", model, reference, AutoTokenizer.from_pretrained(folder / "out")
 

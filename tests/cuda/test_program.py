@@ -45,12 +45,12 @@ def test_verify_finds_what_is_wrong_on_the_gpu(tmp_path: Path) -> None:
     """Scales of one layer doubled in the file: the product must tell, whatever the exact check says."""
     from marlin_convert.checkpoint.reader import Checkpoint
     from marlin_convert.cli.commands import DEMO_FOLDER
-    from marlin_convert.conversion.layer_reader import Groups
     from marlin_convert.conversion.plan import make_plan
     from marlin_convert.conversion.verify import product_for
     from marlin_convert.device import pick_device
     from marlin_convert.formats.layout import permute_scales
     from marlin_convert.formats.scales import to_fp16
+    from tests.support.products import groups_of
 
     with Checkpoint(DEMO_FOLDER) as source:
         layer = make_plan(source, "marlin").layers[0]
@@ -60,7 +60,7 @@ def test_verify_finds_what_is_wrong_on_the_gpu(tmp_path: Path) -> None:
         errors = []
         for factor in (1, 2):
             product = product_for(
-                pick_device("cuda:0"), layer, Groups(scales, None, None), None, {"s": permute_scales(scales * factor)}
+                pick_device("cuda:0"), layer, groups_of(scales, permute_scales(scales * factor)), None, None
             )
             product.add_source(0, qweight)
             product.add_stored(0, B)

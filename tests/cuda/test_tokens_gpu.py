@@ -14,8 +14,9 @@ import torch
 import marlin_convert
 from marlin_convert.bench.tokens import GRAPHS, LAUNCHES, Decoder, capture, time_on_gpu
 from marlin_convert.cli.commands import DEMO_FOLDER
-from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.convert import convert
 from marlin_convert.native import cuda
+from marlin_convert.options import Options
 from tests.support.tiny_models import llama, make, mixtral
 
 pytestmark = [
@@ -64,7 +65,7 @@ def test_experts_are_launched_and_it_is_said(tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path) -> None:
     convert(DEMO_FOLDER, tmp_path / "out", Options(device="cpu"))
-    command = [
+    command: list[Any] = [
         sys.executable,
         "-m",
         "marlin_convert.cli",

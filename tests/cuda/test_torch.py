@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,8 @@ def test_two_streams_at_once() -> None:
     Bs = [cuda.repack(q) for q, _, _ in layers]
     a = torch.randn(5, 2048, device="cuda").half()
     want = [cuda.gemm(a, B, s) for B, (_, _, s) in zip(Bs, layers, strict=True)]
-    streams, results = [torch.cuda.Stream() for _ in range(2)], [[], []]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results: list[list[torch.Tensor]] = [[], []]
     torch.cuda.synchronize()
     for _ in range(50):
         for i, stream in enumerate(streams):
@@ -182,7 +184,7 @@ def test_arguments_that_do_not_fit() -> None:
 # ---- The extended format ----
 
 
-def stored(bits: int, size: int, zeros: bool, act_order: bool, K: int, N: int) -> tuple[dict, torch.Tensor]:
+def stored(bits: int, size: int, zeros: bool, act_order: bool, K: int, N: int) -> tuple[dict[str, Any], torch.Tensor]:
     """(a layer's arguments, W in float64): as the format says, packed by the twins of `repack`."""
     rows, columns = (K + 127) // 128 * 128, (N + 63) // 64 * 64
     G = 1 if size < 0 else rows // size

@@ -11,6 +11,7 @@ import torch
 from marlin_convert.engines.column_marks import Arriving, Marks
 from marlin_convert.formats.layout import EXTENDED_NAMES
 from marlin_convert.formats.marlin_config import LayerSettings, MarlinSettings
+from marlin_convert.options import Format
 from tests.engines.test_tensor_parallel import layer, weight_of
 
 HEADS, SIZE = 4, 32
@@ -28,7 +29,7 @@ def arriving(**layers: dict[str, Any]) -> tuple[Arriving, list[tuple[str, torch.
         settings[name] = LayerSettings(piece.bits, own["group"], not asym, order, **sizes)
         found = ((ending, getattr(piece, what)) for what, ending in EXTENDED_NAMES.items())
         tensors += [(f"{name}.{ending}", tensor) for ending, tensor in found if tensor is not None]
-    whole = MarlinSettings("marlin_ext", LayerSettings(4, 64, True, False), settings)
+    whole = MarlinSettings(Format.MARLIN_EXT, LayerSettings(4, 64, True, False), settings)
     return Arriving(whole, settings), tensors, weights
 
 

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import marlin_convert
 from marlin_convert.cli.commands import DEMO_FOLDER
-from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.convert import convert
 from marlin_convert.engines import transformers_quantizer as hf
 from marlin_convert.engines.generate import Sampling, generate
+from marlin_convert.options import Options
 from tests.support.cli import Run
 from tests.support.tiny_models import PROMPT, SAMPLE, continues_greedily, dequantized_demo, perplexity, relative
 

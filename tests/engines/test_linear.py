@@ -22,7 +22,7 @@ from tests.support.extended_layers import EXTENDED, extended
 from tests.support.gptq_checkpoints import GPTQLayer
 
 
-def original(**changes: Any) -> tuple[GPTQLayer, MarlinLinear]:
+def original(**changes: Any) -> tuple[GPTQLayer, Any]:
     """A layer of known weights, and the module with its tensors."""
     layer = GPTQLayer(**{"K": 384, "N": 512, "bias": True, **changes})
     tensors = layer.tensors("x")
@@ -35,7 +35,7 @@ def original(**changes: Any) -> tuple[GPTQLayer, MarlinLinear]:
     return layer, module
 
 
-def exact(*shape: int) -> tuple[MarlinLinear, torch.Tensor]:
+def exact(*shape: int) -> tuple[Any, torch.Tensor]:
     """A module and activations whose sums are whole numbers below 2048, over 256: exact in float16 and float32 alike,
     in whatever order a library adds them. What is compared bit for bit says nothing about that library then.
     """

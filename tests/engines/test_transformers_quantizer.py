@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -38,6 +39,8 @@ from tests.support.tiny_models import (
     tokens,
 )
 
+from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not say what comes out
+
 
 def marlin_layers(model: torch.nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, MarlinLinear)}
@@ -69,7 +72,7 @@ def edited(pair: Pair, folder: Path, **config: Any) -> Path:
 
 
 def test_from_pretrained(pair: Pair) -> None:
-    model, info = AutoModelForCausalLM.from_pretrained(pair.out, output_loading_info=True)
+    model, info = from_pretrained(pair.out, output_loading_info=True)
     assert marlin_layers(model) == pair.layers.keys()
     assert isinstance(model.lm_head, torch.nn.Linear)
     assert model.dtype == torch.float16
@@ -88,7 +91,7 @@ def test_from_pretrained(pair: Pair) -> None:
 )
 def test_the_same_checkpoint_under_other_names(pair: Pair, tmp_path: Path, config: dict[str, Any]) -> None:
     folder = edited(pair, tmp_path / "model", **config)
-    same_logits(AutoModelForCausalLM.from_pretrained(folder), pair.reference())
+    same_logits(from_pretrained(folder), pair.reference())
 
 
 def test_other_gptq_checkpoints_go_to_the_stock_reader() -> None:
@@ -106,7 +109,7 @@ def test_other_gptq_checkpoints_go_to_the_stock_reader() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtypes(pair: Pair, dtype: torch.dtype) -> None:
     """The activations change, the scales do not."""
-    model = AutoModelForCausalLM.from_pretrained(pair.out, dtype=dtype)
+    model = from_pretrained(pair.out, dtype=dtype)
     stored = pair.tensors()
     assert model.dtype == dtype
     for name in marlin_layers(model):
@@ -115,7 +118,7 @@ def test_dtypes(pair: Pair, dtype: torch.dtype) -> None:
 
 
 def test_saving_gives_the_same_tensors(pair: Pair, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_pretrained(pair.out).save_pretrained(tmp_path)
+    from_pretrained(pair.out).save_pretrained(tmp_path)
     saved, stored = load_file(tmp_path / "model.safetensors"), pair.tensors()
     assert saved.keys() == stored.keys()
     for name, tensor in stored.items():
@@ -129,7 +132,7 @@ def test_saving_gives_the_same_tensors(pair: Pair, tmp_path: Path) -> None:
 def test_biases_a_quantized_head_and_skipped_layers(tmp_path: Path) -> None:
     which = r"(layers\.0\.self_attn\.[qkvo]_proj|layers\.1\.mlp\.\w+_proj|lm_head)$"
     pair = make(tmp_path, llama(attention_bias=True), which)
-    model = AutoModelForCausalLM.from_pretrained(pair.out)
+    model = from_pretrained(pair.out)
     assert marlin_layers(model) == pair.layers.keys()
     assert model.lm_head.bias is None
     assert model.model.layers[0].self_attn.q_proj.bias is not None
@@ -138,7 +141,7 @@ def test_biases_a_quantized_head_and_skipped_layers(tmp_path: Path) -> None:
 
 def test_tied_embeddings(tmp_path: Path) -> None:
     pair = make(tmp_path / "tied", llama(tie_word_embeddings=True))
-    model = AutoModelForCausalLM.from_pretrained(pair.out)
+    model = from_pretrained(pair.out)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     same_logits(model, pair.reference())
 
@@ -148,12 +151,12 @@ def test_a_quantized_head_is_not_tied_whatever_the_config_says(tmp_path: Path) -
     file = pair.out / "config.json"
     file.write_text(file.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
     assert json.loads(file.read_text())["tie_word_embeddings"] is True
-    model = AutoModelForCausalLM.from_pretrained(pair.out)
+    model = from_pretrained(pair.out)
     assert isinstance(model.lm_head, MarlinLinear)
     same_logits(model, pair.reference())
     model.save_pretrained(tmp_path / "saved")
     assert load_file(tmp_path / "saved" / "model.safetensors").keys() == pair.tensors().keys()
-    same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), pair.reference())
+    same_logits(from_pretrained(tmp_path / "saved"), pair.reference())
 
 
 @pytest.mark.parametrize("config", [mixtral, qwen3_moe])
@@ -161,7 +164,7 @@ def test_mixtures_of_experts(tmp_path: Path, config: Callable[[], Any]) -> None:
     """Transformers fuses the experts into two tensors; a checkpoint has each by itself."""
     pair = make(tmp_path, config())
     assert sum(".experts." in name for name in pair.layers) == 2 * 4 * 3
-    model, info = AutoModelForCausalLM.from_pretrained(pair.out, output_loading_info=True)
+    model, info = from_pretrained(pair.out, output_loading_info=True)
     assert len(marlin_layers(model)) == len(pair.layers)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     same_logits(model, pair.reference())
@@ -173,7 +176,7 @@ def test_mixtures_of_experts(tmp_path: Path, config: Callable[[], Any]) -> None:
 
 def test_experts_left_unquantized(tmp_path: Path) -> None:
     pair = make(tmp_path, qwen3_moe(), r"self_attn\.[qkvo]_proj$")
-    model = AutoModelForCausalLM.from_pretrained(pair.out)
+    model = from_pretrained(pair.out)
     assert len(marlin_layers(model)) == 8
     same_logits(model, pair.reference())
 
@@ -181,13 +184,13 @@ def test_experts_left_unquantized(tmp_path: Path) -> None:
 def test_some_experts_of_a_block_quantized_and_others_not(tmp_path: Path) -> None:
     pair = make(tmp_path, qwen3_moe(), r"experts\.[012]\.(gate|up|down)_proj$")
     with pytest.raises(UnsupportedError, match=r"of 12 layers of its experts 9 are Marlin .*takes all or none"):
-        AutoModelForCausalLM.from_pretrained(pair.out)
+        from_pretrained(pair.out)
 
 
 def test_prompt_and_continuation(pair: Pair) -> None:
     ids = tokens(512, (1, 5))
     settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
-    result = AutoModelForCausalLM.from_pretrained(pair.out).generate(ids, **settings)
+    result = from_pretrained(pair.out).generate(ids, **settings)
     assert result.shape == (1, 5 + 16)
     assert torch.equal(result[:, :5], ids)
     assert continues_greedily(pair.reference(), result, 16)
@@ -197,7 +200,7 @@ def test_prompt_and_continuation(pair: Pair) -> None:
 # ---- The extended format ----
 
 #: Settings of the layers of a small Llama; K is 256 or 512, N the same.
-EXTENDED = {
+EXTENDED: dict[str, dict[str, Any]] = {
     "groups of 32": {"group_size": 32},
     "8 bits": {"bits": 8},
     "asymmetric": {"group_size": -1, "stored_zero": np.arange(512)[None] % 15},
@@ -211,7 +214,7 @@ def test_extended(kind: str, tmp_path: Path) -> None:
     """Each kind of layer: which modules, which logits, and saved as it was."""
     which = {"act-order": r"(q|k|v|o|gate|up)_proj$", "asymmetric": r"(gate|up)_proj$"}.get(kind, BLOCKS)
     pair = make(tmp_path / "model", llama(attention_bias=True), which, by_hand=True, **EXTENDED[kind])
-    model, info = AutoModelForCausalLM.from_pretrained(pair.out, output_loading_info=True, dtype=torch.float16)
+    model, info = from_pretrained(pair.out, output_loading_info=True, dtype=torch.float16)
     assert marlin_layers(model) == pair.layers.keys()
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     same_logits(model, pair.reference())
@@ -219,7 +222,7 @@ def test_extended(kind: str, tmp_path: Path) -> None:
     saved, stored = load_file(tmp_path / "saved" / "model.safetensors"), pair.tensors()
     assert saved.keys() == stored.keys()
     assert all(saved[name].dtype == stored[name].dtype and torch.equal(saved[name], stored[name]) for name in stored)
-    same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float16), pair.reference())
+    same_logits(from_pretrained(tmp_path / "saved", dtype=torch.float16), pair.reference())
 
 
 def test_extended_padded_and_experts(tmp_path: Path) -> None:
@@ -239,19 +242,19 @@ def test_extended_padded_and_experts(tmp_path: Path) -> None:
 def test_extended_that_is_damaged_or_newer(tmp_path: Path) -> None:
     pair = make(tmp_path / "model", llama(num_hidden_layers=1), by_hand=True, group_size=32)
     with pytest.raises(UnsupportedError, match="marlin_ext_version is 2"):
-        AutoModelForCausalLM.from_pretrained(edited(pair, tmp_path / "a", marlin_ext_version=2))
+        from_pretrained(edited(pair, tmp_path / "a", marlin_ext_version=2))
     folder = without(pair, tmp_path / "b", "model.layers.0.mlp.up_proj.marlin_scales")
     with pytest.raises(SourceError, match=r"up_proj: marlin_scales is missing"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        from_pretrained(folder)
     folder = edited(pair, tmp_path / "c", checkpoint_format="marlin", is_marlin_format=True, group_size=128)
     with pytest.raises(SourceError, match=r"the settings say marlin, and .* is a layer of marlin_ext"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        from_pretrained(folder)
     for key in ("bits", "group_size", "desc_act", "sym"):  # settings that the tensors contradict
         changed = {"bits": 8, "group_size": 64, "desc_act": True, "sym": False}[key]
         layers = json.loads((pair.out / "config.json").read_text())["quantization_config"]["layers"]
         layers["model.layers.0.mlp.up_proj"][key] = changed
         with pytest.raises((SourceError, RuntimeError)):
-            AutoModelForCausalLM.from_pretrained(edited(pair, tmp_path / key, layers=layers))
+            from_pretrained(edited(pair, tmp_path / key, layers=layers))
 
 
 # ---- What does not fit ----
@@ -267,20 +270,39 @@ def without(pair: Pair, folder: Path, name: str, extra: dict[str, torch.Tensor] 
 def test_missing_keys_are_an_error(pair: Pair, tmp_path: Path) -> None:
     folder = without(pair, tmp_path / "a", "model.layers.1.mlp.up_proj.B")
     with pytest.raises(SourceError, match=r"up_proj.weight \(missing from the checkpoint\).*up_proj.s \(in the chec"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        from_pretrained(folder)
     folder = without(pair, tmp_path / "b", "model.norm.weight")
     with pytest.raises(SourceError, match=r"does not fit LlamaForCausalLM: model.norm.weight \(missing"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        from_pretrained(folder)
     folder = without(pair, tmp_path / "c", "model.layers.1.mlp.up_proj.s")
     with pytest.raises(SourceError, match=r"up_proj.B \(in the checkpoint and not in the model\)"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        from_pretrained(folder)
 
 
 def test_keys_left_over_are_an_error(pair: Pair, tmp_path: Path) -> None:
     layer = {f"model.layers.7.mlp.up_proj.{x}": pair.tensors()[f"model.layers.1.mlp.up_proj.{x}"] for x in "Bs"}
     folder = without(pair, tmp_path / "a", "", layer)
     with pytest.raises(SourceError, match=r"layers.7.mlp.up_proj.B, .*\(in the checkpoint and not in the model\)"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        from_pretrained(folder)
+
+
+def test_other_keys_left_over_are_only_said(
+    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers of older versions, scales of a cache, another class's layer: none makes a weight random."""
+    attention = "model.layers.0.self_attn"
+    extra = {
+        f"{attention}.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), f"{attention}.masked_bias": torch.tensor(-1e9),
+        f"{attention}.rotary_emb.inv_freq": torch.ones(32), f"{attention}.k_proj.k_scale": torch.ones(1),
+        "visual.weight": torch.ones(2),
+    }  # fmt: skip
+    ids = tokens(512)
+    with torch.no_grad():
+        expected = from_pretrained(pair.out)(ids).logits
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        found = from_pretrained(without(pair, tmp_path / "a", "", extra))(ids).logits
+    assert torch.equal(found, expected)
+    assert "k_proj.k_scale" in caplog.text
 
 
 def test_a_config_of_another_size(pair: Pair, tmp_path: Path) -> None:
@@ -288,7 +310,7 @@ def test_a_config_of_another_size(pair: Pair, tmp_path: Path) -> None:
     file = folder / "config.json"
     file.write_text(file.read_text().replace('"intermediate_size": 512', '"intermediate_size": 768'))
     with pytest.raises(SourceError, match=r"down_proj: the checkpoint has K = 512, N = 256, .* has 768 and 256"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        from_pretrained(folder)
 
 
 def test_a_transformers_that_no_longer_tells_the_keys(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,14 +318,14 @@ def test_a_transformers_that_no_longer_tells_the_keys(pair: Pair, monkeypatch: p
     monkeypatch.setattr(hf.MarlinQuantizer, "_check_keys", lambda self, model: setattr(
         model, "_adjust_missing_and_unexpected_keys", lambda info: None))  # fmt: skip
     with pytest.raises(UnsupportedError, match="does not say which keys it could not place"):
-        AutoModelForCausalLM.from_pretrained(pair.out)
+        from_pretrained(pair.out)
 
 
 def test_no_marlin_layer_at_all(pair: Pair, tmp_path: Path) -> None:
     folder = edited(pair, tmp_path / "a")
     shutil.copy(pair.dense / "model.safetensors", folder / "model.safetensors")
     with pytest.raises(SourceError, match="its config says Marlin, but it has no Marlin layer"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        from_pretrained(folder)
 
 
 def test_a_gpu_that_does_not_suit_is_refused_before_loading(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +355,7 @@ PLACES = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.nor
 )  # fmt: skip
 def test_device_map(pair: Pair, tmp_path: Path, device_map: Any) -> None:
     pytest.importorskip("accelerate", reason="Transformers needs it for a device_map")
-    model = AutoModelForCausalLM.from_pretrained(pair.out, device_map=device_map, offload_folder=tmp_path / "disk")
+    model = from_pretrained(pair.out, device_map=device_map, offload_folder=tmp_path / "disk")
     same_logits(model, pair.reference())
 
 
@@ -360,7 +382,7 @@ def test_load_what_autogptq_wrote(pair: Pair, tmp_path: Path) -> None:
     model = marlin_convert.load(tmp_path / "a", device="cpu")
     same_logits(model, pair.reference())
     model.save_pretrained(tmp_path / "b")
-    same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), pair.reference())
+    same_logits(from_pretrained(tmp_path / "b"), pair.reference())
 
 
 LOAD = """

@@ -20,13 +20,15 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.config.utils import hash_factors  # noqa: E402
 
-from marlin_convert.engines import vllm_plugin as plugin  # noqa: E402
+from marlin_convert.engines import vllm_plugin  # noqa: E402
 from marlin_convert.engines.column_marks import Arriving  # noqa: E402
 from marlin_convert.engines.tensor_parallel import Piece  # noqa: E402
 from marlin_convert.errors import DeviceError  # noqa: E402
 from marlin_convert.formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES  # noqa: E402
 from marlin_convert.formats.marlin_config import marlin_ext_settings  # noqa: E402
 from marlin_convert.native import reference as twin  # noqa: E402
+
+plugin: Any = vllm_plugin  # with the names that it takes from vLLM
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -97,6 +99,11 @@ def config_of(pieces: dict[str, tuple[Piece, torch.Tensor, dict[str, Any]]], ext
     return result
 
 
+def loader_of(linear: Any) -> Any:
+    """What loads its weight."""
+    return linear.weight.weight_loader
+
+
 class Linear(torch.nn.Module):
     """What the plugin sees of one of vLLM's linear layers."""
 
@@ -131,7 +138,7 @@ def load(
     of_name = dict(zip(names, shards, strict=True))
     for key, marks in config.arriving.stream(weights):
         shard = of_name[key.removesuffix(".weight")]
-        linear.weight.weight_loader(linear.weight, marks, *(() if shard is None else (shard,)))
+        loader_of(linear)(linear.weight, marks, *(() if shard is None else (shard,)))
     method.finish(linear)
     config.arriving = None
     method.process_weights_after_loading(linear)
@@ -214,7 +221,8 @@ def test_row_parallel_act_order(monkeypatch: pytest.MonkeyPatch, ranks: int, kin
 
 
 def test_row_parallel_act_order_is_refused_without_our_kernels() -> None:
-    name, kind = "model.layers.0.mlp.down_proj", {"group": 64, "order": True}
+    name = "model.layers.0.mlp.down_proj"
+    kind: dict[str, Any] = {"group": 64, "order": True}
     pieces = {name: (*random_layer(512, 256, **kind), kind)}
     message = r"layer: rows 0 to 256 of 512, of this rank, become groups of 16 \(it has act-order\)"
     with pytest.raises(ValueError, match=message):
@@ -223,7 +231,7 @@ def test_row_parallel_act_order_is_refused_without_our_kernels() -> None:
 
 def test_parts_of_different_kinds_and_padding() -> None:
     names = ["mlp.gate_proj", "mlp.up_proj"]
-    kinds = [{"group": 32}, {"group": 64, "bits": 8}]
+    kinds: list[dict[str, Any]] = [{"group": 32}, {"group": 64, "bits": 8}]
     pieces = {n: (*random_layer(200, 72, seed=i, **k), k) for i, (n, k) in enumerate(zip(names, kinds, strict=True))}
     linear = Linear(0, torch.randn(144).half())
     method = load(config_of(pieces, True), names, pieces, linear, (200, [72, 72], 200, 144), [0, 1], True)
@@ -261,6 +269,19 @@ def test_kernels_that_cannot_be(monkeypatch: pytest.MonkeyPatch, kernel: str, mi
     choose(monkeypatch, kernel, missing)
     with pytest.raises(ValueError, match=message):
         plugin.kernel()
+
+
+def test_one_line_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a logger that vLLM shows."""
+    choose(monkeypatch, "auto")
+    lines = []
+    monkeypatch.setattr(plugin.logger, "info", lambda message, *arguments: lines.append(message % arguments))
+    plugin._say_kernel.cache_clear()
+    for name in ("a", "b"):
+        plugin.MarlinCheckpointMethod(config_of({}, False), name)
+    why = "the faster one on compute capability 9.0"
+    assert lines == [f"Linear layers of this Marlin checkpoint are computed by marlin-convert's kernels: {why}"]
+    assert plugin.logger.name.startswith("vllm.")
 
 
 def test_compiled_graphs_are_keyed_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,14 +335,17 @@ def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: st
 
 
 def test_what_the_kernel_lacks_is_refused() -> None:
-    for kind, message in [({"group": 16}, "no groups of 16"), ({"bits": 8, "asym": True}, "no 8-bit codes with zero")]:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"group": 16}, "no groups of 16"), ({"bits": 8, "asym": True}, "no 8-bit codes with zero")
+    ]  # fmt: skip
+    for kind, message in cases:
         pieces = {"a": (*random_layer(256, 64, **kind), kind)}
         with pytest.raises(ValueError, match=f"a: vLLM's Marlin kernel has {message}"):
             plugin.MarlinCheckpointMethod(config_of(pieces, True), "a", ["a"])
 
 
 def test_columns_that_have_not_come_are_an_error() -> None:
-    pieces = {"a": (*random_layer(256, 64), {})}
+    pieces: dict[str, Any] = {"a": (*random_layer(256, 64), {})}
     config, linear = config_of(pieces, False), Linear(0)
     method = plugin.MarlinCheckpointMethod(config, "layer", ["a"])
     method.create_weights(linear, 256, [64], 256, 64, torch.float16, weight_loader=lambda param, loaded: None)
@@ -337,7 +361,7 @@ def test_a_part_that_is_not_quantized_is_an_error() -> None:
     method = plugin.MarlinCheckpointMethod(config, "layer", ["a"])
     method.create_weights(linear, 256, [64], 256, 64, torch.float16, weight_loader=lambda param, loaded: None)
     with pytest.raises(ValueError, match="layer: vLLM computes it as one layer, and a part of it is not quantized"):
-        linear.weight.weight_loader(linear.weight, torch.zeros(64, 256))
+        loader_of(linear)(linear.weight, torch.zeros(64, 256))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from marlin_convert.formats.marlin_config import (
     marlin_settings,
     read_marlin_settings,
 )
+from marlin_convert.options import QuantMethod
 
 
 def parse(**raw: Any) -> GPTQSettings:
@@ -250,7 +251,7 @@ def test_dynamic_rule_settles_a_conflict_for_its_layers() -> None:
 
 
 def test_dynamic_rules_of_a_second_config_count_where_the_first_has_none() -> None:
-    configs = {"config.json": {"quantization_config": {"dynamic": {}}},
+    configs: dict[str, Any] = {"config.json": {"quantization_config": {"dynamic": {}}},
                "quantize_config.json": {"dynamic": {"a": {"bits": 8}}}}  # fmt: skip
     assert of_layer(parse_settings(configs), "a").bits == 8
 
@@ -410,7 +411,7 @@ MARLIN = {
 
 
 def settings_of(group_size: int = 128, lm_head: bool = False, quant_method: str = "gptq", **raw: Any) -> dict[str, Any]:
-    return marlin_settings(parse(**raw), group_size=group_size, lm_head=lm_head, quant_method=quant_method)
+    return marlin_settings(parse(**raw), group_size=group_size, lm_head=lm_head, quant_method=QuantMethod(quant_method))
 
 
 @pytest.mark.parametrize(
@@ -439,9 +440,9 @@ def test_marlin_settings(source: dict[str, Any], changes: dict[str, Any]) -> Non
 
 
 def test_config_json_is_believed_first() -> None:
-    configs = {"config.json": {"quantization_config": {"damp_percent": 0.1}},
+    configs: dict[str, Any] = {"config.json": {"quantization_config": {"damp_percent": 0.1}},
                "quantize_config.json": {"damp_percent": 0.01, "true_sequential": False}}  # fmt: skip
-    result = marlin_settings(parse_settings(configs), group_size=128, lm_head=False, quant_method="gptq")
+    result = marlin_settings(parse_settings(configs), group_size=128, lm_head=False, quant_method=QuantMethod.GPTQ)
     assert (result["damp_percent"], result["true_sequential"]) == (0.1, False)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_some_rows_of_a_grouped_layer_permute_as_the_layer_does() -> None:
 
 @given(G=st.integers(1, 5), runs=st.integers(1, 4), dtype=st.sampled_from([np.float16, np.float32, np.uint16]))
 def test_scales_round_trip(G: int, runs: int, dtype: type) -> None:
-    scales = np.random.default_rng(G).integers(0, 1000, (G, 64 * runs)).astype(dtype)
+    scales: Any = np.random.default_rng(G).integers(0, 1000, (G, 64 * runs)).astype(dtype)
     s = layout.permute_scales(scales)
     assert s.dtype == dtype
     np.testing.assert_array_equal(layout.unpermute_scales(s), scales)

@@ -50,7 +50,7 @@ def test_inf_and_nan(dtype: str, value: float) -> None:
 @EVERY
 def test_nan_of_every_payload(dtype: str) -> None:
     """A NaN may have only its lowest bit set, or the sign."""
-    word = {"F16": (0x7C01, np.uint16), "BF16": (0x7F81, np.uint16), "F32": (0x7F800001, np.uint32)}[dtype]
+    word: Any = {"F16": (0x7C01, np.uint16), "BF16": (0x7F81, np.uint16), "F32": (0x7F800001, np.uint32)}[dtype]
     for bits in (word[0], word[0] | (1 << (word[1](0).nbytes * 8 - 1))):
         array = np.array([[bits]], word[1])
         raw = array if dtype == "BF16" else array.view(np.float16 if dtype == "F16" else np.float32)

@@ -54,7 +54,7 @@ def test_a_listed_name_that_leads_outside(
     before = everything(tmp_path)
     given = [a.format(out=tmp_path / "out") for a in arguments]
     for name in (str(victim), str(tmp_path / "new.safetensors"), "../victim.txt"):
-        hub.say = listing(lambda entries, name=name: [*entries, entry(path=name)])
+        hub.say = listing(lambda entries, name=name: [*entries, entry(path=name)])  # type: ignore[misc]
         message = refusal(online(REPO, *given))
         assert message == (
             f"{REPO}: what answers at {hub.url} is no Hub (it lists a file {shown(name)}); "

@@ -10,12 +10,15 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from marlin_convert.errors import SourceError
+from marlin_convert.hub import client
 from marlin_convert.hub.open import fetch
+from tests.support import hub_server
 from tests.support.cli import PATIENCE, PROGRAM, SECRET, Run, refusal, running
 from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
 from tests.support.hub_server import Hub, Request
@@ -76,6 +79,7 @@ def test_a_plan_without_fetching_the_weights(
     folder.mkdir()
     for name, content in hub.repositories[REPO].commits[hub.repositories[REPO].refs["main"]].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        assert isinstance(content, bytes)
         (folder / name).write_bytes(content)
     local = online(folder, "--dry-run", "--json").json()
     assert {**local, "source": REPO} == plan
@@ -142,7 +146,7 @@ def test_the_cache_is_used(hub: Hub, repository: Source, online: Callable[..., R
 def test_a_revision(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
     """A branch, a tag and a commit; each with weights of its own."""
     other = write_source(tmp_path / "upload", two_layers(group_size=-1))
-    files = {p.name: p.read_bytes() for p in other.folder.iterdir()}
+    files: dict[str, bytes | Path] = {p.name: p.read_bytes() for p in other.folder.iterdir()}
     commit = hub.repositories[REPO].commit(files, "per-channel")
     for i, revision in enumerate(("per-channel", commit)):
         report = online(REPO, tmp_path / f"out{i}", "--revision", revision, "--json").json()
@@ -347,3 +351,66 @@ def test_a_file_is_no_source(source: Source) -> None:
 def test_a_folders_label_is_its_name(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(source.folder)
     assert fetch(".").label == fetch("../source/").label == "source"
+
+
+class Clock:
+    """Time that passes when somebody sleeps, or when a call takes a while."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(client.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(client.time, "sleep", self.take)
+
+    def take(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("each", "calls", "ends"), [(0.0, 5, 7.5), (1.0, 5, 12.5), (5.0, 3, 16.5), (10.0, 2, 20.5)])
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch, each: float, calls: int, ends: float) -> None:
+    """Where nothing answers, that is said within 30 s, whatever an answer is waited for."""
+    from huggingface_hub.errors import HTTPError
+
+    clock, made = Clock(monkeypatch), []
+
+    def call() -> None:
+        made.append(clock.now)
+        clock.take(each)
+        raise HTTPError("no connection")
+
+    with pytest.raises(HTTPError):
+        client.patiently(call)
+    assert (len(made), clock.now) == (calls, ends)
+
+
+def test_patience_begins_anew_with_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that breaks every 20 s, and brings something each time, is no reason to give up."""
+    from huggingface_hub.errors import HTTPError
+
+    clock, came = Clock(monkeypatch), [0]
+
+    def call() -> str:
+        clock.take(20)
+        came[0] += 1
+        if came[0] < 50:
+            raise HTTPError("broken")
+        return "all"
+
+    assert client.patiently(call, progress=lambda: came[0]) == "all"
+
+
+def test_a_redirect_to_nowhere(
+    hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights lie elsewhere, and nobody is there: said, without the address, which is signed."""
+    send = hub_server.Handler.send
+
+    def elsewhere(self: Any, status: int, body: bytes, headers: dict[str, str], request: Request | None = None) -> None:
+        if self.path.endswith(".safetensors"):
+            status, headers = 302, {"Location": "http://127.0.0.1:9/x?X-Amz-Signature=SIGNED", "Content-Length": "0"}
+            body = b""
+        send(self, status, body, headers, request)
+
+    monkeypatch.setattr(hub_server.Handler, "send", elsewhere)
+    result = online(REPO, tmp_path / "out", "--verbose")
+    expected = f"{REPO}: the download failed: no connection to where the files are; run it again to resume."
+    assert refusal(result) == expected

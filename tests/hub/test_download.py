@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,6 @@ import numpy as np
 import pytest
 import torch
 
-from marlin_convert.checkpoint import output_folder
 from marlin_convert.conversion import supply
 from marlin_convert.conversion.convert import looked_at
 from marlin_convert.conversion.supply import check_room
@@ -450,9 +450,7 @@ def test_room_on_the_disk(hub: Hub, repository: Source, tmp_path: Path, monkeypa
             assert needed == expected
             needed.clear()
         monkeypatch.undo()
-        monkeypatch.setattr(
-            output_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": result + largest + 5})
-        )
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": result + largest + 5}))
         check(low_disk=True)
         with pytest.raises(OutputError) as error:
             check(low_disk=False)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from marlin_convert.cli.commands import DEMO_FOLDER
-from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.convert import convert
 from marlin_convert.hub.upload import default_name
+from marlin_convert.options import Options
 from tests.support.cli import PATIENCE, SECRET, Run, refusal
 from tests.support.gptq_checkpoints import Source, two_layers, write_source
 from tests.support.hub_server import Account, Hub, Request, at_first
@@ -42,7 +43,7 @@ def pushed(hub: Hub, repo_id: str = REPO, ref: str = "main") -> dict[str, bytes]
     """What the repository holds, without the file that every repository is created with."""
     repository = hub.repositories[repo_id]
     files = repository.commits[repository.refs[ref]]
-    return {name: data for name, data in files.items() if name != ".gitattributes"}
+    return {name: data for name, data in files.items() if name != ".gitattributes" and isinstance(data, bytes)}
 
 
 def writes(hub: Hub) -> list[str]:

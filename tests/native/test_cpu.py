@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -348,7 +348,7 @@ def test_an_instruction_set_that_does_not_exist(
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+def library(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Point `ops` to another library file, not yet loaded."""
 
     def use(path: Path) -> None:
@@ -414,6 +414,9 @@ def test_importing_and_packing_does_not_import_torch() -> None:
 
 # ---- Arguments ----
 
+WORDS: Any
+HALVES: Any
+FLOATS: Any
 WORDS, HALVES, FLOATS = np.zeros((16, 64), np.int32), np.ones((1, 64), np.float16), np.ones((2, 128), np.float32)
 
 
@@ -438,7 +441,7 @@ WORDS, HALVES, FLOATS = np.zeros((16, 64), np.int32), np.ones((1, 64), np.float1
         (lambda: cpu.pack(WORDS, read_only((8, 128))), ValueError, "out is read-only"),
         (lambda: cpu.pack(WORDS, threads=0), ValueError, r"threads is 0; it should be 1\.\."),
         (lambda: cpu.pack(WORDS, threads=10**12), ValueError, r"threads is 1000000000000; it should be 1\.\."),
-        (lambda: cpu.pack(WORDS, threads=2.0), TypeError, r"threads is 2\.0; it should be an int"),
+        (lambda: cpu.pack(WORDS, threads=2.0), TypeError, r"threads is 2\.0; it should be an int"),  # type: ignore[arg-type]
         (lambda: cpu.unpack(WORDS.reshape(8, 128), isa="sse"), ValueError, "isa is 'sse'; it should be one of plain,"),
         (lambda: cpu.first_difference(WORDS, WORDS[:3]), ValueError, r"a has shape \(16, 64\) and b \(3, 64\)"),
         (lambda: cpu.first_difference(WORDS, FLOATS), TypeError, "b has dtype float32"),
@@ -540,24 +543,24 @@ def test_native_code_checks_again() -> None:
     wrong = (ctypes.c_int32 * 16)(*range(1, 17))
     assert call(words, wrong, words, words, *sizes) == 2
     order = (ctypes.c_int32 * 16)(*range(16))
-    room, place = (ctypes.c_int32 * 1024)(), ctypes.c_int64(7)
+    room, found = (ctypes.c_int32 * 1024)(), ctypes.c_int64(7)
     arguments = [words, 64, order, words, room, 128, 16, 64, 16, 64, 4, 1, 0]
-    for name, more in [("pack", []), ("compare", [ctypes.byref(place)])]:
+    for name, more in [("pack", []), ("compare", [ctypes.byref(found)])]:
         call = getattr(library, f"marlin_cpu_{name}_sorted")
         call.argtypes = _cpu_library.PROTOTYPES[f"marlin_cpu_{name}_sorted"][1]
         assert call(*arguments, *more) == 0
         for at in (0, 2, 3, 4):
             assert call(*arguments[:at], None, *arguments[at + 1 :], *more) == 1, at
         # stride, b_stride, k, n, rows, padded_n
-        wrong = [(1, 63), (5, 127), (6, 0), (6, 12), (6, 24), (7, 0), (7, 65), (8, 8), (8, 24), (9, 32), (9, 96)]
-        for at, value in wrong:
+        places = [(1, 63), (5, 127), (6, 0), (6, 12), (6, 24), (7, 0), (7, 65), (8, 8), (8, 24), (9, 32), (9, 96)]
+        for at, value in places:
             assert call(*arguments[:at], value, *arguments[at + 1 :], *more) == 2, (at, value)
         for numbers in ([*range(1, 17)], [-1, *range(1, 16)], [0, *range(15)]):
             bad = (ctypes.c_int32 * 16)(*numbers)
             assert call(*arguments[:2], bad, *arguments[3:], *more) == 2
         assert call(*arguments[:10], 3, 1, 0, *more) == 4
         assert call(*arguments[:12], 4, *more) == 3
-    assert place.value == -1
+    assert found.value == -1
     assert call(*arguments, None) == 1
     call = library.marlin_cpu_matmul_gptq
     call.argtypes = _cpu_library.PROTOTYPES["marlin_cpu_matmul_gptq"][1]
@@ -771,11 +774,11 @@ def test_weights_and_products(
     codes = rng.integers(0, 2**bits, (K, N))
     zeros = rng.integers(0, 2**bits, (G, N), dtype=np.uint8) if asymmetric else None
     exact_scales = rng.standard_normal((G, N)) * (1e30 if bf16 else 0.01)
-    scales = as_bf16(exact_scales) if bf16 else exact_scales.astype(np.float16)
+    scales: Any = as_bf16(exact_scales) if bf16 else exact_scales.astype(np.float16)
     wide = bf16_value(scales) if bf16 else scales.astype(np.float64)
     zero = 2.0 ** (bits - 1) if zeros is None else np.repeat(zeros.astype(np.float64), K // G, axis=0)
     W = (codes - zero) * np.repeat(wide, K // G, axis=0)
-    expected = as_bf16(W) if bf16 else W.astype(np.float16)  # float32 holds the products exactly
+    expected: Any = as_bf16(W) if bf16 else W.astype(np.float16)  # float32 holds the products exactly
     rounded = bf16_value(expected) if bf16 else expected.astype(np.float64)
     qweight = np.asarray(reference.pack_gptq(torch.from_numpy(codes), bits).numpy())
     B = np.asarray(reference.pack_marlin(torch.from_numpy(codes), bits).numpy())
@@ -831,7 +834,7 @@ def test_arguments_of_the_extended_format(call: Callable[[], Any], message: str)
         call()
 
 
-ORDER = np.arange(128, dtype=np.int32)
+ORDER: Any = np.arange(128, dtype=np.int32)
 
 
 def sorted_(**changed: Any) -> Any:

@@ -15,15 +15,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.conversion.convert import Options, convert, packer
-from marlin_convert.conversion.layer_reader import Groups
+from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.plan import make_plan
 from marlin_convert.conversion.verify import TOLERANCE, product_for, verify
 from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats.layout import permute_scales
 from marlin_convert.native import cuda, reference
+from marlin_convert.native.choose import packer
+from marlin_convert.options import Options
 from tests.support.gptq_checkpoints import GPTQLayer, write_source
+from tests.support.products import groups_of
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,12 @@ def test_instances_are_what_their_names_say() -> None:
         takes_zeros = 2 * bool(z) if wide else bool(z) or group != "128" or bits == "8"
         assert (x.zero_points, x.rounds_weights) == (takes_zeros, bool(wide))
         assert 0 < x.id < 1 << 12
-    known = {"sm80_m8n256_b4_g128": 1, "sm80_m128n128_b8_gany": 25, "sm90_m16n128_b4_g64": 122, "sm90_wide_m256n128_b8_ganyz": 331}
+    known = {
+        "sm80_m8n256_b4_g128": 1,
+        "sm80_m128n128_b8_gany": 25,
+        "sm90_m16n128_b4_g64": 122,
+        "sm90_wide_m256n128_b8_ganyz": 331,
+    }
     assert known == {name: found[name].id for name in known if name in found}
     code = lib.marlin_cuda_instance(len(found), ctypes.byref(cuda.Instance()))
     assert code == -9  # MARLIN_CUDA_ERROR_VARIANT
@@ -191,7 +198,7 @@ def test_the_gpus_product_finds_wrong_scales(tmp_path: Path, twin: Device) -> No
     doubled[1, 7] *= 2
     errors = []
     for s in (permute_scales(scales), permute_scales(scales, G=1), doubled):
-        product = product_for(twin, planned, Groups(scales, None, None), None, {"s": s})
+        product = product_for(twin, planned, groups_of(scales, s), None, None)
         for k0 in range(0, 256, 64):
             block = np.ascontiguousarray(qweight[k0 // 8 : k0 // 8 + 8])
             product.add_source(k0, block)
@@ -208,5 +215,5 @@ def test_repacking_on_the_gpu(twin: Device) -> None:
     expected = reference.gptq_to_marlin(torch.from_numpy(qweight)).numpy()
     for options in (Options(device="cuda:0"), Options(device="auto")):
         B = np.zeros((16, 512), np.int32)
-        packer(twin, options)(qweight, B, 4)
+        packer(twin, options.device).pack(qweight, B, 4)
         np.testing.assert_array_equal(B, expected)

@@ -1,5 +1,7 @@
 """The torch twin: a golden tile, the formula nibble by nibble, and exact arithmetic."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -221,13 +223,13 @@ def test_layers_of_the_extended_format(
         g = 0 if group == -1 else k // group
         zero = 2 ** (bits - 1) if zeros is None else zeros[g, :N]
         expected[k if perm is None else perm[k]] = (codes[k, :N] - zero) * scales[g, :N].double()
-    stored = (
+    stored: Any = (
         reference.pack_marlin(codes, bits),
         reference.permute_scales(scales),
         None if zeros is None else reference.pack_zeros(zeros, bits),
         perm,
     )
-    sizes = {"bits": bits, "in_features": K, "out_features": N}
+    sizes: dict[str, Any] = {"bits": bits, "in_features": K, "out_features": N}
     assert torch.equal(reference.dequantize_layer(*stored, **sizes, dtype=torch.float32).double(), expected)
     for target in (torch.float16, torch.bfloat16):
         assert torch.equal(reference.dequantize_layer(*stored, **sizes, dtype=target), expected.to(target))

@@ -27,7 +27,7 @@ def weight(layer: GPTQLayer) -> torch.Tensor:
     return torch.from_numpy(steps * layer.scale_tensor.double().numpy()[layer.groups])
 
 
-def extended(layer: GPTQLayer) -> tuple[MarlinLinear, torch.Tensor]:
+def extended(layer: GPTQLayer) -> tuple[Any, torch.Tensor]:
     """The module with `layer`'s tensors in the extended format, and its weight W [K, N] in float64."""
     K, N, size = layer.K, layer.N, layer.group_size
     rows, columns = -(-K // 128) * 128, -(-N // 64) * 64

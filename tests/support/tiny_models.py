@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
 from marlin_convert.cli.commands import DEMO_FOLDER
-from marlin_convert.conversion.convert import Options, convert
+from marlin_convert.conversion.convert import convert
+from marlin_convert.options import Options
 from tests.support.extended_layers import extended, weight
 from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, write_source
 

@@ -102,7 +102,7 @@ REFUSED = {
         "phimoe": "vLLM computes its experts as one layer, and model.layers.0.mlp.experts.0.down_proj is not quantized",
     }.items()
 }
-REFUSED["gpt_neox, heads of 96", 2] = "attention.dense: rows 0 to 192 of 384, of this rank, become groups of 16"
+REFUSED["gpt_neox, heads of 96", 2] = "of 384, of this rank, become groups of 16 (they cut through its 6 groups)"
 
 #: The linears of all of them: neither embeddings, heads and norms, nor what quantizers leave alone.
 LINEARS = (

@@ -35,8 +35,10 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_ma
 from vllm.model_executor.model_loader import get_model_loader  # noqa: E402
 from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
 
-from marlin_convert.engines import vllm_plugin as plugin  # noqa: E402
+from marlin_convert.engines import vllm_plugin  # noqa: E402
 from marlin_convert.native import reference  # noqa: E402
+
+plugin: Any = vllm_plugin  # with the names that it takes from vLLM
 
 # vLLM's library is for GPUs; it looks these names up, and nothing here calls them.
 _library = torch_library.Library("_C", "FRAGMENT")

@@ -1,0 +1,31 @@
+"""What tells that work goes on."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from marlin_convert.cli.progress import waiting
+
+
+def test_what_cannot_be_counted_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("marlin_convert.cli.progress.PLAIN_INTERVAL", 0.01)
+    text = io.StringIO()
+    with waiting(Console(file=text), "loading"):
+        while text.getvalue().count("\n") < 3:
+            time.sleep(0.01)
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "loading"
+    assert all(re.fullmatch(r"… for \d+ s", line) for line in lines[1:])
+
+
+def test_what_fails_is_no_longer_waited_for() -> None:
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="it"), waiting(Console(file=io.StringIO()), "loading"):
+        raise ValueError("it")
+    assert threading.active_count() == before
