@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 import sys
@@ -159,3 +160,33 @@ def test_a_folders_name_stays_on_its_line(tmp_path: Path) -> None:
     text = card(tmp_path, name="a`b\n## c").text
     assert "\n## c" not in text
     assert "# a`b ## c in Marlin format" in text
+
+
+BOMB = "\n".join(["a0: &a0 [lol]", *(f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}"] * 9) + "]" for i in range(1, 9))])
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        BOMB + "\ntags: *a8", BOMB + "\nlanguage: *a8", "language: &l [*l]", "license: !!int ''", "x: !!float ''",
+        "x: !!bool x", "x: !!timestamp x", "x: !!omap [x: 1]", "x: !!pairs [x: 1]", "x: !!python/name:os.system ''",
+        "x: 0x" + "f" * 100_000, "x: 1" + ":59" * 3000, "x: " + "9" * 5000, "x: " + "[" * 3000 + "]" * 3000,
+        "x: " + "y" * 70_000, "? [a]\n: b", "x: 2024-99-99", "x: {a: &b 1, c: *b}",
+    ],
+    ids=lambda front: front[:24],
+)  # fmt: skip
+def test_metadata_that_makes_much_of_little(tmp_path: Path, front: str) -> None:
+    """References, types by name, very long numbers, very much: it counts as none, and the text below stays."""
+    made = card(tmp_path, f"---\n{front}\n---\n# The text\n")
+    assert made.data.to_dict().keys() <= {"tags", "library_name", "pipeline_tag"}  # all of them our own
+    assert made.data.tags == ["marlin", "gptq", "4-bit"]
+    assert "# The text" in made.text
+    assert len(made.content) < 100_000
+
+
+def test_metadata_of_all_plain_types(tmp_path: Path) -> None:
+    front = "a: 1\nb: 0.5\nc: true\nd: null\ne: [x, {f: y}]\ng: 2024-01-02\nh: '1'"
+    data = card(tmp_path, f"---\n{front}\n---\n# x\n").data.to_dict()
+    assert {key: data.get(key) for key in "abcegh"} == {
+        "a": 1, "b": 0.5, "c": True, "e": ["x", {"f": "y"}], "g": datetime.date(2024, 1, 2), "h": "1",
+    }  # fmt: skip
