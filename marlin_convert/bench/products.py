@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .._version import __version__
 from ..conversion.convert import looked_at
-from ..conversion.plan import GROUP_SIZE, is_marlin_checkpoint, make_plan
+from ..conversion.layer import GROUP_SIZE
+from ..conversion.plan import is_marlin_checkpoint, make_plan
 from ..conversion.restore import marlin_layers
 from ..device import Device, cuda_devices, pick_device
 from ..errors import DeviceError, UnsupportedError, require

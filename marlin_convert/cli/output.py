@@ -21,7 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..checkpoint.writer import shard_names
-from ..conversion.plan import Layer, Plan, plan_as_dict, span
+from ..conversion.layer import Layer
+from ..conversion.names import span
+from ..conversion.plan import Plan, plan_as_dict
 from ..engine_support import VLLM, ResultFacts, readers, vllm_needs_our_kernels, vllm_refuses
 from ..formats.cuts import tensor_parallel_cuts
 from ..hub import client as hub

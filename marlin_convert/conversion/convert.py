@@ -47,8 +47,9 @@ from ..progress import BytesOnly, Progress
 from .blocks import run_all
 from .card import Made, model_card, with_verdict, write_card
 from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
+from .layer import Layer
 from .pipeline import MarlinWriter
-from .plan import Layer, Plan, make_plan
+from .plan import Plan, make_plan
 from .supply import Item, Supply, arrivals, check_room
 from .verify import Verification, Verifier, verify
 

@@ -17,7 +17,7 @@ from ..formats.layout import TILE_K, TILE_N, pack_factor, tile_words, zero_point
 from ..formats.scales import as_stored
 from ..native import cpu
 from .blocks import Buffers
-from .plan import Layer
+from .layer import Layer
 
 Words: TypeAlias = "npt.NDArray[np.int32]"
 

@@ -17,8 +17,8 @@ from ..native import cpu
 from ..native.choose import Packer
 from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, group_strips, stored_blocks, strips
+from .layer import Layer
 from .layer_reader import LayerReader, code_difference, order_difference
-from .plan import Layer
 
 #: Does a part of the work on a layer or a tensor; returns how many bytes it has written.
 Piece: TypeAlias = "Callable[[], int]"

@@ -15,7 +15,8 @@ from ..checkpoint.writer import Shards
 from ..hub.open import Source
 from ..hub.prefetch import Arrivals
 from ..progress import Progress
-from .plan import Layer, Plan
+from .layer import Layer
+from .plan import Plan
 
 #: What is converted, or copied, as one.
 Item: TypeAlias = "Layer | Tensor"

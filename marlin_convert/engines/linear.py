@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import library as torch_library
+from torch.utils._pytree import tree_map_only
 
 from ..formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K, TILE_N, unpack_zeros
 from ..native import cpu, cuda, reference
@@ -60,6 +61,9 @@ class MarlinLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        #: Whether `weight` is [K, N], as that of Transformers' Conv1D, and not [N, K].
+        self.weight_by_rows = False
+        self._dtype = dtype or torch.get_default_dtype()
         self.bits, self.group_size, self.sym, self.desc_act, self.extended = bits, group_size, sym, desc_act, extended
         self.scale_dtype = scale_dtype
         self._check(scale_dtype)
@@ -119,6 +123,12 @@ class MarlinLinear(nn.Module):
             return result  # noqa: RET504 - named for its type
         return _linear(x, *layer)  # type: ignore[arg-type]
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of a plain linear layer with the same values, [N, K], in the module's dtype, for code that looks
+        at it. Its dtype, shape and device cost nothing; whatever computes with it gets it dequantized, every time."""
+        return DequantizedWeight(self, self._dtype)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W [K, N] in the source's order of rows, rounded once to `dtype` (that of the scales if None)."""
         B, s = self._buffers[self._names["weight"]], self._buffers[self._names["scales"]]
@@ -150,6 +160,7 @@ class MarlinLinear(nn.Module):
             return result
 
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=None if scales is None else scales.device)).dtype
         moved = self._tensor("scales")
         if moved is not None and moved.device.type == "cuda":
             cuda.device_info(moved.device.index)
@@ -168,6 +179,39 @@ class MarlinLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+class DequantizedWeight(Tensor):
+    """A tensor that is made when something is computed with it: a layer's weights. Nothing can be written into it."""
+
+    #: For Transformers' functions that fill weights with random numbers: there is nothing to fill.
+    _is_hf_initialized = True
+    _layer: MarlinLinear
+
+    @staticmethod
+    def __new__(cls, layer: MarlinLinear, dtype: torch.dtype) -> DequantizedWeight:
+        scales = layer._tensor("scales")
+        assert scales is not None
+        N, K = layer.out_features, layer.in_features
+        weight: DequantizedWeight = Tensor._make_wrapper_subclass(
+            cls, (K, N) if layer.weight_by_rows else (N, K), dtype=dtype, device=scales.device
+        )
+        weight._layer = layer
+        return weight
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({list(self.shape)}, {self.dtype}, {self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(cls, cls._made, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _made(self) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
+        W = self._layer.dequantize().to(self.dtype)
+        return W if self._layer.weight_by_rows else W.t()
 
 
 # ---- The product ----

@@ -276,7 +276,9 @@ def _put_layer(model: PreTrainedModel, place: str, module: nn.Module, layer: Sto
     if f"{place}.weight" in model.all_tied_weights_keys:  # a quantized lm_head has weights of its own
         del model.all_tied_weights_keys[f"{place}.weight"]
         model.config.tie_word_embeddings = False
-    model.set_submodule(place, empty_module(layer))
+    linear = empty_module(layer)
+    linear.weight_by_rows = isinstance(module, Conv1D)
+    model.set_submodule(place, linear)
 
 
 class MarlinExpert(nn.Module):

@@ -30,7 +30,7 @@ CPU, FORCE = Options(device="cpu"), Options(device="cpu", force=True)
 DRIVER = """
 import os, signal, sys, threading
 from marlin_convert import cli
-from marlin_convert.conversion import convert, blocks as stream, verify
+from marlin_convert.conversion import convert, blocks as stream, products
 from marlin_convert.checkpoint import output_folder, writer
 
 released = threading.Event()
@@ -62,7 +62,7 @@ if stop_in_worker:
     "before the first write": lambda: stop_at(convert, "write_tensors"),
     "in the middle of writing": lambda: stop_at(writer.Shards, "write", calls=3),
     "before the configs": lambda: stop_at(convert, "write_configs"),
-    "while verifying": lambda: stop_at(verify.CPUProduct, "add_stored"),
+    "while verifying": lambda: stop_at(products.CPUProduct, "add_stored"),
     "before the rename": lambda: stop_at(output_folder, "_swap_in"),
     "after the rename": lambda: stop_at(output_folder, "_swap_in", afterwards=True),
 }[sys.argv[1]]()

@@ -9,37 +9,25 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from marlin_convert.conversion.convert import convert, verify_pair
 from marlin_convert.errors import AlreadyMarlin, OutputError, UnsupportedError
 from marlin_convert.options import Format, Options, QuantMethod
-from tests.support.gptq_checkpoints import (
-    GPTQLayer,
-    Source,
-    marlin_codes,
-    marlin_scales,
-    quantization_config,
-    two_layers,
-    write_source,
-)
-
-
-def result_tensors(out: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(out.glob("*.safetensors")) for k, v in load_file(file).items()}
+from tests.support import format_reader
+from tests.support.gptq_checkpoints import GPTQLayer, Source, quantization_config, tensors_of, two_layers, write_source
 
 
 def assert_equal_to_source(source: Source, out: Path) -> None:
     """Every layer of `out` stands for the weights of `source`, by the published formulas; the rest is equal bytes."""
-    found = result_tensors(out)
+    found = tensors_of(out)
     for name, layer in source.layers.items():
         B, s = found.pop(f"{name}.B"), found.pop(f"{name}.s")
         assert (B.dtype, tuple(B.shape)) == (torch.int32, (layer.K // 16, 2 * layer.N))
         assert (s.dtype, tuple(s.shape)) == (torch.float16, (layer.G, layer.N))
-        np.testing.assert_array_equal(marlin_codes(B.numpy()), layer.codes)
-        scales = marlin_scales(s.numpy()).astype(np.float64)
+        np.testing.assert_array_equal(format_reader.codes(B, 4, layer.N), layer.codes)
+        scales = format_reader.scales(s)
         np.testing.assert_array_equal(scales, layer.scale_tensor.to(torch.float16).double().numpy())
-        weight = (marlin_codes(B.numpy()) - 8) * scales[layer.groups]
+        weight = (format_reader.codes(B, 4, layer.N) - 8) * scales[layer.groups]
         np.testing.assert_allclose(weight, layer.weight, rtol=2**-11)  # exact for fp16 scales, rounded once for others
         if layer.scale_dtype == torch.float16:
             np.testing.assert_array_equal(weight, layer.weight)
@@ -98,12 +86,12 @@ def test_shards_and_index(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", shards=2)
     convert(source.folder, tmp_path / "out", Options(max_shard_size="100KB", device="cpu"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(result_tensors(tmp_path / "out"))
+    assert set(index["weight_map"]) == set(tensors_of(tmp_path / "out"))
     for tensor, file in index["weight_map"].items():
         with safe_open(tmp_path / "out" / file, "pt") as opened:
             assert tensor in opened.keys()  # noqa: SIM118
             assert opened.metadata() == {"format": "pt"}
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in result_tensors(tmp_path / "out").values())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(tmp_path / "out").values())
     assert_equal_to_source(source, tmp_path / "out")
 
 

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.conversion.plan import Plan, make_plan, plan_as_dict, span
+from marlin_convert.conversion.names import span
+from marlin_convert.conversion.plan import Plan, make_plan, plan_as_dict
 from marlin_convert.engine_support import vllm_needs_our_kernels, vllm_refuses
 from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
 from tests.support.gptq_checkpoints import (
@@ -26,6 +27,7 @@ from tests.support.gptq_checkpoints import (
     Source,
     pack_columns,
     quantization_config,
+    shuffled,
     two_layers,
     write_source,
 )
@@ -82,11 +84,6 @@ def error_of(make: Callable[[], object], kind: type[MarlinConvertError]) -> str:
     assert "\n" not in message
     assert message.endswith(".")
     return message
-
-
-def shuffled(K: int, group_size: int = 128) -> np.ndarray[Any, Any]:
-    """g_idx of real act-order: every group has its group_size rows, in no order."""
-    return np.random.default_rng(1).permutation(np.arange(K) // group_size)
 
 
 # ---- What it converts ----

@@ -20,9 +20,12 @@ from marlin_convert.options import Format, Options
 from tests.support.gptq_checkpoints import (
     GPTQLayer,
     Source,
+    asymmetric,
     pack_columns,
     plain_tensors,
     quantization_config,
+    shuffled,
+    tensors_of,
     two_layers,
     write_source,
 )
@@ -31,27 +34,11 @@ NAME = "model.layers.0.mlp.down_proj"
 
 
 def assert_same_tensors(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    found = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    found = tensors_of(folder)
     assert sorted(found) == sorted(expected)
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
-
-
-def all_tensors(source: Source) -> dict[str, torch.Tensor]:
-    return {k: v for name, layer in source.layers.items() for k, v in layer.tensors(name).items()} | source.plain
-
-
-def shuffled(K: int, group_size: int, seed: int = 0) -> np.ndarray:
-    """A g_idx of act-order: each group has its rows, in any places."""
-    groups = np.arange(K) // group_size
-    return np.random.default_rng(seed).permutation(groups)
-
-
-def asymmetric(K: int, N: int, group_size: int, bits: int) -> np.ndarray:
-    """Zero points, stored as v1 does it: z - 1, no z of 0."""
-    G = 1 if group_size == -1 else -(-K // group_size)
-    return np.random.default_rng(5).integers(0, 2**bits - 1, (G, N))
 
 
 def marlin_ext(folder: Path, layers: dict[str, GPTQLayer], **changes: Any) -> None:
@@ -200,7 +187,7 @@ def test_round_trip_through_the_original_format(tmp_path: Path, group_size: int,
     convert(source.folder, tmp_path / "marlin", Options(device="cpu"))
     report = restore(tmp_path / "marlin", tmp_path / "gptq")
     assert report.format == "marlin"
-    assert_same_tensors(tmp_path / "gptq", all_tensors(source))
+    assert_same_tensors(tmp_path / "gptq", source.tensors)
     quantization = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
     expected = {"bits": 4, "group_size": group_size, "sym": True, "desc_act": False, "damp_percent": 0.07}
     assert expected.items() <= quantization.items()
@@ -433,7 +420,7 @@ def test_the_command(run: Callable[..., Any], source: Source, tmp_path: Path) ->
     report = result.json()
     assert report["ok"] is True
     assert (report["layers_restored"], report["tensors_copied"], report["format"]) == (2, 3, "gptq")
-    assert_same_tensors(tmp_path / "back", all_tensors(source))
+    assert_same_tensors(tmp_path / "back", source.tensors)
     shown = run("to-gptq", "marlin", "back", "--force", "--v2")
     assert shown.code == 0, shown.err
     assert "restored 2 layers from marlin to gptq_v2, 3 tensors copied" in shown.out

@@ -24,30 +24,24 @@ from marlin_convert.native import cpu, reference
 from marlin_convert.native.choose import CUDAPacker
 from marlin_convert.options import Format, Options, ZeroPointReading
 from tests.support import format_reader
-from tests.support.gptq_checkpoints import GPTQLayer, Source, pack_columns, quantization_config, write_source
+from tests.support.gptq_checkpoints import (
+    GPTQLayer,
+    Source,
+    asymmetric,
+    pack_columns,
+    quantization_config,
+    shuffled,
+    tensors_of,
+    write_source,
+)
 
 NAME = "model.layers.0.mlp.down_proj"
 CPU = Options(device="cpu", verify=True)
 
 
-def shuffled(K: int, group_size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(np.arange(K) // group_size)
-
-
-def zero_points(layer: GPTQLayer, stored: Any, v2: bool = False) -> np.ndarray:
-    return np.asarray(stored) + (0 if v2 else 1)
-
-
-def expected_weight(layer: GPTQLayer, v2: bool = False) -> np.ndarray:
-    """W [K, N] in float64: (code - zero) * scale of the row's group."""
-    stored = np.broadcast_to(np.asarray(layer.stored_zero), (layer.G, layer.N))
-    zeros = zero_points(layer, stored, v2)[layer.groups]
-    return (layer.codes - zeros) * layer.scale_tensor.double().numpy()[layer.groups]
-
-
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every quantized layer of a Marlin checkpoint, in float32, which holds them exactly."""
-    tensors = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    tensors = tensors_of(folder)
     config = json.loads((folder / "quantize_config.json").read_text())
     read, found = read_marlin_settings(config), {}
     for name in tensors:
@@ -64,11 +58,11 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_exact(source: Source, out: Path, v2: bool = False) -> None:
+def assert_exact(source: Source, out: Path) -> None:
     found = weights_of(out)
     assert sorted(found) == sorted(source.layers)
     for name, layer in source.layers.items():
-        np.testing.assert_array_equal(found[name].double().numpy(), expected_weight(layer, v2), err_msg=name)
+        np.testing.assert_array_equal(found[name].double().numpy(), layer.weight, err_msg=name)
 
 
 def assert_published(source: Source, out: Path) -> None:
@@ -76,22 +70,15 @@ def assert_published(source: Source, out: Path) -> None:
     found = format_reader.read(out)
     assert sorted(found) == sorted(source.layers)
     for name, layer in source.layers.items():
-        np.testing.assert_array_equal(found[name], expected_weight(layer), err_msg=name)
+        np.testing.assert_array_equal(found[name], layer.weight, err_msg=name)
 
 
 def assert_restored(source: Source, back: Path) -> None:
-    expected = {k: v for name, layer in source.layers.items() for k, v in layer.tensors(name).items()} | source.plain
-    found = {k: v for file in sorted(back.glob("*.safetensors")) for k, v in load_file(file).items()}
-    assert sorted(found) == sorted(expected)
-    for name, tensor in expected.items():
+    found = tensors_of(back)
+    assert sorted(found) == sorted(source.tensors)
+    for name, tensor in source.tensors.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
-
-
-def asymmetric(layer: dict[str, Any], low: int = 0) -> np.ndarray:
-    K, bits, size = layer["K"], layer.get("bits", 4), layer.get("group_size", 128)
-    G = 1 if size == -1 else -(-K // size)
-    return np.random.default_rng(3).integers(low, 2**bits - 1, (G, layer["N"]))
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -120,7 +107,7 @@ def test_every_kind(tmp_path: Path, kind: str, order: bool, asym: bool) -> None:
     """Converted, verified, equal to the definition, verified again from disk, and brought back bit for bit."""
     layer = dict(KINDS[kind])
     bits, size = layer.get("bits", 4), layer.get("group_size", 128)
-    layer["stored_zero"] = asymmetric(layer) if asym else 2 ** (bits - 1) - 1
+    layer["stored_zero"] = asymmetric(layer["K"], layer["N"], size, bits) if asym else 2 ** (bits - 1) - 1
     if order and size != -1:
         layer["g_idx"] = shuffled(layer["K"], size)
     desc_act = order and size != -1
@@ -189,7 +176,7 @@ def test_act_order_in_many_panels(
     """One tile column at a time; several; strips within one panel: the seams are where a wrong offset would show."""
     monkeypatch.setattr("marlin_convert.conversion.blocks.PANEL_BYTES", panel)
     monkeypatch.setattr("marlin_convert.conversion.blocks.BLOCK_BYTES", strip)
-    stored = asymmetric({"K": 352, "N": 1000, "bits": bits, "group_size": 32})
+    stored = asymmetric(352, 1000, 32, bits)
     layers = {
         NAME: GPTQLayer(K=352, N=1000, bits=bits, group_size=32, stored_zero=stored, g_idx=shuffled(352, 32)),
         "lm_head": GPTQLayer(
@@ -246,7 +233,7 @@ def test_mislabelled_act_order_is_converted_with_it(tmp_path: Path) -> None:
 
 
 def test_mislabelled_symmetry_is_converted_without_it(tmp_path: Path) -> None:
-    stored = asymmetric({"K": 256, "N": 256})
+    stored = asymmetric(256, 256)
     source = write_source(tmp_path / "source", {NAME: GPTQLayer(stored_zero=stored)})
     report = convert(source.folder, tmp_path / "out", CPU)
     assert "the config says sym and zero points differ; converted as asymmetric" in report.plan.notes
@@ -258,10 +245,10 @@ def test_zero_points_of_v2(tmp_path: Path, bits: int) -> None:
     stored = np.random.default_rng(0).integers(0, 2**bits, (2, 256))
     quantization = quantization_config(bits=bits, sym=False, checkpoint_format="gptq_v2")
     source = write_source(
-        tmp_path / "source", {NAME: GPTQLayer(bits=bits, stored_zero=stored)}, quantization=quantization
+        tmp_path / "source", {NAME: GPTQLayer(bits=bits, stored_zero=stored, v2=True)}, quantization=quantization
     )
     convert(source.folder, tmp_path / "out", CPU)
-    assert_exact(source, tmp_path / "out", v2=True)
+    assert_exact(source, tmp_path / "out")
     restore(tmp_path / "out", tmp_path / "back", v2=True)
     assert_restored(source, tmp_path / "back")
 
@@ -348,7 +335,7 @@ def test_verification_finds_a_change(tmp_path: Path, part: str) -> None:
     from safetensors.torch import save_file
 
     layer = GPTQLayer(K=320, N=72, group_size=64, g_idx=shuffled(320, 64),
-                      stored_zero=asymmetric({"K": 320, "N": 72, "group_size": 64}))  # fmt: skip
+                      stored_zero=asymmetric(320, 72, 64))  # fmt: skip
     source = write_source(
         tmp_path / "source", {NAME: layer}, quantization=quantization_config(sym=False, group_size=64)
     )
@@ -390,7 +377,7 @@ def test_any_layer(
         "scale_dtype": dtype,
     }
     middle = 2 ** (bits - 1) - 1
-    layer["stored_zero"] = asymmetric(layer) if asym else middle
+    layer["stored_zero"] = asymmetric(K, 8 * N, size, bits) if asym else middle
     if order and size != -1:
         layer["g_idx"] = shuffled(K, size, seed)
     source = write_source(

@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.convert import convert, verify_pair
 from marlin_convert.conversion.plan import make_plan
-from marlin_convert.conversion.verify import TOLERANCE, CPUProduct, LayerCheck, Verification, compare
+from marlin_convert.conversion.products import CPUProduct, compare
+from marlin_convert.conversion.verify import TOLERANCE, LayerCheck, Verification
 from marlin_convert.errors import SourceError, VerificationError
 from marlin_convert.formats.layout import SCALE_PERMUTATION, SCALE_PERMUTATION_SINGLE
 from marlin_convert.options import Options, QuantMethod
+from tests.support import format_reader
 from tests.support.cli import PATIENCE, Run
-from tests.support.gptq_checkpoints import GPTQLayer, Source, marlin_codes, two_layers, write_source
+from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
 from tests.support.products import groups_of
 
 CPU = Options(device="cpu")
@@ -98,24 +100,22 @@ def test_the_report_on_disk(source: Source, out: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_flipped_bit_is_named_by_row_and_column(source: Source, out: Path, seed: int) -> None:
-    """Where the bit belongs is computed here from the tile's formula: nibble p of word w of a 16 x 64 tile."""
+    """Where the bit belongs is seen by a reader that knows the published format alone."""
     rng = np.random.default_rng(seed)
     K, N = 256, 512
-    tile_row, tile_column, word, bit = (int(rng.integers(n)) for n in (K // 16, N // 64, 128, 32))
-    lane, j = divmod(word, 4)
-    g, t = divmod(lane, 4)
-    p = bit // 4
-    row = 16 * tile_row + 2 * t + 8 * (p & 1) + (p >> 2)
-    column = 64 * tile_column + 16 * j + g + 8 * ((p >> 1) & 1)
-    was = int(source.layers[Q].codes[row, column])
+    word, bit = (int(rng.integers(n)) for n in (K // 16 * 2 * N, 32))
+    codes = source.layers[Q].codes
+    places: list[list[int]] = []
 
     def flip(tensors: dict[str, torch.Tensor]) -> None:
         words = tensors[f"{Q}.B"].numpy().view(np.uint32)
-        words[tile_row, 128 * tile_column + word] ^= np.uint32(1 << bit)
-        now = marlin_codes(words.view(np.int32))
-        assert [list(x) for x in np.argwhere(now != source.layers[Q].codes)] == [[row, column]]
+        words.reshape(-1)[word] ^= np.uint32(1 << bit)
+        now = format_reader.codes(tensors[f"{Q}.B"], 4, N)
+        places.extend(np.argwhere(now != codes).tolist())
 
     change(out, flip)
+    ((row, column),) = places
+    was = int(codes[row, column])
     report = verify_pair(source.folder, out, CPU)
     assert not report.ok
     assert layer_check(report, Q).problem == (

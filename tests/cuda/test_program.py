@@ -46,7 +46,7 @@ def test_verify_finds_what_is_wrong_on_the_gpu(tmp_path: Path) -> None:
     from marlin_convert.checkpoint.reader import Checkpoint
     from marlin_convert.cli.commands import DEMO_FOLDER
     from marlin_convert.conversion.plan import make_plan
-    from marlin_convert.conversion.verify import product_for
+    from marlin_convert.conversion.products import product_for
     from marlin_convert.device import pick_device
     from marlin_convert.formats.layout import permute_scales
     from marlin_convert.formats.scales import to_fp16

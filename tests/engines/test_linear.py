@@ -70,6 +70,27 @@ def test_product(group_size: int, dtype: torch.dtype, tolerance: float, shape: t
         assert float((y.double() - reference).norm() / reference.norm()) <= tolerance
 
 
+def test_the_weight_that_other_code_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a plain linear layer; what only asks for its kind does not have it dequantized."""
+    layer, module = original()
+    module.to(torch.bfloat16).half()
+    dense = torch.from_numpy(layer.weight).to(torch.float16)
+    assert torch.equal(module.weight + 0, dense.t())
+    assert torch.equal(module.weight.t() @ torch.eye(512).half(), dense)
+    module.weight.zero_()  # nothing can be written into it
+    assert torch.equal(module.weight.clone(), dense.t())
+    assert not [name for name in module.state_dict() if "weight" in name]
+    assert list(module.parameters()) == []
+    module.weight_by_rows = True
+    assert torch.equal(module.weight * 1, dense)
+    monkeypatch.setattr(MarlinLinear, "dequantize", None)
+    weight = module.to(torch.bfloat16).weight
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.shape, weight.dtype, weight.device.type) == ((384, 512), torch.bfloat16, "cpu")
+    assert "384, 512" in repr(weight)
+    assert (MarlinLinear(128, 64, device="meta").weight * 2).shape == (64, 128)
+
+
 def test_wide_layers_in_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = exact(3)
     whole = module(x)

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig, Qwen2Config
 
-from tests.support.extended_layers import points, shuffled
+from tests.support.extended_layers import points
+from tests.support.gptq_checkpoints import shuffled
 from tests.support.tiny_models import BLOCKS, Pair, llama, make, mixtral, qwen3_moe
 from tests.support.vllm_architectures import ARCHITECTURES, LINEARS, REFUSED, ROUNDED, configuration
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,8 +359,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(client.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(client.time, "sleep", self.take)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.take)
 
     def take(self, seconds: float) -> None:
         self.now += seconds
@@ -368,7 +369,7 @@ class Clock:
 @pytest.mark.parametrize(("each", "calls", "ends"), [(0.0, 5, 7.5), (1.0, 5, 12.5), (5.0, 3, 16.5), (10.0, 2, 20.5)])
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch, each: float, calls: int, ends: float) -> None:
     """Where nothing answers, that is said within 30 s, whatever an answer is waited for."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     clock, made = Clock(monkeypatch), []
 
@@ -384,7 +385,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch, each: float, calls: int,
 
 def test_patience_begins_anew_with_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that breaks every 20 s, and brings something each time, is no reason to give up."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     clock, came = Clock(monkeypatch), [0]
 

@@ -1,6 +1,5 @@
 """The native code against the torch twin (bits) and float64 (products), each instruction set on its own."""
 
-import ctypes
 import re
 import shutil
 import subprocess
@@ -21,8 +20,8 @@ from numpy.typing import NDArray
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats import layout
 from marlin_convert.native import _cpu_library, cpu, reference
+from tests.support import format_reader
 
-HEADER = Path(__file__).parents[2] / "kernels" / "marlin.h"
 ISAS = ("plain", "avx2", "avx512")
 
 
@@ -495,105 +494,6 @@ def product(**changed: Any) -> None:
     raise first.value
 
 
-# ---- The other language ----
-
-
-def test_header_has_the_same_codes_and_prototypes() -> None:
-    text = re.sub(r"//.*", "", HEADER.read_text())
-    defined = {name: int(value) for name, value in re.findall(r"#define MARLIN_(\w+) (\d+)", text)}
-    assert defined["CPU_ABI_VERSION"] == _cpu_library.ABI_VERSION
-    assert defined["ISA_AUTO"] == _cpu_library.ISA_AUTO
-    assert {name: defined[f"ISA_{name.upper()}"] for name in ISAS} == _cpu_library.ISAS
-    errors = {value for name, value in defined.items() if name.startswith("ERROR_")}
-    assert errors == set(_cpu_library.ERRORS)
-
-    types = {"int": ctypes.c_int, "int64_t": ctypes.c_int64}
-    prototypes = {
-        name: (types[result], [c_type(argument, types) for argument in arguments.split(",") if argument != "void"])
-        for result, name, arguments in re.findall(r"MARLIN_EXPORT (\w+) (\w+)\(([^)]*)\)", text)
-    }
-    assert prototypes == {"marlin_cpu_abi_version": (ctypes.c_int, []), **_cpu_library.PROTOTYPES}
-
-
-def c_type(argument: str, types: dict[str, Any]) -> Any:
-    return ctypes.c_void_p if "*" in argument else types[argument.split()[0]]
-
-
-@needs_native
-def test_native_code_checks_again() -> None:
-    """The Python side lets none of this through; another caller might."""
-    library = ctypes.CDLL(str(_cpu_library.LIBRARY))
-    words = (ctypes.c_int32 * 1024)()
-    call = library.marlin_cpu_pack
-    call.argtypes = _cpu_library.PROTOTYPES["marlin_cpu_pack"][1]
-    assert call(None, words, 16, 64, 4, 1, 0) == 1
-    for k, n in [(8, 64), (16, 32), (0, 64), (16, 0), (-16, 64), (16, -64)]:
-        assert call(words, words, k, n, 4, 1, 0) == 2
-    for isa in (-1, 4):
-        assert call(words, words, 16, 64, 4, 1, isa) == 3
-    for bits in (0, 2, 3, 16):
-        assert call(words, words, 16, 64, bits, 1, 0) == 4
-    call = library.marlin_cpu_arrange
-    call.argtypes = _cpu_library.PROTOTYPES["marlin_cpu_arrange"][1]
-    sizes = [16, 64, 0, 16, 64, 4, 1, 0]  # k, n, k0, rows, padded_n, bits, threads, isa
-    assert call(words, None, words, words, *sizes) == 0
-    assert call(words, None, None, words, *sizes) == 1
-    for place, value in [(0, 0), (0, 12), (1, 0), (1, 65), (2, 4), (2, -8), (3, 0), (3, 4)]:
-        assert call(words, None, words, words, *sizes[:place], value, *sizes[place + 1 :]) == 2, place
-    wrong = (ctypes.c_int32 * 16)(*range(1, 17))
-    assert call(words, wrong, words, words, *sizes) == 2
-    order = (ctypes.c_int32 * 16)(*range(16))
-    room, found = (ctypes.c_int32 * 1024)(), ctypes.c_int64(7)
-    arguments = [words, 64, order, words, room, 128, 16, 64, 16, 64, 4, 1, 0]
-    for name, more in [("pack", []), ("compare", [ctypes.byref(found)])]:
-        call = getattr(library, f"marlin_cpu_{name}_sorted")
-        call.argtypes = _cpu_library.PROTOTYPES[f"marlin_cpu_{name}_sorted"][1]
-        assert call(*arguments, *more) == 0
-        for at in (0, 2, 3, 4):
-            assert call(*arguments[:at], None, *arguments[at + 1 :], *more) == 1, at
-        # stride, b_stride, k, n, rows, padded_n
-        places = [(1, 63), (5, 127), (6, 0), (6, 12), (6, 24), (7, 0), (7, 65), (8, 8), (8, 24), (9, 32), (9, 96)]
-        for at, value in places:
-            assert call(*arguments[:at], value, *arguments[at + 1 :], *more) == 2, (at, value)
-        for numbers in ([*range(1, 17)], [-1, *range(1, 16)], [0, *range(15)]):
-            bad = (ctypes.c_int32 * 16)(*numbers)
-            assert call(*arguments[:2], bad, *arguments[3:], *more) == 2
-        assert call(*arguments[:10], 3, 1, 0, *more) == 4
-        assert call(*arguments[:12], 4, *more) == 3
-    assert found.value == -1
-    assert call(*arguments, None) == 1
-    call = library.marlin_cpu_matmul_gptq
-    call.argtypes = _cpu_library.PROTOTYPES["marlin_cpu_matmul_gptq"][1]
-    address = ctypes.addressof(words)
-    layer = {
-        "weights": address,
-        "scales": address,
-        "k0": 0,
-        "k": 16,
-        "n": 64,
-        "groups": 1,
-        "rows_per_group": 16,
-        "bits": 4,
-    }
-    assert call(words, 1, 16, ctypes.byref(_cpu_library.LayerArguments(**layer)), words, 1, 0) == 0
-    assert call(words, 1, 16, None, words, 1, 0) == 1
-    assert call(words, 1, 16, ctypes.byref(_cpu_library.LayerArguments(**(layer | {"bits": 2}))), words, 1, 0) == 4
-    for key, value in [
-        ("k0", 8),
-        ("k0", 16),
-        ("k", 24),
-        ("n", 32),
-        ("groups", 0),
-        ("rows_per_group", 8),
-        ("rows_per_group", 0),
-    ]:
-        assert (
-            call(words, 1, 16, ctypes.byref(_cpu_library.LayerArguments(**(layer | {key: value}))), words, 1, 0) == 2
-        ), key
-    for m, columns in [(0, 16), (1, 8)]:
-        assert call(words, m, columns, ctypes.byref(_cpu_library.LayerArguments(**layer)), words, 1, 0) == 2
-
-
 # ---- The extended format ----
 
 
@@ -620,12 +520,7 @@ def test_eight_bit_words_by_the_formula() -> None:
     B = cpu.pack(qweight.view(np.int32), bits=8).view(np.uint32)
     assert B.shape == (2, 512)
     assert int(B[0, 0]) == 0x90108000
-    for word in range(256):
-        lane, j, h = word // 8, word % 8 // 2, word % 2
-        g, t = lane // 4, lane % 4
-        for p in range(4):
-            row, column = 2 * t + 8 * (p & 1) + (p >> 1), 16 * j + g + 8 * h
-            assert int(B[1, 256 + word]) >> 8 * p & 255 == codes[16 + row, 64 + column]
+    np.testing.assert_array_equal(format_reader.codes(torch.from_numpy(B.view(np.int32)), 8, N), codes)
 
 
 @every_isa

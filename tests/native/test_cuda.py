@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.plan import make_plan
-from marlin_convert.conversion.verify import TOLERANCE, product_for, verify
+from marlin_convert.conversion.products import product_for
+from marlin_convert.conversion.verify import TOLERANCE, verify
 from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats.layout import permute_scales

@@ -12,6 +12,7 @@ from marlin_convert.formats import layout
 
 # One tile of codes (k*n + 3*k + n//5) % 16, k = 0..15, n = 0..63. Worked out apart from the formula: from the registers
 from marlin_convert.native import reference
+from tests.support import format_reader
 
 # One tile of codes (k*n + 3*k + n//5) % 16, k = 0..15, n = 0..63. Worked out apart from the formula: from the registers
 # that the mma.m16n8k16 instruction assigns to a lane (b0, b1 = rows 2t, 2t+1 and b2, b3 = rows 2t+8, 2t+9 of column g),
@@ -86,19 +87,7 @@ def test_every_nibble_is_where_the_formula_says() -> None:
     K, N = 48, 192
     codes = random_codes(K, N)
     B = reference.pack_marlin(codes)
-    words = unsigned(B)
-    seen = 0
-    for index, word in enumerate(words):
-        tile, w = divmod(index, 128)
-        tile_row, tile_column = divmod(tile, N // 64)
-        lane, j = w // 4, w % 4
-        g, t = lane // 4, lane % 4
-        for p in range(8):
-            row = 16 * tile_row + 2 * t + 8 * (p & 1) + (p >> 2)
-            column = 64 * tile_column + 16 * j + g + 8 * ((p >> 1) & 1)
-            assert word >> (4 * p) & 15 == codes[row, column]
-            seen += 1
-    assert seen == K * N
+    np.testing.assert_array_equal(format_reader.codes(B, 4, N), codes.numpy())
 
 
 def test_gptq_words_hold_neighbours_along_k_lowest_first() -> None:

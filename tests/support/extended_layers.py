@@ -11,20 +11,7 @@ import torch
 
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.native import reference
-from tests.support.gptq_checkpoints import GPTQLayer
-
-
-def zero_points(layer: GPTQLayer) -> Any:
-    """Zero points [G, N]: one more than `stored_zero` (of v1) where that is [G, N], else the middle of the codes."""
-    if isinstance(layer.stored_zero, np.ndarray):
-        return layer.stored_zero + 1
-    return np.full((layer.G, layer.N), 2 ** (layer.bits - 1))
-
-
-def weight(layer: GPTQLayer) -> torch.Tensor:
-    """W [K, N] in float64, zero points of all kinds."""
-    steps = layer.codes - zero_points(layer)[layer.groups]
-    return torch.from_numpy(steps * layer.scale_tensor.double().numpy()[layer.groups])
+from tests.support.gptq_checkpoints import GPTQLayer, shuffled
 
 
 def extended(layer: GPTQLayer) -> tuple[Any, torch.Tensor]:
@@ -32,7 +19,7 @@ def extended(layer: GPTQLayer) -> tuple[Any, torch.Tensor]:
     K, N, size = layer.K, layer.N, layer.group_size
     rows, columns = -(-K // 128) * 128, -(-N // 64) * 64
     G = 1 if size == -1 else rows // size
-    zeros = zero_points(layer)
+    zeros = layer.zeros
     points, scales = np.zeros((G, columns), np.int64), torch.zeros(G, columns, dtype=layer.scale_dtype)
     points[: layer.G, :N], scales[: layer.G, :N] = zeros, layer.scale_tensor
     group = np.minimum(np.arange(rows) // (rows if size == -1 else size), G - 1)
@@ -53,11 +40,7 @@ def extended(layer: GPTQLayer) -> tuple[Any, torch.Tensor]:
         scale_dtype=layer.scale_dtype,
     )  # fmt: skip
     module.load_state_dict(state)
-    return module, weight(layer)
-
-
-def shuffled(K: int, size: int) -> Any:
-    return np.random.default_rng(5).permutation(np.arange(K) // size)
+    return module, torch.from_numpy(layer.weight)
 
 
 def points(G: int, N: int, bits: int) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 def pack_rows(codes: npt.NDArray[Any], bits: int = 4) -> npt.NDArray[np.int32]:
@@ -54,7 +54,8 @@ class GPTQLayer:
     seed: int = 0
     scale_dtype: torch.dtype = torch.float16
     stored_zero: int | npt.NDArray[Any] | None = 7  # None: no qzeros
-    zero_point: int | None = None  # of the weights below; default 2^(bits-1)
+    zero_point: int | None = None  # of the weights below; default: see `zeros`
+    v2: bool = False  # whether `stored_zero` is the zero point itself, not one less
     g_idx: npt.NDArray[Any] | str | None = "sequential"  # None: no g_idx
     bias: bool = False
     scales: npt.NDArray[Any] | None = None  # [G, N] float; random when not given
@@ -81,10 +82,17 @@ class GPTQLayer:
         return np.arange(self.K) // self.rows_per_group
 
     @property
+    def zeros(self) -> npt.NDArray[Any]:
+        """Zero points [G, N]: `zero_point`, or those of qzeros where they are given as [G, N], or the middle."""
+        if self.zero_point is None and isinstance(self.stored_zero, np.ndarray):
+            return self.stored_zero + (0 if self.v2 else 1)
+        return np.full((self.G, self.N), 2 ** (self.bits - 1) if self.zero_point is None else self.zero_point)
+
+    @property
     def weight(self) -> npt.NDArray[np.float64]:
-        """W [K, N] in float64: (code - zero point) · scale of the row's group."""
-        zero = 2 ** (self.bits - 1) if self.zero_point is None else self.zero_point
-        return (self.codes - zero) * self.scale_tensor.double().numpy()[self.groups]
+        """W [K, N] in float64: (code - zero point) · scale, both of the row's group."""
+        steps: npt.NDArray[np.float64] = self.codes - self.zeros[self.groups]
+        return steps * self.scale_tensor.double().numpy()[self.groups]
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         result = {
@@ -99,6 +107,19 @@ class GPTQLayer:
         if self.bias:
             result[f"{name}.bias"] = self.bias_tensor
         return result
+
+
+def shuffled(K: int, group_size: int = 128, seed: int = 0) -> npt.NDArray[Any]:
+    """g_idx of act-order: every group has its group_size rows, in no order."""
+    return np.random.default_rng(seed).permutation(np.arange(K) // group_size)
+
+
+def asymmetric(
+    K: int, N: int, group_size: int = 128, bits: int = 4, *, low: int = 0, seed: int = 3
+) -> npt.NDArray[Any]:
+    """Zero points [G, N] as v1 stores them, one less: from `low` up; none of them stands for 0."""
+    G = 1 if group_size == -1 else -(-K // group_size)
+    return np.random.default_rng(seed).integers(low, 2**bits - 1, (G, N))
 
 
 def quantization_config(**changes: Any) -> dict[str, Any]:
@@ -122,6 +143,16 @@ class Source:
     folder: Path
     layers: dict[str, GPTQLayer]
     plain: dict[str, torch.Tensor]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors that were written."""
+        return {k: v for name, layer in self.layers.items() for k, v in layer.tensors(name).items()} | self.plain
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whatever file they are in."""
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
 def two_layers(**changes: Any) -> dict[str, GPTQLayer]:
@@ -187,33 +218,3 @@ def write_source(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return Source(folder, layers, plain)
-
-
-def marlin_codes(B: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """B [K/16, 2N] → codes [K, N], nibble by nibble from the published formula of the tile."""
-    tile_rows, words = B.shape
-    N = words // 2
-    codes = np.zeros((tile_rows * 16, N), np.int64)
-    tiles = B.view(np.uint32).reshape(tile_rows, N // 64, 128).astype(np.int64)
-    for word in range(128):
-        lane, j = divmod(word, 4)
-        g, t = divmod(lane, 4)
-        for p in range(8):
-            row, column = 2 * t + 8 * (p & 1) + (p >> 2), 16 * j + g + 8 * ((p >> 1) & 1)
-            codes[row::16, column::64] = tiles[:, :, word] >> (4 * p) & 15
-    return codes
-
-
-def marlin_scales(s: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """s [G, N] → scales [G, N] from the two published permutations, chosen by G."""
-    G, N = s.shape
-    scales = np.zeros_like(s)
-    if G > 1:
-        for column in range(N):
-            block, i, j = column // 64 * 64, column % 64 // 8, column % 8
-            scales[:, block + i + 8 * j] = s[:, column]
-    else:
-        for column in range(N):
-            block, i, j = column // 32 * 32, column % 32 // 8, column % 8
-            scales[:, block + 2 * i + (0, 1, 8, 9, 16, 17, 24, 25)[j]] = s[:, column]
-    return scales

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_convert.conversion.layer_reader import Groups
-from marlin_convert.conversion.verify import LayerGroups
+from marlin_convert.conversion.products import LayerGroups
 
 
 def groups_of(scales: npt.NDArray[Any], s: npt.NDArray[Any]) -> LayerGroups:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Pretr
 from marlin_convert.cli.commands import DEMO_FOLDER
 from marlin_convert.conversion.convert import convert
 from marlin_convert.options import Options
-from tests.support.extended_layers import extended, weight
+from tests.support.extended_layers import extended
 from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, write_source
 
 #: Public-domain text that the demo's model has not seen.
@@ -95,7 +95,7 @@ def make(folder: Path, config: PretrainedConfig, which: str = BLOCKS, *, by_hand
             }
         layers[name] = GPTQLayer(**settings)
     assert layers
-    weights = {f"{name}.weight": weight(x).to(torch.float16).t() for name, x in layers.items()}
+    weights = {f"{name}.weight": torch.from_numpy(x.weight).to(torch.float16).t() for name, x in layers.items()}
     biases = {f"{name}.bias": x.bias_tensor for name, x in layers.items() if x.bias}
     whole = {name: tensor.contiguous() for name, tensor in {**plain, **weights, **biases}.items()}
     save_file(whole, dense / "model.safetensors", metadata={"format": "pt"})

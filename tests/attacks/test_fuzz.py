@@ -1,5 +1,5 @@
 """Checkpoints made of what nobody would write: whatever they hold, the program ends in one of its documented ways, and
-what it accepts is sound. The cases come from fixed seeds; more of them: `FUZZ=100 pytest tests/test_fuzz.py`."""
+what it accepts is sound. The cases come from fixed seeds; for more of them: `FUZZ=100 pytest tests/attacks`."""
 
 from __future__ import annotations
 
