@@ -1,7 +1,7 @@
 """Of the tiles and splits of the kernel for every GPU, the cost model's choice against the best measured time.
 
-The timings were taken on one H100 80GB with that kernel forced; benchmarks/cost_model/fit.py reads them and compiles the
-model from the library's source, as it does to fit it.
+The timings were taken on one H100 80GB with that kernel forced; benchmarks/cost_model/fit.py reads them, and compiles
+the model from the library's source, as it does to fit it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-np = pytest.importorskip("numpy")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,6 @@ def test_the_choice_is_near_the_best(fit: ModuleType, tmp_path: Path) -> None:
         pytest.skip("no C++ compiler")
     timings = fit.Timings.read()
     lost = fit.losses(timings, fit.Model(tmp_path).predict(timings))
-    assert len(lost) > 100
+    assert len(lost) > 90
+    assert lost.max() <= 0.1
     assert lost.mean() <= 0.015
-    assert np.sort(lost)[-5] <= 0.1
-    assert lost.max() <= 0.13
