@@ -107,10 +107,11 @@ MARLIN_EXPORT int marlin_cuda_device_info(int device, marlin_cuda_device_info_t*
 // and are zero after each; calls that may run at the same time need workspaces of their own.
 // Equal arguments on equal devices give equal bits.
 //
-// With few rows (on 9.0 up to 64; elsewhere with tiles of 8 or 16 rows, and all that marlin_cuda_plan gives an instance
-// without rounds_weights) weights enter as exact integers and scales as fp32: nothing is rounded before the sums. With
-// more, instances run that round each weight to `dtype` once, as marlin_cuda_dequantize and a 16-bit product do: weights
-// beyond 65504 are infinite in fp16. With one group of scales these too are exact.
+// With few rows weights enter as exact integers and scales as fp32: nothing is rounded before the sums. With many (on
+// compute capability 9.0 from 65 on, elsewhere where tiles of 32 rows and more are faster, from about 17 on) instances
+// run that round each weight to `dtype` once, as marlin_cuda_dequantize does: weights beyond 65504 are infinite in fp16.
+// marlin_cuda_plan tells which instance runs, its `rounds_weights` whether it does so. With one group of scales none
+// rounds.
 #define MARLIN_CUDA_COUNTER_BYTES 8192
 MARLIN_EXPORT int marlin_cuda_gemm(const marlin_cuda_weights_t* weights /* host */,
                                    const marlin_cuda_product_t* product /* host */);

@@ -360,6 +360,7 @@ def test_the_cpu_library_shows_its_own_functions_only(tmp_path: Path) -> None:
     assert "libpython" not in needed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on the PATH")
 @pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "kernels/cuda").glob("gemm_sm90_wide_*.cu")))
 def test_no_kernel_for_many_rows_spills_or_waits_for_each_wgmma(tmp_path: Path, source: str) -> None:

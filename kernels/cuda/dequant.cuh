@@ -1,7 +1,7 @@
 // dequant.cuh: from packed codes to the 16-bit values that tensor cores multiply.
 //
-// The codes become small integers, code - 8 in -8 .. 7, which fp16 and bf16 hold exactly; scales are applied later, in
-// fp32, to sums over a group (gemm_sm80.cuh). So nothing is rounded here, and a scale may be any fp16 number.
+// The codes become small integers, code - 8 in -8 .. 7, which fp16 and bf16 hold exactly, so nothing is rounded here.
+// Scales are applied in fp32 to sums over a group (gemm_sm80.cuh, gemm_sm90.cuh), or to the values (gemm_sm90_wide.cuh).
 //
 // No conversion instruction is used: OR-ing a code into the mantissa of a power of two 2^m adds the code to it.
 //

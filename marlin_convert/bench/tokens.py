@@ -28,7 +28,8 @@ from ..engines.generate import transformers_quietly
 from ..errors import DeviceError, SourceError, require
 from ..options import HubAccess, Options
 from ..progress import Progress
-from .products import Machine, Notes, cuda_rig, pick_gpu
+from .products import Machine, cuda_rig, pick_gpu
+from .shapes import Notes
 
 if TYPE_CHECKING:
     import torch

@@ -56,7 +56,8 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
 def read_bytes(fd: int, start: int, count: int) -> bytes:
     """Bytes `start` to `start + count` of an open file, fewer where it ends. Raises OSError."""
     parts: list[bytes] = []
-    while count and (part := os.pread(fd, min(count, 1 << 26), start)):
+    piece = max(1 << 20, os.fstat(fd).st_size - start + 1)  # in general all of it, which then is there once only
+    while count and (part := os.pread(fd, min(count, piece), start)):
         parts.append(part)
         start, count = start + len(part), count - len(part)
     return b"".join(parts)

@@ -32,7 +32,7 @@ from ..options import REPORT_FILE
 
 _LOCK_FILE = ".lock"
 _libc = ctypes.CDLL(None, use_errno=True)
-_ATTEMPTS = 100  # to make a folder that other runs, as they end, remove
+_ATTEMPTS = 100  # to make, or to rename, what other runs change meanwhile
 _NEW = "new"
 _REPLACED = "replaced"  # where an earlier result waits while the new one takes its place
 
@@ -293,15 +293,19 @@ def _prefix(out: Path) -> str:
 def _swap_in(folder: Path, out: Path, *, force: bool) -> None:
     """Rename `folder` to `out`. With `force`, a folder at `out` is exchanged in one step, and the caller then removes
     it; without, only an empty one gives way."""
-    if force and out.is_dir() and any(out.iterdir()):
-        _exchange(folder, out)
-    else:
+    for _ in range(_ATTEMPTS):
+        if force and out.is_dir() and any(out.iterdir()):
+            _exchange(folder, out)
+            break
         try:
             folder.rename(out)
+            break
         except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):  # another run was faster
-                check_free(out, force=False)
-            raise
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            check_free(out, force=force)  # another run was faster; with `force`, its result gives way like any other
+    else:
+        raise OutputError(f"{out}: other programs keep changing it; choose another name.")
     _sync_folder(out.parent)
 
 

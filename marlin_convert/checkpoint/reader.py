@@ -45,7 +45,7 @@ DTYPE_BITS = {
 MAX_HEADER_BYTES = 100_000_000
 
 #: More than any checkpoint has: tensors of one file, dimensions of a tensor, characters of a tensor's name.
-MAX_TENSORS, MAX_DIMENSIONS, MAX_NAME = 300_000, 64, 500
+MAX_TENSORS, MAX_DIMENSIONS, MAX_NAME = 200_000, 64, 500
 
 #: Weights in formats that are not read: pickles are never unpickled, the others hold no GPTQ tensors.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -363,7 +363,8 @@ def read_header(fd: int, path: Path, file: str) -> list[Tensor]:
     header.pop("__metadata__", None)
 
     data_start, tensors = 8 + length, []
-    for name, claims in header.items():
+    for name in list(header):
+        claims = header.pop(name)  # its memory is the next tensor's
         if not is_tensor_name(name):  # no exporter writes such a name, and a message could not show it
             raise damaged(f"the tensor name {shortened(name)} is too long, or cannot be printed")
         if not isinstance(claims, _Claims) or not claims.well_formed():

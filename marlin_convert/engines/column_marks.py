@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES
 from ..formats.marlin_config import LayerSettings, MarlinSettings
+from ..formats.stored import needed
 from . import tensor_parallel as shards
 from .tensor_parallel import Piece
 
@@ -76,16 +77,16 @@ class Arriving:
             tensors = parts.setdefault(name, {})
             tensors[kinds[ending]] = tensor
             settings = self.settings.layer(name)
-            if tensors.keys() == shards.needed(settings):
+            if tensors.keys() == needed(settings):
                 del parts[name]
-                N = shards.whole(name, settings, tensors).N
+                N = shards.whole(name, settings, tensors, self.settings.format).N
                 self.stored.append(_Stored(name, settings, tensors, N))
                 marks = torch.arange(N, dtype=torch.int64, device="cpu") + (len(self.stored) << _SHIFT)
                 self.now = name
                 yield f"{name}.weight", marks.reshape(N, 1).as_subclass(Marks)
         self.now = ""
         for name, tensors in parts.items():
-            shards.whole(name, self.settings.layer(name), tensors)
+            shards.whole(name, self.settings.layer(name), tensors, self.settings.format)
 
     def asked(self, marks: Tensor) -> None:
         """Note that a layer of the engine was given `marks`, of whole layers or of parts of them."""
@@ -129,7 +130,7 @@ class Arriving:
         tensors = {what: tensor.to(device) for what, tensor in stored.tensors.items()}
         if stored.left <= 0:
             stored.tensors = {}
-        return shards.columns(shards.whole(stored.name, stored.settings, tensors), columns)
+        return shards.columns(shards.whole(stored.name, stored.settings, tensors, self.settings.format), columns)
 
     def unclaimed(self) -> list[str]:
         """Layers of the checkpoint of which no layer of the engine has a column."""

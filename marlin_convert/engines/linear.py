@@ -21,13 +21,22 @@ from torch import Tensor, nn
 from torch import library as torch_library
 from torch.utils._pytree import tree_map_only
 
-from ..formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES, TILE_K, TILE_N, unpack_zeros
+from ..formats.layout import (
+    EXT_BITS,
+    EXT_GROUP_SIZES,
+    EXT_K,
+    EXT_N,
+    EXTENDED_NAMES,
+    GROUP_SIZES,
+    ORIGINAL_NAMES,
+    TILE_K,
+    padded_size,
+    stored_groups,
+    unpack_zeros,
+)
 from ..native import cpu, cuda, reference
 
 log = logging.getLogger(__name__)
-
-#: Multiples that the extended format pads K and N to.
-PAD_K, PAD_N = 128, TILE_N
 
 #: Columns that the reference dequantizes at once: a few dozen MB for the largest layers.
 BLOCK_COLUMNS = 1024
@@ -82,26 +91,26 @@ class MarlinLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
 
     def _check(self, scale_dtype: torch.dtype) -> None:
-        if self.bits not in (4, 8):
+        if self.bits not in EXT_BITS:
             raise ValueError(f"bits is {self.bits}; Marlin has 4 and 8")
-        if self.group_size not in (16, 32, 64, 128, -1):
+        if self.group_size not in (*EXT_GROUP_SIZES, -1):
             raise ValueError(f"group_size is {self.group_size}; it should be 16, 32, 64, 128 or -1")
         if scale_dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"scale_dtype is {scale_dtype}; it should be torch.float16 or torch.bfloat16")
         if self.extended:
             return
         plain = (self.bits, self.sym, self.desc_act, scale_dtype) == (4, True, False, torch.float16)
-        if not plain or self.group_size not in (128, -1) or self.in_features % PAD_K or self.out_features % PAD_N:
+        if not plain or self.group_size not in GROUP_SIZES or self.in_features % EXT_K or self.out_features % EXT_N:
             raise ValueError(
                 f"the original format holds 4-bit symmetric layers with groups of 128 or -1, without act-order, with "
-                f"fp16 scales, K a multiple of {PAD_K} and N of {PAD_N}; give extended=True for this one "
+                f"fp16 scales, K a multiple of {EXT_K} and N of {EXT_N}; give extended=True for this one "
                 f"({self.extra_repr()})"
             )
 
     def _stored(self) -> tuple[int, int, int]:
         """(K, N, G) as stored, padding included."""
-        K, N = -(-self.in_features // PAD_K) * PAD_K, -(-self.out_features // PAD_N) * PAD_N
-        return K, N, 1 if self.group_size == -1 else K // self.group_size
+        K, N = padded_size(self.in_features, self.out_features)
+        return K, N, stored_groups(self.in_features, self.group_size)
 
     def _tensor(self, what: str) -> Tensor | None:
         return self._buffers.get(self._names.get(what, ""))

@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import SourceError
 from ..formats import cuts, layout
 from ..formats.layout import EXT_K, TILE_K, TILE_N
 from ..formats.marlin_config import LayerSettings
+from ..formats.stored import StoredLayer, tensor_names
 from ..native import reference
+from ..options import Format
 
 #: Codes that are unpacked at once when columns leave their tiles: 128 MiB of int64.
 _CODES_AT_ONCE = 1 << 24
@@ -50,34 +53,33 @@ class Piece:
         return self.scales.shape[0]
 
 
-def needed(settings: LayerSettings) -> set[str]:
-    """The tensors that a layer has (keys of EXTENDED_NAMES)."""
-    extras = {"zeros": not settings.sym, "perm": settings.desc_act}
-    return {"weight", "scales"} | {what for what, there in extras.items() if there}
+@dataclass(frozen=True)
+class _Header:
+    """A tensor as the one reader of stored layers looks at it."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
-def whole(name: str, settings: LayerSettings, tensors: dict[str, Tensor]) -> Piece:
+_DTYPES = {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def whole(name: str, settings: LayerSettings, tensors: dict[str, Tensor], format: Format = Format.MARLIN_EXT) -> Piece:
     """A layer as the checkpoint has it; `tensors` by what they are (the keys of EXTENDED_NAMES).
 
     Raises ValueError when they do not fit the settings.
     """
-    wanted = needed(settings)
-    if set(tensors) != wanted:
-        raise ValueError(
-            f"{name}: it has {', '.join(sorted(tensors)) or 'no tensors'}; {', '.join(sorted(wanted))} needed"
-        )
-    weight, scales = tensors["weight"], tensors["scales"]
-    K, N = weight.shape[0] * TILE_K, scales.shape[1]
-    fits = weight.shape[1] == N * settings.bits // 2 and scales.shape[0] in (1, K // max(1, settings.group_size))
-    own_K, own_N = settings.in_features or K, settings.out_features or N
-    if "zeros" in tensors:
-        fits = fits and tensors["zeros"].shape == (scales.shape[0], N * settings.bits // 32)
-    if "perm" in tensors:
-        fits = fits and tensors["perm"].shape == (own_K,)
-    if not fits or own_K > K or own_N > N:
-        shapes = {what: list(tensor.shape) for what, tensor in tensors.items()}
-        raise ValueError(f"{name}: its tensors {shapes} do not fit its settings {settings}")
-    return Piece(settings.bits, own_K, own_N, weight, scales, tensors.get("zeros"), tensors.get("perm"))
+    names = tensor_names(format)
+    headers = {
+        f"{name}.{names.get(what, what)}": _Header(_DTYPES.get(x.dtype, str(x.dtype)), tuple(x.shape))
+        for what, x in tensors.items()
+    }
+    try:
+        stored = StoredLayer.from_tensors(name, headers, settings, format)
+    except SourceError as error:
+        raise ValueError(error.message) from None
+    parts = (tensors["weight"], tensors["scales"], tensors.get("zeros"), tensors.get("perm"))
+    return Piece(stored.bits, stored.K, stored.N, *parts)
 
 
 def columns(piece: Piece, order: Tensor) -> Piece:

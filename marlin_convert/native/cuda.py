@@ -28,7 +28,7 @@ from torch import library as torch_library
 
 from ..device import MIN_CAPABILITY, Device, cuda_devices
 from ..errors import DeviceError
-from ..formats.layout import TILE_K, pack_factor
+from ..formats.layout import EXT_BITS, TILE_K, pack_factor
 
 #: Where the library is; MARLIN_CUDA_LIBRARY names another one, to compare builds.
 LIBRARY = Path(os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "_cuda.so")
@@ -265,7 +265,7 @@ def _check_memory(device: torch.device, **tensors: T | None) -> None:
 
 
 def _check_bits(bits: int) -> None:
-    if bits not in (4, 8):
+    if bits not in EXT_BITS:
         raise ValueError(f"bits is {bits}; it should be 4 or 8")
 
 
@@ -421,9 +421,10 @@ def gemm(
     """a [..., in_features] · W + bias → [..., out_features], in a's dtype (float16 or bfloat16), accumulated in fp32.
 
     `a`'s rows may be a strided view (a slice of columns) as long as their stride is a multiple of 8 elements; other
-    layouts are copied first, as are the activations of a layer with act-order, in another order of columns. The same
-    inputs give the same bits on every run. Raises TypeError and ValueError for arguments that do not fit, DeviceError
-    when the kernels cannot run.
+    layouts are copied first, as are the activations of a layer with act-order, in another order of columns. With many
+    rows, on Hopper from 65 on, weights are rounded to a's dtype once, as `dequantize` does, unless they have one group
+    of scales; with few rows they are not rounded. The same inputs give the same bits on every run. Raises TypeError and
+    ValueError for arguments that do not fit, DeviceError when the kernels cannot run.
     """
     return _product(_layer(B, s, zeros, perm, bits, in_features, out_features), a, bias, variant)
 

@@ -22,7 +22,8 @@ import torch
 
 from marlin_convert import cli
 from marlin_convert.bench import products as b
-from marlin_convert.bench.products import Cell, Limits, Machine, Peer, Report, Rig, Shape, Speed, Weights
+from marlin_convert.bench.products import Cell, Limits, Machine, Peer, Report, Rig, Speed, Weights
+from marlin_convert.bench.shapes import DEFAULT_PRESET, PRESETS, Shape, source_shapes
 from marlin_convert.cli import commands
 from marlin_convert.cli.output import Screen
 from marlin_convert.cli.plot import Plot
@@ -123,23 +124,23 @@ class Heard(Progress):
 
 
 def test_the_presets_are_the_models() -> None:
-    sizes = {name: [(x.name, x.K, x.N) for x in shapes] for name, shapes in b.PRESETS.items()}
+    sizes = {name: [(x.name, x.K, x.N) for x in shapes] for name, shapes in PRESETS.items()}
     small = [("qkv", 4096, 6144), ("o", 4096, 4096), ("gate_up", 4096, 28672), ("down", 14336, 4096)]
     assert sizes == {
         "mistral-7b": small,
         "llama-3-8b": small,
         "llama-70b": [("qkv", 8192, 10240), ("o", 8192, 8192), ("gate_up", 8192, 57344), ("down", 28672, 8192)],
     }
-    assert {x.group_size for shapes in b.PRESETS.values() for x in shapes} == {128}
-    assert b.DEFAULT_PRESET in b.PRESETS
+    assert {x.group_size for shapes in PRESETS.values() for x in shapes} == {128}
+    assert DEFAULT_PRESET in PRESETS
     assert b.BATCH[0] == 1
     assert b.BATCH[-1] == 4096
 
 
 def test_the_help_names_the_presets() -> None:
     preset = next(p for p in commands.bench.params if p.name == "preset")
-    assert preset.metavar == "|".join(b.PRESETS)
-    assert b.DEFAULT_PRESET in str(preset.help)
+    assert preset.metavar == "|".join(PRESETS)
+    assert DEFAULT_PRESET in str(preset.help)
 
 
 def test_shapes_of_a_gptq_checkpoint(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_shapes_of_a_gptq_checkpoint(tmp_path: Path) -> None:
         for name, (K, N) in {"attn.k_proj": (256, 256), "attn.v_proj": (256, 256), "mlp.up": (256, 512)}.items()
     }
     write_source(tmp_path / "source", layers | {"odd": GPTQLayer(K=256, N=320), "few": GPTQLayer(bits=2)})
-    label, shapes, notes = b.source_shapes(tmp_path / "source", HubAccess())
+    label, shapes, notes = source_shapes(tmp_path / "source", HubAccess())
     assert label == "source"
     assert set(shapes) == {
         Shape("k_proj/v_proj", 256, 256, 2, 4), Shape("up", 256, 512, 2, 2), Shape("odd", 256, 320, 2),
@@ -161,8 +162,8 @@ def test_shapes_of_a_gptq_checkpoint(tmp_path: Path) -> None:
 def test_shapes_of_a_marlin_checkpoint_are_those_of_its_source(tmp_path: Path, group_size: int) -> None:
     write_source(tmp_path / "source", two_layers(group_size=group_size))
     convert(tmp_path / "source", tmp_path / "out", Options(device="cpu"))
-    ours = b.source_shapes(tmp_path / "out", HubAccess())[1]
-    assert set(ours) == set(b.source_shapes(tmp_path / "source", HubAccess())[1])
+    ours = source_shapes(tmp_path / "out", HubAccess())[1]
+    assert set(ours) == set(source_shapes(tmp_path / "source", HubAccess())[1])
     assert {x.group_size for x in ours} == {group_size}
 
 
@@ -181,7 +182,7 @@ def test_shapes_of_the_extended_format(tmp_path: Path) -> None:
         Shape("eight", K, N, 8, bits=8, zeros=True, act_order=True), Shape("four", 256, 256, 4)
     }  # fmt: skip
     for folder in ("source", "out"):
-        label, shapes, notes = b.source_shapes(tmp_path / folder, HubAccess())
+        label, shapes, notes = source_shapes(tmp_path / folder, HubAccess())
         assert (label, set(shapes), notes) == (folder, expected, {})
     eight = next(x for x in shapes if x.bits == 8)
     assert eight.stored == (256, 128)
@@ -198,7 +199,7 @@ def test_shapes_of_the_extended_format(tmp_path: Path) -> None:
 def test_a_source_with_nothing_to_measure(tmp_path: Path) -> None:
     write_source(tmp_path / "source", two_layers(bits=2))
     with pytest.raises(UnsupportedError, match="2-bit weights"):
-        b.source_shapes(tmp_path / "source", HubAccess())
+        source_shapes(tmp_path / "source", HubAccess())
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_marlin_tensors_that_make_no_layer(tmp_path: Path, B: tuple[int, ...], s
     plain = {"layer.B": torch.zeros(B, dtype=torch.int32), "layer.s": torch.zeros(s, dtype=torch.float16)}
     write_source(tmp_path / "source", {}, plain, quantization={"quant_method": "gptq", "checkpoint_format": "marlin"})
     with pytest.raises(SourceError, match=r"^layer: "):
-        b.source_shapes(tmp_path / "source", HubAccess())
+        source_shapes(tmp_path / "source", HubAccess())
 
 
 # ---- Numbers ----

@@ -6,6 +6,7 @@ import ctypes
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,12 +114,31 @@ class Library:
         return torch.cuda.current_stream(self.device).cuda_stream
 
     @staticmethod
-    def weights(b, s, *, zeros=None, perm=None, bits=4, in_features=None, out_features=None) -> Weights:
+    def weights(
+        b: torch.Tensor,
+        s: torch.Tensor,
+        *,
+        zeros: torch.Tensor | None = None,
+        perm: torch.Tensor | None = None,
+        bits: int = 4,
+        in_features: int | None = None,
+        out_features: int | None = None,
+    ) -> Weights:
         k, n = b.shape[0] * 16, b.shape[1] * 2 // bits
         pointers = [None if x is None else x.data_ptr() for x in (b, s, zeros, perm)]
         return Weights(*pointers, k, n, s.shape[0], in_features or k, out_features or n, bits, DTYPES[s.dtype])
 
-    def gemm(self, a, b, s, out, bias=None, variant=0, workspace=None, **layer):
+    def gemm(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        s: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        variant: int = 0,
+        workspace: Any = None,
+        **layer: Any,
+    ) -> torch.Tensor:
         """out [M, out_features] = a [M, in_features] @ W + bias."""
         workspace = self.workspace if workspace is None else workspace
         x = product(
@@ -129,11 +149,11 @@ class Library:
         self.check(self.lib.marlin_cuda_gemm(self.weights(b, s, **layer), x))
         return out
 
-    def choose(self, m, n, k, groups=1, **fields) -> int:
+    def choose(self, m: int, n: int, k: int, groups: int = 1, **fields: Any) -> int:
         layer = Weights(K=k, N=n, G=groups, in_features=k, out_features=n, **{"bits": 4, **fields})
         return self.lib.marlin_cuda_choose(layer, m, self.device)
 
-    def plan(self, m, n, k, groups=1, variant=0, **fields) -> Plan:
+    def plan(self, m: int, n: int, k: int, groups: int = 1, variant: int = 0, **fields: Any) -> Plan:
         layer = Weights(K=k, N=n, G=groups, in_features=k, out_features=n, **{"bits": 4, **fields})
         plan = Plan()
         self.check(self.lib.marlin_cuda_plan(layer, m, self.device, variant, ctypes.byref(plan)))
@@ -154,7 +174,7 @@ class Library:
             return layer.weight(torch.float32).to(a.dtype).double()
         return layer.weight()
 
-    def gather(self, a, perm, k):
+    def gather(self, a: torch.Tensor, perm: torch.Tensor, k: int) -> torch.Tensor:
         out = torch.full((a.shape[0], k), float("nan"), dtype=a.dtype, device=a.device)
         order = None if perm is None else perm.data_ptr()
         self.check(
@@ -165,21 +185,21 @@ class Library:
         )  # fmt: skip
         return out
 
-    def repack(self, qweight, bits=4):
+    def repack(self, qweight: torch.Tensor, bits: int = 4) -> torch.Tensor:
         k, n = qweight.shape[0] * 32 // bits, qweight.shape[1]
         out = torch.full((k // 16, n * bits // 2), 0x5A5A5A5A, dtype=torch.int32, device=qweight.device)
         pointers = qweight.data_ptr(), out.data_ptr()
         self.check(self.lib.marlin_cuda_repack(*pointers, k, n, bits, self.device, self.stream()))
         return out
 
-    def unpack(self, b, bits=4):
+    def unpack(self, b: torch.Tensor, bits: int = 4) -> torch.Tensor:
         k, n = b.shape[0] * 16, b.shape[1] * 2 // bits
         out = torch.full((k * bits // 32, n), 0x5A5A5A5A, dtype=torch.int32, device=b.device)
         pointers = b.data_ptr(), out.data_ptr()
         self.check(self.lib.marlin_cuda_unpack(*pointers, k, n, bits, self.device, self.stream()))
         return out
 
-    def dequantize(self, b, s, dtype, **layer):
+    def dequantize(self, b: torch.Tensor, s: torch.Tensor, dtype: torch.dtype, **layer: Any) -> torch.Tensor:
         weights = self.weights(b, s, **layer)
         shape = weights.in_features, weights.out_features
         out = torch.full(shape, float("nan"), dtype=dtype, device=b.device)
@@ -280,9 +300,12 @@ class Layer:
         self.b = pack_marlin(self.code) if bits == 4 else pack_marlin8(self.code)
         self.s = permute_scales(self.scales)
         #: What Library's functions take beside b and s.
-        self.rest = {"bits": bits, "zeros": None if self.zeros is None else pack_zeros(self.zeros, bits)}
+        self.rest: dict[str, Any] = {
+            "bits": bits,
+            "zeros": None if self.zeros is None else pack_zeros(self.zeros, bits),
+        }
 
-    def weight(self, dtype=torch.float64) -> torch.Tensor:
+    def weight(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """W [K, N] = (code - zero) * scale; exact in fp32 and fp64."""
         rows = self.k // self.groups
         scales = self.scales.to(dtype).repeat_interleave(rows, dim=0)
@@ -290,7 +313,7 @@ class Layer:
         return (self.code.to(dtype) - zero) * scales
 
 
-def assert_close(out: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias=None) -> None:
+def assert_close(out: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     """Every element of `out` against a float64 product, and the whole by its Frobenius norm.
 
     An element may be off by the rounding of the output and by 4e-6 of the sum of absolute products (fp32 sums).

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from marlin_convert.bench import products as b
+from marlin_convert.bench.shapes import Shape
 from marlin_convert.device import pick_device
 from marlin_convert.native import cuda
 
@@ -67,9 +68,9 @@ def test_limits(rig: b.Rig) -> None:
 
 
 def test_memory_comes_back(rig: b.Rig) -> None:
-    b.bench("warm", [b.Shape("x", 512, 512, 4)], rig, batch=(1, 300))
+    b.bench("warm", [Shape("x", 512, 512, 4)], rig, batch=(1, 300))
     before = torch.cuda.memory_allocated(rig.device)
-    report = b.bench("model", [b.Shape("x", 4096, 4096, 32), b.Shape("y", 4096, 4096, 1)], rig, batch=(1, 512, 2048))
+    report = b.bench("model", [Shape("x", 4096, 4096, 32), Shape("y", 4096, 4096, 1)], rig, batch=(1, 512, 2048))
     assert [len(layer.cells) for layer in report.layers] == [3, 3]
     assert report.notes == {}
     # Workspaces of cuBLAS and of the kernels stay; weights (67 MB for two of them as fp16) do not.
@@ -77,7 +78,7 @@ def test_memory_comes_back(rig: b.Rig) -> None:
 
 
 def test_a_layer_that_does_not_fit_is_noted(rig: b.Rig) -> None:
-    report = b.bench("model", [b.Shape("x", 512, 512, 4), b.Shape("huge", 1 << 20, 1 << 20, 1)], rig, batch=(1,))
+    report = b.bench("model", [Shape("x", 512, 512, 4), Shape("huge", 1 << 20, 1 << 20, 1)], rig, batch=(1,))
     assert [layer.shape.name for layer in report.layers] == ["x"]
     assert any(note.startswith("left out: it needs") for note in report.notes)
 

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 import marlin_convert
 from marlin_convert.conversion.convert import convert
 from marlin_convert.options import Options
-from tests.support.extended_layers import weight
 from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, write_source
 from tests.support.tiny_models import relative, tokens
 
@@ -91,7 +90,7 @@ def quantized(folder: Path, config: Any) -> tuple[Path, Path, int]:
             continue
         layers[name] = GPTQLayer(K=K, N=N, group_size=32, seed=len(layers))
         del plain[f"{name}.weight"]
-        W = weight(layers[name]).to(torch.float16)
+        W = torch.from_numpy(layers[name].weight).to(torch.float16)
         whole[f"{name}.weight"] = (W if isinstance(module, Conv1D) else W.t()).contiguous()
     save_file(whole, folder / "dense" / "model.safetensors", {"format": "pt"})
     written = json.loads((folder / "dense" / "config.json").read_text())

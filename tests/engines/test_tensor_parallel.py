@@ -203,7 +203,7 @@ def test_act_order_is_joined_only_in_one_order(same: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"perm": torch.zeros(256, dtype=torch.int32)}, "x: it has perm, scales, weight; scales, weight needed"),
+        ({"perm": torch.zeros(256, dtype=torch.int32)}, "x: marlin_perm should not be there by the settings"),
         ({"scales": torch.ones(3, 64, dtype=torch.float16)}, "do not fit its settings"),
         ({"scales": torch.ones(2, 128, dtype=torch.float16)}, "do not fit its settings"),
     ],
