@@ -13,23 +13,19 @@ rates are measured at the start of the same run. A kernel that only reads can be
 from __future__ import annotations
 
 import contextlib
-import gc
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata, util
-from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .._version import __version__
-from ..device import Device, cuda_devices, pick_device
 from ..errors import DeviceError, UnsupportedError, require
 from ..formats.layout import b_shape, pack_factor
 from ..options import HubAccess, Options
 from ..progress import Progress
+from .gpu import cuda_rig, pick_gpu
+from .results import ROTATE, Calls, Cell, Kernels, LayerResult, Limits, Machine, Report, Rig, Speed
 from .shapes import DEFAULT_PRESET, PRESETS, Notes, Shape, source_shapes
 
 if TYPE_CHECKING:
@@ -37,172 +33,12 @@ if TYPE_CHECKING:
 
 BATCH = tuple(2**i for i in range(13))  # M = 1 … 4096
 
-REPLAYS = 9  # of a graph; odd, so that the median is one of them
-GRAPH_US = 2000.0  # a graph should take at least so long, so that its own start (a few µs) does not count …
-REPEATS = 16  # … for which its launches are repeated, at most so often
-ROTATE = 4  # the copies of a layer's weights together, in sizes of the L2 cache
 MAX_COPIES = 1024
 SLACK_BYTES = 512 << 20  # workspaces of cuBLAS and of the kernels, graphs, fragmentation
 BUSY_US = 1.5e6  # how long the GPU is kept busy while its clocks are read
 
-Calls = Sequence[Callable[[], object]]
-
-
-# ---- What comes out ----
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What this GPU can do at most, as measured: bytes/s of a large copy (read + write), flop/s of a large product."""
-
-    copy_bytes_per_s: float
-    fp16_flop_per_s: float
-
-    def us(self, nbytes: int, flops: int) -> float:
-        return max(nbytes / self.copy_bytes_per_s, flops / self.fp16_flop_per_s) * 1e6
-
-    def bound(self, nbytes: int, flops: int) -> str:
-        return "memory" if nbytes / self.copy_bytes_per_s >= flops / self.fp16_flop_per_s else "compute"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One product's time, in µs, beside the least that its bytes and operations take."""
-
-    us: float
-    nbytes: int
-    flops: int
-    limit_us: float
-    bound: str  # "memory" or "compute": what sets the limit
-
-    @property
-    def gb_per_s(self) -> float:
-        return self.nbytes / self.us / 1e3
-
-    @property
-    def tflop_per_s(self) -> float:
-        return self.flops / self.us / 1e6
-
-    @property
-    def share_of_limit(self) -> float:
-        return self.limit_us / self.us
-
-    def as_dict(self) -> dict[str, Any]:
-        numbers = {"us": self.us, "gb_per_s": self.gb_per_s, "tflop_per_s": self.tflop_per_s,
-                   "limit_us": self.limit_us, "share_of_limit": self.share_of_limit}  # fmt: skip
-        return {key: round(value, 4) for key, value in numbers.items()} | {"limited_by": self.bound}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One layer at one batch size. `way` is what `cuda.matmul` chose; a peer that failed is None."""
-
-    M: int
-    fp16: Speed
-    marlin: Speed
-    way: str  # "kernel", or "dequantize": dequantize and cuBLAS
-    peers: dict[str, Speed | None]
-
-    @property
-    def speedup(self) -> float:
-        return self.fp16.us / self.marlin.us
-
-    def as_dict(self) -> dict[str, Any]:
-        def beside_fp16(speed: Speed) -> dict[str, Any]:
-            return speed.as_dict() | {"speedup": round(self.fp16.us / speed.us, 4)}
-
-        return {
-            "M": self.M,
-            "fp16": self.fp16.as_dict(),
-            "marlin": beside_fp16(self.marlin) | {"way": self.way},
-            "peers": {name: speed and beside_fp16(speed) for name, speed in self.peers.items()},
-        }
-
-
-@dataclass
-class LayerResult:
-    shape: Shape
-    cells: list[Cell] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        shape = self.shape
-        return {
-            "name": shape.name, "K": shape.K, "N": shape.N, "bits": shape.bits, "group_size": shape.group_size,
-            "sym": not shape.zeros, "desc_act": shape.act_order, "count": shape.count,
-            "cells": [cell.as_dict() for cell in self.cells],
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the numbers come from. `clocks` is what nvidia-smi says under load, None without it."""
-
-    device: str
-    name: str
-    capability: str
-    multiprocessors: int
-    l2_bytes: int
-    memory_bytes: int
-    driver: str
-    versions: dict[str, str]
-    clocks: dict[str, float | None] | None
-
-
-@dataclass
-class Report:
-    title: str
-    machine: Machine
-    limits: Limits
-    peers: dict[str, str]  # name → version
-    layers: list[LayerResult] = field(default_factory=list)
-    notes: Notes = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, for `--json`. Times are in µs, rates in 1e9 bytes and 1e12 operations a second."""
-        return {
-            "ok": True,
-            "title": self.title,
-            "machine": asdict(self.machine),
-            "limits": {"copy_gb_per_s": round(self.limits.copy_bytes_per_s / 1e9, 2),
-                       "fp16_tflop_per_s": round(self.limits.fp16_flop_per_s / 1e12, 3)},
-            "method": {"timing": "median of CUDA graph replays", "replays": REPLAYS, "rotated_l2_sizes": ROTATE},
-            "peers": self.peers,
-            "layers": [layer.as_dict() for layer in self.layers],
-            "notes": [{"note": note, "where": where} for note, where in self.notes.items()],
-        }  # fmt: skip
-
 
 # ---- What measures ----
-
-
-class Kernels(Protocol):
-    """Marlin's products, as the module `cuda` has them."""
-
-    def matmul(
-        self, a: torch.Tensor, B: torch.Tensor, s: torch.Tensor, *, zeros: torch.Tensor | None,
-        perm: torch.Tensor | None, bits: int, in_features: int | None, out_features: int | None,
-    ) -> torch.Tensor: ...  # fmt: skip
-
-    def dequantizing_pays(
-        self, M: int, N: int, K: int, index: int, *, bits: int, group_size: int, zeros: bool
-    ) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Rig:
-    """All that a measurement asks of a machine. `cuda_rig` is the real one; tests bring their own."""
-
-    device: torch.device
-    kernels: Kernels
-    fp16: Callable[..., object]  # (a [M, K], W [K, N], out=[M, N])
-    time: Callable[[Calls], float]  # µs of one of the calls
-    describe: Callable[[], Machine]
-    free_bytes: Callable[[], int]
-    synchronize: Callable[[], None]  # raises when the device has failed
-    release: Callable[[], None]  # hands memory that no tensor holds back to the driver
-    l2_bytes: int
-    copy_bytes: int = 1 << 30  # of the copy that tells the bandwidth
-    product_size: int = 8192  # of the square product that tells the peak
 
 
 @dataclass(frozen=True)
@@ -523,158 +359,7 @@ def _humming() -> Prepare:
     return prepare
 
 
-# ---- The GPU ----
-
-
-def pick_gpu(request: str) -> Device:
-    """As `pick_device`, but a GPU. Raises DeviceError when there is none that suits."""
-    if request == "cpu":
-        raise DeviceError("bench measures a GPU: give --device cuda or cuda:N.")
-    try:
-        cuda_devices()
-    except DeviceError as error:  # pick_device would advise to convert on the CPU
-        raise DeviceError(f"bench measures a GPU: {error.message}.") from None
-    return pick_device(request)
-
-
-class GraphTimer:
-    """Times calls by replaying a CUDA graph of them. All work goes to one stream of its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def __call__(self, calls: Calls) -> float:
-        """The median time of one call, in µs."""
-        import torch
-
-        torch.cuda.synchronize(self.stream.device)  # the tensors come from another stream
-        with torch.cuda.stream(self.stream):
-            for call in calls[:2]:  # loads kernels, tunes: none of that may happen while a graph is captured
-                call()
-            once = self._elapsed_us(lambda: _run_all(calls))
-        repeats = max(1, min(REPEATS, round(GRAPH_US / max(once, 1.0))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            for _ in range(repeats):
-                _run_all(calls)
-        with torch.cuda.stream(self.stream):
-            graph.replay()
-            times = [self._elapsed_us(graph.replay) for _ in range(REPLAYS)]
-        graph.reset()
-        return median(times) / (repeats * len(calls))
-
-    def _elapsed_us(self, work: Callable[[], object]) -> float:
-        import torch
-
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        start.record(self.stream)
-        work()
-        end.record(self.stream)
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1e3  # from ms
-
-
-def _run_all(calls: Calls) -> None:
-    for call in calls:
-        call()  # its result is dropped at once, so that the next one may take its memory
-
-
-def cuda_rig(device: Device) -> Rig:
-    """The rig of a GPU. Raises DeviceError when the kernels cannot run there."""
-    import torch
-
-    from ..native import cuda
-
-    where = cuda.torch_device(device)
-    info = cuda.device_info(device.index)
-
-    def release() -> None:
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def describe() -> Machine:
-        said = nvidia_smi(_uuid(where)) or {}
-        driver = said.pop("driver_version", None)
-        return Machine(
-            device=str(device),
-            name=info.name.decode(errors="replace"),
-            capability=f"{info.capability_major}.{info.capability_minor}",
-            multiprocessors=info.multiprocessors,
-            l2_bytes=info.l2_bytes,
-            memory_bytes=info.memory_bytes,
-            driver=driver or f"of CUDA {_cuda_version(info.driver_version)}",
-            versions={
-                "marlin-convert": __version__,
-                "torch": torch.__version__,
-                "CUDA of torch": str(torch.version.cuda),
-                "CUDA of the kernels": _cuda_version(info.runtime_version),
-                "python": platform.python_version(),
-            },
-            clocks={key: _number(value) for key, value in said.items()} or None,
-        )
-
-    return Rig(
-        device=where,
-        kernels=cuda,
-        fp16=torch.matmul,
-        time=GraphTimer(where),
-        describe=describe,
-        free_bytes=lambda: torch.cuda.mem_get_info(where)[0],
-        synchronize=partial(torch.cuda.synchronize, where),
-        release=release,
-        l2_bytes=info.l2_bytes,
-    )
-
-
-def _cuda_version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def _uuid(device: torch.device) -> str | None:
-    """The GPU as nvidia-smi names it: torch's numbers follow CUDA_VISIBLE_DEVICES, those of nvidia-smi do not."""
-    import torch
-
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    return f"GPU-{uuid}" if uuid else None
-
-
-#: What nvidia-smi is asked for → its name here.
-_SMI_FIELDS = {
-    "driver_version": "driver_version",
-    "clocks.sm": "sm_mhz",
-    "clocks.max.sm": "max_sm_mhz",
-    "clocks.mem": "memory_mhz",
-    "clocks.max.mem": "max_memory_mhz",
-    "power.draw": "power_w",
-    "power.limit": "power_limit_w",
-    "temperature.gpu": "temperature_c",
-}
-
-
-def nvidia_smi(uuid: str | None) -> dict[str, str] | None:
-    """What nvidia-smi says of a GPU now; None where it is missing, fails, or the GPU cannot be named to it."""
-    if uuid is None:
-        return None
-    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    values = [value.strip() for value in process.stdout.strip().split(",")]
-    if len(values) != len(_SMI_FIELDS):
-        return None
-    return dict(zip(_SMI_FIELDS.values(), values, strict=True))
-
-
-def _number(text: str) -> float | None:
-    """A number of nvidia-smi's; None for its "[N/A]"."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
+# ---- In one call ----
 
 
 def run(

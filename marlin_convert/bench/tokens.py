@@ -28,7 +28,8 @@ from ..engines.generate import transformers_quietly
 from ..errors import DeviceError, SourceError, require
 from ..options import HubAccess, Options
 from ..progress import Progress
-from .products import Machine, cuda_rig, pick_gpu
+from .gpu import cuda_rig, pick_gpu
+from .results import Machine
 from .shapes import Notes
 
 if TYPE_CHECKING:

@@ -34,8 +34,8 @@ from .console import Lossy, PlainConsole
 from .progress import BYTES, Bars, PlainLines, size, waiting
 
 if TYPE_CHECKING:
-    from ..bench.products import Cell, LayerResult, Machine
-    from ..bench.products import Report as BenchReport
+    from ..bench.results import Cell, LayerResult, Machine
+    from ..bench.results import Report as BenchReport
     from ..bench.tokens import Report as TokenReport
     from ..conversion.convert import Report
     from ..conversion.restore import Restored

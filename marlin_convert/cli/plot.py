@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MarlinConvertError, OutputError
 
 if TYPE_CHECKING:
-    from ..bench.products import Report as BenchReport
+    from ..bench.results import Report as BenchReport
     from ..bench.tokens import Report as TokenReport
 
 

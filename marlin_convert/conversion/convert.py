@@ -273,6 +273,8 @@ def looked_at(source: str | Path, access: HubAccess) -> Iterator[tuple[Source, C
         str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir, scales=True
     )
     with looking as origin, Checkpoint(origin.folder, partial=origin.remote is not None) as checkpoint:
+        if origin.on_hub and origin.remote is None:  # nobody to ask what else the repository has
+            checkpoint.notes.append("the Hub was not reached: of what lies beside the weights, what the cache holds")
         yield origin, checkpoint
 
 

@@ -21,8 +21,11 @@ import pytest
 import torch
 
 from marlin_convert import cli
+from marlin_convert.bench import gpu as the_gpu
 from marlin_convert.bench import products as b
-from marlin_convert.bench.products import Cell, Limits, Machine, Peer, Report, Rig, Speed, Weights
+from marlin_convert.bench import results
+from marlin_convert.bench.products import Peer, Weights
+from marlin_convert.bench.results import Cell, Limits, Machine, Report, Rig, Speed
 from marlin_convert.bench.shapes import DEFAULT_PRESET, PRESETS, Shape, source_shapes
 from marlin_convert.cli import commands
 from marlin_convert.cli.output import Screen
@@ -90,7 +93,7 @@ class Bench:
         assert index == 0
         return M >= 256
 
-    def time(self, calls: b.Calls) -> float:
+    def time(self, calls: results.Calls) -> float:
         before = self.now
         for call in calls:
             call()
@@ -263,7 +266,7 @@ def test_weights_rotate_through_more_than_the_cache() -> None:
             if (kind, M) == (what, 4)
         ]
         assert len(set(addresses)) == len(addresses)
-        assert len(addresses) * nbytes >= b.ROTATE * machine.rig.l2_bytes
+        assert len(addresses) * nbytes >= results.ROTATE * machine.rig.l2_bytes
     assert b.copies(1 << 30, 50 << 20) == 2
     assert b.copies(1, 50 << 20) == b.MAX_COPIES
 
@@ -325,7 +328,7 @@ def test_a_peer_with_weights_of_its_own_needs_more() -> None:
     rig = Bench().rig
     own = Peer("x", "1", lambda *_: lambda _: [], own_weights=True)
     more = b.bytes_needed(SHAPE, 1, rig, [own]) - b.bytes_needed(SHAPE, 1, rig)
-    assert more >= b.ROTATE * rig.l2_bytes
+    assert more >= results.ROTATE * rig.l2_bytes
     assert b.bytes_needed(SHAPE, 1, rig, [replace(own, own_weights=False)]) == b.bytes_needed(SHAPE, 1, rig)
 
 
@@ -362,7 +365,7 @@ def test_memory_is_handed_back_after_every_layer() -> None:
 def peer(name: str, machine: Bench, us: float, fails: Callable[[int], bool] = lambda M: False) -> Peer:
     machine.cost[name] = us
 
-    def calls(shape: Shape, weights: Weights, a: torch.Tensor) -> b.Calls:
+    def calls(shape: Shape, weights: Weights, a: torch.Tensor) -> results.Calls:
         print(f"{name} is talkative")
         if fails(a.shape[0]):
             raise ValueError(f"no such tile\nfor {a.shape[0]} rows")
@@ -374,7 +377,7 @@ def peer(name: str, machine: Bench, us: float, fails: Callable[[int], bool] = la
 def test_peers_join_and_fail_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     machine = Bench()
 
-    def broken(shape: Shape, weights: Weights, device: torch.device) -> Callable[[torch.Tensor], b.Calls]:
+    def broken(shape: Shape, weights: Weights, device: torch.device) -> Callable[[torch.Tensor], results.Calls]:
         raise RuntimeError
 
     peers = [peer("good", machine, 4.0), peer("picky", machine, 1.0, lambda M: M > 1), Peer("broken", "0", broken)]
@@ -514,22 +517,22 @@ def test_peers_that_cannot_be_imported(packages: Callable[[dict[str, str]], None
 
 def test_bench_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeviceError, match="bench measures a GPU: give --device cuda or cuda:N"):
-        b.pick_gpu("cpu")
+        the_gpu.pick_gpu("cpu")
 
     def none() -> list[Device]:
         raise DeviceError("no NVIDIA driver is installed")
 
-    monkeypatch.setattr(b, "cuda_devices", none)
+    monkeypatch.setattr(the_gpu, "cuda_devices", none)
     for request in ("auto", "cuda", "cuda:1"):
         with pytest.raises(DeviceError, match=r"^bench measures a GPU: no NVIDIA driver is installed\.$"):
-            b.pick_gpu(request)
+            the_gpu.pick_gpu(request)
 
 
 def test_bench_takes_the_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Device("cuda", 1, "H100", (9, 0))
-    monkeypatch.setattr(b, "cuda_devices", lambda: [CPU, gpu])
-    monkeypatch.setattr(b, "pick_device", lambda request: {"cuda:1": gpu}[request])
-    assert b.pick_gpu("cuda:1") is gpu
+    monkeypatch.setattr(the_gpu, "cuda_devices", lambda: [CPU, gpu])
+    monkeypatch.setattr(the_gpu, "pick_device", lambda request: {"cuda:1": gpu}[request])
+    assert the_gpu.pick_gpu("cuda:1") is gpu
 
 
 @pytest.mark.parametrize(
@@ -556,16 +559,16 @@ def test_nvidia_smi(
         program.chmod(0o755)
     else:
         monkeypatch.setenv("PATH", str(tmp_path))
-    assert b.nvidia_smi("GPU-1") == expected
+    assert the_gpu.nvidia_smi("GPU-1") == expected
     if expected:
         assert (tmp_path / "asked").read_text() == "--id=GPU-1\n"
-    assert b.nvidia_smi(None) is None
+    assert the_gpu.nvidia_smi(None) is None
 
 
 def test_numbers_of_nvidia_smi() -> None:
-    assert b._number("1755") == 1755.0
-    assert b._number("[N/A]") is None
-    assert b._cuda_version(13010) == "13.1"
+    assert the_gpu._number("1755") == 1755.0
+    assert the_gpu._number("[N/A]") is None
+    assert the_gpu._cuda_version(13010) == "13.1"
 
 
 # ---- What is shown ----

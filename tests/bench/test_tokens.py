@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
 import marlin_convert
-from marlin_convert.bench.products import Machine
+from marlin_convert.bench.results import Machine
 from marlin_convert.bench.tokens import CONTEXT, GRAPHS, LAUNCHES, STEPS, Decoder, Rig, bench, time_launched
 from marlin_convert.cli.output import Screen
 from marlin_convert.cli.plot import Plot

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from marlin_convert.bench import products as b
+from marlin_convert.bench import results
+from marlin_convert.bench.gpu import cuda_rig
 from marlin_convert.bench.shapes import Shape
 from marlin_convert.device import pick_device
 from marlin_convert.native import cuda
@@ -25,8 +27,8 @@ pytestmark = [
 
 
 @pytest.fixture
-def rig() -> b.Rig:
-    return b.cuda_rig(pick_device("cuda"))
+def rig() -> results.Rig:
+    return cuda_rig(pick_device("cuda"))
 
 
 def program(*args: object) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def program(*args: object) -> dict[str, Any]:
     return document
 
 
-def test_the_clock_agrees_with_the_wall(rig: b.Rig) -> None:
+def test_the_clock_agrees_with_the_wall(rig: results.Rig) -> None:
     """Products that take milliseconds, one after the other: the host's clock sees the same."""
     x = torch.randn((8192, 8192), dtype=torch.float16, device=rig.device)
     product = partial(torch.matmul, x, x, out=torch.empty_like(x))
@@ -50,13 +52,13 @@ def test_the_clock_agrees_with_the_wall(rig: b.Rig) -> None:
     assert ours == pytest.approx((time.perf_counter() - start) / 50 * 1e6, rel=0.2)
 
 
-def test_the_clock_sees_no_launches(rig: b.Rig) -> None:
+def test_the_clock_sees_no_launches(rig: results.Rig) -> None:
     """A tiny kernel takes a microsecond or two in a graph, and several to launch from Python."""
     x = torch.zeros(16, device=rig.device)
     assert 0.3 < rig.time([x.zero_] * 8) < 5
 
 
-def test_limits(rig: b.Rig) -> None:
+def test_limits(rig: results.Rig) -> None:
     limits, machine = b.measure_limits(rig)
     # The slowest GPU of compute capability 8.0 and newer moves some 100 GB/s, the fastest has about 2.5 PFLOP/s.
     assert 0.05e12 < limits.copy_bytes_per_s < 20e12
@@ -67,7 +69,7 @@ def test_limits(rig: b.Rig) -> None:
         assert machine.clocks["sm_mhz"] is None or machine.clocks["sm_mhz"] > 200  # under load
 
 
-def test_memory_comes_back(rig: b.Rig) -> None:
+def test_memory_comes_back(rig: results.Rig) -> None:
     b.bench("warm", [Shape("x", 512, 512, 4)], rig, batch=(1, 300))
     before = torch.cuda.memory_allocated(rig.device)
     report = b.bench("model", [Shape("x", 4096, 4096, 32), Shape("y", 4096, 4096, 1)], rig, batch=(1, 512, 2048))
@@ -77,7 +79,7 @@ def test_memory_comes_back(rig: b.Rig) -> None:
     assert torch.cuda.memory_allocated(rig.device) - before < 64 << 20
 
 
-def test_a_layer_that_does_not_fit_is_noted(rig: b.Rig) -> None:
+def test_a_layer_that_does_not_fit_is_noted(rig: results.Rig) -> None:
     report = b.bench("model", [Shape("x", 512, 512, 4), Shape("huge", 1 << 20, 1 << 20, 1)], rig, batch=(1,))
     assert [layer.shape.name for layer in report.layers] == ["x"]
     assert any(note.startswith("left out: it needs") for note in report.notes)

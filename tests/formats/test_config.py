@@ -558,3 +558,13 @@ def test_read_original_settings_of_others(config: dict[str, Any]) -> None:
 def test_refuse_other_marlin_settings(config: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         read_marlin_settings(config)
+
+
+@pytest.mark.parametrize("name", ["tie_word_embeddings", "quantization_config", ""])
+def test_what_is_no_part_of_a_model_ties_nothing(name: str) -> None:
+    """A map under a name that means something else, as nobody writes it: the head still is its own."""
+    settings = {"bits": 4}
+    config = {"tie_word_embeddings": True, name: {"tie_word_embeddings": {"a": 1}}}
+    result = marlin_model_config(config, settings, own_head=True)
+    assert result["tie_word_embeddings"] is False
+    assert result["quantization_config"] == {"bits": 4} == settings

@@ -118,7 +118,9 @@ def test_a_plan_reads_little_of_a_large_file(hub: Hub, online: Callable[..., Run
 def test_a_plan_from_the_cache_when_offline(repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
     assert "the cache does not hold it" in refusal(online(REPO, "--dry-run", env={"HF_HUB_OFFLINE": "1"}))
     assert online(REPO, tmp_path / "out", "--quiet").code == 0
-    assert online(REPO, "--dry-run", env={"HF_HUB_OFFLINE": "1"}).code == 0
+    plan = online(REPO, "--dry-run", "--json", env={"HF_HUB_OFFLINE": "1"})
+    assert plan.code == 0
+    assert "the Hub was not reached" in str(plan.json()["notes"])
 
 
 def test_a_plan_of_a_repository_of_pickles(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:

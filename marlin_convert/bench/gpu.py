@@ -1,0 +1,173 @@
+"""The GPU that is measured: which it is, how calls are timed on it, what nvidia-smi says of it."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING
+
+from .._version import __version__
+from ..device import Device, cuda_devices, pick_device
+from ..errors import DeviceError
+from .results import REPLAYS, Calls, Machine, Rig
+
+if TYPE_CHECKING:
+    import torch
+
+GRAPH_US = 2000.0  # a graph should take at least so long, so that its own start (a few µs) does not count …
+REPEATS = 16  # … for which its launches are repeated, at most so often
+
+
+def pick_gpu(request: str) -> Device:
+    """As `pick_device`, but a GPU. Raises DeviceError when there is none that suits."""
+    if request == "cpu":
+        raise DeviceError("bench measures a GPU: give --device cuda or cuda:N.")
+    try:
+        cuda_devices()
+    except DeviceError as error:  # pick_device would advise to convert on the CPU
+        raise DeviceError(f"bench measures a GPU: {error.message}.") from None
+    return pick_device(request)
+
+
+class GraphTimer:
+    """Times calls by replaying a CUDA graph of them. All work goes to one stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, calls: Calls) -> float:
+        """The median time of one call, in µs."""
+        import torch
+
+        torch.cuda.synchronize(self.stream.device)  # the tensors come from another stream
+        with torch.cuda.stream(self.stream):
+            for call in calls[:2]:  # loads kernels, tunes: none of that may happen while a graph is captured
+                call()
+            once = self._elapsed_us(lambda: _run_all(calls))
+        repeats = max(1, min(REPEATS, round(GRAPH_US / max(once, 1.0))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            for _ in range(repeats):
+                _run_all(calls)
+        with torch.cuda.stream(self.stream):
+            graph.replay()
+            times = [self._elapsed_us(graph.replay) for _ in range(REPLAYS)]
+        graph.reset()
+        return median(times) / (repeats * len(calls))
+
+    def _elapsed_us(self, work: Callable[[], object]) -> float:
+        import torch
+
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record(self.stream)
+        work()
+        end.record(self.stream)
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e3  # from ms
+
+
+def _run_all(calls: Calls) -> None:
+    for call in calls:
+        call()  # its result is dropped at once, so that the next one may take its memory
+
+
+def cuda_rig(device: Device) -> Rig:
+    """The rig of a GPU. Raises DeviceError when the kernels cannot run there."""
+    import torch
+
+    from ..native import cuda
+
+    where = cuda.torch_device(device)
+    info = cuda.device_info(device.index)
+
+    def release() -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def describe() -> Machine:
+        said = nvidia_smi(_uuid(where)) or {}
+        driver = said.pop("driver_version", None)
+        return Machine(
+            device=str(device),
+            name=info.name.decode(errors="replace"),
+            capability=f"{info.capability_major}.{info.capability_minor}",
+            multiprocessors=info.multiprocessors,
+            l2_bytes=info.l2_bytes,
+            memory_bytes=info.memory_bytes,
+            driver=driver or f"of CUDA {_cuda_version(info.driver_version)}",
+            versions={
+                "marlin-convert": __version__,
+                "torch": torch.__version__,
+                "CUDA of torch": str(torch.version.cuda),
+                "CUDA of the kernels": _cuda_version(info.runtime_version),
+                "python": platform.python_version(),
+            },
+            clocks={key: _number(value) for key, value in said.items()} or None,
+        )
+
+    return Rig(
+        device=where,
+        kernels=cuda,
+        fp16=torch.matmul,
+        time=GraphTimer(where),
+        describe=describe,
+        free_bytes=lambda: torch.cuda.mem_get_info(where)[0],
+        synchronize=partial(torch.cuda.synchronize, where),
+        release=release,
+        l2_bytes=info.l2_bytes,
+    )
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _uuid(device: torch.device) -> str | None:
+    """The GPU as nvidia-smi names it: torch's numbers follow CUDA_VISIBLE_DEVICES, those of nvidia-smi do not."""
+    import torch
+
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return f"GPU-{uuid}" if uuid else None
+
+
+#: What nvidia-smi is asked for → its name here.
+_SMI_FIELDS = {
+    "driver_version": "driver_version",
+    "clocks.sm": "sm_mhz",
+    "clocks.max.sm": "max_sm_mhz",
+    "clocks.mem": "memory_mhz",
+    "clocks.max.mem": "max_memory_mhz",
+    "power.draw": "power_w",
+    "power.limit": "power_limit_w",
+    "temperature.gpu": "temperature_c",
+}
+
+
+def nvidia_smi(uuid: str | None) -> dict[str, str] | None:
+    """What nvidia-smi says of a GPU now; None where it is missing, fails, or the GPU cannot be named to it."""
+    if uuid is None:
+        return None
+    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in process.stdout.strip().split(",")]
+    if len(values) != len(_SMI_FIELDS):
+        return None
+    return dict(zip(_SMI_FIELDS.values(), values, strict=True))
+
+
+def _number(text: str) -> float | None:
+    """A number of nvidia-smi's; None for its "[N/A]"."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
