@@ -19,7 +19,6 @@ struct GemmArguments {
   int M, N, K;
   int in_features, out_features;  // columns of A and of C
   bool bf16_scales;
-  int subgroups;             // gemm_sm80: groups that a warp's 64 rows of a step meet: 1, 2 or 4
   int64_t lda;               // elements between rows of A
   int groups;                // G
   int group_shift;           // log2 of the rows in a group; 31 when G == 1
@@ -29,7 +28,8 @@ struct GemmArguments {
   int iterations_per_block;  // stream-K: block b does iterations b * iterations_per_block and the following;
                              // 0: data-parallel, block b takes the output tiles b, b + blocks, ...
   int stages;                // of the pipeline in shared memory
-  int cluster;               // gemm_sm90: blocks of a cluster that split an output tile along K; 0: none, as above
+  int split_k;               // blocks that split an output tile along K, in equal parts; 0: none, as above
+  int next_n, next_m;        // gemm_sm80: from one output tile of a block to its next, along N and (modulo tiles_m) M
 };
 
 }  // namespace marlin

@@ -53,13 +53,28 @@ CostModel sm90_wide_on_h100() {
   return m;
 }
 
-CostModel sm80() {
-  CostModel m = sm90_on_h100();
-  m.step = 0.4;
-  m.step_column = m.step_output = m.group = m.group_output = m.zero_points = 0;
-  m.step_product = 0.7e-6;
-  m.sm_bytes = 61.9e3;
-  m.product_flops = 250e6;  // mma.sync has about half of wgmma's rate on Hopper and most of cuBLAS's elsewhere
+// Fitted to gemm_sm80 forced on an H100 (benchmarks/cost_model).
+CostModel sm80_on_h100() {
+  CostModel m = {};
+  m.launch = 1.12;
+  m.memory = 3.03e+06;
+  m.step = 0.14;
+  m.step_weights = 0.0138;
+  m.step_column = 5.85e-05;
+  m.step_output = 1.16e-05;
+  m.step_product = 4.22e-07;
+  m.sm_bytes = 2.67e+04;
+  m.shared = 4.15;
+  m.shared_kb = 0.0264;
+  m.whole_kb = 0.0652;
+  m.misaligned = 1.52;
+  m.misaligned_kb = 0.0382;
+  m.group = 0.0415;
+  m.zero_points = 0.047;
+  m.product_flops = 380e6;
+  m.dense_launches = 4.0;
+  m.dense_memory = 2.45e6;
+  m.dense_flops = 690e6;
   return m;
 }
 
@@ -78,8 +93,27 @@ const CostModel kSm90OnH100 = sm90_on_h100();
 // benchmarks/cost_model): there the choice was 0.4%
 // slower than the best on average and 4% at most.
 const CostModel kSm90WideOnH100 = sm90_wide_on_h100();
-// Fitted to the same kernel forced on that H100; used for every GPU that is no Hopper, on which nothing was measured.
-const CostModel kSm80 = sm80();
+
+CostModel sm80_model(const Gpu& gpu) {
+  CostModel m = sm80_on_h100();
+  if (gpu.capability == 90) return m;
+  constexpr double kClock = 1755, kMemory = 3.35e6;  // of that H100: cycles and bytes per us
+  const double slower = kClock / gpu.clock;
+  for (double* time : {&m.step, &m.step_weights, &m.step_product, &m.group, &m.zero_points, &m.shared, &m.shared_kb,
+                       &m.whole_kb, &m.misaligned, &m.misaligned_kb})
+    *time *= slower;
+  m.sm_bytes /= slower;
+  m.memory *= gpu.memory / kMemory;
+  m.dense_memory *= gpu.memory / kMemory;
+  // Products of 16-bit numbers, summed in fp32, that an SM's tensor cores do in a cycle by mma.sync: 1024 on an A100 and
+  // (a guess) a B200; 512 on an A10 or L4. GeForce cards do half of that, which cannot be told from here.
+  const double products = gpu.capability == 80 || gpu.capability / 10 == 10 ? 1024 : 512;
+  m.step_product = std::max(m.step_product, 1 / (products * gpu.clock));
+  const double flops = 2 * products * gpu.clock * gpu.multiprocessors;
+  constexpr double kReached = 0.7;  // of the datasheet's, by large products, in this kernel and in cuBLAS about alike
+  m.product_flops = m.dense_flops = kReached * flops;
+  return m;
+}
 
 namespace {
 
@@ -144,17 +178,18 @@ Prediction predict_wide(const CostModel& m, const TileShape& tile, double readin
 }  // namespace
 
 bool make_schedule(const TileShape& tile, const Problem& x, int split, bool forced, int multiprocessors,
-                   int resident_clusters, Schedule* schedule) {
+                   int resident_tiles, Schedule* schedule) {
   if (tile.wide) return make_wide_schedule(tile, x, split, multiprocessors, schedule);
   const int64_t steps = ceil_div(x.K, tile.block_k), tiles_m = ceil_div(x.M, tile.block_m);
   const int64_t tiles = tiles_m * ceil_div(x.N, tile.block_n), iterations = tiles * steps;
   if (iterations > kMaxIterations) return false;
   int64_t blocks, per_block = steps, waves = 1, busiest;  // a cluster's range is its tile's
-  if (split <= kMostCluster) {
-    if (!tile.clusters || split > steps || resident_clusters < 1) return false;
-    waves = ceil_div(tiles, resident_clusters);
+  if (split <= kMostSplitK) {
+    if (split > steps || resident_tiles < 1 || (split == 1 && !tile.clusters)) return false;
+    waves = ceil_div(tiles, resident_tiles);
     blocks = tiles * split;
     busiest = waves * ceil_div(steps, split);
+    if (!tile.clusters && (waves > 1 || blocks > kMaxCounters)) return false;  // the workspace is for those resident
   } else {
     if (split == kDataParallel) {
       blocks = std::min<int64_t>(tiles, multiprocessors);
@@ -162,8 +197,8 @@ bool make_schedule(const TileShape& tile, const Problem& x, int split, bool forc
       busiest = ceil_div(tiles, blocks) * steps;
     } else {
       // Ranges scatter the blocks over the matrices; with many rows, activations then fall out of L2.
-      constexpr int kMostTilesM = 4;
-      if (tiles_m > kMostTilesM && !forced) return false;
+      const int most_tiles_m = tile.clusters ? 4 : 64;
+      if (tiles_m > most_tiles_m && !forced) return false;
       busiest = per_block = ceil_div(iterations, multiprocessors);
       blocks = ceil_div(iterations, per_block);
     }
@@ -195,15 +230,23 @@ Prediction predict(const CostModel& m, const TileShape& tile, const Problem& x, 
   const double step_bytes =
       tile.block_k * (tile.block_n * weight_bytes + rows * 2) + groups * tile.block_n * group_bytes;
   const double outputs = static_cast<double>(tile.block_m) * tile.block_n;
+  constexpr double kTwoStages = 1.3;  // times longer: nothing is under way while a step is waited for (a guess)
   const double plain =
-      m.step + m.step_column * tile.block_n + m.step_output * outputs + m.step_product * outputs * tile.block_k;
+      (m.step + m.step_column * tile.block_n + m.step_output * outputs + m.step_product * outputs * tile.block_k +
+       m.step_weights * tile.block_n * tile.block_k * weight_bytes / 1024) *
+      (tile.stages == 2 ? kTwoStages : 1);
   const double grouped =
       plain + (groups - 1) * (m.group + m.group_output * outputs) + (x.zeros ? groups * m.zero_points : 0);
   const double stepping = schedule.busiest * std::max(step_bytes / m.sm_bytes, grouped);
 
   double ends = 0;
   const int64_t steps = schedule.steps, per_block = schedule.iterations_per_block;
-  if (schedule.split <= kMostCluster) {
+  if (schedule.split <= kMostSplitK && !tile.clusters) {
+    ends = m.shared + m.shared_kb * tile_kb(tile) * schedule.split;
+  } else if (schedule.split == kDataParallel) {
+    const int64_t tiles = schedule.iterations / steps;
+    ends = m.whole_kb * tile_kb(tile) * static_cast<double>(ceil_div(tiles, schedule.blocks) - 1);
+  } else if (schedule.split <= kMostSplitK) {
     ends = m.cluster_rank * schedule.split + (schedule.split > 1 ? m.cluster_kb * tile_kb(tile) : 0) +
            m.wave * static_cast<double>(schedule.waves - 1);
   } else if (schedule.split == kStreamK && per_block % steps != 0) {
@@ -227,3 +270,22 @@ double predict_dense(const CostModel& m, const Problem& x, int bits) {
 }
 
 }  // namespace marlin
+
+#ifdef MARLIN_COST_MODEL_LIBRARY
+// For the tests and benchmarks/cost_model, which compile this file by itself.
+extern "C" {
+void marlin_cost_model_constants(marlin::CostModel* sm80) { *sm80 = marlin::sm80_model({90, 132, 1755, 3.35e6}); }
+
+// The predicted times in us of many schedules; infinite where the library would not lay the work out so.
+void marlin_cost_model_predict(const marlin::CostModel* model, const marlin::TileShape* tiles,
+                               const marlin::Problem* problems, const int* splits, int count, int multiprocessors,
+                               double* us) {
+  for (int i = 0; i < count; i++) {
+    marlin::Schedule schedule;
+    const bool can = marlin::make_schedule(tiles[i], problems[i], splits[i], false, multiprocessors,
+                                           multiprocessors / splits[i], &schedule);
+    us[i] = can ? marlin::predict(*model, tiles[i], problems[i], schedule).us : INFINITY;
+  }
+}
+}
+#endif

@@ -8,7 +8,7 @@ namespace marlin {
 
 // How output tiles are given to blocks (tile_scheduler.cuh).
 enum Split : int {
-  kMostCluster = 8,    // 1 .. 8: a tile to each cluster of that many blocks (sm90), an equal part of its K to each
+  kMostSplitK = 8,     // 1 .. 8: a tile to that many blocks (sm90: of a cluster), an equal part of its K to each
   kStreamK = 9,        // equal ranges of iterations, tiles shared through the workspace
   kDataParallel = 10,  // whole tiles in turn
   kSplits = 11,
@@ -16,10 +16,11 @@ enum Split : int {
 
 // An instance, as far as the model needs it.
 struct TileShape {
-  bool clusters;  // whether its blocks can form clusters
+  bool clusters;  // whether blocks that split a tile along K are a cluster; else they use the workspace
   bool wide;      // sm90_wide: output tiles are split in another way (make_schedule)
   int block_m, block_n, block_k;
   int bits;
+  int stages;  // of the pipeline
 };
 
 struct Problem {
@@ -35,13 +36,13 @@ struct Schedule {
   int whole_tiles, ranges;                               // as in WideArguments
 };
 
-// Lays out `split`; false if it cannot be done, or, unless `forced`, should not. `resident_clusters`: how many clusters
-// of `split` blocks the device holds at once.
+// Lays out `split`; false if it cannot be done, or, unless `forced`, should not. `resident_tiles`: how many times `split`
+// blocks the device holds at once.
 //
 // Wide tiles: as many whole ones as fill all SMs some times, then 2 .. 8: each of the rest is cut into that many equal
 // parts, and kStreamK: the rest into one for each SM. No blocks but those that run at the same time share a tile.
 bool make_schedule(const TileShape& tile, const Problem& problem, int split, bool forced, int multiprocessors,
-                   int resident_clusters, Schedule* schedule);
+                   int resident_tiles, Schedule* schedule);
 
 // The constants, for one main loop on one kind of GPU. us: microseconds; KB: 1024 bytes.
 struct CostModel {
@@ -50,7 +51,8 @@ struct CostModel {
   double step;           // us of a step: for its chain of dependent instructions,
   double step_column;    //   for each column of the tile,
   double step_output;    //   for each output,
-  double step_product;   //   and for each product of two numbers;
+  double step_product;   //   for each product of two numbers,
+  double step_weights;   //   and for each KB of weights;
   double sm_bytes;       // but no more bytes per us into an SM
   double group;          // us for each further group in a step,
   double group_output;   //   and for each output;
@@ -60,6 +62,7 @@ struct CostModel {
   double wave;           // us for each further wave of clusters
   double shared;         // us when blocks share tiles through the workspace,
   double shared_kb;      //   and for each KB of a tile's sums and block that shares it
+  double whole_kb;       // us for each KB of sums of each further whole tile
   double misaligned;     // us when ranges end inside tiles: a block then has two tiles' ends,
   double misaligned_kb;  //   and for each KB of sums
   double clock;          // sm90_wide: cycles per us of the tensor cores, at 4096 flops a cycle,
@@ -77,7 +80,17 @@ struct CostModel {
   double dense_flops;          //   flops per us of cuBLAS
 };
 
-extern const CostModel kSm90OnH100, kSm90WideOnH100, kSm80;
+extern const CostModel kSm90OnH100, kSm90WideOnH100;
+
+// What the model of gemm_sm80 depends on. A GPU on which nothing was measured has the H100's constants, scaled by its
+// clock and memory, and no more products a cycle than its tensor cores do by their datasheet.
+struct Gpu {
+  int capability;  // 10 major + minor
+  int multiprocessors;
+  double clock;   // cycles per us
+  double memory;  // bytes per us, the most
+};
+CostModel sm80_model(const Gpu& gpu);
 
 struct Prediction {
   double us;

@@ -12,6 +12,8 @@
 // and one subtraction or fused multiply-add on the pair of values takes the offset (and the 16) away again.
 #pragma once
 
+#include <type_traits>
+
 #include "../marlin.h"
 #include "ptx.cuh"
 
@@ -149,6 +151,59 @@ __device__ __forceinline__ uint32_t zero_of(const uint32_t* words, int i) {
 __device__ __forceinline__ float scale_to_float(uint16_t bits, bool bf16) {
   return bf16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
 }
+
+// A pair of values times a pair of scales, rounded once.
+template <typename T>
+__device__ __forceinline__ uint32_t times(uint32_t a, uint32_t scale);
+template <>
+__device__ __forceinline__ uint32_t times<__half>(uint32_t a, uint32_t scale) {
+  uint32_t d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(scale));
+  return d;
+}
+template <>
+__device__ __forceinline__ uint32_t times<__nv_bfloat16>(uint32_t a, uint32_t scale) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(scale));
+  return d;
+#else
+  return fma_bfloat2(a, scale, 0x80008000);  // plus -0: the same bits
+#endif
+}
+
+__device__ __forceinline__ uint32_t round_pair(float low, float high, __half) {
+  uint32_t d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+__device__ __forceinline__ uint32_t round_pair(float low, float high, __nv_bfloat16) {
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+// The fragment of a sub-tile, decoded, multiplied by the scales of its columns g (lower half of `scales`) and g + 8, and
+// rounded once: what marlin_cuda_dequantize stores, bit for bit. MIXED: scales are not of type T, one is fp16 and the
+// other bf16; they are multiplied in fp32, where the product is exact, with integers that widen from bf16 by a shift.
+template <typename T, bool MIXED>
+__device__ __forceinline__ void scale_fragment(uint32_t (&a)[4], uint32_t scales) {
+  if constexpr (MIXED) {
+    constexpr bool kBf16Scales = std::is_same<T, __half>::value;
+    const float s[2] = {scale_to_float(static_cast<uint16_t>(scales), kBf16Scales),
+                        scale_to_float(static_cast<uint16_t>(scales >> 16), kBf16Scales)};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      a[i] = round_pair(__uint_as_float(a[i] << 16) * s[i % 2], __uint_as_float(a[i] & 0xffff0000) * s[i % 2], T());
+  } else {
+    const uint32_t s[2] = {__byte_perm(scales, 0, 0x1010), __byte_perm(scales, 0, 0x3232)};
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = times<T>(a[i], s[i % 2]);
+  }
+}
+// The type that integers are decoded to for it.
+template <typename T, bool MIXED>
+using ScaledFrom = typename std::conditional<MIXED, __nv_bfloat16, T>::type;
 
 // Where the scale of column n (0 .. 63 of a tile) stands in the permuted row of scales. A lane needs the columns
 // g + 8 i, i = 0 .. 7. With groups (G > 1) these eight stand together, 16 bytes at 8 g. Per-channel scales (G == 1)

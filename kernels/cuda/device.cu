@@ -21,6 +21,12 @@ int find_device(int device, Device* facts) {
     MARLIN_RETURN_IF_ERROR(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device));
     MARLIN_RETURN_IF_ERROR(
         cudaDeviceGetAttribute(&found.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    int clock_khz = 0, memory_khz = 0, bus_bits = 0;
+    MARLIN_RETURN_IF_ERROR(cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, device));
+    MARLIN_RETURN_IF_ERROR(cudaDeviceGetAttribute(&memory_khz, cudaDevAttrMemoryClockRate, device));
+    MARLIN_RETURN_IF_ERROR(cudaDeviceGetAttribute(&bus_bits, cudaDevAttrGlobalMemoryBusWidth, device));
+    found.clock = clock_khz / 1e3;
+    found.memory = 2.0 * memory_khz / 1e3 * bus_bits / 8;  // two transfers a cycle
     found.capability = 10 * major + minor;
     known[device] = found;  // two threads may both write; they write the same
     ready[device].store(true, std::memory_order_release);

@@ -11,6 +11,8 @@ struct Device {
   int multiprocessors;
   int shared_bytes_per_block;
   int capability;  // 10 major + minor
+  double clock;    // cycles per us
+  double memory;   // bytes per us, the most
 };
 
 // Facts about `device`, asked for once. MARLIN_OK, MARLIN_CUDA_ERROR_DEVICE or a cudaError_t.

@@ -68,7 +68,8 @@ __device__ __forceinline__ void finish_output_tile(const GemmArguments& p, float
   const int rows = min(S::kBlockM, p.M - at.row);
   const int columns = min(S::kBlockN, p.out_features - at.column());
   const bool alone = step_begin == 0 && step_end == p.steps;
-  const int first_block = alone ? 0 : tile * p.steps / p.iterations_per_block;
+  const bool split_k = S::kSplitKInWorkspace && p.split_k > 0;
+  const int first_block = alone ? 0 : split_k ? tile * p.split_k : tile * p.steps / p.iterations_per_block;
   // A block shares at most two tiles with others: it is the first block of one and a later block of the other.
   constexpr int kTileFloats = S::kBlockM * S::kBlockN;
   auto partial_of = [&](int block) {
@@ -99,7 +100,7 @@ __device__ __forceinline__ void finish_output_tile(const GemmArguments& p, float
   synchronize();  // the sums are read: the next tile may overwrite them
   if (alone) return;
 
-  const int last_block = ((tile + 1) * p.steps - 1) / p.iterations_per_block;
+  const int last_block = split_k ? first_block + p.split_k - 1 : ((tile + 1) * p.steps - 1) / p.iterations_per_block;
   if (tid == 0) {
     __threadfence();  // the block's sums, then the count
     const unsigned before = atomicAdd(p.arrived + first_block, 1u);
@@ -110,22 +111,32 @@ __device__ __forceinline__ void finish_output_tile(const GemmArguments& p, float
   }
   synchronize();
   if (!*is_last) return;
-  for (int item = tid; item < rows * kFours; item += S::kConsumers) {
-    const int row = item / kFours, column = item % kFours * 4;
-    if (column >= columns) continue;
-    constexpr int kAtOnce = 8;  // loads under way together: a load from L2 takes some 600 cycles
-    float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  // Loads under way together: a load from L2 takes some 600 cycles.
+  constexpr int kAtOnce = 8, kItems = S::kFixUpItems;
+  for (int first = tid; first < rows * kFours; first += kItems * S::kConsumers) {
+    float4 v[kItems];
+#pragma unroll
+    for (int n = 0; n < kItems; n++) v[n] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const auto stored = [&](int item) { return item < rows * kFours && item % kFours * 4 < columns; };
     for (int block = first_block; block <= last_block; block += kAtOnce) {
-      float4 w[kAtOnce];
+      float4 w[kItems][kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++)
-        if (block + i <= last_block)
-          w[i] = __ldcg(reinterpret_cast<const float4*>(partial_of(block + i) + row * S::kBlockN + column));
+      for (int n = 0; n < kItems; n++)
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++)
-        if (block + i <= last_block) v = v + w[i];
+        for (int i = 0; i < kAtOnce; i++)
+          if (block + i <= last_block && stored(first + n * S::kConsumers))
+            w[n][i] = __ldcg(reinterpret_cast<const float4*>(partial_of(block + i)) + first + n * S::kConsumers);
+#pragma unroll
+      for (int n = 0; n < kItems; n++)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++)
+          if (block + i <= last_block) v[n] = v[n] + w[n][i];
     }
-    store_outputs<T>(p, at.row + row, at.column() + column, v);
+#pragma unroll
+    for (int n = 0; n < kItems; n++) {
+      const int item = first + n * S::kConsumers;
+      if (stored(item)) store_outputs<T>(p, at.row + item / kFours, at.column() + item % kFours * 4, v[n]);
+    }
   }
 }
 

@@ -50,6 +50,8 @@ struct Sm90Shape {
   static constexpr int BITS = BITS_;
   static constexpr int GROUP = GROUP_;  // rows of a group in a step: 16, 32, 64 or 128
   static constexpr int MB = MB_, J = J_, WN = WN_, WK = WK_;
+  static constexpr bool kSplitKInWorkspace = false;
+  static constexpr int kFixUpItems = 1;
   static constexpr int kConsumers = 128 * WN * WK;   // threads that multiply
   static constexpr int kThreads = kConsumers + 128;  // and a warpgroup of which one thread copies
   // Registers are dealt out by warpgroup: few for the one that copies, the rest for those that multiply.
@@ -374,7 +376,7 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const TileSched
                g] = sum[j][b][c];
         }
     };
-    if (p.cluster > 0) {
+    if (p.split_k > 0) {
       // The ring is free: this was the block's only tile. Every block puts its sums there; each adds up its share of
       // the outputs, reading the others' shared memory in ascending K.
       synchronize();
@@ -384,12 +386,12 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const TileSched
       const OutputTile<S> at(p, tile);
       const int rows = min(S::kBlockM, p.M - at.row), columns = min(S::kBlockN, p.out_features - at.column());
       constexpr int kFours = S::kBlockN / 4;
-      for (int item = blockIdx.x % p.cluster * S::kConsumers + tid; item < rows * kFours;
-           item += p.cluster * S::kConsumers) {
+      for (int item = blockIdx.x % p.split_k * S::kConsumers + tid; item < rows * kFours;
+           item += p.split_k * S::kConsumers) {
         const int row = item / kFours, column = item % kFours * 4;
         if (column >= columns) continue;
         float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (int rank = 0; rank < p.cluster; rank++) {
+        for (int rank = 0; rank < p.split_k; rank++) {
           const uint32_t theirs = shared_of_rank(ring.stages + (row * S::kSumPitch + column) * 4, rank);
 #pragma unroll
           for (int w = 0; w < WK; w++) v = v + load_cluster(theirs + w * (S::kBlockM * S::kSumPitch * 4));
@@ -413,7 +415,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   extern __shared__ __align__(128) unsigned char shared[];
   const Ring<S> ring(shared, p.stages);
   TileScheduler schedule(p);
-  if (p.cluster > 0) schedule.split_in_cluster(p);
+  if (p.split_k > 0) schedule.split_tile(p);
 
   const int tid = threadIdx.x;
   if (tid == S::kConsumers) {

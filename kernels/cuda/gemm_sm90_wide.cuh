@@ -89,53 +89,19 @@ struct WideShape {
 
 // ---- Operands ----
 
-__device__ __forceinline__ uint32_t mul_pairs(uint32_t a, uint32_t b, __half) {
-  uint32_t d;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-__device__ __forceinline__ uint32_t mul_pairs(uint32_t a, uint32_t b, __nv_bfloat16) {
-  uint32_t d;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-__device__ __forceinline__ uint32_t round_pair(float low, float high, __half) {
-  uint32_t d;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-__device__ __forceinline__ uint32_t round_pair(float low, float high, __nv_bfloat16) {
-  uint32_t d;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-
 // The fragment of a sub-tile, scaled. `q`: the lane's word (8 bits: two); `scales`: those of its columns g and g + 8;
 // `zero0`, `zero1`: the zero points of these. Decoded integers are exact, and a product is rounded once.
 template <typename T, typename S>
 __device__ __forceinline__ void scaled_fragment(const uint32_t* q, uint32_t scales, uint32_t zero0, uint32_t zero1,
                                                 uint32_t (&a)[4]) {
-  // Scales of the other type are multiplied in fp32, where the product is exact; integers are widened from bf16.
-  using Integer = typename std::conditional<S::kMixed, __nv_bfloat16, T>::type;
-  using Decode = Decoder<Integer, S::BITS>;
+  using Decode = Decoder<ScaledFrom<T, S::kMixed>, S::BITS>;
   if constexpr (S::kZeros || S::BITS == 8) {
     constexpr uint32_t kMiddle = 1 << (S::BITS - 1);
     Decode::word(q, Decode::zero(S::kZeros ? zero0 : kMiddle), Decode::zero(S::kZeros ? zero1 : kMiddle), a);
   } else {
     Decode::word(q, a);
   }
-  if constexpr (S::kMixed) {
-    constexpr bool kBf16Scales = std::is_same<T, __half>::value;
-    const float s[2] = {scale_to_float(static_cast<uint16_t>(scales), kBf16Scales),
-                        scale_to_float(static_cast<uint16_t>(scales >> 16), kBf16Scales)};
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      a[i] = round_pair(__uint_as_float(a[i] << 16) * s[i % 2], __uint_as_float(a[i] & 0xffff0000) * s[i % 2], T());
-  } else {
-    const uint32_t s[2] = {__byte_perm(scales, 0, 0x1010), __byte_perm(scales, 0, 0x3232)};
-#pragma unroll
-    for (int i = 0; i < 4; i++) a[i] = mul_pairs(a[i], s[i % 2], T());
-  }
+  scale_fragment<T, S::kMixed>(a, scales);
 }
 
 // ---- Which output tiles and steps ----

@@ -20,6 +20,7 @@ Instance wide_instance(int id, const char* name) {
   i.kernels[1] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__nv_bfloat16, S>);
   i.kernels[2] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__half, Mixed>);
   i.kernels[3] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__nv_bfloat16, Mixed>);
+  i.rounds_weights = true;
   i.bits = BITS;
   i.group_size = 0;
   i.zero_points = ZEROS ? kAlways : kNever;

@@ -1,7 +1,7 @@
 // instance.h: the instances of the kernel templates, as data. Each has a number and a name that never change, such as
 // sm90_m16n128_b4_g64: instructions of sm_90, output tiles of 16 rows (M) by 128 columns (N), 4 bits, groups of 64.
-// Names end in z where an instance beside it, for the same numbers, takes no zero points; "gany" takes any groups.
-// Those of sm90_wide that end in z take weights with zero points alone.
+// "gany" takes any groups. A z at the end tells it from an instance that, for the same numbers, takes no zero points
+// (those of sm90_wide with a z take weights with zero points alone); k64 from one with longer steps along K.
 #pragma once
 
 #include <vector>
@@ -16,19 +16,21 @@ struct Instance {
   int id;
   const char* name;
   MainLoop loop;
-  const void* kernels[4];  // by dtype; sm90_wide: and then, for scales that are not of the activations' type, again
+  const void* kernels[4];  // by dtype; rounds_weights: then, for scales that are not of the activations' type, again
   int bits;
   int group_size;  // rows that share a scale; 128 is also for G == 1; 0: any number
   ZeroPoints zero_points;
+  bool rounds_weights;  // to the activations' type, scaled, before they are multiplied
   int threads, block_m, block_n, block_k;
   // Shared memory: bytes of each pipeline stage and beside the stages; how many stages, and a multiple of what.
   int stage_bytes, extra_bytes, max_stages, stage_multiple;
   int line_bytes;  // sm90: of the lines that TMA copies weights as
 };
 
-// The instances in one translation unit, gemm_sm80.cu and so on. Those of sm_90 are compiled for sm_90a only, and are
+// The instances in one translation unit, gemm_sm80_b4.cu and so on. Those of sm_90 are compiled for sm_90a only, and are
 // there when the library is built for it (MARLIN_HAS_SM90).
-std::vector<Instance> sm80_instances();
+std::vector<Instance> sm80_b4_instances();
+std::vector<Instance> sm80_extended_instances();
 std::vector<Instance> sm90_b4_instances();
 std::vector<Instance> sm90_b4_groups_instances();
 std::vector<Instance> sm90_b8_instances();

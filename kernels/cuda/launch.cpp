@@ -74,13 +74,8 @@ int describe_activations(CUtensorMap* map, const Instance& instance, const marli
   return describe(map, x.A, rows);
 }
 
-// Which of the instance's kernels. With one group scales are not multiplied before the end, where any type will do.
-int wide_kernel(const marlin_cuda_weights_t& w, const marlin_cuda_product_t& x) {
-  return x.dtype + (w.G > 1 && w.scale_dtype != x.dtype ? 2 : 0);
-}
-
 // A launch of gemm_sm90_wide.cuh.
-int launch_wide(const Plan& plan, const marlin_cuda_weights_t& w, const marlin_cuda_product_t& x) {
+int launch_wide(const Plan& plan, int kernel, const marlin_cuda_weights_t& w, const marlin_cuda_product_t& x) {
   constexpr int kRaster = 8;         // 8 tiles of 256 rows: activations and weights of a wave fit into L2
   constexpr int kPatience = 200000;  // clocks: the sharers of a tile run at the same time, unless the GPU is shared
   const Instance& instance = *plan.instance;
@@ -146,7 +141,7 @@ int launch_wide(const Plan& plan, const marlin_cuda_weights_t& w, const marlin_c
   launch.blockDim = dim3(instance.threads);
   launch.dynamicSmemBytes = shared_bytes(instance, plan.stages);
   launch.stream = static_cast<cudaStream_t>(x.stream);
-  return cudaLaunchKernelExC(&launch, instance.kernels[wide_kernel(w, x)], parameters);
+  return cudaLaunchKernelExC(&launch, instance.kernels[kernel], parameters);
 }
 
 }  // namespace
@@ -175,7 +170,7 @@ int marlin_cuda_instance(int index, marlin_cuda_instance_t* found) {
   found->block_n = i.block_n;
   found->block_k = i.block_k;
   found->clusters = i.loop != MainLoop::kSm80;
-  found->rounds_weights = i.loop == MainLoop::kSm90Wide;
+  found->rounds_weights = i.rounds_weights;
   std::strncpy(found->name, i.name, sizeof(found->name) - 1);
   return MARLIN_OK;
 }
@@ -193,7 +188,7 @@ int marlin_cuda_plan(const marlin_cuda_weights_t* weights, int64_t M, int device
   Plan plan;
   MARLIN_RETURN_IF_ERROR(find_plan(M, *weights, facts, device, variant, &plan));
   const Problem problem = {M, weights->N, weights->K, weights->G, weights->zeros != nullptr};
-  const CostModel& model = cost_model(plan.instance->loop);
+  const CostModel model = cost_model(plan.instance->loop, facts);
   found->instance = plan.instance->id;
   found->stages = plan.stages;
   found->split = plan.schedule.split;
@@ -234,9 +229,10 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
   MARLIN_RETURN_IF_ERROR(find_plan(x.M, w, facts, device, x.variant, &plan));
   const Instance& instance = *plan.instance;
   const Schedule& s = plan.schedule;
-  const int kernel = instance.loop == MainLoop::kSm90Wide ? wide_kernel(w, x) : dtype;
+  // With one group scales are not multiplied before the end, where any type will do.
+  const int kernel = dtype + (instance.rounds_weights && w.G > 1 && w.scale_dtype != dtype ? 2 : 0);
   MARLIN_RETURN_IF_ERROR(allow_shared_memory(instance, kernel, facts, device));
-  if (instance.loop == MainLoop::kSm90Wide) return launch_wide(plan, w, x);
+  if (instance.loop == MainLoop::kSm90Wide) return launch_wide(plan, kernel, w, x);
   const int group_size = static_cast<int>(w.K / w.G);
   GemmArguments arguments;
   arguments.A = x.A;
@@ -258,13 +254,15 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
   arguments.group_shift = 31;
   if (w.G > 1)
     for (arguments.group_shift = 4; 1 << arguments.group_shift < group_size;) arguments.group_shift++;
-  arguments.subgroups = w.G == 1 || group_size >= 64 ? 1 : 64 / group_size;
   arguments.steps = s.steps;
   arguments.tiles_m = s.tiles_m;
   arguments.iterations = s.iterations;
   arguments.iterations_per_block = s.iterations_per_block;
+  const int next = s.iterations_per_block == 0 ? s.blocks : 1;  // tiles
+  arguments.next_n = next / s.tiles_m;
+  arguments.next_m = next % s.tiles_m;
   arguments.stages = plan.stages;
-  arguments.cluster = s.split <= kMostCluster ? s.split : 0;
+  arguments.split_k = s.split <= kMostSplitK ? s.split : 0;
 
   CUtensorMap weights_map, activations_map;
   if (instance.loop == MainLoop::kSm90) {
@@ -278,6 +276,7 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
   launch.dynamicSmemBytes = shared_bytes(instance, plan.stages);
   launch.stream = static_cast<cudaStream_t>(x.stream);
   cudaLaunchAttribute attribute = {};
-  if (arguments.cluster > 1) set_cluster(&launch, &attribute, arguments.cluster);
-  return cudaLaunchKernelExC(&launch, instance.kernels[dtype], parameters);
+  if (instance.loop == MainLoop::kSm90 && s.split <= kMostSplitK && s.split > 1)
+    set_cluster(&launch, &attribute, s.split);
+  return cudaLaunchKernelExC(&launch, instance.kernels[kernel], parameters);
 }

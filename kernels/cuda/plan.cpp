@@ -16,8 +16,8 @@ namespace {
 // What was found out about one device, for each instance.
 struct DeviceState {
   struct Facts {
-    std::atomic<bool> shared_memory[4] = {};           // allowed, by kernel
-    std::atomic<int> clusters[kMostCluster + 1] = {};  // how many are resident + 1; 0: not asked yet
+    std::atomic<bool> shared_memory[4] = {};          // allowed, by kernel
+    std::atomic<int> clusters[kMostSplitK + 1] = {};  // how many are resident + 1; 0: not asked yet
   };
   std::deque<Facts> instances{all_instances().size()};
 };
@@ -77,19 +77,15 @@ int resident_clusters(const Instance& i, int size, const Device& facts, int devi
 bool lay_out(const Instance& i, int split, bool forced, const Problem& problem, const Device& facts, int device,
              Plan* plan) {
   const bool wide = i.loop == MainLoop::kSm90Wide;
-  const TileShape tile = {i.loop == MainLoop::kSm90, wide, i.block_m, i.block_n, i.block_k, i.bits};
-  const bool clusters = split <= kMostCluster && tile.clusters;
+  const TileShape tile = {i.loop == MainLoop::kSm90, wide, i.block_m, i.block_n, i.block_k, i.bits,
+                          most_stages(i, facts)};
+  const bool cluster = split <= kMostSplitK && tile.clusters;
   Schedule schedule;
   if (!make_schedule(tile, problem, split, forced, facts.multiprocessors,
-                     clusters ? resident_clusters(i, split, facts, device) : 0, &schedule))
+                     cluster ? resident_clusters(i, split, facts, device) : facts.multiprocessors / split, &schedule))
     return false;
-  *plan = {&i, schedule, most_stages(i, facts), predict(cost_model(i.loop), tile, problem, schedule)};
+  *plan = {&i, schedule, most_stages(i, facts), predict(cost_model(i.loop, facts), tile, problem, schedule)};
   return true;
-}
-
-// Whether only the instances that take zero points, 8 bits and small groups take these weights.
-bool needs_extended(const marlin_cuda_weights_t& w) {
-  return w.bits != 4 || w.zeros != nullptr || (w.G > 1 && w.K / w.G != MARLIN_CUDA_GROUP_SIZE);
 }
 
 int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& facts, int device, int variant,
@@ -99,19 +95,16 @@ int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& fac
   // Up to so many rows memory is the limit, and codes stay exact integers.
   constexpr int64_t kFewRows = 64;
   const MainLoop loop = !has_sm90(facts) ? MainLoop::kSm80 : M > kFewRows ? MainLoop::kSm90Wide : MainLoop::kSm90;
-  const bool extended = needs_extended(weights), zeros = weights.zeros != nullptr;
+  const bool zeros = weights.zeros != nullptr;
   const Problem problem = {M, weights.N, weights.K, weights.G, zeros};
   // Of those that fit the weights, the candidates; a variant may also ask for the others.
   const int64_t group = weights.G == 1 ? MARLIN_CUDA_GROUP_SIZE : weights.K / weights.G;
   const auto fits = [&](const Instance& i) {
     return runs(i, facts) && i.bits == weights.bits && (i.group_size == 0 || i.group_size == group) &&
-           (i.zero_points == kAlways ? zeros
-                                     : i.zero_points == kEither || !(i.loop == MainLoop::kSm90Wide ? zeros : extended));
+           (i.zero_points == kEither || (i.zero_points == kAlways) == zeros);
   };
-  const auto candidate = [&](const Instance& i) {
-    return fits(i) && i.loop == loop && (i.loop == MainLoop::kSm90Wide || (i.zero_points == kEither) == extended);
-  };
-  int least = 0, most = 0;  // rows: the smallest tile that takes all of them, the largest; any of the wide ones
+  const auto candidate = [&](const Instance& i) { return fits(i) && i.loop == loop; };
+  int least = 0, most = 0;  // rows: the smallest tile that takes all of them, the largest; sm90 takes those alone
   for (const Instance& i : all_instances())
     if (candidate(i)) {
       if (i.block_m >= M && (least == 0 || i.block_m < least)) least = i.block_m;
@@ -120,7 +113,7 @@ int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& fac
   const int block_m = least != 0 ? least : most;
   bool found = false;
   for (const Instance& i : all_instances()) {
-    if (wanted.id == 0 ? !candidate(i) || (i.block_m != block_m && loop != MainLoop::kSm90Wide)
+    if (wanted.id == 0 ? !candidate(i) || (i.block_m != block_m && loop == MainLoop::kSm90)
                        : !fits(i) || i.id != wanted.id)
       continue;
     for (int split = 1; split < kSplits; split++) {
@@ -150,9 +143,8 @@ void print_plan(int64_t M, const marlin_cuda_weights_t& w, const Plan& plan) {
   if (!wanted) return;
   const Schedule& s = plan.schedule;
   char split[32];
-  if (s.split <= kMostCluster)
-    std::snprintf(split, sizeof(split), plan.instance->loop == MainLoop::kSm90 ? "cluster of %d" : "K split %d",
-                  s.split);
+  if (s.split <= kMostSplitK)
+    std::snprintf(split, sizeof(split), "split-K by %d", s.split);
   else
     std::snprintf(split, sizeof(split), "%s", s.split == kStreamK ? "stream-K" : "data-parallel");
   std::fprintf(stderr,
@@ -167,12 +159,17 @@ void print_plan(int64_t M, const marlin_cuda_weights_t& w, const Plan& plan) {
 
 const std::vector<Instance>& all_instances() {
   static const std::vector<Instance> all = [] {
-    std::vector<Instance> found = sm80_instances();
+    std::vector<Instance> found = sm80_b4_instances();
+    const auto add = [&](const std::vector<Instance>& more) { found.insert(found.end(), more.begin(), more.end()); };
+    add(sm80_extended_instances());
 #ifdef MARLIN_HAS_SM90
-    for (const auto& some :
-         {sm90_b4_instances(), sm90_b4_groups_instances(), sm90_b8_instances(), sm90_wide_b4_instances(),
-          sm90_wide_b4_zeros_instances(), sm90_wide_b8_instances(), sm90_wide_b8_zeros_instances()})
-      found.insert(found.end(), some.begin(), some.end());
+    add(sm90_b4_instances());
+    add(sm90_b4_groups_instances());
+    add(sm90_b8_instances());
+    add(sm90_wide_b4_instances());
+    add(sm90_wide_b4_zeros_instances());
+    add(sm90_wide_b8_instances());
+    add(sm90_wide_b8_zeros_instances());
 #endif
     std::sort(found.begin(), found.end(), [](const Instance& a, const Instance& b) { return a.id < b.id; });
     return found;
@@ -180,8 +177,9 @@ const std::vector<Instance>& all_instances() {
   return all;
 }
 
-const CostModel& cost_model(MainLoop loop) {
-  return loop == MainLoop::kSm90Wide ? kSm90WideOnH100 : loop == MainLoop::kSm90 ? kSm90OnH100 : kSm80;
+CostModel cost_model(MainLoop loop, const Device& facts) {
+  if (loop == MainLoop::kSm80) return sm80_model({facts.capability, facts.multiprocessors, facts.clock, facts.memory});
+  return loop == MainLoop::kSm90Wide ? kSm90WideOnH100 : kSm90OnH100;
 }
 
 int shared_bytes(const Instance& i, int stages) { return stages * i.stage_bytes + i.extra_bytes; }

@@ -25,7 +25,7 @@ struct Variant {
 const std::vector<Instance>& all_instances();
 
 // What the model predicts with for these instances on this device.
-const CostModel& cost_model(MainLoop loop);
+CostModel cost_model(MainLoop loop, const Device& facts);
 
 int shared_bytes(const Instance& instance, int stages);
 

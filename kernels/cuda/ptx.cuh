@@ -17,14 +17,23 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // Asynchronous 16-byte copy global -> shared, past L1 (.cg). The thread goes on; see cp_async_wait. Without an L2 hint:
 // weights would better be evicted first, but in some kernels nvcc 13.0 puts the hint's 64-bit descriptor into an odd
 // register, and an H100 stops at the illegal instruction. Activations are read again and again and stay in L2 anyway.
-__device__ __forceinline__ void cp_async16(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// Only if `wanted`, without a branch, which would keep the compiler from moving anything across it.
+__device__ __forceinline__ void cp_async16_if(bool wanted, uint32_t to, const void* from) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"
+      "@p cp.async.cg.shared.global [%0], [%1], 16;\n}" ::"r"(to),
+      "l"(from), "r"(static_cast<int>(wanted))
+      : "memory");
 }
 
 // The same, but writes zeros (and reads nothing) unless `valid`.
-__device__ __forceinline__ void cp_async16_or_zero(uint32_t to, const void* from, bool valid) {
+__device__ __forceinline__ void cp_async16_or_zero_if(bool wanted, uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"
+      "@p cp.async.cg.shared.global [%0], [%1], 16, %3;\n}" ::"r"(to),
+      "l"(from), "r"(static_cast<int>(wanted)), "r"(bytes)
+      : "memory");
 }
 
 // Closes the group of copies issued since the last commit.

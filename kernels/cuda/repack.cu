@@ -142,19 +142,6 @@ __global__ void __launch_bounds__(kThreads) unpack8_kernel(const uint4* B, uint4
   }
 }
 
-template <typename T>
-__device__ __forceinline__ uint32_t round_pair(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t round_pair<__half>(float low, float high) {
-  const __half2 v = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
-template <>
-__device__ __forceinline__ uint32_t round_pair<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
-
 struct DequantizeArguments {
   const uint4* B;
   const uint16_t* s;
@@ -214,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeAr
           const float low = f * static_cast<float>(static_cast<int>(pair & kMask) - zero);
           const float high = f * static_cast<float>(static_cast<int>(pair >> 16 & kMask) - zero);
           // Lane (g, t) had column g, rows 2t, 2t+1; it gets row g, columns 2t, 2t+1.
-          turned[warp][8 * half + g][8 * j + 4 * h + t] = movmatrix(round_pair<T>(low, high));
+          turned[warp][8 * half + g][8 * j + 4 * h + t] = movmatrix(round_pair(low, high, T()));
         }
       }
     }

@@ -54,11 +54,11 @@ struct TileScheduler {
       end = min(begin + p.iterations_per_block, p.iterations);
     }
   }
-  // The block's part of the tile that its cluster shares.
-  __device__ __forceinline__ void split_in_cluster(const GemmArguments& p) {
-    const int tile = blockIdx.x / p.cluster, rank = blockIdx.x % p.cluster;
-    begin = tile * p.steps + rank * p.steps / p.cluster;
-    end = tile * p.steps + (rank + 1) * p.steps / p.cluster;
+  // The block's part of the tile that it shares.
+  __device__ __forceinline__ void split_tile(const GemmArguments& p) {
+    const int tile = blockIdx.x / p.split_k, rank = blockIdx.x % p.split_k;
+    begin = tile * p.steps + rank * p.steps / p.split_k;
+    end = tile * p.steps + (rank + 1) * p.steps / p.split_k;
   }
   __device__ __forceinline__ static int tile(const GemmArguments& p, int iteration) {
     const int n = iteration / p.steps;

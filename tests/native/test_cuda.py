@@ -63,17 +63,19 @@ def test_instances_are_what_their_names_say() -> None:
     assert len(found) == lib.marlin_cuda_instance_count() > 0
     assert len({instance.id for instance in found.values()}) == len(found)
     for name, x in found.items():
-        parts = re.fullmatch(r"sm(80|90)(_wide)?_m(\d+)n(\d+)_b([48])_g(any|16|32|64|128)(z?)", name)
+        parts = re.fullmatch(r"sm(80|90)(_wide)?_m(\d+)n(\d+)(?:k64)?_b([48])_g(any|16|32|64|128)(z?)", name)
         assert parts, name
         capability, wide, m, n, bits, group, z = parts.groups()
         assert (x.capability, x.block_m, x.block_n, x.bits) == (int(capability), int(m), int(n), int(bits))
         assert x.group_size == (0 if group == "any" else int(group))
-        takes_zeros = 2 * bool(z) if wide else bool(z) or group != "128" or bits == "8"
-        assert (x.zero_points, x.rounds_weights) == (takes_zeros, bool(wide))
+        either = bool(z) or bits == "8" or (capability == "90" and group != "128")
+        takes_zeros = 2 * bool(z) if wide else either
+        rounds = bool(wide) or (capability == "80" and int(m) >= 32)
+        assert (x.zero_points, x.rounds_weights) == (takes_zeros, rounds)
         assert 0 < x.id < 1 << 12
     known = {
-        "sm80_m8n256_b4_g128": 1,
-        "sm80_m128n128_b8_gany": 25,
+        "sm80_m8n256_b4_g128": 2,
+        "sm80_m128n128_b8_gany": 51,
         "sm90_m16n128_b4_g64": 122,
         "sm90_wide_m256n128_b8_ganyz": 331,
     }

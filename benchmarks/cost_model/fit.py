@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""Fits the constants of the cost model of gemm_sm80 (kernels/cuda/cost_model.cpp) to measured times.
+
+    python benchmarks/cost_model/fit.py [--rounds N]
+
+Times are in timings_sm80_on_h100.csv, a row for each product, instance and split; microseconds, medians of replays of
+CUDA graphs that rotate through weights larger than L2. The model itself is compiled from the library's source, so what
+is fitted is what runs. Lessens what choosing by the model costs against the best measured time, and the errors of the
+predictions. Prints the constants and how good the choice is. Needs g++ (or $CXX) and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import math
+import os
+import random
+import re
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+TIMINGS = Path(__file__).with_name("timings_sm80_on_h100.csv")
+MULTIPROCESSORS = 132
+#: The constants that are fitted; the others of the struct belong to other kernels or are no part of a choice.
+FITTED = (
+    "launch", "memory", "step", "step_column", "step_output", "step_product", "step_weights", "sm_bytes", "group",
+    "zero_points", "shared", "shared_kb", "whole_kb", "misaligned", "misaligned_kb",
+)  # fmt: skip
+
+
+class TileShape(ctypes.Structure):
+    """TileShape of cost_model.h."""
+
+    _fields_ = (
+        ("clusters", ctypes.c_bool),
+        ("wide", ctypes.c_bool),
+        *((name, ctypes.c_int) for name in ("block_m", "block_n", "block_k", "bits", "stages")),
+    )
+
+
+class Problem(ctypes.Structure):
+    """Problem of cost_model.h."""
+
+    _fields_ = (*((name, ctypes.c_int64) for name in "MNKG"), ("zeros", ctypes.c_bool))
+
+
+class Timings:
+    """Measured times, each of an instance and a split; those of a product stand together."""
+
+    def __init__(self, rows: list[dict[str, str]]) -> None:
+        def key(row: dict[str, str]) -> tuple[str, ...]:
+            return tuple(row[name] for name in ("m", "n", "k", "bits", "group_size", "zeros"))
+
+        rows = sorted(rows, key=key)
+        self.names = [row["instance"] for row in rows]
+        self.us = np.array([float(row["us"]) for row in rows])
+        self.splits = (ctypes.c_int * len(rows))(*(int(row["split"]) for row in rows))
+        self.tiles = (TileShape * len(rows))(*map(tile_of, self.names))
+        self.problems = (Problem * len(rows))(*map(problem_of, rows))
+        keys = [key(row) for row in rows]
+        firsts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
+        #: The first row of each product.
+        self.firsts = np.array(firsts)
+        #: For each row, the best time of its product.
+        self.best = np.repeat(np.minimum.reduceat(self.us, firsts), np.diff([*firsts, len(rows)]))
+
+    @classmethod
+    def read(cls) -> Timings:
+        with TIMINGS.open() as file:
+            return cls(list(csv.DictReader(file)))
+
+
+class Model:
+    """The cost model, compiled from the library's source, with constants that can be changed."""
+
+    def __init__(self, folder: Path) -> None:
+        source, library = ROOT / "kernels/cuda/cost_model.cpp", folder / "cost_model.so"
+        command = [*shlex.split(os.environ.get("CXX") or "g++"), "-std=c++17", "-O2", "-shared", "-fPIC"]
+        subprocess.run([*command, "-DMARLIN_COST_MODEL_LIBRARY", str(source), "-o", str(library)], check=True)
+        self.lib = ctypes.CDLL(str(library))
+        header = (ROOT / "kernels/cuda/cost_model.h").read_text()
+        body = re.search(r"struct CostModel \{(.*?)\};", header, re.DOTALL)
+        assert body
+        self.names: list[str] = []  # of the struct's doubles, in order; arrays by their name once for each element
+        for name, sizes in re.findall(r"^  double (\w+)((?:\[\d+\])*)", body[1], re.MULTILINE):
+            self.names += [name] * math.prod(int(size) for size in re.findall(r"\d+", sizes))
+        self.constants = (ctypes.c_double * len(self.names))()
+        self.lib.marlin_cost_model_constants(ctypes.byref(self.constants))
+
+    def __getitem__(self, name: str) -> float:
+        return float(self.constants[self.names.index(name)])
+
+    def __setitem__(self, name: str, value: float) -> None:
+        self.constants[self.names.index(name)] = value
+
+    def predict(self, timings: Timings) -> np.ndarray:
+        """The predicted times in microseconds; infinite where the library would not lay the work out so."""
+        us = np.empty(len(timings.us))
+        self.lib.marlin_cost_model_predict(
+            ctypes.byref(self.constants), timings.tiles, timings.problems, timings.splits, len(us), MULTIPROCESSORS,
+            us.ctypes.data_as(ctypes.c_void_p),
+        )  # fmt: skip
+        return us
+
+
+def block_k(name: str, m: int, n: int) -> int:
+    """Rows of K in a step, which names do not tell: those of gemm_sm80_b4.cu and gemm_sm80_extended.cu."""
+    if "k64" in name or (m, n) == (128, 256) or ("b8" in name and m >= 64):
+        return 64
+    return 256 if n == 128 and m <= 32 else 128
+
+
+def tile_of(name: str) -> TileShape:
+    parts = re.fullmatch(r"sm80_m(\d+)n(\d+)(?:k64)?_b([48])_g\w+", name)
+    assert parts, name
+    m, n, bits = map(int, parts.groups())
+    return TileShape(False, False, m, n, block_k(name, m, n), bits, 4)
+
+
+def problem_of(row: dict[str, str]) -> Problem:
+    k, size = int(row["k"]), int(row["group_size"])
+    return Problem(int(row["m"]), int(row["n"]), k, 1 if size < 0 else k // size, row["zeros"] == "1")
+
+
+def losses(timings: Timings, predicted: np.ndarray) -> np.ndarray:
+    """For each product, by how much (0: not at all) the chosen is slower than the best measured."""
+    ends = [*timings.firsts[1:], len(predicted)]
+    chosen = [first + int(predicted[first:end].argmin()) for first, end in zip(timings.firsts, ends, strict=True)]
+    return np.asarray(timings.us[chosen] / timings.best[chosen] - 1)
+
+
+def badness(model: Model, timings: Timings) -> float:
+    """What is made small: losses by the choice, the large ones most, and a little of the errors of predictions."""
+    predicted = model.predict(timings)
+    lost = losses(timings, predicted)
+    near = (timings.us < 1.5 * timings.best) & np.isfinite(predicted)
+    error = np.log(predicted[near] / timings.us[near])
+    return float(lost.mean() + 0.5 * lost.max() + 2 * (lost**2).mean() + 0.5 * (error**2).mean())
+
+
+def fit(model: Model, timings: Timings, rounds: int) -> None:
+    """Changes one to three constants at a time by a random factor, and keeps what is better."""
+    best = badness(model, timings)
+    randomly = random.Random(1)
+    for i in range(rounds):
+        for _ in range(100):
+            names = randomly.sample(FITTED, randomly.randint(1, 3))
+            old = [model[name] for name in names]
+            for name in names:
+                model[name] *= math.exp(randomly.gauss(0, randomly.choice((0.3, 0.1, 0.03))))
+            new = badness(model, timings)
+            if new < best:
+                best = new
+            else:
+                for name, value in zip(names, old, strict=True):
+                    model[name] = value
+        print(f"round {i + 1}: {best:.5f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40, help="0: only say how good the library's constants are")
+    options = parser.parse_args()
+    timings = Timings.read()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Model(Path(folder))
+        fit(model, timings, options.rounds)
+        lost = losses(timings, model.predict(timings))
+    for name in FITTED:
+        print(f"  m.{name} = {model[name]:.4g};")
+    print(f"{len(lost)} products: {lost.mean():.1%} slower than the best on average, {lost.max():.1%} at most")
+
+
+if __name__ == "__main__":
+    main()

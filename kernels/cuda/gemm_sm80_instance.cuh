@@ -1,0 +1,40 @@
+// gemm_sm80_instance.cuh: an Instance of gemm_sm80.cuh. They stand in two translation units, which are compiled at the
+// same time.
+#pragma once
+
+#include "gemm_sm80.cuh"
+#include "instance.h"
+
+namespace marlin {
+
+// MB, WM, WN, WK, KT and so on of Sm80Shape: eight warps each.
+template <int MB, int WM, int WN, int WK, int KT, int BITS = 4, bool EXTENDED = false, bool SCALED = false>
+Instance sm80_instance(int id, const char* name) {
+  using S = Sm80Shape<MB, WM, WN, WK, KT, BITS, EXTENDED, SCALED>;
+  Instance i = {};
+  i.id = id;
+  i.name = name;
+  i.loop = MainLoop::kSm80;
+  i.kernels[0] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__half, S>);
+  i.kernels[1] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__nv_bfloat16, S>);
+  if constexpr (SCALED) {
+    using Mixed = Sm80Shape<MB, WM, WN, WK, KT, BITS, EXTENDED, true, true>;
+    i.kernels[2] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__half, Mixed>);
+    i.kernels[3] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__nv_bfloat16, Mixed>);
+  }
+  i.bits = S::BITS;
+  i.group_size = S::kAnyGroups ? 0 : 128;
+  i.zero_points = S::kExtended ? kEither : kNever;
+  i.rounds_weights = S::kScaled;
+  i.threads = S::kThreads;
+  i.block_m = S::kBlockM;
+  i.block_n = S::kBlockN;
+  i.block_k = S::kBlockK;
+  i.stage_bytes = S::kStageBytes;
+  i.extra_bytes = S::kExtraBytes;
+  i.max_stages = S::kMaxStages;
+  i.stage_multiple = 1;
+  return i;
+}
+
+}  // namespace marlin
