@@ -174,7 +174,7 @@ class Library:
             return layer.weight(torch.float32).to(a.dtype).double()
         return layer.weight()
 
-    def gather(self, a: torch.Tensor, perm: torch.Tensor, k: int) -> torch.Tensor:
+    def gather(self, a: torch.Tensor, perm: torch.Tensor | None, k: int) -> torch.Tensor:
         out = torch.full((a.shape[0], k), float("nan"), dtype=a.dtype, device=a.device)
         order = None if perm is None else perm.data_ptr()
         self.check(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from . import cuda_library  # noqa: E402  (needs torch)
-from .cuda_library import (  # noqa: E402
+from . import cuda_library
+from .cuda_library import (
     CLUSTERS,
     COUNTER_BYTES,
     DATA_PARALLEL,
@@ -56,11 +56,11 @@ def fresh_inputs() -> None:
     print(f"torch seed {torch.seed()}")  # shown when the test fails
 
 
-def poisoned(m: int, n: int, dtype) -> torch.Tensor:
+def poisoned(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
 
 
-def activations(m: int, k: int, dtype) -> torch.Tensor:
+def activations(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(m, k, device="cuda").to(dtype)
 
 
@@ -79,7 +79,7 @@ EXACT_SHAPES = [(64, 64, 1), (128, 64, 1), (192, 320, 1), (256, 128, 2), (1024, 
 
 
 @pytest.mark.parametrize(("k", "n"), sorted({shape[:2] for shape in EXACT_SHAPES}))
-def test_repack_and_unpack(library, k, n):
+def test_repack_and_unpack(library: Library, k: int, n: int) -> None:
     code = torch.randint(0, 16, (k, n), dtype=torch.uint8, device="cuda")
     qweight, b = pack_gptq(code), pack_marlin(code)
     assert torch.equal(library.repack(qweight), b)
@@ -88,7 +88,7 @@ def test_repack_and_unpack(library, k, n):
 
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize(("k", "n", "groups"), EXACT_SHAPES)
-def test_dequantize(library, k, n, groups, dtype):
+def test_dequantize(library: Library, k: int, n: int, groups: int, dtype: torch.dtype) -> None:
     # Any bit pattern of a finite scale: subnormal, zero, negative, up to 65504, where fp16 weights become infinite.
     scales = torch.randint(-(2**15), 2**15, (groups, n), dtype=torch.int16).view(FP16)
     scales[~scales.isfinite()] = 65504
@@ -103,7 +103,7 @@ def test_dequantize(library, k, n, groups, dtype):
 
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize(("k", "n", "groups"), [(1152, 448, 9), (1088, 320, 1)])
-def test_rows(library, k, n, groups, dtype):
+def test_rows(library: Library, k: int, n: int, groups: int, dtype: torch.dtype) -> None:
     layer = Layer(k, n, groups)
     for m in [*range(1, 300, 2), 2, 8, 16, 32, 64, 128, 256]:
         a = activations(m, k, dtype)
@@ -112,7 +112,7 @@ def test_rows(library, k, n, groups, dtype):
 
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize("m", [511, 1024, 2047, 4096, 8192])
-def test_many_rows(library, m, dtype):
+def test_many_rows(library: Library, m: int, dtype: torch.dtype) -> None:
     layer = Layer(1024, 1536, 8)
     a = activations(m, 1024, dtype)
     assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, 1536, dtype)), a, library.operand(layer, a))
@@ -126,14 +126,14 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("k", "n", "groups"), SHAPES)
-def test_shapes(library, k, n, groups):
+def test_shapes(library: Library, k: int, n: int, groups: int) -> None:
     layer = Layer(k, n, groups)
     for m in (1, 7, 16, 24, 48, 65, 128, 257):
         a = activations(m, k, FP16)
         assert_close(library.gemm(a, layer.b, layer.s, poisoned(m, n, FP16)), a, library.operand(layer, a))
 
 
-def test_largest_shape(library):
+def test_largest_shape(library: Library) -> None:
     k, n, groups = 8192, 57344, 64
     layer = Layer(k, n, groups)
     for m in (1, 16, 33, 128, 300):
@@ -147,7 +147,7 @@ def test_largest_shape(library):
             assert_close(out[:, columns], a, (weight.to(a.dtype) if rounded else weight).double())
 
 
-def run_splits(library, name: str, layer: Layer, a: torch.Tensor, bias: torch.Tensor) -> int:
+def run_splits(library: Library, name: str, layer: Layer, a: torch.Tensor, bias: torch.Tensor) -> int:
     """One instance with every split that it can do, against float64; how many these are."""
     weight, ran = library.operand(layer, a, variant(name)), 0
     optional = (*CLUSTERS, STREAM_K) if name.startswith("sm90_wide") else CLUSTERS  # needs a rest of tiles to split
@@ -165,7 +165,7 @@ def run_splits(library, name: str, layer: Layer, a: torch.Tensor, bias: torch.Te
 
 
 @pytest.mark.parametrize("name", [name for name, x in INSTANCES.items() if x.takes(4, GROUP, False)])
-def test_every_instance_and_split(library, name):
+def test_every_instance_and_split(library: Library, name: str) -> None:
     """Also those that the library would not choose here: ragged in M, N and K, tiles shared by many blocks."""
     if not runs_here(name):
         pytest.skip("an instance for compute capability 9.0")
@@ -178,7 +178,7 @@ def test_every_instance_and_split(library, name):
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 5, 6, 8, 10])
-def test_stages(library, stages):
+def test_stages(library: Library, stages: int) -> None:
     ran = 0
     for bits in (4, 8):
         layer = Layer(4096, 1024, 32, bits=bits)
@@ -197,7 +197,7 @@ def test_stages(library, stages):
 
 
 @pytest.mark.parametrize("m", [1, 16, 100])
-def test_bias_and_row_stride(library, m):
+def test_bias_and_row_stride(library: Library, m: int) -> None:
     layer = Layer(512, 192, 4)
     for dtype in (FP16, BF16):
         wide = torch.full((m, 512 + 24), float("nan"), dtype=dtype, device="cuda")  # what lies between rows is not read
@@ -219,7 +219,7 @@ def test_bias_and_row_stride(library, m):
         (2.0**-10, 2.0**-14),
     ],
 )
-def test_extremes(library, m, groups, scale, activation):
+def test_extremes(library: Library, m: int, groups: int, scale: float, activation: float) -> None:
     k, n = 1024, 256
     scales = ((torch.rand(groups, n) * 0.5 + 0.5) * scale).half()
     scales[:, ::7] = scale
@@ -235,7 +235,7 @@ def test_extremes(library, m, groups, scale, activation):
     assert_close(out[:, ~overflows], a, weight[:, ~overflows])
 
 
-def test_infinite_activation_stays_in_its_row(library):
+def test_infinite_activation_stays_in_its_row(library: Library) -> None:
     layer = Layer(512, 256, 4)
     for m in (2, 16, 40, 130):
         a = activations(m, 512, FP16)
@@ -256,7 +256,7 @@ def groups_of(k: int, size: int) -> int:
 
 
 @pytest.mark.parametrize(("k", "n"), [(64, 64), (192, 320), (1024, 4096)])
-def test_repack_and_unpack_8_bits(library, k, n):
+def test_repack_and_unpack_8_bits(library: Library, k: int, n: int) -> None:
     code = torch.randint(0, 256, (k, n), dtype=torch.uint8, device="cuda")
     qweight, b = pack_gptq8(code), pack_marlin8(code)
     assert torch.equal(library.repack(qweight, 8), b)
@@ -266,7 +266,7 @@ def test_repack_and_unpack_8_bits(library, k, n):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("size", GROUP_SIZES)
-def test_extended_dequantize(library, size, zeros, bits):
+def test_extended_dequantize(library: Library, size: int, zeros: bool, bits: int) -> None:
     """Exact, also with rows in another order and sizes that are no multiples of anything."""
     k, n = 384, 192
     for scale_dtype in (FP16, BF16):
@@ -286,7 +286,7 @@ def test_extended_dequantize(library, size, zeros, bits):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("size", GROUP_SIZES)
-def test_extended(library, size, zeros, bits, dtype):
+def test_extended(library: Library, size: int, zeros: bool, bits: int, dtype: torch.dtype) -> None:
     """Every instance for all GPUs that takes the layer, both splits, ragged in M, N and K."""
     for k, n in ((64, 64), (1152, 448), (2048, 1024)):
         if size == 128 and k == 64:
@@ -320,7 +320,7 @@ def test_extended(library, size, zeros, bits, dtype):
         if x.capability == 90 and x.takes(x.bits, size, True)
     ],
 )
-def test_extended_every_sm90_instance_and_split(library, name, size):
+def test_extended_every_sm90_instance_and_split(library: Library, name: str, size: int) -> None:
     """With and without zero points, clusters too; also those that the library would not choose here."""
     if not runs_here(name):
         pytest.skip("an instance for compute capability 9.0")
@@ -341,7 +341,7 @@ def test_extended_every_sm90_instance_and_split(library, name, size):
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("size", GROUP_SIZES)
-def test_padded(library, size, bits, dtype):
+def test_padded(library: Library, size: int, bits: int, dtype: torch.dtype) -> None:
     """Columns from out_features on are not written, rows from in_features on not read, whatever stands there."""
     k, n, around = 640, 320, 4096
     for zeros in (False, True):
@@ -365,7 +365,7 @@ def test_padded(library, size, bits, dtype):
 
 
 @pytest.mark.parametrize("m", [1, 3, 1000])
-def test_gather(library, m):
+def test_gather(library: Library, m: int) -> None:
     for rows, k in ((640, 640), (637, 640), (1, 128), (4001, 4096)):
         a = torch.randn(m, rows + 3, device="cuda").half()[:, :rows]  # rows that start anywhere
         for perm in (None, torch.randperm(rows, device="cuda").int()):
@@ -376,7 +376,7 @@ def test_gather(library, m):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("m", [1, 16, 200])
-def test_extended_equal_bits_every_time(library, m, bits):
+def test_extended_equal_bits_every_time(library: Library, m: int, bits: int) -> None:
     layer = Layer(14336, 1024, 448, bits=bits, zeros=True)
     a = activations(m, 14336, FP16)
 
@@ -394,7 +394,7 @@ def test_extended_equal_bits_every_time(library, m, bits):
 
 
 @pytest.mark.parametrize("m", [1, 3, 16, 33, 129])
-def test_writes_nothing_else(library, m):
+def test_writes_nothing_else(library: Library, m: int) -> None:
     k, n = 1152, 320
     layer = Layer(k, n, 9)
     a = activations(m, k, FP16)
@@ -408,7 +408,7 @@ def test_writes_nothing_else(library, m):
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 200])
-def test_equal_bits_every_time(library, m):
+def test_equal_bits_every_time(library: Library, m: int) -> None:
     layer = Layer(14336, 1024, 112)  # tall: every tile is shared
     a = activations(m, 14336, FP16)
     for split in (0, STREAM_K):
@@ -418,7 +418,7 @@ def test_equal_bits_every_time(library, m):
             assert torch.equal(first, again)
 
 
-def test_two_streams(library):
+def test_two_streams(library: Library) -> None:
     layers = [Layer(4096, 1536, 32), Layer(8192, 1024, 64)]
     inputs = [activations(m, layer.k, FP16) for m, layer in zip((5, 70), layers, strict=True)]
     for split in (0, STREAM_K):
@@ -428,7 +428,7 @@ def test_two_streams(library):
         ]
         streams = [torch.cuda.Stream() for _ in layers]
         workspaces = [library.new_workspace() for _ in layers]
-        outs = [[poisoned(*o.shape, FP16) for _ in range(100)] for o in alone]
+        outs = [[poisoned(o.shape[0], o.shape[1], FP16) for _ in range(100)] for o in alone]
         torch.cuda.synchronize()
         for i in range(100):
             for j, (a, x) in enumerate(zip(inputs, layers, strict=True)):
@@ -439,7 +439,7 @@ def test_two_streams(library):
             assert all(torch.equal(expected, out) for out in got)
 
 
-def test_in_a_graph(library):
+def test_in_a_graph(library: Library) -> None:
     layer = Layer(2048, 1024, 16)
     for m in (1, 100):
         a, out = activations(m, 2048, FP16), poisoned(m, 1024, FP16)
@@ -457,18 +457,18 @@ def test_in_a_graph(library):
 # ---- Answers and errors. ---------------------------------------------------------------------------------------------
 
 
-def test_version_and_device(library):
+def test_version_and_device(library: Library) -> None:
     assert library.lib.marlin_cuda_abi_version() == 4
     count = ctypes.c_int()
     library.check(library.lib.marlin_cuda_device_count(ctypes.byref(count)))
     assert count.value == torch.cuda.device_count()
     info = (ctypes.c_char * 1024)()
     library.check(library.lib.marlin_cuda_device_info(0, ctypes.byref(info)))
-    assert int.from_bytes(info[0:4], "little") == torch.cuda.get_device_capability()[0]
-    assert int.from_bytes(info[8:12], "little") == torch.cuda.get_device_properties(0).multi_processor_count
+    assert int.from_bytes(info.raw[0:4], "little") == torch.cuda.get_device_capability()[0]
+    assert int.from_bytes(info.raw[8:12], "little") == torch.cuda.get_device_properties(0).multi_processor_count
 
 
-def test_choose(library):
+def test_choose(library: Library) -> None:
     for k, n in ((64, 64), (4096, 4096), (8192, 57344)):
         for bits in (4, 8):
             assert library.choose(1, n, k, bits=bits) == 0
@@ -481,7 +481,7 @@ def test_choose(library):
     assert library.choose(1, 64, 64, bits=3) == -10
 
 
-def test_plan(library):
+def test_plan(library: Library) -> None:
     """What is chosen is one of the instances that fit; what is asked for is what is planned."""
     for m in (1, 16, 100, 3000):
         plan = library.plan(m, 4096, 4096, 32)
@@ -495,15 +495,15 @@ def test_plan(library):
         assert (asked.instance, asked.stages, asked.split) == (INSTANCES["sm80_m16n256_b4_g128"].id, 3, STREAM_K)
 
 
-def test_errors(library):
+def test_errors(library: Library) -> None:
     layer = Layer(256, 128, 2)
     a, out = activations(4, 256, FP16), poisoned(4, 128, FP16)
     weights = {"B": layer.b.data_ptr(), "s": layer.s.data_ptr(), "zeros": None, "perm": None, "K": 256, "N": 128,
                "G": 2, "in_features": 256, "out_features": 128, "bits": 4, "scale_dtype": 0}  # fmt: skip
-    x = {"A": a.data_ptr(), "bias": None, "C": out.data_ptr(), "workspace": library.workspace.data_ptr(),
+    x: dict[str, Any] = {"A": a.data_ptr(), "bias": None, "C": out.data_ptr(), "workspace": library.workspace.data_ptr(),
          "workspace_bytes": library.workspace.numel(), "stream": library.stream(), "M": 4, "lda": 256, "dtype": 0,
          "device": 0, "variant": 0}  # fmt: skip
-    cases = [
+    cases: list[tuple[int, dict[str, Any]]] = [
         (-1, {"A": None}), (-1, {"C": None}), (-1, {"workspace": None}), (-1, {"B": None}), (-1, {"s": None}),
         (-2, {"M": 0}), (-2, {"M": -1}), (-2, {"N": 96}), (-2, {"K": 250}), (-2, {"K": 0}), (-2, {"M": 1 << 40}),
         (-2, {"in_features": 257}), (-2, {"in_features": 0}), (-2, {"out_features": 129}), (-2, {"out_features": 0}),
@@ -518,7 +518,7 @@ def test_errors(library):
         *((-9, {"variant": variant(name)}) for name in INSTANCES if name == "sm90_m8n128_b4_g64"),
     ]  # fmt: skip
 
-    def call(change: dict) -> int:
+    def call(change: dict[str, Any]) -> int:
         merged = cuda_library.Weights(**{k: change.get(k, v) for k, v in weights.items()})
         return library.lib.marlin_cuda_gemm(merged, product(**{k: change.get(k, v) for k, v in x.items()}))
 
@@ -531,7 +531,7 @@ def test_errors(library):
     assert_close(out, a, layer.weight())
 
 
-def test_twins_agree():
+def test_twins_agree() -> None:
     """The twin of the packing against the formula for single nibbles."""
     code = torch.randint(0, 16, (32, 128), dtype=torch.uint8)
     b = pack_marlin(code)
@@ -540,9 +540,9 @@ def test_twins_agree():
         j, g, high = column // 16, column % 8, column % 16 // 8
         t, p = row % 8 // 2, row // 8 + 2 * high + 4 * (row % 2)
         word = b[k // 16, n // 64 * 128 + (4 * g + t) * 4 + j]
-        assert word >> (4 * p) & 0xF == code[k, n]
+        assert int(word) >> (4 * p) & 0xF == code[k, n]
     byte = (16 * torch.arange(16)[:, None] + torch.arange(64)).to(torch.uint8)
-    assert pack_marlin8(byte)[0, 0].item() & 0xFFFFFFFF == 0x90108000
+    assert int(pack_marlin8(byte)[0, 0]) & 0xFFFFFFFF == 0x90108000
     zeros = torch.arange(64, dtype=torch.uint8)[None, :]
     assert pack_zeros(zeros // 8, 4)[0, 0].item() == 0x75316420
     assert pack_zeros(zeros, 8)[0, 0].item() == 0x18081000
