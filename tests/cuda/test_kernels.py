@@ -500,9 +500,11 @@ def test_errors(library: Library) -> None:
     a, out = activations(4, 256, FP16), poisoned(4, 128, FP16)
     weights = {"B": layer.b.data_ptr(), "s": layer.s.data_ptr(), "zeros": None, "perm": None, "K": 256, "N": 128,
                "G": 2, "in_features": 256, "out_features": 128, "bits": 4, "scale_dtype": 0}  # fmt: skip
-    x: dict[str, Any] = {"A": a.data_ptr(), "bias": None, "C": out.data_ptr(), "workspace": library.workspace.data_ptr(),
-         "workspace_bytes": library.workspace.numel(), "stream": library.stream(), "M": 4, "lda": 256, "dtype": 0,
-         "device": 0, "variant": 0}  # fmt: skip
+    x: dict[str, Any] = {
+        "A": a.data_ptr(), "bias": None, "C": out.data_ptr(), "workspace": library.workspace.data_ptr(),
+        "workspace_bytes": library.workspace.numel(), "stream": library.stream(), "M": 4, "lda": 256, "dtype": 0,
+        "device": 0, "variant": 0,
+    }  # fmt: skip
     cases: list[tuple[int, dict[str, Any]]] = [
         (-1, {"A": None}), (-1, {"C": None}), (-1, {"workspace": None}), (-1, {"B": None}), (-1, {"s": None}),
         (-2, {"M": 0}), (-2, {"M": -1}), (-2, {"N": 96}), (-2, {"K": 250}), (-2, {"K": 0}), (-2, {"M": 1 << 40}),
