@@ -89,11 +89,16 @@ class MissingPackageError(MarlinConvertError, ImportError):
     """torch or Transformers is not installed, which running and measuring models needs, and converting does not."""
 
 
+#: What brings the packages of the `run` extra, by their own names: marlin-convert is on no package index yet, and a
+#: name that nobody holds must not be given to pip.
+INSTALL_RUN = 'pip install "torch>=2.6" "transformers>=5.0"'
+
+
 def require(*packages: str) -> None:
     """Raise MissingPackageError, which says how to get them, unless all of `packages` are installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise MissingPackageError(f'this needs {" and ".join(missing)}: pip install "marlin-convert[run]".')
+        raise MissingPackageError(f"this needs {' and '.join(missing)}: {INSTALL_RUN}.")
 
 
 BUG = 70

@@ -1,4 +1,4 @@
-"""The package as `pip install marlin-convert` brings it, without torch and Transformers: what works, and what says that
+"""The package as `pip install .` brings it, without torch and Transformers: what works, and what says that
 it needs them."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.support.gptq_checkpoints import Source
 
 pytestmark = pytest.mark.slow
 
-ADVICE = 'pip install "marlin-convert[run]"'
+ADVICE = 'pip install "torch>=2.6" "transformers>=5.0"'
 
 
 @pytest.fixture

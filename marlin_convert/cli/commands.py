@@ -266,7 +266,7 @@ def generate(output: OutputOptions, /, out: str, prompt: str, device: str, acces
     "plot_file",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help='Draw speedup against batch size into a .png, .svg or .pdf; needs pip install "marlin-convert[plot]".',
+    help="Draw speedup against batch size into a .png, .svg or .pdf; needs pip install matplotlib.",
 )
 @source_options
 @output_options

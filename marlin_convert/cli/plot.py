@@ -26,7 +26,7 @@ class Plot:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise MarlinConvertError(
-                f'--plot needs matplotlib ({error}): pip install "marlin-convert[plot]", or leave --plot out.'
+                f"--plot needs matplotlib ({error}): pip install matplotlib, or leave --plot out."
             ) from None
         self.path, self._figure = path, Figure(figsize=(8, 5), layout="constrained")
         types = self._figure.canvas.get_supported_filetypes()

@@ -215,7 +215,7 @@ def _quantization(plan: Plan, made: Made) -> list[tuple[str, str]]:
 def _engines(plan: Plan, made: Made) -> list[tuple[str, str]]:
     """Engines that load this very result, and how."""
     repo, facts = made.repo_id or _SOME_REPOSITORY, plan.result_facts(made.quant_method, made.weight_files)
-    rows = [("engine", "how"), ("with `pip install marlin-convert`:", "")]
+    rows = [("engine", "how"), ("with marlin-convert installed:", "")]
     if refused := vllm_refuses(facts.layers):
         rows.append((VLLM, f"no: it refuses {', '.join(refused)}"))
     rows += [(engine.name, engine.instruction(repo)) for engine in readers(facts, with_plugin=True)]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DeviceError, MissingPackageError, SourceError, UnsupportedError, require
+from ..errors import INSTALL_RUN, DeviceError, MissingPackageError, SourceError, UnsupportedError, require
 from ..options import HubAccess, Options
 
 if TYPE_CHECKING:
@@ -170,9 +170,7 @@ def transformers_quietly() -> Iterator[ModuleType]:
 
         from . import transformers_quantizer as hf
     except ImportError as error:
-        raise MissingPackageError(
-            f'running a model needs Transformers 5 or newer ({error}): pip install --upgrade "marlin-convert[run]".'
-        ) from None
+        raise MissingPackageError(f"running a model needs Transformers 5 or newer ({error}): {INSTALL_RUN}.") from None
     before = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

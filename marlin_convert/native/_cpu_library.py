@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DeviceError, MissingPackageError
+from ..errors import INSTALL_RUN, DeviceError, MissingPackageError
 
 _Prototype = tuple[Any, list[Any]]
 
@@ -116,9 +116,7 @@ def current() -> Native | Twin:
 
 def _twin(reason: str) -> Twin:
     if importlib.util.find_spec("torch") is None:
-        raise MissingPackageError(
-            f'{reason}; what takes the native library\'s place needs torch: pip install "marlin-convert[run]".'
-        )
+        raise MissingPackageError(f"{reason}; what takes the native library's place needs torch: {INSTALL_RUN}.")
     return Twin(reason)
 
 
