@@ -47,6 +47,18 @@ def give_children_the_default_signals() -> None:
             signal.signal(number, lambda *_: None)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """The command line, run in this process, handles signals and ignores them at its end: not for the next test, nor for
+    the programs that it starts.
+    """
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
     """A plain, convertible checkpoint: two layers, three other tensors."""
