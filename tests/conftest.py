@@ -50,8 +50,9 @@ def give_children_the_default_signals() -> None:
 @pytest.fixture(autouse=True)
 def signals_as_before() -> Iterator[None]:
     """The command line, run in this process, handles signals and ignores them at its end: neither the next test nor the
-    programs that it starts must find them so.
+    programs that it starts must find them so. Nor this one, if a fixture of its module ran the command line.
     """
+    give_children_the_default_signals()
     numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     yield

@@ -97,8 +97,12 @@ def _through_xet(repo_id: str, file: RemoteFile, commit: str, headers: dict[str,
         new.unlink(missing_ok=True)
 
 
-def read_range(repo_id: str, url: str, headers: dict[str, str], start: int, end: int) -> bytes:
-    """Bytes `start` to `end` of a file on the Hub. Raises HubError where Range requests are not answered."""
+def read_range(
+    repo_id: str, url: str, headers: dict[str, str], start: int, end: int, progress: Callable[[], int]
+) -> bytes:
+    """Bytes `start` to `end` of a file on the Hub. Where it is in trouble, tried again for as long as `progress`, of
+    this request and those beside it, moves. Raises HubError where Range requests are not answered.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
 
@@ -125,7 +129,7 @@ def read_range(repo_id: str, url: str, headers: dict[str, str], start: int, end:
                 )
             return content
 
-    return patiently(read)
+    return patiently(read, progress=progress)
 
 
 class _Hashed:

@@ -115,8 +115,12 @@ class Remote:
         url, headers = hf_hub_url(self.repo_id, name, revision=self.commit), build_hf_headers(token=self.token)
         size, fd = self.files[name].size, os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
+        came = 0
+
         def read(start: int, end: int) -> None:
-            os.pwrite(fd, read_range(self.repo_id, url, headers, start, end), start)
+            nonlocal came
+            os.pwrite(fd, read_range(self.repo_id, url, headers, start, end, lambda: came), start)
+            came += 1
 
         try:
             read(0, min(size, _FIRST_BYTES))

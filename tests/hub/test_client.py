@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -15,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from marlin_convert.errors import SourceError
 from marlin_convert.hub import client
+from marlin_convert.hub.download import read_range
 from marlin_convert.hub.open import fetch
 from tests.support import hub_server
 from tests.support.cli import PATIENCE, PROGRAM, SECRET, Run, refusal, running
@@ -266,6 +269,21 @@ def test_the_hub_fails_on_a_file(hub: Hub, repository: Source, online: Callable[
     hub.requests.clear()
     assert online(REPO, tmp_path / "out", "--quiet").code == 0
     assert "config.json" not in hub.fetched()  # what had come is not fetched again
+
+
+def test_a_range_is_asked_for_while_others_come(hub: Hub, repository: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that answers every second request: with many at once, one may meet trouble again and again."""
+    monkeypatch.setattr(client, "WAITS", (0.0, 0.0))
+    url = f"{hub.url}/{REPO}/resolve/main/model-00001-of-00002.safetensors"
+    answers = iter([503] * 6)
+    hub.fault = lambda _: next(answers, 0)
+    content = read_range(REPO, url, {}, 0, 8, itertools.count().__next__)
+    assert int.from_bytes(content, "little") > 0  # the length of the header
+    assert len(hub.requests) == 7
+    answers = iter([503] * 6)
+    with pytest.raises(HfHubHTTPError):
+        read_range(REPO, url, {}, 0, 8, lambda: 0)  # nothing comes: the first and one for each wait
+    assert len(hub.requests) == 7 + 3
 
 
 def test_a_server_that_is_no_hub(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
