@@ -37,7 +37,7 @@ from pathlib import Path
 
 import torch
 
-from marlin_convert.native.cuda import PRODUCT, Weights, instances, variant
+from marlin_convert.native.cuda_library import PRODUCT, Weights, instances, variant
 
 LAYERS = {  # K, N
     "mistral-gate-up": (4096, 28672),

@@ -19,7 +19,7 @@
 
 #include "marlin.h"
 
-// Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/cuda.py.
+// Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/cuda_library.py.
 #define MARLIN_CUDA_ABI_VERSION 4
 
 #define MARLIN_CUDA_K_MULTIPLE 64

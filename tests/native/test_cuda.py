@@ -22,7 +22,7 @@ from marlin_convert.conversion.verify import TOLERANCE, verify
 from marlin_convert.device import Device
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats.layout import permute_scales
-from marlin_convert.native import cuda, reference
+from marlin_convert.native import cuda, cuda_library, reference
 from marlin_convert.native.choose import packer
 from marlin_convert.options import Options
 from tests.support.gptq_checkpoints import GPTQLayer, write_source
@@ -51,15 +51,15 @@ def test_constants_are_those_of_the_header() -> None:
     defined = dict(re.findall(r"^#define MARLIN_CUDA_(\w+) (\d+)", header, re.MULTILINE))
     names = ("ABI_VERSION", "K_MULTIPLE", "N_MULTIPLE", "GROUP_SIZE", "COUNTER_BYTES", "USE_GEMM", "USE_DEQUANTIZE")
     for name in names:
-        assert int(defined[name]) == getattr(cuda, name), name
-    assert ctypes.sizeof(cuda.DeviceInfo) == 4 * 4 + 2 * 8 + 2 * 4 + 256
+        assert int(defined[name]) == getattr(cuda_library, name), name
+    assert ctypes.sizeof(cuda_library.DeviceInfo) == 4 * 4 + 2 * 8 + 2 * 4 + 256
 
 
-@pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the CUDA library is not built")
+@pytest.mark.skipif(not cuda_library.LIBRARY.exists(), reason="the CUDA library is not built")
 def test_instances_are_what_their_names_say() -> None:
     """Numbers and names are for ever; the name tells instructions, output tile, bits and groups."""
-    lib = ctypes.CDLL(str(cuda.LIBRARY))
-    found = cuda.instances(lib)
+    lib = ctypes.CDLL(str(cuda_library.LIBRARY))
+    found = cuda_library.instances(lib)
     assert len(found) == lib.marlin_cuda_instance_count() > 0
     assert len({instance.id for instance in found.values()}) == len(found)
     for name, x in found.items():
@@ -80,12 +80,12 @@ def test_instances_are_what_their_names_say() -> None:
         "sm90_wide_m256n128_b8_ganyz": 331,
     }
     assert known == {name: found[name].id for name in known if name in found}
-    code = lib.marlin_cuda_instance(len(found), ctypes.byref(cuda.Instance()))
+    code = lib.marlin_cuda_instance(len(found), ctypes.byref(cuda_library.Instance()))
     assert code == -9  # MARLIN_CUDA_ERROR_VARIANT
 
 
 def test_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
+    monkeypatch.setattr(cuda_library, "LIBRARY", tmp_path / "_cuda.so")
     with pytest.raises(DeviceError, match=re.escape("the CUDA kernels are not built")):
         cuda.load_library()
     assert not cuda.available()
@@ -93,14 +93,14 @@ def test_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_not_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_cuda.so").write_text("not a library")
-    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
+    monkeypatch.setattr(cuda_library, "LIBRARY", tmp_path / "_cuda.so")
     with pytest.raises(DeviceError, match="the CUDA kernels cannot be loaded"):
         cuda.load_library()
 
 
 @pytest.mark.parametrize("body", ["int x;", "int marlin_cuda_abi_version(void) { return 999; }"])
 def test_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    monkeypatch.setattr(cuda, "LIBRARY", library(tmp_path, body))
+    monkeypatch.setattr(cuda_library, "LIBRARY", library(tmp_path, body))
     with pytest.raises(DeviceError, match="of another version"):
         cuda.load_library()
 
@@ -129,11 +129,11 @@ def test_what_the_driver_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "stream_read",
     ]
     body = f"""
-    int marlin_cuda_abi_version(void) {{ return {cuda.ABI_VERSION}; }}
+    int marlin_cuda_abi_version(void) {{ return {cuda_library.ABI_VERSION}; }}
     int marlin_cuda_device_count(int *count) {{ {answer} }}
     const char *marlin_cuda_error_string(int code) {{ return "unknown error"; }}
     """ + "".join(f"int marlin_cuda_{name}(void) {{ return 1; }}\n" for name in functions)
-    monkeypatch.setattr(cuda, "LIBRARY", library(tmp_path, body))
+    monkeypatch.setattr(cuda_library, "LIBRARY", library(tmp_path, body))
     with pytest.raises(DeviceError, match=text):
         cuda.load_library()
 
