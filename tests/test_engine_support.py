@@ -90,9 +90,7 @@ def test_pages_name_the_same_versions() -> None:
 
 def test_vllms_own_code_says_the_same() -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    from marlin_convert.engines import vllm_plugin
+    from marlin_convert.engines import vllm_calls as calls
 
-    plugin: Any = vllm_plugin
-
-    assert sorted(plugin.MARLIN_SUPPORTED_GROUP_SIZES) == sorted(engines.VLLM_GROUP_SIZES)
-    assert set(plugin._TYPES) == set(engines.VLLM_KINDS)
+    assert sorted(calls.GROUP_SIZES) == sorted(engines.VLLM_GROUP_SIZES)
+    assert set(calls.TYPES) == set(engines.VLLM_KINDS)

@@ -20,7 +20,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.config.utils import hash_factors  # noqa: E402
 
-from marlin_convert.engines import vllm_plugin  # noqa: E402
+from marlin_convert.engines import vllm_calls, vllm_choice, vllm_plugin  # noqa: E402
 from marlin_convert.engines.column_marks import Arriving  # noqa: E402
 from marlin_convert.engines.tensor_parallel import Piece  # noqa: E402
 from marlin_convert.errors import DeviceError  # noqa: E402
@@ -28,7 +28,10 @@ from marlin_convert.formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES  # noqa
 from marlin_convert.formats.marlin_config import marlin_ext_settings  # noqa: E402
 from marlin_convert.native import reference as twin  # noqa: E402
 
-plugin: Any = vllm_plugin  # with the names that it takes from vLLM
+# with the names that they take from vLLM
+plugin: Any = vllm_plugin
+calls: Any = vllm_calls
+choice: Any = vllm_choice
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -38,25 +41,25 @@ ORIGINAL = {"quant_method": "gptq", "checkpoint_format": "marlin", "is_marlin_fo
 
 def reference(**a: Any) -> torch.Tensor:
     """What vLLM's Marlin kernel computes, from its own arguments."""
-    bits = 4 if a["wtype"] in (plugin.scalar_types.uint4b8, plugin.scalar_types.uint4) else 8
+    bits = 4 if a["wtype"] in (calls.scalar_types.uint4b8, calls.scalar_types.uint4) else 8
     zeros = a["weight_zp"] if a["weight_zp"].numel() else None
-    assert (zeros is not None) == (a["wtype"] == plugin.scalar_types.uint4)
+    assert (zeros is not None) == (a["wtype"] == calls.scalar_types.uint4)
     W = twin.dequantize_layer(a["weight"], a["weight_scale"], zeros, bits=bits, dtype=torch.float32)
     assert (
         W.shape == (a["input_size_per_partition"], a["output_size_per_partition"]) == (a["input"].shape[-1], W.shape[1])
     )
     y = a["input"].float() @ W
     if a["bias"] is not None:  # in the kernel's order of columns
-        inverse = torch.argsort(plugin.marlin_permute_bias(torch.arange(a["bias"].numel())))
+        inverse = torch.argsort(calls.permute_bias(torch.arange(a["bias"].numel())))
         y = y + a["bias"][inverse].float()
     return y.to(a["input"].dtype)
 
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "_multiply", reference)
-    monkeypatch.setattr(plugin, "marlin_make_workspace_new", lambda device: torch.zeros(1, dtype=torch.int32))
-    monkeypatch.setattr(plugin, "_rank", lambda layer: layer.rank)
+    monkeypatch.setattr(calls, "multiply", reference)
+    monkeypatch.setattr(calls, "make_workspace", lambda device: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(calls, "rank", lambda layer: layer.rank)
     choose(monkeypatch, "vllm")
 
 
@@ -69,10 +72,10 @@ def choose(
         if missing:
             raise DeviceError(missing)
 
-    monkeypatch.setenv(plugin.KERNEL, kernel)
-    monkeypatch.setattr(plugin.cuda, "load_library", load)
+    monkeypatch.setenv(choice.KERNEL, kernel)
+    monkeypatch.setattr(choice.cuda, "load_library", load)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    plugin.kernel.cache_clear()
+    choice.kernel.cache_clear()
 
 
 def config_of(pieces: dict[str, tuple[Piece, torch.Tensor, dict[str, Any]]], extended: bool) -> Any:
@@ -255,7 +258,7 @@ def test_which_kernel(
     monkeypatch: pytest.MonkeyPatch, kernel: str, missing: str, capability: tuple[int, int], ours: bool, why: str
 ) -> None:
     choose(monkeypatch, kernel, missing, capability)
-    assert plugin.kernel()[:2] == (ours, why)
+    assert choice.kernel()[:2] == (ours, why)
 
 
 @pytest.mark.parametrize(
@@ -268,20 +271,20 @@ def test_which_kernel(
 def test_kernels_that_cannot_be(monkeypatch: pytest.MonkeyPatch, kernel: str, missing: str, message: str) -> None:
     choose(monkeypatch, kernel, missing)
     with pytest.raises(ValueError, match=message):
-        plugin.kernel()
+        choice.kernel()
 
 
 def test_one_line_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a logger that vLLM shows."""
     choose(monkeypatch, "auto")
     lines = []
-    monkeypatch.setattr(plugin.logger, "info", lambda message, *arguments: lines.append(message % arguments))
-    plugin._say_kernel.cache_clear()
+    monkeypatch.setattr(choice.logger, "info", lambda message, *arguments: lines.append(message % arguments))
+    choice.say.cache_clear()
     for name in ("a", "b"):
         plugin.MarlinCheckpointMethod(config_of({}, False), name)
     why = "the faster one on compute capability 9.0"
     assert lines == [f"Linear layers of this Marlin checkpoint are computed by marlin-convert's kernels: {why}"]
-    assert plugin.logger.name.startswith("vllm.")
+    assert choice.logger.name.startswith("vllm.")
 
 
 def test_compiled_graphs_are_keyed_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,13 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_ma
 from vllm.model_executor.model_loader import get_model_loader  # noqa: E402
 from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
 
-from marlin_convert.engines import vllm_plugin  # noqa: E402
+from marlin_convert.engines import vllm_calls, vllm_choice, vllm_plugin  # noqa: E402
 from marlin_convert.native import reference  # noqa: E402
 
-plugin: Any = vllm_plugin  # with the names that it takes from vLLM
+# with the names that they take from vLLM
+plugin: Any = vllm_plugin
+calls: Any = vllm_calls
+choice: Any = vllm_choice
 
 # vLLM's library is for GPUs; it looks these names up, and nothing here calls them.
 _library = torch_library.Library("_C", "FRAGMENT")
@@ -49,9 +52,9 @@ for _name in ("silu_and_mul", "gelu_new", "gelu_fast", "gelu_quick"):
 
 def dequantized(weight: Tensor, scales: Tensor, zeros: Tensor | None, quant_type: Any) -> Tensor:
     """W [K, N], rounded to fp16 as the plain model's, in float64; from the kernel's own arguments."""
-    bits = 4 if quant_type in (plugin.scalar_types.uint4b8, plugin.scalar_types.uint4) else 8
+    bits = 4 if quant_type in (calls.scalar_types.uint4b8, calls.scalar_types.uint4) else 8
     zeros = zeros if zeros is not None and zeros.numel() else None
-    assert (zeros is not None) == (quant_type == plugin.scalar_types.uint4)
+    assert (zeros is not None) == (quant_type == calls.scalar_types.uint4)
     return reference.dequantize_layer(weight, scales, zeros, bits=bits, dtype=torch.float16).double()
 
 
@@ -62,7 +65,7 @@ def multiply(**a: Any) -> Tensor:
     assert W.shape[0] == a["input"].shape[-1]
     y = a["input"].double() @ W
     if a["bias"] is not None:  # in the kernel's order of columns
-        inverse = torch.argsort(plugin.marlin_permute_bias(torch.arange(a["bias"].numel())))
+        inverse = torch.argsort(calls.permute_bias(torch.arange(a["bias"].numel())))
         y = y + a["bias"][inverse].double()
     return y
 
@@ -86,7 +89,7 @@ def experts(
 
 def multiply_experts(**a: Any) -> Tensor:
     """What vLLM's fused product of experts computes, from its own arguments."""
-    kind = next(t for t in plugin._TYPES.values() if t.id == a["quant_type_id"])
+    kind = next(t for t in calls.TYPES.values() if t.id == a["quant_type_id"])
 
     def stack(w: str) -> list[Tensor]:
         zeros = a[f"{w}_zeros"]
@@ -99,10 +102,10 @@ def multiply_experts(**a: Any) -> Tensor:
     return experts(a["hidden_states"], stack("w1"), stack("w2"), a["topk_weights"], a["topk_ids"], a["expert_map"])
 
 
-plugin._multiply, plugin._multiply_experts = multiply, multiply_experts
-if os.environ.get(plugin.KERNEL) == "ours":  # our operator has a reference on a CPU
-    plugin.cuda.load_library = lambda: None
-plugin.marlin_make_workspace_new = lambda device, blocks=1: torch.zeros(blocks, dtype=torch.int32)
+calls.multiply, calls.multiply_experts = multiply, multiply_experts
+if os.environ.get(choice.KERNEL) == "ours":  # our operator has a reference on a CPU
+    choice.cuda.load_library = lambda: None
+calls.make_workspace = lambda device, blocks=1: torch.zeros(blocks, dtype=torch.int32)
 
 
 PLAIN = "not even the plain model: "
