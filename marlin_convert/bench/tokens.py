@@ -155,7 +155,7 @@ def time_on_gpu(decoder: Decoder, steps: int) -> tuple[float, str, str | None]:
     """Seconds of a step of a captured graph, or launched where that fails."""
     import torch
 
-    from ..engines.transformers_quantizer import MarlinExperts
+    from ..engines.transformers_modules import MarlinExperts
 
     device = decoder.tokens.device
     synchronize = partial(torch.cuda.synchronize, device)

@@ -23,10 +23,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
-from transformers.integrations.moe import _default_apply_gate
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.import_utils import is_accelerate_available
@@ -37,21 +33,15 @@ from ..conversion.layer_reader import LayerReader
 from ..conversion.plan import make_plan
 from ..device import pick_device
 from ..errors import SourceError, UnsupportedError
-from ..formats.marlin_config import MarlinSettings, is_marlin, read_marlin_settings
-from ..formats.stored import MARLIN_PARTS, StoredLayer, stored_layers
+from ..formats.marlin_config import is_marlin, read_marlin_settings
+from ..formats.stored import MARLIN_PARTS, stored_layers
 from ..hub.open import fetch
 from ..native import cuda
-from ..options import Format
 from .linear import MarlinLinear
+from .transformers_modules import put_layers, some
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-_SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
-
-#: Names that a message lists before it only counts.
-_SHOWN = 6
-
 
 # ---- Which checkpoints are ours ----
 
@@ -89,8 +79,8 @@ def _register() -> None:
 # ---- What the checkpoint holds ----
 
 
-def layers_of(where: str, files: Sequence[str | Path], settings: MarlinSettings) -> dict[str, StoredLayer[Tensor]]:
-    """The Marlin layers of the safetensors `files`, by name. Raises SourceError where tensors and settings disagree."""
+def tensors_of(files: Sequence[str | Path]) -> dict[str, Tensor]:
+    """What the safetensors `files` hold, by name."""
     tensors: dict[str, Tensor] = {}
     for file in map(Path, files):
         fd = os.open(file, os.O_RDONLY)
@@ -98,16 +88,7 @@ def layers_of(where: str, files: Sequence[str | Path], settings: MarlinSettings)
             tensors |= {tensor.name: tensor for tensor in read_header(fd, file, file.name)}
         finally:
             os.close(fd)
-    return stored_layers(where, tensors, settings)
-
-
-def empty_module(layer: StoredLayer[Tensor]) -> MarlinLinear:
-    """Make the module of a layer, still empty, on the device and of the dtype that are the default."""
-    return MarlinLinear(
-        layer.K, layer.N, layer.bias is not None, bits=layer.bits, group_size=layer.group_size,
-        sym=layer.zeros is None, desc_act=layer.perm is not None, extended=layer.format is Format.MARLIN_EXT,
-        scale_dtype=_SCALE_DTYPES[layer.scales.dtype],
-    )  # fmt: skip
+    return tensors
 
 
 # ---- The quantizer ----
@@ -141,10 +122,12 @@ class MarlinQuantizer(HfQuantizer):
             )
         self._scales: dict[str, torch.dtype] = {}
         self._complete = False
-        layers = layers_of(model.name_or_path or "the model", files, self.quantization_config.marlin)
+        tensors = tensors_of(files)
+        layers = stored_layers(model.name_or_path or "the model", tensors, self.quantization_config.marlin)
         if not layers:
             raise SourceError(f"{model.name_or_path}: its config says Marlin, but it has no Marlin layer.")
-        _put_layers(model, layers)
+        self._files = {Path(file).name: Path(file) for file in files}
+        self._placed = put_layers(model, layers, tensors)
         self._check_keys(model)
 
     def _check_keys(self, model: PreTrainedModel) -> None:
@@ -153,6 +136,7 @@ class MarlinQuantizer(HfQuantizer):
 
         def checked(loading_info: Any) -> None:
             adjust(loading_info)
+            loading_info.missing_keys -= self._placed.plain.keys()  # read by us, afterwards
             _require_all_keys(
                 model, loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys
             )
@@ -167,6 +151,7 @@ class MarlinQuantizer(HfQuantizer):
                 "this version of Transformers does not say which keys it could not place; marlin-convert returns no "
                 "model whose weights may be random. Please report it."
             )
+        self._placed.finish(model, self._files)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -205,7 +190,7 @@ def _require_all_keys(model: PreTrainedModel, missing: Any, unexpected: Any, mis
         "in the checkpoint and not in the model": sorted(left),
         "of another shape": sorted(str(key[0]) for key in mismatched),
     }
-    said = [f"{_some(names)} ({what})" for what, names in problems.items() if names]
+    said = [f"{some(names)} ({what})" for what, names in problems.items() if names]
     if said:
         raise SourceError(
             f"{model.name_or_path}: the checkpoint does not fit {type(model).__name__}: {'; '.join(said)}."
@@ -214,164 +199,6 @@ def _require_all_keys(model: PreTrainedModel, missing: Any, unexpected: Any, mis
 
 #: Names of tensors that only quantized layers have.
 _QUANTIZED = {*MARLIN_PARTS, "qweight", "qzeros", "g_idx"}
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-# ---- Modules ----
-
-
-def _put_layers(model: PreTrainedModel, layers: dict[str, StoredLayer[Tensor]]) -> None:
-    """Replace the modules of `model` that `layers` are for. Layers without a module are left to the check of keys."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    modules = dict(model.named_modules())
-    experts: dict[str, dict[str, StoredLayer[Tensor]]] = {}
-    for layer in layers.values():
-        place = _place(model, _renamed(f"{layer.name}.weight", renamings).removesuffix(".weight"), modules)
-        if place is None:
-            continue
-        holder = _experts_above(place, modules)
-        if holder is not None:
-            experts.setdefault(holder, {})[place.removeprefix(f"{holder}.")] = layer
-        else:
-            _put_layer(model, place, modules[place], layer)
-    for holder, parts in experts.items():
-        model.set_submodule(holder, _expert_layers(holder, modules[holder], parts, converters))
-
-
-def _place(model: PreTrainedModel, name: str, modules: dict[str, nn.Module]) -> str | None:
-    """Where in the model a checkpoint's layer belongs: with or without the base model's prefix."""
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (name, prefix + name, name.removeprefix(prefix)):
-        if candidate in modules or _experts_above(candidate, modules):
-            return candidate
-    return None
-
-
-def _experts_above(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """`…experts` for the name of an expert's linear, `…experts.3.up_proj`, if the model holds its experts fused."""
-    parts = name.split(".")
-    holder = modules.get(".".join(parts[:-2]))
-    fused = len(parts) > 2 and parts[-2].isdigit() and isinstance(getattr(holder, "down_proj", None), nn.Parameter)
-    return ".".join(parts[:-2]) if fused else None
-
-
-def _put_layer(model: PreTrainedModel, place: str, module: nn.Module, layer: StoredLayer[Tensor]) -> None:
-    if isinstance(module, nn.Linear):
-        size = (module.in_features, module.out_features)
-    elif isinstance(module, Conv1D):
-        size = (module.nx, module.nf)
-    else:
-        raise UnsupportedError(f"{layer.name}: {type(module).__name__} is no linear layer; Marlin cannot replace it.")
-    if size != (layer.K, layer.N):
-        raise SourceError(
-            f"{layer.name}: the checkpoint has K = {layer.K}, N = {layer.N}, "
-            f"{type(model).__name__} has {size[0]} and {size[1]}; config.json and the weights do not belong together."
-        )
-    if f"{place}.weight" in model.all_tied_weights_keys:  # a quantized lm_head has weights of its own
-        del model.all_tied_weights_keys[f"{place}.weight"]
-        model.config.tie_word_embeddings = False
-    linear = empty_module(layer)
-    linear.weight_by_rows = isinstance(module, Conv1D)
-    model.set_submodule(place, linear)
-
-
-class MarlinExpert(nn.Module):
-    """One expert, with its layers under the names that the checkpoint has for them."""
-
-    def __init__(self, layers: dict[str, MarlinLinear], gate: str, up: str, down: str) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self._parts = (gate, up, down)
-
-    def forward(self, x: torch.Tensor, activation: nn.Module) -> torch.Tensor:
-        gate, up, down = (self._modules[name] for name in self._parts)
-        result: torch.Tensor = down(activation(gate(x)) * up(x))  # type: ignore[misc]
-        return result
-
-
-class MarlinExperts(nn.ModuleList):
-    """A block's experts, one module each, where Transformers holds them fused into two tensors."""
-
-    def __init__(self, experts: list[MarlinExpert], act_fn: nn.Module) -> None:
-        super().__init__(experts)
-        self.act_fn = act_fn
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """hidden_states [T, H]; top_k_index, top_k_weights [T, k] → [T, H]: each token's experts, weighted, summed."""
-        result = torch.zeros_like(hidden_states)
-        for number in torch.unique(top_k_index).tolist():
-            if number >= len(self):  # Transformers' mark for "no expert"
-                continue
-            tokens, rank = torch.where(top_k_index == number)
-            output = self[number](hidden_states[tokens], self.act_fn) * top_k_weights[tokens, rank, None]
-            result.index_add_(0, tokens, output.to(result.dtype))
-        return result
-
-
-def _expert_layers(
-    holder: str, module: nn.Module, parts: dict[str, StoredLayer[Tensor]], converters: list[WeightConverter]
-) -> MarlinExperts:
-    """The module for fused experts `module`, from the checkpoint's layers ("3.up_proj" → layer)."""
-    usual = {"has_gate": True, "is_concatenated": True, "has_bias": False, "is_transposed": False,
-             "has_post_expert_norm": False}  # fmt: skip
-    odd = [name for name, value in usual.items() if getattr(module, name, value) != value]
-    if odd or getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
-        raise UnsupportedError(
-            f"{holder}: {type(module).__name__} does not compute its experts as Mixtral and Qwen do; "
-            "Marlin cannot replace it."
-        )
-    names = _expert_names(holder, converters)
-    count = int(module.num_experts)  # type: ignore[arg-type]
-    wanted = {f"{number}.{name}" for number in range(count) for name in names}
-    if parts.keys() != wanted:
-        absent = sorted(wanted - parts.keys()) or sorted(parts.keys() - wanted)
-        raise UnsupportedError(
-            f"{holder}: of {len(wanted)} layers of its experts {len(parts)} are Marlin ({_some(absent)} are not as "
-            "expected); it takes all or none."
-        )
-    _, twice, hidden = module.gate_up_proj.shape  # type: ignore[misc]
-    sizes = ((hidden, twice // 2), (hidden, twice // 2), (twice // 2, hidden))
-    experts = []
-    for number in range(count):
-        layers = {name: parts[f"{number}.{name}"] for name in names}
-        for layer, size in zip(layers.values(), sizes, strict=True):
-            if size != (layer.K, layer.N):
-                raise SourceError(
-                    f"{layer.name}: the checkpoint has K = {layer.K}, N = {layer.N}, the model "
-                    f"has {size[0]} and {size[1]}; config.json and the weights do not belong together."
-                )
-        experts.append(MarlinExpert({name: empty_module(layer) for name, layer in layers.items()}, *names))
-    return MarlinExperts(experts, module.act_fn)  # type: ignore[arg-type]
-
-
-def _renamed(key: str, renamings: list[WeightRenaming]) -> str:
-    """A checkpoint's name of a tensor as the model calls it."""
-    for renaming in renamings:
-        key, _ = renaming.rename_source_key(key)
-    return key
-
-
-def _expert_names(holder: str, converters: list[WeightConverter]) -> tuple[str, str, str]:
-    """What the checkpoint calls an expert's gate, up and down: as Transformers' own conversion reads them."""
-    names: list[str] = []
-    for target in ("gate_up_proj", "down_proj"):
-        for converter in converters:
-            if converter._original_target_patterns[0].endswith(f"experts.{target}"):
-                names += [source.split(".")[-2] for source in converter._original_source_patterns]
-                break
-    if len(names) != 3:
-        raise UnsupportedError(f"{holder}: how this model's experts are called in a checkpoint is not known.")
-    gate, up, down = names
-    return gate, up, down
 
 
 _register()

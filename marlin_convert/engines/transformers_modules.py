@@ -1,0 +1,380 @@
+"""Where a checkpoint's Marlin layers go in a model of Transformers.
+
+A linear is replaced by `MarlinLinear`; experts that Transformers holds fused become a module each (`MarlinExperts`);
+a weight that no linear holds (a router's, a convolution's) is dequantized once it is loaded. The same rules, on a model
+without weights, tell what Transformers will do with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.pytorch_utils import Conv1D
+
+from ..checkpoint.reader import Tensor
+from ..errors import SourceError, UnsupportedError
+from ..formats.stored import StoredLayer
+from ..options import Format
+from .linear import DequantizedWeight, MarlinLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+_SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+#: Names that a message lists before it only counts.
+_SHOWN = 6
+
+#: What checkpoints call an expert's gate, up and down, beside what Transformers' own conversion knows of the model: as
+#: Transformers 5 and GPTQModel 7 name them in every model, and Mixtral's.
+_EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+#: Experts that are computed as those of Transformers' experts interface, without being declared so.
+_SAME_EXPERTS = ("Llama4TextExperts", "LongcatFlashExperts", "Step3p7Experts")
+
+
+def empty_module(layer: StoredLayer[Tensor]) -> MarlinLinear:
+    """Make the module of a layer, still empty, on the device and of the dtype that are the default."""
+    return MarlinLinear(
+        layer.K, layer.N, layer.bias is not None, bits=layer.bits, group_size=layer.group_size,
+        sym=layer.zeros is None, desc_act=layer.perm is not None, extended=layer.format is Format.MARLIN_EXT,
+        scale_dtype=_SCALE_DTYPES[layer.scales.dtype],
+    )  # fmt: skip
+
+
+def some(names: list[str]) -> str:
+    """The first few of `names`, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+@dataclass
+class Placed:
+    """What `put_layers` did, and what is left to do once the weights are loaded (`finish`)."""
+
+    #: Layers of the checkpoint for which the model has no place.
+    nowhere: list[str] = field(default_factory=list)
+    #: Layers that take the memory of 16-bit weights, as the model computes them in its own way.
+    dequantized: list[str] = field(default_factory=list)
+    #: Tensors of the model → tensors of the checkpoint: what Transformers would put elsewhere.
+    plain: dict[str, Tensor] = field(default_factory=dict)
+    later: list[Callable[[], None]] = field(default_factory=list)
+
+    def finish(self, model: nn.Module, files: Mapping[str, Path]) -> None:
+        """Dequantize what has to be, and read what Transformers did not, from `files` by their names."""
+        for name, tensor in self.plain.items():
+            with safe_open(files[tensor.file], framework="pt") as file:
+                value = file.get_tensor(tensor.name)
+            owner, _, key = name.rpartition(".")
+            module, experts = model.get_submodule(owner), model.get_submodule(owner.rsplit(".", 2)[0])
+            where = next(buffer.device for buffer in experts.buffers())  # a quantized layer beside it
+            value = value.to(where, getattr(module, key).dtype)
+            setattr(module, key, nn.Parameter(value, requires_grad=False))
+        for step in self.later:
+            step()
+
+
+def put_layers(
+    model: PreTrainedModel, layers: Mapping[str, StoredLayer[Tensor]], tensors: Mapping[str, Tensor]
+) -> Placed:
+    """Replace the modules of `model` that `layers` are for; `tensors` are all that the checkpoint has.
+
+    Raises SourceError where sizes do not agree, UnsupportedError where the model has no use for a layer.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    modules = dict(model.named_modules())
+    experts: dict[str, dict[str, StoredLayer[Tensor]]] = {}
+    halves: dict[str, dict[str, StoredLayer[Tensor]]] = {}
+    placed = Placed()
+    for layer in layers.values():
+        name = _renamed(f"{layer.name}.weight", renamings).removesuffix(".weight")
+        place = _place(model, name, modules)
+        if place is None:
+            placed.nowhere.append(layer.name)
+            continue
+        holder = _experts_above(place, modules)
+        if holder is not None:
+            experts.setdefault(holder, {})[place.removeprefix(f"{holder}.")] = layer
+        elif place not in modules:
+            owner, _, part = place.rpartition(".")
+            halves.setdefault(owner, {})[part] = layer
+        else:
+            _put_layer(model, place, modules[place], layer, placed)
+    for owner, found in halves.items():
+        _put_halves(model, owner, found)
+    for holder, parts in experts.items():
+        module = _expert_layers(holder, modules[holder], parts, converters, tensors, placed)
+        model.set_submodule(holder, module)
+    return placed
+
+
+def _renamed(key: str, renamings: list[WeightRenaming]) -> str:
+    """A checkpoint's name of a tensor as the model calls it."""
+    for renaming in renamings:
+        key, _ = renaming.rename_source_key(key)
+    return key
+
+
+def _place(model: PreTrainedModel, name: str, modules: dict[str, nn.Module]) -> str | None:
+    """Where in the model a checkpoint's layer belongs: with or without the base model's prefix."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, prefix + name, name.removeprefix(prefix)):
+        if candidate in modules or _experts_above(candidate, modules) or _is_half(candidate, modules):
+            return candidate
+    return None
+
+
+# ---- One linear ----
+
+
+def _put_layer(
+    model: PreTrainedModel, place: str, module: nn.Module, layer: StoredLayer[Tensor], placed: Placed
+) -> None:
+    if isinstance(module, nn.Linear):
+        size = (module.in_features, module.out_features)
+    elif isinstance(module, Conv1D):
+        size = (module.nx, module.nf)
+    else:
+        _dequantize_later(model, place, module, layer, placed)
+        return
+    _check_size(layer, size, type(model).__name__)
+    if f"{place}.weight" in model.all_tied_weights_keys:  # a quantized lm_head has weights of its own
+        del model.all_tied_weights_keys[f"{place}.weight"]
+        model.config.tie_word_embeddings = False
+    linear = empty_module(layer)
+    linear.weight_by_rows = isinstance(module, Conv1D)
+    model.set_submodule(place, linear)
+
+
+def _check_size(layer: StoredLayer[Tensor], size: tuple[int, int], model: str) -> None:
+    if size != (layer.K, layer.N):
+        raise SourceError(
+            f"{layer.name}: the checkpoint has K = {layer.K}, N = {layer.N}, "
+            f"{model} has {size[0]} and {size[1]}; config.json and the weights do not belong together."
+        )
+
+
+def _dequantize_later(
+    model: PreTrainedModel, place: str, module: nn.Module, layer: StoredLayer[Tensor], placed: Placed
+) -> None:
+    """Let `module`, which is no linear but has a weight [N, K] (a router) or [N, …] with K numbers each (a
+    convolution), load the layer's tensors, and have its weight made of them."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.shape[0] != layer.N or weight.numel() != layer.K * layer.N:
+        raise UnsupportedError(
+            f"{layer.name}: {type(module).__name__} has no weight of {layer.N} x {layer.K}; Marlin cannot replace it."
+        )
+    linear = empty_module(layer)
+    names = [name for name, _ in linear.named_buffers() if name != "bias"]
+    for name in names:
+        module.register_buffer(name, linear._buffers[name])
+    del module._parameters["weight"]
+    module.__dict__["weight"] = DequantizedWeight(linear, weight.dtype)  # for code that looks at it meanwhile
+
+    def finish() -> None:
+        del module.__dict__["weight"]
+        for name in names:
+            linear._buffers[name] = module._buffers.pop(name)
+        value = linear.dequantize(weight.dtype).t().reshape(weight.shape).contiguous()
+        module.weight = nn.Parameter(value, requires_grad=False)
+
+    placed.dequantized.append(layer.name)
+    placed.later.append(finish)
+
+
+# ---- A linear that the model holds as one and the checkpoint as two ----
+
+
+class Joined(nn.Module):
+    """The outputs of two linears beside each other; it holds neither."""
+
+    def __init__(self, parts: Iterable[MarlinLinear]) -> None:
+        super().__init__()
+        self._parts_joined = tuple(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self._parts_joined], dim=-1)
+
+
+_HALVES = ("gate_proj", "up_proj")
+
+
+def _is_half(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether `name` is half of a model's `gate_up_proj`."""
+    owner, _, part = name.rpartition(".")
+    return part in _HALVES and isinstance(modules.get(f"{owner}.gate_up_proj"), nn.Linear)
+
+
+def _put_halves(model: PreTrainedModel, owner: str, found: dict[str, StoredLayer[Tensor]]) -> None:
+    """Put a gate and an up that the checkpoint holds apart beside the model's `gate_up_proj`, which joins them."""
+    module = model.get_submodule(owner)
+    whole: Any = module.gate_up_proj
+    if found.keys() != set(_HALVES):
+        raise UnsupportedError(f"{owner}: gate_proj and up_proj should both be Marlin layers, or none of them.")
+    for part in _HALVES:
+        _check_size(found[part], (whole.in_features, whole.out_features // 2), type(model).__name__)
+        module.add_module(part, empty_module(found[part]))
+    module.gate_up_proj = Joined(module.get_submodule(part) for part in _HALVES)  # type: ignore[misc]
+
+
+# ---- Experts ----
+
+
+class MarlinExpert(nn.Module):
+    """One expert, with its layers under the names that the checkpoint has for them: gate (if it has one), up, down."""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self._parts = tuple(layers)
+
+    def forward(self, x: torch.Tensor, activation: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """x [T, H] → [T, H]. `activation` makes of the outputs of all but the last layer the input of that."""
+        *inner, down = (self._modules[name] for name in self._parts)
+        result: torch.Tensor = down(activation(*(layer(x) for layer in inner)))  # type: ignore[misc]
+        return result
+
+
+class MarlinExperts(nn.Module):
+    """A block's experts, one module each, where Transformers holds them fused into tensors; all else of the block's
+    module (its activation and limits, a norm) is as it was there."""
+
+    def __init__(self, fused: nn.Module, experts: list[MarlinExpert]) -> None:
+        super().__init__()
+        own = self.__dict__
+        own.update({name: value for name, value in fused.__dict__.items() if name not in own})
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+        for name, module in fused.named_children():
+            self.add_module(name, module)
+        for name, parameter in fused.named_parameters(recurse=False):
+            if name.removesuffix("_bias") not in ("gate_up_proj", "up_proj", "down_proj"):
+                self.register_parameter(name, parameter)
+        self._count = len(experts)
+        self._gate = getattr(type(fused), "_apply_gate", None)
+        self._identity = hasattr(fused, "identity_expert")  # of those that come after the others
+        self._interleaved = not getattr(fused, "is_concatenated", True)
+        self._norm = bool(getattr(fused, "has_post_expert_norm", False))
+
+    def _activation(self, *parts: torch.Tensor) -> torch.Tensor:
+        """The block's own activation of (gate, up), or of up alone."""
+        if len(parts) == 1 or self._gate is None:
+            result: torch.Tensor = self.act_fn(parts[0])  # type: ignore[operator]
+            return result * parts[1] if len(parts) == 2 else result
+        both = torch.stack(parts, dim=-1).flatten(-2) if self._interleaved else torch.cat(parts, dim=-1)
+        gated: torch.Tensor = self._gate(self, both)
+        return gated
+
+    def _computed(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        expert: Any = self._modules[str(number)]
+        result: torch.Tensor = expert(x, self._activation)
+        return self.post_expert_norm(result) if self._norm else result  # type: ignore[operator]
+
+    def forward(self, hidden_states: torch.Tensor, *choice: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        """hidden_states [T, H] and, whatever the model calls them, each token's experts [T, k] and their weights
+        [T, k] → [T, H]: each token's experts, weighted, summed. Without them, as Llama 4 has it: hidden_states holds
+        as many rows for each expert, in their order."""
+        choice = (*choice, *named.values())
+        if not choice:
+            rows = hidden_states.view(self._count, -1, hidden_states.shape[-1])
+            return torch.cat([self._computed(number, x) for number, x in enumerate(rows)])
+        index, weights = choice
+        result = torch.zeros_like(hidden_states)
+        for number in torch.unique(index).tolist():
+            if number >= self._count and not self._identity:  # Transformers' mark for "no expert"
+                continue
+            tokens, rank = torch.where(index == number)
+            x = hidden_states[tokens]
+            output = (self._computed(number, x) if number < self._count else x) * weights[tokens, rank, None]
+            result.index_add_(0, tokens, output.to(result.dtype))
+        return result
+
+
+def _experts_above(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """`…experts` for the name of an expert's linear, `…experts.3.up_proj`, if the model holds its experts fused."""
+    parts = name.split(".")
+    holder = modules.get(".".join(parts[:-2]))
+    fused = len(parts) > 2 and parts[-2].isdigit() and isinstance(getattr(holder, "down_proj", None), nn.Parameter)
+    return ".".join(parts[:-2]) if fused else None
+
+
+def _expert_layers(
+    holder: str, module: nn.Module, parts: dict[str, StoredLayer[Tensor]], converters: list[WeightConverter],
+    tensors: Mapping[str, Tensor], placed: Placed,
+) -> MarlinExperts:  # fmt: skip
+    """The module for fused experts `module`, from the checkpoint's layers ("3.up_proj" → layer). Layers of some experts
+    that are not quantized are linears in it."""
+    kind = type(module).__name__
+    if not (hasattr(module, "is_transposed") or kind in _SAME_EXPERTS):
+        raise UnsupportedError(f"{holder}: how {kind} computes its experts is not known; Marlin cannot replace it.")
+    gated = isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+    names = _names_of_experts(holder, {part.split(".", 1)[1] for part in parts}, converters, gated)
+    down = module.down_proj
+    assert isinstance(down, nn.Parameter)
+    count, one, other = down.shape
+    whole = module.gate_up_proj if gated else module.up_proj
+    assert isinstance(whole, nn.Parameter)
+    by_rows = getattr(module, "is_transposed", kind == "Llama4TextExperts")  # down_proj is [E, I, H], not [E, H, I]
+    inner, hidden = (one, other) if by_rows else (other, one)
+    sizes = [*((hidden, inner) for _ in names[1:]), (inner, hidden)]
+    first = next(iter(parts))
+    origin = parts[first].name.removesuffix(first)  # `…experts.` in the checkpoint
+    experts = []
+    for number in range(count):
+        layers: dict[str, nn.Module] = {}
+        for name, size in zip(names, sizes, strict=True):
+            layer = parts.pop(f"{number}.{name}", None)
+            if layer is not None:
+                _check_size(layer, size, "the model")
+                if getattr(module, "has_bias", False) and layer.bias is None:
+                    raise SourceError(f"{layer.name}: it has no bias, as the model's experts have.")
+                layers[name] = empty_module(layer)
+            else:
+                layers[name] = _plain_linear(f"{holder}.{number}.{name}", f"{origin}{number}.{name}", size, tensors,
+                                             placed, whole.dtype)  # fmt: skip
+        experts.append(MarlinExpert(layers))
+    if parts:
+        raise UnsupportedError(f"{holder}: the model has {count} experts; {some(sorted(parts))} are not among them.")
+    return MarlinExperts(module, experts)
+
+
+def _plain_linear(
+    place: str, name: str, size: tuple[int, int], tensors: Mapping[str, Tensor], placed: Placed, dtype: torch.dtype
+) -> nn.Linear:
+    """An expert's layer that the checkpoint does not have quantized. Transformers would fuse it with the others."""
+    found = {key: tensors.get(f"{name}.{key}") for key in ("weight", "bias")}
+    if found["weight"] is None:
+        raise SourceError(f"{name}: it is neither a Marlin layer nor a plain one, as the other experts' are.")
+    placed.plain |= {f"{place}.{key}": tensor for key, tensor in found.items() if tensor is not None}
+    return nn.Linear(*size, bias=found["bias"] is not None, dtype=dtype)
+
+
+def _names_of_experts(holder: str, found: set[str], converters: list[WeightConverter], gated: bool) -> tuple[str, ...]:
+    """What the checkpoint, which has `found`, calls an expert's gate, up and down; without a gate, up and down."""
+    own: list[str] = []
+    for target in ("gate_up_proj" if gated else "up_proj", "down_proj"):
+        for converter in converters:
+            if converter._original_target_patterns[0].endswith(f"experts.{target}"):
+                own += [source.split(".")[-2] for source in converter._original_source_patterns if "." in source]
+                break
+    count = 3 if gated else 2
+    for names in (tuple(own), *_EXPERT_NAMES):
+        names = names[-count:]
+        if len(names) == count and found <= set(names):
+            return names
+    raise UnsupportedError(
+        f"{holder}: {some(sorted(found))} are not what an expert's layers of this model are called in a checkpoint."
+    )
