@@ -127,7 +127,7 @@ class Screen:
             ("", "left"),
         ):
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-        kinds = Counter((x.K, x.N, x.bits, x.group_size, _kind(x), x.scales.dtype) for x in plan.layers)
+        kinds = Counter((x.K, x.N, x.bits, x.group_size, _kind(x), x.source.scales.dtype) for x in plan.layers)
         for (K, N, bits, group, kind, dtype), count in kinds.items():
             table.add_row(str(count), f"{K} x {N}", str(bits), str(group), kind, dtype.lower(), "convert")
         if plan.layers:

@@ -24,7 +24,6 @@ from ..errors import (
     SourceError,
     UnsupportedError,
 )
-from ..formats.gptq import ZeroPointEncoding
 from ..formats.gptq_config import find_configs
 from ..formats.marlin_config import marlin_ext_settings, marlin_model_config, marlin_settings, ties
 from ..hub.client import is_folder
@@ -281,28 +280,12 @@ def looked_at(source: str | Path, access: HubAccess) -> Iterator[tuple[Source, C
 def _source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """What only the source's files tell, for `to-gptq`: its settings, and the types of what was converted."""
     main = checkpoint.configs.get("config.json", {})
-    scales, other_scales = _common({x.name: x.scales.dtype for x in plan.layers})
-    g_idx, other_g_idx = _common({x.name: x.g_idx.dtype if x.g_idx else None for x in plan.layers})
-    readings = {layer.zeros for layer in plan.layers}
     return {
         "configs": find_configs(checkpoint.configs),
         "dtypes": {key: main.get(key) for key in ("torch_dtype", "dtype")},
         "ties": ties(main) if plan.lm_head else {},
-        "scales_dtype": scales,
-        "scales_dtypes": other_scales,
-        "g_idx_dtype": g_idx,
-        "g_idx_dtypes": other_g_idx,
-        "without_qzeros": [layer.name for layer in plan.layers if layer.qzeros is None],
-        "zero_points_stored": {x.name: x.stored_zero for x in plan.layers if x.stored_zero is not None},
-        "zero_point_reading": "word" if ZeroPointEncoding.V1_WORD in readings else "nibble",
+        **plan.source_format.noted([layer.source for layer in plan.layers]),
     }
-
-
-def _common(values: dict[str, str | None]) -> tuple[str | None, dict[str, str | None]]:
-    """The value that most of the layers have, and the others' values by name."""
-    found = list(values.values())
-    common = max(dict.fromkeys(found), key=found.count)
-    return common, {name: value for name, value in values.items() if value != common}
 
 
 def write_tensors(

@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from ..checkpoint.reader import Tensor
 from ..checkpoint.writer import OutTensor
-from ..formats.gptq import ZeroPointEncoding, decode_zeros
 from ..formats.layout import (
     GROUP_SIZES,
     b_shape,
@@ -20,6 +16,7 @@ from ..formats.layout import (
     stored_groups,
 )
 from ..formats.marlin_config import LayerSettings
+from .source_layer import SourceLayer
 
 #: The one group size, besides "all of K", that the original format can hold.
 GROUP_SIZE = max(GROUP_SIZES)
@@ -27,28 +24,39 @@ GROUP_SIZE = max(GROUP_SIZES)
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantized linear: what its tensors say about it, and where they lie; and what it becomes.
+    """One quantized linear: what its tensors (`source`) say about it, and what it becomes.
 
     `group_rows` are the rows that share a scale (K if all do), whatever the config says; the last group may have fewer.
     `extended` tells the format of the result, `stored_scales` the dtype of its scales.
     """
 
-    name: str
-    K: int
-    N: int
-    G: int
-    bits: int
-    qweight: Tensor
-    scales: Tensor
-    qzeros: Tensor | None
-    g_idx: Tensor | None
+    source: SourceLayer
     bias: Tensor | None
     group_rows: int
-    zeros: ZeroPointEncoding = ZeroPointEncoding.SYMMETRIC
+    sym: bool = True
     act_order: bool = False
     extended: bool = False
     stored_scales: str = "F16"
-    stored_zero: int | None = None  # of a symmetric layer, if it is not what the source's checkpoint_format stores
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def K(self) -> int:
+        return self.source.K
+
+    @property
+    def N(self) -> int:
+        return self.source.N
+
+    @property
+    def G(self) -> int:
+        return self.source.G
+
+    @property
+    def bits(self) -> int:
+        return self.source.bits
 
     @property
     def rows_per_group(self) -> int:
@@ -59,10 +67,6 @@ class Layer:
     def group_size(self) -> int:
         """The source's, as a config would say it: -1 for one group over all of K."""
         return -1 if self.G == 1 else self.group_rows
-
-    @property
-    def sym(self) -> bool:
-        return self.zeros is ZeroPointEncoding.SYMMETRIC
 
     @property
     def stored_K(self) -> int:
@@ -122,7 +126,3 @@ class Layer:
 
     def _name(self, original: str, extended: str) -> str:
         return f"{self.name}.{extended if self.extended else original}"
-
-    def zero_points(self, qzeros: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
-        """The source's `qzeros` [G, ⌈N bits/32⌉] → zero points [G, N]."""
-        return decode_zeros(qzeros, self.bits, self.N, self.zeros)

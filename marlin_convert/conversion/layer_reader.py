@@ -1,4 +1,4 @@
-"""A GPTQ layer as its files have it, brought into the order and the size in which it is stored."""
+"""A layer as its files have it, as GPTQ words, brought into the order and the size in which it is stored."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Order:
 
 
 class LayerReader:
-    """Reads one layer of a GPTQ checkpoint: weights in blocks or panels, scales and zero points some groups at a time.
+    """Reads one layer of a source: weights in blocks or panels, scales and zero points some groups at a time.
 
     The order of rows and the code of padding are read once, when they are first needed. Thread-safe; each thread brings
     its own buffers.
@@ -63,18 +63,15 @@ class LayerReader:
         """
         layer = self.layer
         count = layer.G - first if count is None else count
-        raw = self.checkpoint.read_rows(layer.scales, first, count)
-        found = as_stored(raw, layer.scales.dtype, layer.stored_scales)
+        raw = layer.source.raw_scales(self.checkpoint, first, count)
+        found = as_stored(raw, layer.source.scales.dtype, layer.stored_scales)
         if found.problem:  # known before, but for fp16 scales that have only just come from the Hub
             raise UnsupportedError(f"{layer.name}: {found.problem}; nothing was converted.")
         return Groups(found.scales, self._zeros(first, count))
 
     def _zeros(self, first: int, count: int) -> npt.NDArray[np.uint8] | None:
         """Zero points [count, N] of groups `first` …, unless the layer is symmetric."""
-        layer = self.layer
-        if layer.sym or layer.qzeros is None:
-            return None
-        return layer.zero_points(self.checkpoint.read_rows(layer.qzeros, first, count))
+        return None if self.layer.sym else self.layer.source.zeros(self.checkpoint, first, count)
 
     def stored_groups(self, first: int, count: int) -> Groups:
         """Groups `first` … as they are stored: cut groups repeated, padding zero."""
@@ -100,8 +97,7 @@ class LayerReader:
     @cached_property
     def g_idx(self) -> Words | None:
         """The group of each of the source's rows, int32 [K], with act-order; None where rows are in order."""
-        layer = self.layer
-        return self.checkpoint.read(layer.g_idx) if layer.act_order and layer.g_idx is not None else None
+        return self.layer.source.read_order(self.checkpoint) if self.layer.act_order else None
 
     @cached_property
     def perm(self) -> Words | None:
@@ -143,9 +139,9 @@ class LayerReader:
         own = max(0, min(rows, layer.K - k0))
         words: Words = buffers.array("words", (rows * bits // 32, layer.stored_N), np.int32)
         if own == rows and layer.stored_N == layer.N:
-            return self.source_rows(k0, own, words)
+            return self.source_rows(k0, words, buffers)
         if own:
-            read = self.source_rows(k0, own, buffers.array("qweight", (own * bits // 32, layer.N), np.int32))
+            read = self.source_rows(k0, buffers.array("qweight", (own * bits // 32, layer.N), np.int32), buffers)
             cpu.arrange(read, words, bits=bits, fill=self.fill, rows=rows)
         else:
             padding = self.fill.astype(np.uint32)[None] * every_code(bits)
@@ -153,22 +149,23 @@ class LayerReader:
         words[max(0, self.filled_rows - k0) * bits // 32 :] = 0
         return words
 
-    def source_rows(self, k0: int, rows: int, words: Words) -> Words:
+    def source_rows(self, k0: int, words: Words, buffers: Buffers) -> Words:
         """Fill `words` [rows bits/32, N] with the source's rows k0 …, and return them."""
-        self.checkpoint.read_into(self.layer.qweight, words, k0 * self.layer.N * self.layer.bits // 8)
+        self.layer.source.rows(self.checkpoint, k0, words, buffers)
         return words
 
     def columns(self, first: int, columns: int, buffers: Buffers) -> Words:
-        """Stored columns `first` … of a layer with act-order: all rows in the source's order, as GPTQ words
-        [K bits/32, columns], without padding."""
-        own = min(columns, self.layer.N - first)
-        words: Words = buffers.array("qweight columns", (self.layer.qweight.shape[0], own), np.int32)
-        self.checkpoint.read_columns(self.layer.qweight, words, first)
+        """Stored columns `first` …: all rows in the source's order, as GPTQ words [K bits/32, columns], without
+        padding."""
+        layer, own = self.layer, min(columns, self.layer.N - first)
+        words: Words = buffers.array("qweight columns", (layer.K * layer.bits // 32, own), np.int32)
+        layer.source.columns(self.checkpoint, first, words, buffers)
         return words
 
     def weight(self) -> npt.NDArray[Any]:
         """W [K, N], its rows as in the source, rounded to the type of its scales (fp16, bf16 as uint16)."""
-        layer, groups, qweight = self.layer, self.source_groups(), self.checkpoint.read(self.layer.qweight)
+        layer, groups, buffers = self.layer, self.source_groups(), Buffers()
+        qweight = self.columns(0, layer.stored_N, buffers)
         regular = not layer.act_order and layer.group_rows * layer.G == layer.K and layer.group_rows % TILE_K == 0
         if regular and layer.K % TILE_K == 0 and layer.N % TILE_N == 0:
             return cpu.dequantize_gptq(

@@ -18,7 +18,7 @@ from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, require_unique
 from ..engine_support import LayerFacts, ResultFacts, vllm_needs_our_kernels, vllm_refuses
 from ..errors import SourceError, UnsupportedError
-from ..formats.gptq_config import GPTQSettings, parse_settings
+from ..formats.gptq_config import GPTQSettings
 from ..formats.layout import (
     EXTENDED_NAMES,
     ORIGINAL_NAMES,
@@ -31,9 +31,9 @@ from .blocks import group_strips
 from .inspect import LayerInspection
 from .layer import GROUP_SIZE, Layer
 from .names import span
+from .source_format import SourceFormat
+from .sources import format_of
 
-#: Tensors of a GPTQ linear that a converted layer no longer has.
-GPTQ_PARTS = ("qweight", "scales", "qzeros", "g_idx")
 #: A text → the layers that it concerns, in source order.
 Reasons: TypeAlias = "dict[str, list[str]]"
 
@@ -53,6 +53,7 @@ class Plan:
     layer; `scale_rounding` is the largest relative error of a scale that is rounded."""
 
     settings: GPTQSettings
+    source_format: SourceFormat
     layers: list[Layer] = field(default_factory=list)
     copies: list[Tensor] = field(default_factory=list)
     dropped: list[Tensor] = field(default_factory=list)
@@ -73,13 +74,13 @@ class Plan:
         position = {t.name: i for i, t in enumerate(self._source_order())}
         entries: list[tuple[int, OutTensor]] = []
         for layer in self.layers:
-            at = position[layer.qweight.name]
+            at = position[layer.source.weight.name]
             entries += [(at, tensor) for tensor in layer.out]
         entries += [(position[t.name], OutTensor(t.name, t.dtype, t.shape, t.nbytes)) for t in self.copies]
         return [tensor for _, tensor in sorted(entries, key=lambda e: e[0])]
 
     def _source_order(self) -> list[Tensor]:
-        return sorted([*(x.qweight for x in self.layers), *self.copies], key=lambda t: (t.file, t.offset, t.name))
+        return sorted([*(x.source.weight for x in self.layers), *self.copies], key=lambda t: (t.file, t.offset, t.name))
 
     @property
     def bytes_out(self) -> int:
@@ -145,18 +146,19 @@ def make_plan(
     format = Format.chosen(format, "format")
     reading = None if zero_points is None else ZeroPointReading.chosen(zero_points, "zero_points")
     checkpoint.require_fit()
-    settings, tensors = parse_settings(checkpoint.configs), checkpoint.tensors
+    tensors = checkpoint.tensors
+    source, names = format_of(tensors)
+    settings = source.settings(checkpoint.configs, names)
     notes: Reasons = {note: [] for note in checkpoint.notes}
     bytes_in = sum(t.nbytes for t in tensors.values())
     if is_marlin_checkpoint(tensors):
-        return Plan(settings, notes=notes, bytes_in=bytes_in, already_marlin=True)
-    names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+        return Plan(settings, source, notes=notes, bytes_in=bytes_in, already_marlin=True)
     if not names:
         raise UnsupportedError(f"{checkpoint.folder}: {_what_else(settings, tensors)}; a GPTQ checkpoint is needed.")
-    _require_complete(tensors)
+    source.require_complete(tensors)
+    _require_no_marlin(tensors, source, names)
 
-    own = settings.for_layers(names)
-    judged = [LayerInspection(checkpoint, name, own[name], reading) for name in names]
+    judged = source.inspect(checkpoint, names, settings, reading)
     group_size = _one_group_size(judged)
     misfits = _gathered((layer.misfits, layer.name) for layer in judged)
     extended = format is Format.MARLIN_EXT or (
@@ -175,7 +177,7 @@ def make_plan(
     for layer in judged:
         for note in layer.notes + (layer.extended_notes if extended else []):
             notes.setdefault(note, []).append(layer.name)
-    owned = {f"{name}.{part}" for name in names for part in GPTQ_PARTS}
+    owned = {f"{name}.{part}" for name in names for part in source.parts}
     without = [x.name for x in layers if fits[x.name].zero]
     if without:
         notes["every scale is 0, and so is every weight: the layer was not quantized rightly, or never filled"] = (
@@ -190,9 +192,10 @@ def make_plan(
         notes[f"the source's configs disagree on {key} ({text}); the tensors decided"] = []
     plan = Plan(
         settings,
+        source,
         layers=[replace(x, stored_scales=fits[x.name].dtype) for x in layers if not fits[x.name].problem],
         copies=[tensor for tensor in tensors.values() if tensor.name not in owned],
-        dropped=[t for t in tensors.values() if t.name in owned and t.name.endswith((".qzeros", ".g_idx"))],
+        dropped=[t for t in tensors.values() if t.name in owned and t.name.rpartition(".")[2] in source.dropped],
         refusals=refusals,
         notes=notes,
         misfits=misfits,
@@ -229,9 +232,9 @@ def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) 
     def fitted(layer: Layer) -> LayerFit:
         def rows() -> Iterator[npt.NDArray[Any]]:
             for first, count in group_strips(layer.G, layer.N):
-                yield checkpoint.read_rows(layer.scales, first, count)
+                yield layer.source.raw_scales(checkpoint, first, count)
 
-        return fit_layer(rows, layer.scales.dtype, extended=extended)
+        return fit_layer(rows, layer.source.scales.dtype, extended=extended)
 
     return {layer.name: fitted(layer) for layer in layers}
 
@@ -254,27 +257,26 @@ def _one_group_size(judged: Iterable[LayerInspection]) -> int:
 
 
 def is_marlin_checkpoint(tensors: dict[str, Tensor]) -> bool:
-    """Whatever the config says: where there is a qweight, there is something to convert."""
-    if any(name.endswith(".qweight") for name in tensors):
+    """Whatever the config says: where there is a layer of a source format, there is something to convert."""
+    if format_of(tensors)[1]:
         return False
     weights = (EXTENDED_NAMES["weight"], ORIGINAL_NAMES["weight"])
     return any(name.rpartition(".")[2] in weights and is_marlin_part(tensors, name) for name in tensors)
 
 
-def _require_complete(tensors: dict[str, Tensor]) -> None:
-    """Raise SourceError for parts of a GPTQ layer without its weights, and for names that are the result's own."""
+def _require_no_marlin(tensors: dict[str, Tensor], source: SourceFormat, names: list[str]) -> None:
+    """Raise SourceError for names that are the result's own."""
+    layers = set(names)
     for name in tensors:
         layer, _, part = name.rpartition(".")
-        if part in ("qzeros", "g_idx") and f"{layer}.qweight" not in tensors:
-            raise SourceError(f"{layer}: it has {part} and no qweight; the checkpoint is incomplete.")
-        if f"{layer}.qweight" in tensors and part in MARLIN_PARTS:
+        if layer in layers and part in MARLIN_PARTS:
             raise SourceError(
-                f"{layer}: it has a qweight and, as Marlin layers do, {part}; remove the one or the other."
+                f"{layer}: it has a {source.parts[0]} and, as Marlin layers do, {part}; remove the one or the other."
             )
         if is_marlin_part(tensors, name):
             raise SourceError(
-                f"{name}: a tensor of a Marlin layer, in a checkpoint whose others are GPTQ's; remove it, or export "
-                "the checkpoint again."
+                f"{name}: a tensor of a Marlin layer, in a checkpoint whose others are {source.title}'s; remove it, or "
+                "export the checkpoint again."
             )
 
 
@@ -306,7 +308,7 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "layers": [
             {"name": x.name, "K": x.K, "N": x.N, "bits": x.bits, "group_size": x.group_size, "sym": x.sym,
              "desc_act": x.act_order, "stored_K": x.stored_K, "stored_N": x.stored_N,
-             "stored_group_size": x.stored_group_size, "scales": x.scales.dtype, "bias": x.bias is not None,
+             "stored_group_size": x.stored_group_size, "scales": x.source.scales.dtype, "bias": x.bias is not None,
              "action": "convert"}
             for x in plan.layers
         ],

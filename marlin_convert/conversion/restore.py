@@ -36,8 +36,8 @@ from ..progress import Progress
 from .blocks import run_all
 from .convert import keep_apart, opened
 from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
+from .gptq_format import GPTQFormat
 from .gptq_writer import GPTQWriter, MarlinLayer
-from .plan import GPTQ_PARTS
 
 _SCALES, _INDEX = ("F16", "BF16", "F32"), ("I32", "I64")  # dtypes of the source
 
@@ -225,7 +225,7 @@ def _require_one_format(checkpoint: Checkpoint, layers: list[MarlinLayer], copie
     names = {layer.name for layer in layers}
     for tensor in copies:
         layer, _, part = tensor.name.rpartition(".")
-        if layer in names and part in (*GPTQ_PARTS, *MARLIN_PARTS):
+        if layer in names and part in (*GPTQFormat.parts, *MARLIN_PARTS):
             raise SourceError(f"{checkpoint.folder}: it holds {tensor.name} beside that layer's Marlin tensors.")
         if part in _GPTQ_ONLY or is_marlin_part(checkpoint.tensors, tensor.name):
             raise SourceError(

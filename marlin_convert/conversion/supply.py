@@ -26,7 +26,7 @@ def files_of(item: Item) -> set[str]:
     """The weight files that hold what is read of `item`."""
     if isinstance(item, Tensor):
         return {item.file}
-    return {t.file for t in (item.qweight, item.scales, item.qzeros, item.g_idx) if t is not None}
+    return {tensor.file for tensor in item.source.tensors}
 
 
 def items(plan: Plan) -> list[Item]:

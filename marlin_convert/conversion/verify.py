@@ -206,7 +206,7 @@ def _check_layer(
             qweight = words
             if qweight is None or (own, layer.N) != (rows, layer.stored_N):
                 qweight = buffers.array("qweight", (own * layer.bits // 32, layer.N), np.int32)
-                reader.source_rows(k0, own, qweight)
+                reader.source_rows(k0, qweight, buffers)
             product.add_source(k0, qweight)
         product.add_stored(k0, B)
         progress.advance(B.nbytes, layer.name)

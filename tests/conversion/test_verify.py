@@ -434,7 +434,7 @@ def errors_of(source: Source, edit: Callable[[Any, Any], tuple[Any, Any]]) -> tu
     tensors = load_file(out / "model.safetensors")
     with Checkpoint(source.folder) as checkpoint:
         (layer,) = make_plan(checkpoint, "marlin").layers
-        qweight, scales = checkpoint.read(layer.qweight), checkpoint.read(layer.scales)
+        qweight, scales = checkpoint.read(layer.source.weight), checkpoint.read(layer.source.scales)
     B, s = edit(tensors["a.B"].numpy(), tensors["a.s"].numpy())
     product = CPUProduct(layer, groups_of(scales, s), None, None)
     product.add_source(0, qweight)
@@ -492,9 +492,9 @@ def test_the_product_is_the_definitions(one_layer: Source) -> None:
     layer = one_layer.layers["a"]
     with Checkpoint(one_layer.folder) as checkpoint:
         (planned,) = make_plan(checkpoint, "marlin").layers
-        scales = checkpoint.read(planned.scales)
+        scales = checkpoint.read(planned.source.scales)
         product = CPUProduct(planned, groups_of(scales, scales), None, None)
-        product.add_source(0, checkpoint.read(planned.qweight))
+        product.add_source(0, checkpoint.read(planned.source.weight))
         product.add_stored(0, np.zeros((16, 512), np.int32))
     assert product.x.shape == (4, 256)
     assert np.array_equal(product.x, product.x.astype(np.float16))

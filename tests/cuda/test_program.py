@@ -54,8 +54,8 @@ def test_verify_finds_what_is_wrong_on_the_gpu(tmp_path: Path) -> None:
 
     with Checkpoint(DEMO_FOLDER) as source:
         layer = make_plan(source, "marlin").layers[0]
-        scales = to_fp16(source.read(layer.scales), layer.scales.dtype).scales
-        qweight = source.read(layer.qweight)
+        scales = to_fp16(source.read(layer.source.scales), layer.source.scales.dtype).scales
+        qweight = source.read(layer.source.weight)
         B = cuda.repack(torch.from_numpy(qweight).cuda()).cpu().numpy()
         errors = []
         for factor in (1, 2):

@@ -196,7 +196,7 @@ def test_the_gpus_product_finds_wrong_scales(tmp_path: Path, twin: Device) -> No
     source = write_source(tmp_path / "source", {"a": layer}, {})
     with Checkpoint(source.folder) as checkpoint:
         planned = make_plan(checkpoint, "marlin").layers[0]
-        qweight, scales = checkpoint.read(planned.qweight), checkpoint.read(planned.scales)
+        qweight, scales = checkpoint.read(planned.source.weight), checkpoint.read(planned.source.scales)
     doubled = permute_scales(scales)
     doubled[1, 7] *= 2
     errors = []

@@ -1,0 +1,58 @@
+"""The port for a source format: which layers of a checkpoint are its own, what its configs say, how its layers are
+judged. Each format has a module of its own, and `sources` names them all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from ..checkpoint.reader import Checkpoint, Tensor
+from ..formats.gptq_config import GPTQSettings
+from ..options import ZeroPointReading
+from .inspect import LayerInspection
+from .source_layer import SourceLayer
+
+
+class SourceFormat(ABC):
+    """A format of source checkpoints. `name` stands in reports, `title` in sentences; `parts` are the endings of a
+    layer's tensors, the first of which every layer has; `dropped` are those that have no counterpart in the result."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
+    dropped: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def layer_names(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The layers of this format among `tensors`, in their order."""
+
+    @abstractmethod
+    def require_complete(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise SourceError for parts of a layer that has no weights."""
+
+    @abstractmethod
+    def settings(self, configs: dict[str, dict[str, Any]], names: Sequence[str]) -> GPTQSettings:
+        """What the parsed configs of a checkpoint with layers `names` say.
+
+        Raises UnsupportedError where they tell of something that no result can be, SourceError where they are no
+        configs of this format.
+        """
+
+    @abstractmethod
+    def inspect(
+        self, checkpoint: Checkpoint, names: list[str], settings: GPTQSettings, reading: ZeroPointReading | None
+    ) -> list[LayerInspection]:
+        """Judge every layer; see `LayerInspection`."""
+
+    @abstractmethod
+    def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:
+        """What only the source tells of its `layers`, for restoring them: goes into `marlin_convert.json`."""
+
+
+def commonest(values: Mapping[str, str | None]) -> tuple[str | None, dict[str, str | None]]:
+    """The value that most of the layers have, and the others' values by name."""
+    found = list(values.values())
+    common = max(dict.fromkeys(found), key=found.count)
+    return common, {name: value for name, value in values.items() if value != common}
