@@ -1,8 +1,9 @@
 """Repack GPTQ checkpoints into the Marlin format: exactly, on a CPU, with bounded memory.
 
     convert   a GPTQ checkpoint into a Marlin one       plan      what that would do
-    verify    one against the other                     restore   the GPTQ checkpoint again
-    push      a result to the Hugging Face Hub          load      a Marlin model, ready to run
+    verify    one against the other                     prove     a result, by the source that it names
+    restore   the GPTQ checkpoint again                 push      a result to the Hugging Face Hub
+    load      a Marlin model, ready to run
 
 `MarlinLinear` is one layer as a torch module. Errors derive from `MarlinConvertError`. What is not named in `__all__`
 is not public. Everything is imported when it is first asked for: running a model needs torch, converting does not.
@@ -14,11 +15,13 @@ TYPE_CHECKING = False  # as type checkers know it; to import typing takes longer
 if TYPE_CHECKING:
     from ._api import convert as convert
     from ._api import plan as plan
+    from ._api import prove as prove
     from ._api import push as push
     from ._api import restore as restore
     from ._api import verify as verify
     from .conversion.convert import Report as Report
     from .conversion.plan import Plan as Plan
+    from .conversion.proof import Proof as Proof
     from .conversion.restore import Restored as Restored
     from .conversion.verify import Verification as Verification
     from .engines.linear import MarlinLinear as MarlinLinear
@@ -51,6 +54,7 @@ __all__ = [
     "OutputError",
     "Plan",
     "ProgressEvent",
+    "Proof",
     "PublishTarget",
     "QuantMethod",
     "Report",
@@ -64,6 +68,7 @@ __all__ = [
     "convert",
     "load",
     "plan",
+    "prove",
     "push",
     "restore",
     "verify",
@@ -71,9 +76,10 @@ __all__ = [
 
 #: Where each name comes from.
 _HOMES = {
-    "_api": ("convert", "plan", "push", "restore", "verify"),
+    "_api": ("convert", "plan", "prove", "push", "restore", "verify"),
     "conversion.convert": ("Report",),
     "conversion.plan": ("Plan",),
+    "conversion.proof": ("Proof",),
     "conversion.restore": ("Restored",),
     "conversion.verify": ("Verification",),
     "engines.linear": ("MarlinLinear",),

@@ -12,6 +12,7 @@ from .progress import ProgressEvent, progress_for
 if TYPE_CHECKING:
     from .conversion.convert import Report
     from .conversion.plan import Plan
+    from .conversion.proof import Proof
     from .conversion.restore import Restored
     from .conversion.verify import Verification
 
@@ -29,6 +30,7 @@ def convert(
     device: str = "auto",
     low_disk: bool = False,
     push_to: PublishTarget | str | None = None,
+    attest: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -51,6 +53,7 @@ def convert(
         low_disk: Remove each downloaded weight file from the cache as soon as it is converted.
         push_to: Where to publish the result: a repository's id, or a PublishTarget that says how; an empty id is named
             after the source.
+        attest: Where to write an in-toto statement: the SHA-256 of every file of the result and of its source.
         revision: Branch, tag or commit of a Hub source.
         token: Hub token; by default the one that is logged in.
         cache_dir: Hub cache to use instead of the standard one.
@@ -78,6 +81,7 @@ def convert(
         zero_points=None if zero_points is None else ZeroPointReading.chosen(zero_points, "zero_points"),
         verify=verify, force=force, max_shard_size=max_shard_size,
         quant_method=QuantMethod.chosen(quant_method, "quant_method"), low_disk=low_disk, target=target,
+        attest=None if attest is None else Path(attest),
     )  # fmt: skip
     return work(source, out, options, progress_for(progress), access=_access(revision, token, cache_dir))
 
@@ -159,6 +163,45 @@ def verify(
 
     access = _access(revision, token, cache_dir)
     return verify_pair(source, out, Options(device=device), progress_for(progress), access=access)
+
+
+def prove(
+    result: str | Path,
+    *,
+    attest: str | Path | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[ProgressEvent], object] | None = None,
+) -> Proof:
+    """Compare a result of marlin-convert with what its own source, which it names, gives when it is converted again.
+
+    Both are read from the Hub in parts; nothing is kept, and neither is changed.
+
+    Args:
+        result: A folder that `convert` made of a Hub source, or an id on the Hugging Face Hub where it was published.
+        attest: Where to write an in-toto statement, if everything is equal.
+        device: Where to multiply: "auto", "cpu", "cuda" or "cuda:N".
+        revision: Branch, tag or commit of a result on the Hub.
+        token: Hub token; by default the one that is logged in.
+        cache_dir: Hub cache to use instead of the standard one, for the small files.
+        progress: As for `convert`.
+
+    Returns:
+        What was compared, and in `problems` what differs, by file or layer; `require_ok` raises VerificationError.
+
+    Raises:
+        SourceError: The result does not say what it was made from, or it was made from a folder.
+        UnsupportedError: What it names is no GPTQ checkpoint that Marlin can hold.
+        DeviceError: The device is missing, or too old.
+        OutputError: The statement cannot be written.
+        HubError: The Hub did not give what was asked for.
+    """
+    from .conversion.proof import prove as work
+
+    options = Options(device=device, attest=None if attest is None else Path(attest))
+    return work(result, options, progress_for(progress), access=_access(revision, token, cache_dir))
 
 
 def restore(

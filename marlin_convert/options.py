@@ -97,7 +97,8 @@ class Options:
     """How to convert. Words may be given as strings.
 
     `max_shard_size` is a number of bytes or a text such as "5GB"; `low_disk` removes what was downloaded from the cache
-    as soon as it is converted; `target` says where to publish the result, an empty repo_id naming it after the source.
+    as soon as it is converted; `target` says where to publish the result, an empty repo_id naming it after the source;
+    `attest` is the file that an in-toto statement about the result goes to.
 
     Raises OptionError for a word or a size that there is not.
     """
@@ -111,6 +112,7 @@ class Options:
     quant_method: QuantMethod = QuantMethod.GPTQ
     low_disk: bool = False
     target: PublishTarget | None = None
+    attest: Path | None = None
 
     def __post_init__(self) -> None:
         words: dict[str, Any] = {

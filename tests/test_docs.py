@@ -28,6 +28,7 @@ import pytest
 from marlin_convert.cli.commands import DEMO_FOLDER, cli
 from tests.support.cli import Run
 from tests.support.gptq_checkpoints import Source
+from tests.support.hub_server import Hub
 from tests.test_rooms import ROOMS
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +186,15 @@ def test_json_of_generate_and_demo(tmp_path: Path, run: Callable[..., Run]) -> N
     done = run("generate", out, "--prompt", "And", "--max-new-tokens", "1", "--json", "--device", "cpu").json()
     assert sorted(documented("generate")) == sorted(done)
     assert "{" + ", ".join(done["sampling"]) + "}" in (ROOT / "docs/reference/json.md").read_text()
+
+
+def test_json_of_a_proof(hub: Hub, online: Callable[..., Run], source: Source, tmp_path: Path) -> None:
+    hub.add("org/gptq", source.folder)
+    assert online("org/gptq", tmp_path / "out", "--device", "cpu").code == 0
+    proof = online("verify", tmp_path / "out", "--json", "--device", "cpu").json()
+    assert sorted(documented("prove")) == sorted(proof)
+    noted = json.loads((tmp_path / "out" / "marlin_convert.json").read_text())
+    assert "{" + ", ".join(noted["options"]) + "}" in (ROOT / "docs/reference/json.md").read_text()
 
 
 # ---- The picture ----

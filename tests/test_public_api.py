@@ -22,7 +22,7 @@ import marlin_convert
 from marlin_convert import MarlinConvertError, ProgressEvent
 from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
 
-FUNCTIONS = ["convert", "plan", "push", "restore", "verify"]
+FUNCTIONS = ["convert", "plan", "prove", "push", "restore", "verify"]
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "python.md"
 
 
@@ -81,10 +81,11 @@ def test_types_resolve() -> None:
     """Of a checker's view: every annotation names something that can be imported."""
     from marlin_convert.conversion.convert import Report
     from marlin_convert.conversion.plan import Plan
+    from marlin_convert.conversion.proof import Proof
     from marlin_convert.conversion.restore import Restored
     from marlin_convert.conversion.verify import Verification
 
-    names = {"Report": Report, "Plan": Plan, "Restored": Restored, "Verification": Verification}
+    names = {"Report": Report, "Plan": Plan, "Proof": Proof, "Restored": Restored, "Verification": Verification}
     for name in FUNCTIONS:
         assert typing.get_type_hints(getattr(marlin_convert, name), localns=names)["return"] in {*names.values(), str}
 

@@ -118,6 +118,7 @@ class Checkpoint:
             self.weight_files, index, index_file = weight_files(folder, names, self.configs)
             self.indexed = index is not None
             own = {*self.CONFIG_FILES, *self.weight_files, index_file}
+            self.names = tuple(names)
             self.extra_files = tuple(n for n in names if n not in own)
             self.tensors = self._read_headers(index)
         except BaseException as error:

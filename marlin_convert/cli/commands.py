@@ -17,6 +17,7 @@ from .params import (
     OUT,
     MainGroup,
     OutputOptions,
+    attest_option,
     batch_sizes,
     device_option,
     format_options,
@@ -83,6 +84,7 @@ def cli() -> None:
     help="Publish the result on the Hub (default: your name / the source's name + -marlin). Rights are checked first.",
 )
 @publishing_options
+@attest_option
 @source_options
 @output_options
 @click.pass_obj
@@ -98,6 +100,8 @@ def convert(
         raise click.UsageError("--private, --branch, --create-pr and --commit-message need --push-to-hub.")
     if push_to_hub is not None and dry_run:
         raise click.UsageError("Give --dry-run or --push-to-hub, not both.")
+    if choices["attest"] is not None and dry_run:
+        raise click.UsageError("Give --dry-run or --attest, not both.")
     if engine is not None and not dry_run:
         raise click.UsageError("--engine needs --dry-run.")
     if tensor_parallel is not None and engine != "vllm":
@@ -117,19 +121,38 @@ def convert(
 
 @cli.command()
 @click.argument("source")
-@click.argument("out", type=OUT)
+@click.argument("out", required=False, type=OUT)
+@attest_option
 @source_options
 @output_options
 @click.pass_obj
-def verify(output: OutputOptions, /, source: str, out: Path, device: str, access: HubAccess) -> None:
+def verify(
+    output: OutputOptions, /, source: str, out: Path | None, attest: Path | None, device: str, access: HubAccess
+) -> None:
     """Check the Marlin checkpoint OUT against the GPTQ checkpoint SOURCE that it was made from.
 
     Exactly (codes and scales, every element) and numerically (random activations through both). Writes verify.json
     into OUT.
+
+    A result of marlin-convert alone, a folder or a Hub id, names its source: both are then read from the Hub in parts,
+    and every file of the result is compared with what its source gives. Nothing is written.
     """
+    screen = _screen(output)
+    if out is None:
+        from ..conversion.proof import prove
+
+        with screen.progress() as progress:
+            proof = prove(source, Options(device=device, attest=attest), progress, access=access)
+        screen.proof(proof, attest if proof.ok else None)
+        if not proof.ok and not screen.silent:
+            raise VerificationError("the result is not exactly what its source gives; see above.")
+        with _said_in_json(output):
+            proof.require_ok()
+        return
+    if attest is not None:
+        raise click.UsageError("--attest is for a conversion, or for verify with a result alone.")
     from ..conversion.convert import verify_pair
 
-    screen = _screen(output)
     with screen.progress() as progress:
         report = verify_pair(source, out, Options(device=device), progress, access=access)
     screen.verification(report, out)

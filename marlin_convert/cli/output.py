@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ..bench.results import Report as BenchReport
     from ..bench.tokens import Report as TokenReport
     from ..conversion.convert import Report
+    from ..conversion.proof import Proof
     from ..conversion.restore import Restored
     from ..conversion.verify import Verification
     from ..engines.generate import Comparison, Generated
@@ -303,6 +304,26 @@ class Screen:
         for problem in report.problems:
             self._say(problem, "differs", "red")
         self._say(_verdict(report), *(("verified", "green") if report.ok else ("not equal", "red")))
+
+    def proof(self, report: Proof, statement: Path | None) -> None:
+        """The result of `marlin-convert verify` with a result alone."""
+        self._json({**report.as_dict(), "statement": statement and str(statement)})
+        self._verification_table(report.verification)
+        for problem in report.verification.problems:
+            self._say(problem, "differs", "red")
+        for name, text in report.files.items():
+            if text:
+                self._say(f"{name}: {text}", "differs", "red")
+        for note in report.notes:
+            self._note(note)
+        source = f"{report.source.label} at commit {report.source.commit}"
+        if report.ok:
+            self._say(f"{_verdict(report.verification)}; {len(report.files)} files as converted", "verified", "green")
+            self._say(f"{report.result.label} is exactly what {source} gives")
+        else:
+            self._say(f"{report.result.label} is not exactly what {source} gives", "not equal", "red")
+        if statement:
+            self._say(f"statement: {statement}")
 
     def _verification_table(self, report: Verification) -> None:
         table = Table(box=None, pad_edge=False)

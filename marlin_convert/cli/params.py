@@ -136,6 +136,10 @@ shard_size_option = click.option(
     "--max-shard-size", default=DEFAULT_SHARD_SIZE, show_default=True, metavar="SIZE", callback=_shard_size,
     help="Largest weight file; one model.safetensors when everything fits.",
 )  # fmt: skip
+attest_option = click.option(
+    "--attest", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
+    help="Write an in-toto statement: the SHA-256 of every file of the result and of its source. Sign it yourself.",
+)  # fmt: skip
 
 
 # ---- Groups of options ----

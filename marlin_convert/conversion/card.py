@@ -170,6 +170,8 @@ def _body(plan: Plan, made: Made) -> str:
         + (", in bf16 or fp16." if plan.extended else ", and computes in fp16."),
         "## Verification",
         _verdict(made.verification),
+        "## Check it yourself",
+        _check(made),
         "## How it was made",
         f"With marlin-convert {__version__}:",
         f"```\n{_command(made)}\n```",
@@ -235,6 +237,20 @@ def _verdict(report: Verification | None) -> str:
         f"Read back from disk and compared with the source: {len(report.layers)} of {len(report.layers)} layers "
         f"exactly equal, {report.tensors_equal} other tensors byte for byte; outputs on random activations differ by "
         f"at most {report.worst:.1e} of their size. Layer by layer: `verify.json`."
+    )
+
+
+def _check(made: Made) -> str:
+    if made.source.on_hub:
+        repo = made.repo_id or _SOME_REPOSITORY
+        return (
+            f"`marlin-convert verify {repo}` reads this repository and its source from the Hub, in parts, converts the "
+            "source again, and says whether every file here is exactly what comes of it. The SHA-256 of every file is "
+            "in `marlin_convert.json`."
+        )
+    return (
+        "Whoever has the source can compare it with a folder that holds this repository: `marlin-convert verify SOURCE "
+        "OUT`."
     )
 
 

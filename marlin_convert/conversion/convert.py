@@ -43,14 +43,19 @@ from ..options import (
     QuantMethod,
 )
 from ..progress import BytesOnly, Progress
+from .attest import write_statement
 from .blocks import run_all
 from .card import Made, model_card, with_verdict, write_card
+from .digests import complete_report, digests, files_below, known_digests, report_with
 from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
 from .layer import Layer
 from .pipeline import MarlinWriter
 from .plan import Plan, make_plan
 from .supply import Item, Supply, arrivals, check_room
 from .verify import Verification, Verifier, verify
+
+#: What a plan notes offline.
+NOT_REACHED = "the Hub was not reached: of what lies beside the weights, what the cache holds"
 
 
 @dataclass
@@ -66,6 +71,9 @@ class Report:
     remark: str | None = None  # about the device, if there is something to say
     source_quantization: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    options: Options = field(default_factory=Options)
+    source_files: dict[str, str | None] = field(default_factory=dict)  # SHA-256 by name, None where not known
+    result_files: dict[str, str | None] = field(default_factory=dict)
     seconds: float = 0.0
     verification: Verification | None = None
     pushed: str | None = None  # the address of the commit on the Hub
@@ -95,6 +103,9 @@ class Report:
             "weights_beside": list(plan.weights_beside),
             "notes": [{"note": note, "layers": names} for note, names in plan.notes.items()],
             "source_quantization": self.source_quantization,
+            "options": shaping(self.options),
+            "source_files": self.source_files,
+            "result_files": self.result_files,
             "verified": None if self.verification is None else self.verification.ok,
         }
 
@@ -141,7 +152,7 @@ def convert(
             raise AlreadyMarlin(f"{source} already is a Marlin checkpoint; there is nothing to convert.")
         plan.require_convertible()
         report = Report(origin, out, device, plan, cpu.describe(), options.quant_method, remark)
-        report.source_quantization = _source_quantization(checkpoint, plan)
+        report.source_quantization, report.options = source_quantization(checkpoint, plan), options
         require_free_names(checkpoint, shard_names(plan.out_tensors, options.max_shard_size))
         require_readable(checkpoint)
         check_room(_bytes_needed(checkpoint, plan), checkpoint, origin, out, low_disk=options.low_disk)
@@ -167,10 +178,13 @@ def convert(
                     )
                 report.verification.require_ok()
                 write_json(folder / VERIFY_FILE, report.verification.as_dict())
-            write_card(folder, model_card(checkpoint, plan, _made(report, options)))
+            write_card(folder, model_card(checkpoint, plan, made(report, options)))
+            _note_digests(report, checkpoint, folder, progress)
             write_json(folder / REPORT_FILE, report.as_file())
             checkpoint.require_unchanged()
     report.seconds = time.monotonic() - started
+    if options.attest:
+        write_statement(options.attest, report.as_file(), out / REPORT_FILE)
     if options.target:
         report.pushed = push_result(out, options.target, force=options.force, token=access.token)
     return report
@@ -180,6 +194,7 @@ def push_result(out: Path, target: PublishTarget, *, force: bool = False, token:
     """Publish the finished result `out`; the address of the commit. What stops it leaves `out` as it is."""
     if not (out / REPORT_FILE).is_file():
         raise SourceError(f"{out}: not a finished result of marlin-convert (it has no {REPORT_FILE}).")
+    complete_report(out)
     try:
         return push(out, target, token=token, force=force)
     except HubError as error:
@@ -241,7 +256,8 @@ def verify_pair(
         result.require_unchanged()
     try:
         card = with_verdict(out, report)
-        replace_files(out, {VERIFY_FILE: json_bytes(report.as_dict())} | ({CARD_FILE: card} if card else {}))
+        changed = {VERIFY_FILE: json_bytes(report.as_dict())} | ({CARD_FILE: card} if card else {})
+        replace_files(out, changed | report_with(changed, out))
     except OSError as error:
         verdict = "equal to its source" if report.ok else "not equal to its source"
         raise OutputError(
@@ -273,11 +289,11 @@ def looked_at(source: str | Path, access: HubAccess) -> Iterator[tuple[Source, C
     )
     with looking as origin, Checkpoint(origin.folder, partial=origin.remote is not None) as checkpoint:
         if origin.on_hub and origin.remote is None:  # nobody to ask what else the repository has
-            checkpoint.notes.append("the Hub was not reached: of what lies beside the weights, what the cache holds")
+            checkpoint.notes.append(NOT_REACHED)
         yield origin, checkpoint
 
 
-def _source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+def source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """What only the source's files tell, for `to-gptq`: its settings, and the types of what was converted."""
     main = checkpoint.configs.get("config.json", {})
     return {
@@ -327,7 +343,7 @@ def write_configs(checkpoint: Checkpoint, plan: Plan, folder: Path, quant_method
     write_json(folder / "quantize_config.json", settings)
 
 
-def _made(report: Report, options: Options) -> Made:
+def made(report: Report, options: Options) -> Made:
     """What the model card tells, beside the plan. Only options that shape the result are named in it."""
     named = []
     if options.max_shard_size != DEFAULT_SHARD_SIZE:
@@ -361,6 +377,29 @@ def _early_verifier(
         return
     with Checkpoint(folder, steady=False) as written:
         yield Verifier(checkpoint, plan, written, device, BytesOnly(progress))
+
+
+def shaping(options: Options) -> dict[str, Any]:
+    """The options that shape a result, for its report: with them, the source and this version, it can be made again."""
+    return {
+        "format": options.format.value,
+        "zero_points": None if options.zero_points is None else options.zero_points.value,
+        "max_shard_size": options.max_shard_size,
+        "quant_method": options.quant_method.value,
+        "verify": options.verify,
+        "published_as": None if options.target is None else options.target.repo_id,
+    }
+
+
+def _note_digests(report: Report, checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
+    """SHA-256 of what was read and of what was written. Of weights, what the Hub says; hashing them here takes longer
+    than converting them, and is done for a statement only."""
+    origin, large = report.source, report.options.attest is not None
+    paths = {name: checkpoint.folder / name for name in checkpoint.names}
+    report.source_files = digests(
+        paths, known_digests(origin), large=large and origin.remote is None, meanwhile=progress.meanwhile
+    )
+    report.result_files = digests(files_below(folder), {}, large=large, meanwhile=progress.meanwhile)
 
 
 def keep_apart(source: Path, out: Path) -> None:

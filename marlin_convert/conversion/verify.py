@@ -137,14 +137,20 @@ class Verifier:
             self._layers[item.name] = _check_layer(
                 self._source, self._result, item, self._device, self._buffers, self._progress
             )
-        elif problem := self._check_copy(item):
-            self._differing[item.name] = problem
+        else:
+            self.check_copy(item, 0, item.nbytes)
 
-    def _check_copy(self, tensor: Tensor) -> str | None:
+    def check_copy(self, tensor: Tensor, first: int, end: int) -> None:
+        """Check bytes `first` to `end` of a tensor that was copied; of all parts, the first difference counts."""
+        if tensor.name not in self._differing and (problem := self._copy_problem(tensor, first, end)):
+            self._differing[tensor.name] = problem
+
+    def _copy_problem(self, tensor: Tensor, first: int, end: int) -> str | None:
         problem = _shape_problem(self._result, OutTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes))
         if problem:
             return problem
-        for start, length in byte_blocks(tensor.nbytes):
+        for offset, length in byte_blocks(end - first):
+            start = first + offset
             ours, theirs = (self._buffers.array(whose, (length,), np.uint8) for whose in ("ours", "theirs"))
             self._source.read_into(tensor, theirs, start)
             self._result.read_into(self._result.tensors[tensor.name], ours, start)

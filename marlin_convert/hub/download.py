@@ -116,7 +116,7 @@ def read_range(
             retry_on_exceptions=(), retry_on_status_codes=(),
         ) as response:  # fmt: skip
             hf_raise_for_status(response)
-            content = b""
+            content = bytearray()
             if response.status_code == 206:  # otherwise, all of the file would come
                 for piece in response.iter_bytes():
                     content += piece
@@ -127,7 +127,7 @@ def read_range(
                     f"{repo_id}: {constants.ENDPOINT} does not answer Range requests, by which its headers are read; "
                     "download the repository first (`hf download`) and give its folder."
                 )
-            return content
+            return bytes(content)
 
     return patiently(read, progress=progress)
 

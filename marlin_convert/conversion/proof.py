@@ -1,0 +1,439 @@
+"""Proving a result by itself: its report names the source and the commit; what the conversion makes of them is made
+again, in one's own memory, and compared with what the result has, file by file and element by element.
+
+Both sides may lie on the Hub: their weights are then read by Range requests, a few layers at a time, and nothing of
+them stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..checkpoint.bounded import read_file
+from ..checkpoint.output_folder import json_bytes
+from ..checkpoint.reader import Checkpoint, Tensor, read_json
+from ..checkpoint.writer import INDEX_FILE, Shards
+from ..device import Device
+from ..errors import OptionError, SourceError, UnsupportedError, VerificationError
+from ..hub.client import explained, interruptible
+from ..hub.open import Source, looked_into
+from ..hub.stream import Streamed
+from ..native.choose import usable_device
+from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE, HubAccess, Options, PublishTarget
+from ..progress import Progress
+from ..text import shortened
+from .attest import statement, write_to
+from .blocks import run_all
+from .card import card_bytes, model_card
+from .convert import NOT_REACHED, Report, made, source_quantization, write_configs
+from .digests import digest, is_large, known_digests
+from .files import copied_files, needs_index
+from .layer import Layer
+from .plan import Plan, make_plan
+from .products import product_device
+from .verify import TOLERANCE, LayerCheck, Verification, Verifier
+
+#: Bytes of a copied tensor that are brought from the Hub at a time.
+_WINDOW = 64 << 20
+
+
+@dataclass
+class Proof:
+    """What came of it. `files` says of each file beside the weights' tensors what is wrong with it, None if nothing."""
+
+    result: Source
+    source: Source
+    made_by: str  # version of marlin-convert
+    verification: Verification
+    files: dict[str, str | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    noted: dict[str, Any] = field(default_factory=dict)  # the result's report, with every SHA-256 that is known now
+    bytes_read: int = 0  # of weights, by Range requests
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """What is wrong, by file or layer."""
+        return {
+            **{layer.name: layer.problem or "differs" for layer in self.verification.layers if not layer.ok},
+            **{f"the tensors ({n})": text for n, text in enumerate(self.verification.problems, 1)},
+            **{name: text for name, text in self.files.items() if text},
+        }
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "result": self.result.label,
+            "result_commit": self.result.commit,
+            "source": self.source.label,
+            "source_commit": self.source.commit,
+            "made_by": self.made_by,
+            "files": [{"name": name, "problem": problem} for name, problem in self.files.items()],
+            "notes": self.notes,
+            "bytes_read": self.bytes_read,
+            "verification": self.verification.as_dict(),
+        }
+
+    def require_ok(self) -> None:
+        """Raise VerificationError that names what differs."""
+        if self.ok:
+            return
+        lines = [f"  - {where}: {text}" for where, text in self.problems.items()]
+        more = [f"  - and {len(lines) - 20} more"] if len(lines) > 20 else []
+        raise VerificationError(
+            f"{self.result.label} is not exactly what {self.source.label} gives:\n" + "\n".join(lines[:20] + more)
+        )
+
+
+def prove(
+    result: str | Path,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    *,
+    access: HubAccess | None = None,
+) -> Proof:
+    """Compare a result of marlin-convert, a folder or a Hub id, with what its own source gives when it is converted
+    again; neither is changed. With `options.attest`, a proof that holds is written there as an in-toto statement.
+
+    Raises SourceError where the result does not say what it was made from, or says it of a folder; HubError where the
+    Hub does not give one of the two.
+    """
+    options, progress, access = options or Options(), progress or Progress(), access or HubAccess()
+    device, _ = usable_device(options.device, computes=True)
+    with _opened(str(result), access) as found:
+        noted = _noted(found)
+        source_access = replace(access, revision=noted["source_commit"])
+        with _opened(noted["source"], source_access, scales=True) as source:
+            proof = _prove(found, source, noted, device, progress)
+    if options.attest and proof.ok:
+        write_to(options.attest, statement(proof.noted, str(found.digest(REPORT_FILE))))
+    return proof
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The two sides
+
+
+class _Side:
+    """A checkpoint of which files are read as they are needed."""
+
+    def __init__(self, origin: Source, checkpoint: Checkpoint, weights: Streamed) -> None:
+        self.origin, self.checkpoint, self.weights = origin, checkpoint, weights
+        self._known = known_digests(origin)
+        remote = origin.remote
+        self._small = checkpoint.folder
+        if remote is not None:
+            with explained(remote.repo_id, remote.revision):
+                self._small = interruptible(remote.fetch_small)
+            if CARD_FILE in remote.files:  # which the new card is made from
+                (checkpoint.folder / CARD_FILE).unlink()
+                (checkpoint.folder / CARD_FILE).symlink_to((self._small / CARD_FILE).resolve())
+
+    @property
+    def names(self) -> set[str]:
+        return set(self.checkpoint.names)
+
+    def content(self, name: str) -> bytes:
+        """All of a small file."""
+        return read_file(self._small / name)
+
+    def digest(self, name: str) -> str | None:
+        """The SHA-256 of a file; None for weights on the Hub that it does not keep by theirs."""
+        if name in self._known:
+            return self._known[name]
+        if self.origin.remote is not None and is_large(name):
+            return None
+        self._known[name] = digest(self._small / name)
+        return self._known[name]
+
+    def header(self, name: str) -> bytes:
+        """The bytes before the first tensor of a weight file."""
+        return _header(self.checkpoint.folder / name)
+
+
+def _header(path: Path) -> bytes:
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        return prefix + file.read(int.from_bytes(prefix, "little"))
+
+
+@contextlib.contextmanager
+def _opened(name: str, access: HubAccess, *, scales: bool = False) -> Iterator[_Side]:
+    looking = looked_into(name, revision=access.revision, token=access.token, cache_dir=access.cache_dir, scales=scales)
+    with looking as origin:
+        partial = origin.remote is not None
+        with (
+            Checkpoint(origin.folder, steady=not partial, partial=partial) as checkpoint,
+            Streamed(origin.remote, origin.folder) as weights,
+        ):
+            yield _Side(origin, checkpoint, weights)
+            if not partial:
+                checkpoint.require_unchanged()
+
+
+def _noted(result: _Side) -> dict[str, Any]:
+    """The result's report, as far as it says what is needed."""
+    label = result.origin.label
+    if REPORT_FILE not in result.names:
+        raise SourceError(
+            f"{label}: it has no {REPORT_FILE}, which says what it was made from; give the source too: "
+            "marlin-convert verify SOURCE OUT."
+        )
+    noted = read_json(result._small / REPORT_FILE)
+    source, commit = noted.get("source"), noted.get("source_commit")
+    if isinstance(source, str) and commit is None:
+        raise SourceError(
+            f"{label}: it was made from a folder, {shortened(source)}; whoever has that can check it: "
+            "marlin-convert verify SOURCE OUT."
+        )
+    fits = (
+        isinstance(source, str)
+        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source, re.ASCII)
+        and isinstance(commit, str)
+        and re.fullmatch(r"[0-9a-f]{40}", commit)
+    )
+    if not fits:
+        raise SourceError(
+            f"{label}: its {REPORT_FILE} names {shortened(source)} at {shortened(commit)} as its source, which is no "
+            "repository and commit."
+        )
+    if not isinstance(noted.get("options"), dict):
+        raise SourceError(
+            f"{label}: its {REPORT_FILE} does not say with which options it was made; it is of an earlier version. "
+            f"Compare it with its source: marlin-convert verify {source} OUT --revision {commit}."
+        )
+    return noted
+
+
+def _noted_options(noted: dict[str, Any], label: str) -> Options:
+    said = noted["options"]
+    try:
+        published = said["published_as"]
+        if not isinstance(said["verify"], bool) or not (published is None or isinstance(published, str)):
+            raise OptionError("of another type")
+        return Options(
+            format=said["format"], zero_points=said["zero_points"], max_shard_size=said["max_shard_size"],
+            quant_method=said["quant_method"], verify=said["verify"],
+            target=None if published is None else PublishTarget(published),
+        )  # fmt: skip
+    except (KeyError, OptionError) as error:
+        raise SourceError(f"{label}: the options in its {REPORT_FILE} are none ({error}).") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The proof
+
+
+def _prove(result: _Side, source: _Side, noted: dict[str, Any], device: Device, progress: Progress) -> Proof:
+    label = result.origin.label
+    options = _noted_options(noted, label)
+    plan = make_plan(source.checkpoint, options.format, options.zero_points)
+    if plan.already_marlin:
+        raise UnsupportedError(f"{source.origin.label}: it is a Marlin checkpoint; {label} was not made from it.")
+    plan.require_convertible()
+    verification = _compared(result, source, plan, device, progress)
+    proof = Proof(result.origin, source.origin, str(noted.get("marlin_convert")), verification)
+    proof.bytes_read = result.weights.bytes_read + source.weights.bytes_read
+    with tempfile.TemporaryDirectory(prefix="marlin-convert-") as name:
+        _Files(proof, result, source, plan, options, noted).compare(Path(name))
+    return proof
+
+
+def _compared(result: _Side, source: _Side, plan: Plan, device: Device, progress: Progress) -> Verification:
+    """Every tensor, compared while it is there."""
+    verifier = Verifier(source.checkpoint, plan, result.checkpoint, device, progress)
+
+    def check(item: Layer | Tensor) -> None:
+        if isinstance(item, Tensor):
+            check_copy(item)
+            return
+        ours = [result.checkpoint.tensors[t.name] for t in item.out if t.name in result.checkpoint.tensors]
+        needed = [*((source, t) for t in source_tensors(item)), *((result, t) for t in ours)]
+        for side, tensor in needed:
+            side.weights.bring(tensor)
+        verifier.check(item)
+        for side, tensor in needed:
+            side.weights.drop(tensor)
+
+    def check_copy(tensor: Tensor) -> None:
+        ours = result.checkpoint.tensors.get(tensor.name)
+        if ours is None or ours.nbytes != tensor.nbytes:
+            verifier.check(tensor)
+            return
+        for start in range(0, max(1, tensor.nbytes), _WINDOW):
+            length = min(_WINDOW, tensor.nbytes - start)
+            for side, one in ((source, tensor), (result, ours)):
+                side.weights.bring(one, start, length)
+            verifier.check_copy(tensor, start, start + length)
+            for side, one in ((source, tensor), (result, ours)):
+                side.weights.drop(one, start, length)
+
+    progress.stage("verifying", plan.bytes_out, len(plan.layers))
+    items: list[Layer | Tensor] = [*plan.layers, *plan.copies]
+    run_all(lambda item=item: check(item) for item in items)  # type: ignore[misc]
+    progress.end()
+    return verifier.report(result.checkpoint)
+
+
+def source_tensors(layer: Layer) -> list[Tensor]:
+    """What is read of a source for a layer."""
+    return [t for t in (layer.qweight, layer.scales, layer.qzeros, layer.g_idx) if t is not None]
+
+
+class _Files:
+    """Compares the files beside the tensors with those that the conversion writes."""
+
+    def __init__(
+        self, proof: Proof, result: _Side, source: _Side, plan: Plan, options: Options, noted: dict[str, Any]
+    ) -> None:
+        self.proof, self.result, self.source, self.plan, self.options = proof, result, source, plan, options
+        self.noted, self.same_version = noted, noted.get("marlin_convert") == __version__
+
+    def compare(self, scratch: Path) -> None:
+        checkpoint, plan, options = self.source.checkpoint, self.plan, self.options
+        with Shards(scratch, plan.out_tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards:
+            weights = shards.files  # of their full size, and empty but for their headers
+        write_configs(checkpoint, plan, scratch, options.quant_method)
+        expected = {path.name for path in scratch.iterdir()} | {*copied_files(checkpoint), CARD_FILE, REPORT_FILE}
+        verified = VERIFY_FILE in self.result.names
+        if verified or self.noted.get("verified") is not None:
+            expected.add(VERIFY_FILE)
+        found = self.proof.files
+        for name in sorted(expected | self.result.names):
+            if name not in self.result.names:
+                found[name] = "it is missing"
+            elif name not in expected:
+                found[name] = "it is no file of the conversion"
+            elif name in weights:
+                found[name] = self._weights(scratch / name, name)
+            elif name in (*Checkpoint.CONFIG_FILES, INDEX_FILE) and (scratch / name).exists():
+                found[name] = difference((scratch / name).read_bytes(), self.result.content(name))
+            elif name not in (CARD_FILE, REPORT_FILE, VERIFY_FILE):
+                found[name] = self._copied(name)
+        verification = self._verification(found) if verified else None
+        report = self._report(weights, verification)
+        found[REPORT_FILE] = self._against_report(report)
+        if CARD_FILE in self.result.names and self.same_version:
+            card = card_bytes(model_card(checkpoint, plan, made(report, options)))
+            found[CARD_FILE] = difference(card, self.result.content(CARD_FILE))
+        if not self.same_version:
+            self.proof.notes.append(
+                f"it was made by marlin-convert {shortened(self.noted.get('marlin_convert'))}, and this is "
+                f"{__version__}: of its card, its report and the headers of its weights, only what all versions write "
+                "alike was compared"
+            )
+
+    def _weights(self, ours: Path, name: str) -> str | None:
+        if self.same_version and self.result.header(name) != _header(ours):
+            return "its header is not the one that the conversion writes"
+        return None
+
+    def _copied(self, name: str) -> str | None:
+        theirs, ours = self.source.digest(name), self.result.digest(name)
+        if theirs is None or ours is None:
+            self.proof.notes.append(f"{name}: the Hub does not say its SHA-256, and it was not compared")
+            return None
+        return None if theirs == ours else "it differs from the source's"
+
+    def _verification(self, found: dict[str, str | None]) -> Verification:
+        """What verify.json must say: all but how large errors were, which depends on where products were computed."""
+        content = self.result.content(VERIFY_FILE)
+        try:
+            said: Any = json.loads(content)
+            errors = {x["name"]: (x["max_error"], x["relative_error"]) for x in said["layers"]}
+            layers = [
+                LayerCheck(x.name, x.K, x.N, x.G, True, _error(errors[x.name][0]), _error(errors[x.name][1]))
+                for x in self.plan.layers
+            ]
+            claimed = Verification(str(said["device"]), layers, len(self.plan.copies))
+            large = [x.name for x in layers if (x.relative_error or 0.0) > TOLERANCE]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            found[VERIFY_FILE] = "it says something else than that all layers are equal"
+            return Verification(product_device(Device("cpu")))
+        found[VERIFY_FILE] = difference(json_bytes(claimed.as_dict()), content)
+        if large:
+            found[VERIFY_FILE] = f"{large[0]}: its error is larger than {TOLERANCE:.0e}"
+        return claimed
+
+    def _report(self, weights: list[str], verification: Verification | None) -> Report:
+        origin, plan = self.source.origin, self.plan
+        report = Report(
+            origin, Path(), Device("cpu"), plan, "", self.options.quant_method, verification=verification,
+            files=weights, options=self.options,
+        )  # fmt: skip
+        report.source_quantization = source_quantization(self.source.checkpoint, plan)
+        report.source_files = {name: self.source.digest(name) for name in sorted(self.source.names)}
+        report.result_files = {name: self.result.digest(name) for name in sorted(self.result.names - {REPORT_FILE})}
+        return report
+
+    def _against_report(self, report: Report) -> str | None:
+        """What the report says otherwise than it would be written now."""
+        expected = json.loads(json_bytes(report.as_file()))
+        for key in ("source_files", "result_files"):
+            known, said = expected[key], self.noted.get(key)
+            if isinstance(said, dict) and said.keys() == known.keys():  # where one of both does not know, the other
+                known.update({name: said[name] for name in known if said[name] is None or known[name] is None})
+        self.proof.noted = {**expected, "source_files": report.source_files, "result_files": report.result_files}
+        if self.noted.get("verified") is None:  # verified later, or not at all
+            expected["verified"] = None
+        if not self.same_version:
+            return None
+        noted = dict(self.noted)
+        if isinstance(noted.get("notes"), list):  # offline, nobody could be asked what there is
+            noted["notes"] = [note for note in noted["notes"] if note != {"note": NOT_REACHED, "layers": []}]
+        if wrong := _where(expected, noted):
+            return wrong
+        return None if json_bytes(self.noted) == self.result.content(REPORT_FILE) else "it is written in another way"
+
+
+def _error(value: Any) -> float | None:
+    """The size of an error, as verify.json has it."""
+    if value is None or (type(value) is float and value >= 0):
+        return value
+    raise ValueError(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where texts and settings differ
+
+
+def difference(expected: bytes, found: bytes) -> str | None:
+    """Where a file first differs from what is expected: a setting, or a line; None if nowhere."""
+    if expected == found:
+        return None
+    with contextlib.suppress(ValueError, RecursionError):
+        if where := _where(json.loads(expected), json.loads(found)):
+            return where
+    lines = [content.decode("utf-8", "replace").splitlines() for content in (expected, found)]
+    for number in range(max(map(len, lines))):
+        one, other = (text[number] if number < len(text) else None for text in lines)
+        if one != other:
+            return f"line {number + 1} is {shortened(other)}, not {shortened(one)}"
+    return "its line ends differ"
+
+
+def _where(expected: Any, found: Any, path: str = "") -> str | None:
+    """The first place where two JSON values differ."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in [*expected, *found]:
+            place = f"{path}.{key}" if path else str(key)
+            if key not in found:
+                return f"{place} is missing"
+            if key not in expected:
+                return f"{place} is {shortened(found[key])}, and should not be there"
+            if wrong := _where(expected[key], found[key], place):
+                return wrong
+        return None
+    same = type(expected) is type(found) and expected == found
+    return None if same else f"{path or 'it'} is {shortened(found)}, not {shortened(expected)}"
