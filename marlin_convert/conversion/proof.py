@@ -259,7 +259,7 @@ def _compared(result: _Side, source: _Side, plan: Plan, device: Device, progress
             check_copy(item)
             return
         ours = [result.checkpoint.tensors[t.name] for t in item.out if t.name in result.checkpoint.tensors]
-        needed = [*((source, t) for t in source_tensors(item)), *((result, t) for t in ours)]
+        needed = [*((source, t) for t in item.source.tensors), *((result, t) for t in ours)]
         for side, tensor in needed:
             side.weights.bring(tensor)
         verifier.check(item)
@@ -284,11 +284,6 @@ def _compared(result: _Side, source: _Side, plan: Plan, device: Device, progress
     run_all(lambda item=item: check(item) for item in items)  # type: ignore[misc]
     progress.end()
     return verifier.report(result.checkpoint)
-
-
-def source_tensors(layer: Layer) -> list[Tensor]:
-    """What is read of a source for a layer."""
-    return [t for t in (layer.qweight, layer.scales, layer.qzeros, layer.g_idx) if t is not None]
 
 
 class _Files:
