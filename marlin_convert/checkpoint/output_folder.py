@@ -137,13 +137,13 @@ def check_free(out: Path, *, force: bool) -> None:
         raise OutputError(f"{out}: it exists and cannot be read: {error.strerror}; choose another name.") from None
     if empty:
         return
-    if not force:
-        raise OutputError(f"{out}: it exists already; choose another name, or replace it with --force.")
     if not (out / REPORT_FILE).is_file():
         raise OutputError(
-            f"{out}: --force replaces only what marlin-convert made, and this folder has no {REPORT_FILE}; "
-            "remove it yourself, or choose another name."
+            f"{out}: it exists already, and marlin-convert did not make it (it has no {REPORT_FILE}); "
+            + ("remove it yourself, or choose another name." if force else "choose another name.")
         )
+    if not force:
+        raise OutputError(f"{out}: it exists already; choose another name, or replace it with --force.")
 
 
 def clear_leftovers(out: Path) -> list[Path]:

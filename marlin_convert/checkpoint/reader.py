@@ -484,6 +484,11 @@ def weight_files(
     preferred = f"model{INDEX_SUFFIX}"
     if "model.safetensors" in files and preferred not in indexes:
         return ["model.safetensors"], None, None
+    if "adapter_config.json" in names and not indexes and all(n.startswith("adapter_model") for n in files):
+        raise UnsupportedError(
+            f"{folder}: a LoRA adapter (it has adapter_config.json and no model); convert the GPTQ model that it was "
+            "trained on, and load the adapter beside the result."
+        )
     if indexes:
         if len(indexes) > 1 and preferred not in indexes:
             raise SourceError(
@@ -550,7 +555,8 @@ def _no_safetensors(folder: Path, names: list[str]) -> Exception:
     ggufs = [n for n in names if n.endswith((".gguf", ".ggml"))]
     if ggufs:
         return UnsupportedError(
-            f"{folder}: a GGUF checkpoint ({ggufs[0]}), which has nothing to repack; a GPTQ checkpoint is needed."
+            f"{folder}: a GGUF checkpoint ({ggufs[0]}), which has nothing to repack; a GPTQ checkpoint is needed. "
+            "llama.cpp runs it as it is."
         )
     pickles = [n for n in names if n.endswith(PICKLE_SUFFIXES)]
     if pickles:

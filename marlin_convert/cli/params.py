@@ -5,7 +5,9 @@ Groups are decorators: `@hub_options` gives a command --revision, --token and --
 
 from __future__ import annotations
 
+import difflib
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +63,19 @@ class MainGroup(click.Group):
     default = "convert"
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["help"] and not os.path.lexists("help"):
+            args = [*(name for name in args[1:2] if name in self.commands), "--help"]
         if args and args[0] not in {*self.commands, "--help", "-h", "--version"}:
+            self._refuse_mistyped(args[0])
             args = [self.default, *args]
         return super().parse_args(ctx, args)
+
+    def _refuse_mistyped(self, word: str) -> None:
+        """Say which command was meant, for a word that is no folder and no Hub id of anybody's."""
+        commands = [name for name, command in self.commands.items() if not command.hidden]
+        near = difflib.get_close_matches(word, commands, 1, 0.7)
+        if near and "/" not in word and not os.path.lexists(word):
+            raise click.UsageError(f"There is no command {word!r}; did you mean `marlin-convert {near[0]}`?")
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "SOURCE OUT [OPTIONS]")

@@ -25,7 +25,8 @@ from ..errors import (
     UnsupportedError,
 )
 from ..formats.gptq_config import find_configs
-from ..formats.marlin_config import marlin_ext_settings, marlin_model_config, marlin_settings, ties
+from ..formats.marlin_config import is_marlin, marlin_ext_settings, marlin_model_config, marlin_settings, ties
+from ..hub.address import repository
 from ..hub.client import is_folder
 from ..hub.open import Source, fetch, looked_into
 from ..hub.upload import check_target, create_repository, default_name, push
@@ -140,11 +141,13 @@ def convert(
     """
     options, progress, started = options or Options(), progress or Progress(), time.monotonic()
     out, access = Path(out), access or HubAccess()
+    source, revision = repository(str(source), access.revision)
+    access = replace(access, revision=revision)
     check_free(out, force=options.force)
     device, remark = usable_device(options.device, computes=options.verify)
-    if options.low_disk and is_folder(str(source)):
+    if options.low_disk and is_folder(source):
         raise SourceError(f"{source} is a folder; --low-disk applies to a Hub id only.")
-    options = replace(options, target=_checked_target(str(source), options, access.token))
+    options = replace(options, target=_checked_target(source, options, access.token))
     with looked_at(source, access) as (origin, checkpoint):
         keep_apart(origin.folder, out)
         plan = make_plan(checkpoint, options.format, options.zero_points)
@@ -247,9 +250,12 @@ def verify_pair(
         extended = bool(found) and found[0].get("checkpoint_format") == Format.MARLIN_EXT
         plan = make_plan(checkpoint, Format.MARLIN_EXT if extended else Format.MARLIN, options.zero_points)
         if plan.already_marlin:
-            raise UnsupportedError(
-                f"{source} is a Marlin checkpoint; give the GPTQ checkpoint that {out} was made from."
-            )
+            if found and is_marlin(found[0]):
+                what = f"; give the GPTQ checkpoint that {out} was made from."
+            else:
+                command = shlex.join(["marlin-convert", "verify", str(out), str(source)])
+                what = f", and {out} is none: the source comes first. Run `{command}`."
+            raise UnsupportedError(f"{source} is a Marlin checkpoint{what}")
         plan.require_convertible()
         report = verify(checkpoint, plan, result, device, progress)
         checkpoint.require_unchanged()

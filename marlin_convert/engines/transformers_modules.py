@@ -100,7 +100,7 @@ def put_layers(
     placed = Placed()
     for layer in layers.values():
         name = _renamed(f"{layer.name}.weight", renamings).removesuffix(".weight")
-        place = _place(model, name, modules)
+        place = _place(model, name, modules) or _place(model, layer.name, modules)  # as on the Hub, or as in memory
         if place is None:
             placed.nowhere.append(layer.name)
             continue
@@ -142,11 +142,11 @@ def _place(model: PreTrainedModel, name: str, modules: dict[str, nn.Module]) -> 
 def _put_layer(
     model: PreTrainedModel, place: str, module: nn.Module, layer: StoredLayer[Tensor], placed: Placed
 ) -> None:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         size = (module.in_features, module.out_features)
     elif isinstance(module, Conv1D):
         size = (module.nx, module.nf)
-    else:
+    else:  # also linears that compute something of their own, as Llama 4's router
         _dequantize_later(model, place, module, layer, placed)
         return
     _check_size(layer, size, type(model).__name__)

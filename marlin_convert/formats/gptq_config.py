@@ -42,6 +42,13 @@ OTHER_METHODS = {
     "modelopt": "a ModelOpt checkpoint",
 }
 
+#: quant_method of these → who runs it as it is.
+RUN_BY = {
+    "awq": "vLLM", "bitsandbytes": "Transformers", "compressed-tensors": "vLLM", "gguf": "llama.cpp", "fp8": "vLLM",
+    "aqlm": "Transformers", "hqq": "Transformers", "exl2": "ExLlamaV2", "exl3": "ExLlamaV3", "eetq": "Transformers",
+    "quanto": "Transformers", "torchao": "Transformers", "mxfp4": "vLLM", "modelopt": "vLLM",
+}  # fmt: skip
+
 _GPTQ_METHODS = {"gptq", "gptqmodel", "marlin"}
 _AUTO_ROUND_METHODS = {"auto-round", "auto_round", "autoround", "intel/auto-round"}
 _MARLIN_FORMATS = {"marlin", "marlin_ext"}  # read far enough to see whether there is anything to convert
@@ -207,7 +214,10 @@ def _require_gptq(where: str, raw: dict[str, Any]) -> None:
     method = str(raw.get("quant_method") or raw.get("method") or "gptq").lower()
     packing = str(raw.get("packing_format") or "").lower()
     if method in OTHER_METHODS:
-        raise UnsupportedError(f"{where}: {OTHER_METHODS[method]}; only GPTQ checkpoints can be repacked to Marlin.")
+        raise UnsupportedError(
+            f"{where}: {OTHER_METHODS[method]}; only GPTQ checkpoints can be repacked to Marlin. "
+            f"{RUN_BY[method]} runs it as it is."
+        )
     if method in _AUTO_ROUND_METHODS:
         if packing.removeprefix("auto_round:") not in ("auto_gptq", "gptq"):
             named = f"the packing {packing}" if packing else "a packing that it does not name"
@@ -223,7 +233,8 @@ def _require_gptq(where: str, raw: dict[str, Any]) -> None:
     if method not in _AUTO_ROUND_METHODS and layout is not None and layout not in _GPTQ_FORMATS:
         if layout in _AWQ_FORMATS:
             raise UnsupportedError(
-                f"{where}: an AWQ checkpoint ({layout}); only GPTQ checkpoints can be repacked to Marlin."
+                f"{where}: an AWQ checkpoint ({layout}); only GPTQ checkpoints can be repacked to Marlin. "
+                f"{RUN_BY['awq']} runs it as it is."
             )
         raise UnsupportedError(
             f"{where}: checkpoint_format {shortened(layout)} cannot be repacked; "

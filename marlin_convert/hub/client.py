@@ -54,7 +54,8 @@ def is_folder(source: str) -> bool:
     if mode:
         raise SourceError(f"{source} is a file; give the folder that holds the checkpoint.")
     if source.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(source) or source.count("/") > 1:
-        raise SourceError(f"{source or repr(source)}: no such folder.")
+        meant = _folder_meant(source) if source else None
+        raise SourceError(f"{source or repr(source)}: no such folder{f'; did you mean {meant}?' if meant else '.'}")
     return False
 
 
@@ -104,15 +105,23 @@ def _may_pass(error: Exception, unreachable: bool) -> bool:
     return bool(names) and (unreachable or not names & {"ConnectError", "ConnectTimeout"})
 
 
-def _folder_meant(repo_id: str) -> str:
-    """The end of the sentence that there is no such repository: what folder here may have been meant."""
-    parent, name = Path(repo_id).parent, Path(repo_id).name
-    if Path(name).is_dir():
-        return f"; did you mean the folder ./{name}?"
+def _folder_meant(source: str) -> str | None:
+    """A folder that exists and may have been meant by `source`, which does not."""
+    path = Path(source).expanduser()
+    if "/" in source and not source.startswith((".", "/", "~")) and Path(path.name).is_dir():
+        return f"./{path.name}"
     with contextlib.suppress(OSError):
-        folders = [path.name for path in parent.iterdir() if path.is_dir()]
-        for match in difflib.get_close_matches(name, folders, 1, 0.8):
-            return f"; did you mean the folder ./{parent / match}?"
+        folders = {path.name: path for path in path.parent.iterdir() if path.is_dir()}
+        for match in difflib.get_close_matches(path.name, folders, 1, 0.8):
+            found = folders[match]
+            return str(found) if found.is_absolute() or str(found).startswith("..") else f"./{found}"
+    return None
+
+
+def _or_a_folder(repo_id: str) -> str:
+    """The end of a sentence that the Hub does not give `repo_id`: what folder may have been meant."""
+    if meant := _folder_meant(repo_id):
+        return f"; did you mean the folder {meant}?"
     return "." if "/" in repo_id else f"; if you mean a folder, there is none named {repo_id} here."
 
 
@@ -146,7 +155,7 @@ def explained(repo_id: str, revision: str | None, *, doing: str = "download") ->
     except errors.RepositoryNotFoundError:
         raise HubError(
             f"{repo_id}: no such repository, or it is private and needs a token (`hf auth login` or --token)"
-            + (_folder_meant(repo_id) if doing == "download" else ".")
+            + (_or_a_folder(repo_id) if doing == "download" else ".")
         ) from None
     except errors.RevisionNotFoundError:
         raise HubError(
@@ -159,7 +168,7 @@ def explained(repo_id: str, revision: str | None, *, doing: str = "download") ->
     except (json.JSONDecodeError, errors.FileMetadataError):
         raise no_hub(repo_id) from None
     except (errors.LocalEntryNotFoundError, HTTPError, OSError) as error:
-        raise HubError(f"{repo_id}: {_why(error, doing)}") from None
+        raise HubError(f"{repo_id}: {_why(error, doing, repo_id)}") from None
     except ValueError as error:  # what create_commit raises for a card that the Hub does not take
         if doing != "upload":
             if not _raised_by_client(error):
@@ -223,7 +232,7 @@ def unreachable(*, partly: bool) -> str:
     return f"{where} and the cache {part}; try again with a network connection."
 
 
-def _why(error: Exception, doing: str) -> str:
+def _why(error: Exception, doing: str, repo_id: str | None = None) -> str:
     """What stopped a download or an upload, from the error that huggingface_hub gave or the one that it came from."""
     for cause in (error, error.__cause__):
         status = getattr(getattr(cause, "response", None), "status_code", None)
@@ -234,12 +243,15 @@ def _why(error: Exception, doing: str) -> str:
         if status is not None:
             return f"the Hub answered {status}; try again later."
     if isinstance(error, FileNotFoundError):  # huggingface_hub's LocalEntryNotFoundError
-        return unreachable(partly="Incomplete" in type(error).__name__)
+        meant = None if repo_id is None else _folder_meant(repo_id)
+        hint = f" Did you mean the folder {meant}?" if meant else ""
+        return unreachable(partly="Incomplete" in type(error).__name__) + hint
     name = type(error).__name__
     reason = getattr(error, "strerror", None) or _BROKEN.get(name, name)
     return f"the {doing} failed: {reason}; run it again to resume."
 
 
 def quiet() -> None:
-    """Keep huggingface_hub from drawing bars of its own (they would fight with ours, or end up in a log)."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """Keep huggingface_hub, which must not be imported yet, from drawing bars of its own: they would fight with ours,
+    or end up in a log."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import HubError, MarlinConvertError, SourceError
+from .address import repository
 from .cache import commit_of_snapshot
 from .client import checked_token, explained, interruptible, is_folder, unreachable
 from .download import Hear
@@ -80,6 +81,7 @@ def fetch(
     `meanwhile` shows it, as `Progress.meanwhile` does. Raises SourceError when a folder is missing, HubError when the
     Hub does not give the repository.
     """
+    source, revision = repository(source, revision)
     if is_folder(source):
         return _folder(source, revision)
 
@@ -115,6 +117,7 @@ def looked_into(
 
     Raises what `fetch` raises. Offline, the cache must hold what `fetch` fetches.
     """
+    source, revision = repository(source, revision)
     if is_folder(source):
         yield _folder(source, revision)
         return

@@ -93,19 +93,13 @@ def make_foreign(out: Path) -> None:
     (out / "mine").write_text("mine")
 
 
+FOREIGN = "it exists already, and marlin-convert did not make it (it has no marlin_convert.json);"
 TAKEN = {
     "a file": (make_file, "it exists and is not a folder; choose another name.", True),
     "a link": (make_link, "it is a symbolic link; choose another name.", True),
     "a broken link": (make_broken_link, "it is a symbolic link; choose another name.", True),
-    "a foreign folder": (make_foreign, "it exists already; choose another name, or replace it with --force.", False),
-    "a foreign folder, forced": (
-        make_foreign,
-        (
-            "--force replaces only what marlin-convert made, and this folder has no marlin_convert.json; "
-            "remove it yourself, or choose another name."
-        ),
-        True,
-    ),
+    "a foreign folder": (make_foreign, f"{FOREIGN} choose another name.", False),
+    "a foreign folder, forced": (make_foreign, f"{FOREIGN} remove it yourself, or choose another name.", True),
     "an earlier result": (
         earlier_result, "it exists already; choose another name, or replace it with --force.", False
     ),

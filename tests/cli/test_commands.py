@@ -20,6 +20,8 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import marlin_convert
 from marlin_convert.cli import commands
@@ -216,6 +218,57 @@ def test_shard_sizes_that_are_fine(main: Callable[..., Run], source: Source, tmp
     assert files > 1 if size == "150 KB" else files == 1
 
 
+def test_2_a_mistyped_command(main: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = main("verfy", "source", "out")
+    assert (result.code, result.out) == (2, "")
+    assert "There is no command 'verfy'; did you mean `marlin-convert verify`?" in result.err
+    (tmp_path / "verfy").mkdir()  # a folder that is called so is a source
+    assert main("verfy", "out").code == 3
+
+
+def test_help_in_other_words(main: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main("help").out == main("--help").out
+    assert main("help", "verify").out == main("verify", "--help").out
+    assert main("help", "nothing").out == main("--help").out
+
+
+def test_3_a_folder_that_was_meant(run: Callable[..., Run], source: Source, tmp_path: Path) -> None:
+    folder = source.folder.rename(source.folder.parent / "mistral-gptq")
+    wrong = folder.parent / "mistal-gptq"
+    assert one_line(run(wrong, "--dry-run")) == f"{wrong}: no such folder; did you mean {folder}?"
+    result = run("models/mistal-gptq", "--dry-run", cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    assert (result.code, "Did you mean" in one_line(result)) == (8, False)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mistral-gptq").mkdir()
+    result = run("models/mistal-gptq", "--dry-run", cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    assert one_line(result).endswith("Did you mean the folder ./models/mistral-gptq?")
+
+
+def test_4_verify_with_its_arguments_swapped(run: Callable[..., Run], source: Source, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source.folder, out)
+    result = run("verify", out, source.folder)
+    assert result.code == 4
+    assert one_line(result) == (
+        f"{out} is a Marlin checkpoint, and {source.folder} is none: the source comes first. "
+        f"Run `marlin-convert verify {source.folder} {out}`."
+    )
+    assert one_line(run("verify", out, out)).endswith(f"give the GPTQ checkpoint that {out} was made from.")
+
+
+def test_4_a_lora_adapter(run: Callable[..., Run], tmp_path: Path) -> None:
+    tmp_path.joinpath("adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"base.lora_A.weight": torch.zeros(8, 64)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    result = run(tmp_path / "adapter", tmp_path / "out")
+    assert result.code == 4
+    assert "adapter: a LoRA adapter (it has adapter_config.json and no model); convert the GPTQ model" in one_line(
+        result
+    )
+
+
 def test_3_missing_source(run: Callable[..., Run], tmp_path: Path) -> None:
     result = run(tmp_path / "nowhere", tmp_path / "out")
     assert result.code == 3
@@ -264,7 +317,8 @@ def test_6_output_exists(run: Callable[..., Run], source: Source, tmp_path: Path
     (tmp_path / "out" / "mine").touch()
     result = run(source.folder, tmp_path / "out")
     assert result.code == 6
-    assert one_line(result).endswith("out: it exists already; choose another name, or replace it with --force.")
+    why = "it exists already, and marlin-convert did not make it (it has no marlin_convert.json); choose another name."
+    assert one_line(result) == f"{tmp_path / 'out'}: {why}"
 
 
 def test_7_verification_fails(run: Callable[..., Run], source: Source, tmp_path: Path) -> None:
