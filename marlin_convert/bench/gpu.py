@@ -125,6 +125,27 @@ def cuda_rig(device: Device) -> Rig:
     )
 
 
+def described(versions: dict[str, str]) -> Machine:
+    """The GPU that torch takes first, with no kernel of ours, and the `versions` of what runs on it."""
+    import torch
+
+    index = torch.cuda.current_device()
+    found = torch.cuda.get_device_properties(index)
+    said = nvidia_smi(_uuid(torch.device("cuda", index))) or {}
+    driver = said.pop("driver_version", "unknown")
+    return Machine(
+        device=f"cuda:{index}",
+        name=found.name,
+        capability=f"{found.major}.{found.minor}",
+        multiprocessors=found.multi_processor_count,
+        l2_bytes=found.L2_cache_size,
+        memory_bytes=found.total_memory,
+        driver=driver,
+        versions=versions,
+        clocks={key: _number(value) for key, value in said.items()} or None,
+    )
+
+
 def _cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 

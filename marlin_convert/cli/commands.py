@@ -283,6 +283,18 @@ def generate(output: OutputOptions, /, out: str, prompt: str, device: str, acces
     is_flag=True,
     help="Measure the whole model SOURCE, a Marlin checkpoint: tokens per second against batch size, fp16 and Marlin.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "vllm"]),
+    help="With --tokens: what runs the model (default: transformers). vllm needs vLLM, and measures prompts, too.",
+)
+@click.option(
+    "--source",
+    "gptq",
+    metavar="GPTQ",
+    help="With --engine vllm: the GPTQ checkpoint that SOURCE was made of, measured beside it on vLLM's own choice.",
+)
+@click.option("--no-fp16", is_flag=True, help="With --engine vllm: leave out the same model in fp16.")
 @click.option("--compare", is_flag=True, help="Measure vLLM's Marlin and humming-kernels too, if they are installed.")
 @click.option(
     "--plot",
@@ -296,7 +308,8 @@ def generate(output: OutputOptions, /, out: str, prompt: str, device: str, acces
 @click.pass_obj
 def bench(
     output: OutputOptions, /, source: str | None, preset: str | None, batch: tuple[int, ...] | None, tokens: bool,
-    compare: bool, plot_file: Path | None, device: str, access: HubAccess,
+    engine: str | None, gptq: str | None, no_fp16: bool, compare: bool, plot_file: Path | None, device: str,
+    access: HubAccess,
 ) -> None:  # fmt: skip
     """Measure this GPU: fp16 (cuBLAS) against Marlin, for the layers of SOURCE or of a preset.
 
@@ -307,6 +320,11 @@ def bench(
         raise click.UsageError("Give a SOURCE or --preset, not both.")
     if tokens and (source is None or compare):
         raise click.UsageError("--tokens needs a SOURCE, a Marlin checkpoint, and does not go with --compare.")
+    if engine and not tokens:
+        raise click.UsageError("--engine goes with --tokens: it runs whole models.")
+    served = engine == "vllm"
+    if (gptq or no_fp16) and not served:
+        raise click.UsageError("--source and --no-fp16 go with --tokens --engine vllm.")
 
     screen, plot = _screen(output), None
     if plot_file is not None:
@@ -316,7 +334,14 @@ def bench(
     options: dict[str, Any] = {"options": Options(device=device), "access": access}
     report: Any
     with screen.progress(timings=True) as progress:
-        if tokens and source is not None:
+        if served and source is not None:
+            from ..bench import served as in_vllm
+
+            report = in_vllm.run(
+                source, gptq, batch=batch or in_vllm.BATCH, fp16=not no_fp16, progress=progress,
+                verbose=output.verbose, **options,
+            )  # fmt: skip
+        elif tokens and source is not None:
             from ..bench import tokens as whole_model
 
             report = whole_model.run(source, batch=batch or whole_model.BATCH, progress=progress, **options)
@@ -329,7 +354,8 @@ def bench(
     problem = (plot.draw_tokens(report) if tokens else plot.draw(report)) if plot else None
     if problem:  # the numbers took minutes; they are shown all the same
         report.notes[problem.message] = ["--plot"]
-    (screen.tokens if tokens else screen.bench)(report, None if problem else plot_file)
+    show = screen.served if served else screen.tokens if tokens else screen.bench
+    show(report, None if problem else plot_file)
     if problem:
         with _said_in_json(output):
             raise problem

@@ -36,6 +36,7 @@ from .progress import BYTES, Bars, PlainLines, size, waiting
 if TYPE_CHECKING:
     from ..bench.results import Cell, LayerResult, Machine
     from ..bench.results import Report as BenchReport
+    from ..bench.served import Report as ServedReport
     from ..bench.tokens import Report as TokenReport
     from ..conversion.convert import Report
     from ..conversion.proof import Proof
@@ -401,6 +402,24 @@ class Screen:
             + "; ".join(f"{name}: {way}" for name, way in report.way.items())
             + f"; memory of the model: {sizes}"
         )
+        self._bench_end(report.notes, plot)
+
+    def served(self, report: ServedReport, plot: Path | None) -> None:
+        """The result of `marlin-convert bench --tokens --engine vllm`."""
+        self._json({**report.as_dict(), "plot": plot and str(plot)})
+        self._machine(report.machine)
+        table = Table(title=f"{report.title} in vLLM: tokens/s", title_justify="left", box=None, pad_edge=False)
+        first, *rows = report.table()
+        for heading in first:
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self._say()
+        self._table(table)
+        self._say()
+        self._say(report.method())
+        for label, kernels in report.kernels().items():
+            self._say(f"{label} on {kernels}")
         self._bench_end(report.notes, plot)
 
     @staticmethod

@@ -9,6 +9,7 @@ from ..errors import MarlinConvertError, OutputError
 
 if TYPE_CHECKING:
     from ..bench.results import Report as BenchReport
+    from ..bench.served import Report as ServedReport
     from ..bench.tokens import Report as TokenReport
 
 
@@ -49,13 +50,13 @@ class Plot:
         axes.set_ylabel("speedup over fp16 (cuBLAS)")
         return self._written(axes, report.machine.name, report.title)
 
-    def draw_tokens(self, report: TokenReport) -> OutputError | None:
-        """The same for tokens per second, one line for fp16 and one for Marlin, both axes logarithmic."""
+    def draw_tokens(self, report: TokenReport | ServedReport) -> OutputError | None:
+        """The same for tokens per second, one line for Marlin and one for each of the others, both axes logarithmic."""
         axes = self._figure.subplots()
-        for label, pick in (("Marlin", "marlin"), ("fp16", "fp16")):
-            points = [(cell.batch, getattr(cell, pick)) for cell in report.cells if getattr(cell, pick)]
+        curves = report.curves()
+        for label, points in curves.items():
             axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=label)
-        self._batches(axes, {cell.batch for cell in report.cells})
+        self._batches(axes, {batch for points in curves.values() for batch, _ in points})
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:.0f}")
         axes.set_xlabel("batch size")
