@@ -95,6 +95,7 @@ def plan(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    progress: Callable[[ProgressEvent], object] | None = None,
 ) -> Plan:
     """Plan a conversion without reading a weight; of a Hub source, headers and small tensors travel.
 
@@ -106,6 +107,7 @@ def plan(
         revision: Branch, tag or commit of a Hub source.
         token: Hub token; by default the one that is logged in.
         cache_dir: Hub cache to use instead of the standard one.
+        progress: As for `convert`.
 
     Returns:
         What `convert` would do: the result's format, the layers, and in `refusals` why layers cannot be converted
@@ -124,7 +126,7 @@ def plan(
         zero_points=None if zero_points is None else ZeroPointReading.chosen(zero_points, "zero_points"),
         max_shard_size=max_shard_size,
     )
-    return plan_only(source, options, access=_access(revision, token, cache_dir))[1]
+    return plan_only(source, options, progress_for(progress), access=_access(revision, token, cache_dir))[1]
 
 
 def verify(

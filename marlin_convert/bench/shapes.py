@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..conversion.convert import looked_at
 from ..conversion.layer import GROUP_SIZE
 from ..conversion.plan import is_marlin_checkpoint, make_plan
 from ..conversion.restore import marlin_layers
 from ..formats.layout import padded_size
+from ..hub.open import opened_for_planning
 from ..options import PRESETS as PRESET_NAMES
 from ..options import HubAccess
 
@@ -81,7 +81,7 @@ PRESETS = {name: _MODELS[name] for name in PRESET_NAMES}
 
 def source_shapes(source: str | Path, access: HubAccess) -> tuple[str, list[Shape], Notes]:
     """(label, distinct shapes, notes) of a checkpoint, GPTQ or Marlin of either format, from its headers."""
-    with looked_at(source, access) as (origin, checkpoint):
+    with opened_for_planning(str(source), access) as (origin, checkpoint):
         notes: Notes = {}
         if is_marlin_checkpoint(checkpoint.tensors):
             layers = [

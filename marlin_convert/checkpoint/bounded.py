@@ -19,37 +19,43 @@ MAX_FILE_BYTES, MAX_ITEMS, MAX_DEPTH = 100_000_000, 4_000_000, 100
 _ITEMS = (b",", b"[", b"{")
 
 
-def open_regular(path: Path) -> int:
-    """A regular file, open for reading. Raises SourceError; a pipe is not waited for."""
+#: The first bytes of what Git leaves in place of a large file that was not fetched.
+LFS_POINTER = b"version "
+
+
+def open_regular(path: Path, label: str | None = None) -> int:
+    """Open a regular file for reading. Raises SourceError, which names it by `label`; a pipe is not waited for."""
+    label = str(path) if label is None else label
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}.") from None
+        raise SourceError(f"{label}: cannot be opened: {getattr(error, 'strerror', error)}.") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise SourceError(f"{path}: it is no regular file; remove it, or put the file itself there.")
+        raise SourceError(f"{label}: it is no regular file; remove it, or put the file itself there.")
     return fd
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """`open_regular`, closed at the end."""
-    fd = open_regular(path)
+def opened(path: Path, label: str | None = None) -> Iterator[int]:
+    """Open a regular file as `open_regular` does, and close it at the end."""
+    fd = open_regular(path, label)
     try:
         yield fd
     finally:
         os.close(fd)
 
 
-def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """All of a regular file. Raises SourceError when it cannot be read or has more than `limit` bytes."""
-    with opened(path) as fd:
+def read_file(path: Path, limit: int = MAX_FILE_BYTES, label: str | None = None) -> bytes:
+    """Return all of a regular file. Raises SourceError when it cannot be read or has more than `limit` bytes."""
+    label = str(path) if label is None else label
+    with opened(path, label) as fd:
         try:
             content = read_bytes(fd, 0, limit + 1)
         except OSError as error:
-            raise SourceError(f"{path}: cannot be read: {error.strerror}.") from None
+            raise SourceError(f"{label}: cannot be read: {error.strerror}.") from None
     if len(content) > limit:
-        raise SourceError(f"{path}: it has more than {limit} bytes, which no such file has.")
+        raise SourceError(f"{label}: it has more than {limit} bytes, which no such file has.")
     return content
 
 
@@ -64,7 +70,9 @@ def read_bytes(fd: int, start: int, count: int) -> bytes:
 
 
 def parse_json(
-    raw: bytes, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None, parse_int: Callable[[str], Any] = int
+    raw: bytes | bytearray,
+    pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    parse_int: Callable[[str], Any] = int,
 ) -> Any:
     """The value that a JSON text in UTF-8 has. Raises ValueError, with a reason, for anything else, and for more than a
     file of a checkpoint has."""
@@ -81,3 +89,35 @@ def parse_json(
         holders = [holder for holder in level if isinstance(holder, (dict, list))]
         level = [inner for holder in holders for inner in (holder.values() if isinstance(holder, dict) else holder)]
     raise ValueError(f"nested in more than {MAX_DEPTH} levels")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, for `parse_json`. Raises ValueError where a name appears twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice")
+    return result
+
+
+def read_json(
+    path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None, *, label: str | None = None
+) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises SourceError, which names it by `label`, when there is none."""
+    label = str(path) if label is None else label
+    raw = read_file(path, label=label)
+    if raw.startswith(LFS_POINTER):
+        raise lfs_pointer(label)
+    try:
+        value = parse_json(raw, pairs_hook)
+    except ValueError as error:
+        raise SourceError(f"{label}: not valid JSON ({error}); fetch or export it again.") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{label}: a JSON object was expected, not {type(value).__name__}.")
+    return value
+
+
+def lfs_pointer(label: str) -> SourceError:
+    """Return the error that a file was left in Git LFS."""
+    return SourceError(
+        f"{label}: this is a Git LFS pointer, not the file itself; run `git lfs pull` in the source first."
+    )

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
+from .header import DTYPE_BITS
 from .output_folder import write_json
-from .reader import DTYPE_BITS, Buffer
+from .weight_file import Buffer
 
 #: The output's weights in one file; their index, where there are several.
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"

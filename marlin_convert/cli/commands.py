@@ -111,7 +111,8 @@ def convert(
     if dry_run:
         from ..conversion.convert import plan_only
 
-        origin, plan = plan_only(source, options, access=access)
+        with screen.progress() as progress:
+            origin, plan = plan_only(source, options, progress, access=access)
         screen.plan(origin, plan, options, engine, tensor_parallel or 1)
         with _said_in_json(output):
             plan.require_convertible()

@@ -55,7 +55,7 @@ def model_card(checkpoint: Checkpoint, plan: Plan, made: Made) -> str:
     """The whole README.md, of a result of `plan`."""
     from huggingface_hub import ModelCard
 
-    metadata, text = _source_card(checkpoint.folder / CARD_FILE)
+    metadata, text = _source_card(checkpoint)
     widths = [f"{bits}-bit" for bits in sorted({layer.bits for layer in plan.layers})]
     data = _metadata(metadata, checkpoint.configs.get("config.json", {}), made.source, widths)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(plan, made)}")
@@ -90,7 +90,7 @@ def with_verdict(folder: Path, verification: Verification) -> bytes | None:
 # Metadata
 
 
-def _source_card(path: Path) -> tuple[dict[str, Any], str]:
+def _source_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     """Metadata and text of the source's card. Metadata that is no YAML mapping counts as none."""
     import yaml  # as huggingface_hub reads it
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -106,9 +106,13 @@ def _source_card(path: Path) -> tuple[dict[str, Any], str]:
                 raise yaml.YAMLError("a number of very many digits")
             return super().compose_node(parent, index)
 
-    if not path.is_file():
+    if CARD_FILE not in checkpoint.extra_files:
         return {}, ""
-    content = read_file(path, _MAX_CARD_BYTES).decode("utf-8-sig", "replace").replace("\r\n", "\n")
+    content = (
+        read_file(checkpoint.path(CARD_FILE), _MAX_CARD_BYTES, checkpoint.called(CARD_FILE))
+        .decode("utf-8-sig", "replace")
+        .replace("\r\n", "\n")
+    )
     block = REGEX_YAML_BLOCK.search(content)
     if block is None:
         return {}, content

@@ -28,7 +28,7 @@ from ..formats.gptq_config import find_configs
 from ..formats.marlin_config import is_marlin, marlin_ext_settings, marlin_model_config, marlin_settings, ties
 from ..hub.address import repository
 from ..hub.client import is_folder
-from ..hub.open import Source, fetch, looked_into
+from ..hub.open import Source, fetch, opened_for_planning
 from ..hub.upload import check_target, create_repository, default_name, push
 from ..native import cpu
 from ..native.choose import packer, usable_device
@@ -48,15 +48,12 @@ from .attest import write_statement
 from .blocks import run_all
 from .card import Made, model_card, with_verdict, write_card
 from .digests import complete_report, digests, files_below, known_digests, report_with
-from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
+from .files import copied_files, copy_files, needs_index, require_free_names
 from .layer import Layer
 from .pipeline import MarlinWriter
 from .plan import Plan, make_plan
-from .supply import Item, Supply, arrivals, check_room
+from .supply import Item, Supply, check_room, prefetching
 from .verify import Verification, Verifier, verify
-
-#: What a plan notes offline.
-NOT_REACHED = "the Hub was not reached: of what lies beside the weights, what the cache holds"
 
 
 @dataclass
@@ -148,7 +145,7 @@ def convert(
     if options.low_disk and is_folder(source):
         raise SourceError(f"{source} is a folder; --low-disk applies to a Hub id only.")
     options = replace(options, target=_checked_target(source, options, access.token))
-    with looked_at(source, access) as (origin, checkpoint):
+    with opened_for_planning(source, access, progress.meanwhile) as (origin, checkpoint):
         keep_apart(origin.folder, out)
         plan = make_plan(checkpoint, options.format, options.zero_points)
         if plan.already_marlin:
@@ -157,19 +154,20 @@ def convert(
         report = Report(origin, out, device, plan, cpu.describe(), options.quant_method, remark)
         report.source_quantization, report.options = source_quantization(checkpoint, plan), options
         require_free_names(checkpoint, shard_names(plan.out_tensors, options.max_shard_size))
-        require_readable(checkpoint)
-        check_room(_bytes_needed(checkpoint, plan), checkpoint, origin, out, low_disk=options.low_disk)
+        checkpoint.require_readable()
+        remote = origin.hub.remote if origin.hub else None
+        check_room(_bytes_needed(checkpoint, plan), checkpoint, remote, out, low_disk=options.low_disk)
         if options.target:
             create_repository(options.target, token=access.token)
-        origin.bring_extra_files(checkpoint, progress.meanwhile)
+        checkpoint.fetch_extra_files(progress.meanwhile)
         with new_folder(out, force=options.force) as folder:
             with (
                 Shards(folder, plan.out_tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards,
-                arrivals(checkpoint, plan, origin, shards, progress, low_disk=options.low_disk) as weights,
+                prefetching(checkpoint, plan, origin.hub, shards, progress, low_disk=options.low_disk) as stop,
                 _early_verifier(checkpoint, plan, folder, device, options, progress) as verifier,
             ):
                 report.files = shards.files
-                supply = Supply(checkpoint, plan, weights, release=options.low_disk)
+                supply = Supply(checkpoint, plan, stop, drop=options.low_disk)
                 writer = MarlinWriter(checkpoint, shards, progress, packer(device, options.device))
                 write_tensors(writer, plan, progress, supply, verifier)
             write_configs(checkpoint, plan, folder, options.quant_method)
@@ -223,11 +221,15 @@ def _checked_target(source: str, options: Options, token: str | None) -> Publish
 
 
 def plan_only(
-    source: str | Path, options: Options | None = None, *, access: HubAccess | None = None
+    source: str | Path,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    *,
+    access: HubAccess | None = None,
 ) -> tuple[Source, Plan]:
     """What `convert` would do with `source`, without reading any weight."""
-    options = options or Options()
-    with looked_at(source, access or HubAccess()) as (origin, checkpoint):
+    options, progress = options or Options(), progress or Progress()
+    with opened_for_planning(str(source), access or HubAccess(), progress.meanwhile) as (origin, checkpoint):
         plan = make_plan(checkpoint, options.format, options.zero_points)
         if not plan.already_marlin:
             require_free_names(checkpoint, shard_names(plan.out_tensors, options.max_shard_size))
@@ -283,19 +285,7 @@ def opened(
         str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir,
         meanwhile=progress.meanwhile, everything=everything,
     )  # fmt: skip
-    with Checkpoint(origin.folder) as checkpoint:
-        yield origin, checkpoint
-
-
-@contextlib.contextmanager
-def looked_at(source: str | Path, access: HubAccess) -> Iterator[tuple[Source, Checkpoint]]:
-    """Open `source` for planning: on the Hub, no weight file is fetched; see `looked_into`."""
-    looking = looked_into(
-        str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir, scales=True
-    )
-    with looking as origin, Checkpoint(origin.folder, partial=origin.remote is not None) as checkpoint:
-        if origin.on_hub and origin.remote is None:  # nobody to ask what else the repository has
-            checkpoint.notes.append(NOT_REACHED)
+    with Checkpoint(origin.files) as checkpoint:
         yield origin, checkpoint
 
 
@@ -401,9 +391,9 @@ def _note_digests(report: Report, checkpoint: Checkpoint, folder: Path, progress
     """SHA-256 of what was read and of what was written. Of weights, what the Hub says; hashing them here takes longer
     than converting them, and is done for a statement only."""
     origin, large = report.source, report.options.attest is not None
-    paths = {name: checkpoint.folder / name for name in checkpoint.names}
+    paths = {name: checkpoint.path(name) for name in checkpoint.names}
     report.source_files = digests(
-        paths, known_digests(origin), large=large and origin.remote is None, meanwhile=progress.meanwhile
+        paths, known_digests(origin), large=large and origin.hub is None, meanwhile=progress.meanwhile
     )
     report.result_files = digests(files_below(folder), {}, large=large, meanwhile=progress.meanwhile)
 

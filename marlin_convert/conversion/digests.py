@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.bounded import opened
+from ..checkpoint.bounded import opened, read_json
+from ..checkpoint.index import WEIGHT_SUFFIXES
 from ..checkpoint.output_folder import json_bytes, replace_files
-from ..checkpoint.reader import WEIGHT_SUFFIXES, read_json
 from ..errors import SourceError
 from ..hub.open import Source
 from ..options import REPORT_FILE
@@ -28,8 +28,8 @@ def is_large(name: str) -> bool:
 
 def known_digests(origin: Source) -> dict[str, str]:
     """What the Hub says: the SHA-256 of the files that it keeps as LFS objects, as it does with weights."""
-    remote = origin.remote
-    return {} if remote is None else {name: f.oid for name, f in remote.files.items() if len(f.oid) == 64}
+    files = {} if origin.hub is None else origin.hub.remote.files
+    return {name: file.oid for name, file in files.items() if len(file.oid) == 64}
 
 
 def digest(path: Path, hear: Callable[[int], None] = lambda nbytes: None) -> str:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from ..checkpoint.reader import Checkpoint
+from ..checkpoint.reader import CONFIG_FILES, Checkpoint
 from ..checkpoint.writer import INDEX_FILE, SINGLE_FILE
 from ..errors import OutputError, SourceError
 from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE
@@ -32,20 +32,13 @@ def needs_index(checkpoint: Checkpoint) -> bool:
 def require_free_names(checkpoint: Checkpoint, weights: Collection[str]) -> None:
     """Raise SourceError where a copied file, or its folder, has a name that the result needs: for its `weights`, for
     its configs and reports; or one that every reader takes for the weights."""
-    own = {*weights, SINGLE_FILE, INDEX_FILE, *Checkpoint.CONFIG_FILES, *OWN_FILES}
+    own = {*weights, SINGLE_FILE, INDEX_FILE, *CONFIG_FILES, *OWN_FILES}
     for name in copied_files(checkpoint):
         if name.split("/")[0] in own:
             raise SourceError(
-                f"{checkpoint.folder / name}: it is none of the model's own files, and would take the place of one in "
+                f"{checkpoint.called(name)}: it is none of the model's own files, and would take the place of one in "
                 "the result; give it another name, or remove it."
             )
-
-
-def require_readable(checkpoint: Checkpoint) -> None:
-    """Raise SourceError for a copied file that may not be read; better now than after the weights."""
-    for path in (checkpoint.folder / name for name in checkpoint.extra_files):
-        if not os.access(path, os.R_OK):
-            raise SourceError(f"{path}: it cannot be read: Permission denied; remove or mend it.")
 
 
 def copy_files(checkpoint: Checkpoint, folder: Path, hear: Callable[[int], None] = lambda nbytes: None) -> None:
@@ -62,13 +55,13 @@ def copy_files(checkpoint: Checkpoint, folder: Path, hear: Callable[[int], None]
                 "source, or choose another disk."
             ) from None
         with file, checkpoint.open_extra(name) as fd:
-            while block := _read(fd, checkpoint.folder / name):
+            while block := _read(fd, checkpoint.called(name)):
                 file.write(block)
                 hear(len(block))
 
 
-def _read(fd: int, path: Path) -> bytes:
+def _read(fd: int, label: str) -> bytes:
     try:
         return os.read(fd, _CHUNK)
     except OSError as error:
-        raise SourceError(f"{path}: reading failed: {error.strerror}.") from None
+        raise SourceError(f"{label}: reading failed: {error.strerror}.") from None

@@ -154,9 +154,11 @@ def make_plan(
     if is_marlin_checkpoint(tensors):
         return Plan(settings, source, notes=notes, bytes_in=bytes_in, already_marlin=True)
     if not names:
-        raise UnsupportedError(f"{checkpoint.folder}: {_what_else(settings, tensors)}; a GPTQ checkpoint is needed.")
+        raise UnsupportedError(f"{checkpoint.label}: {_what_else(settings, tensors)}; a GPTQ checkpoint is needed.")
     source.require_complete(tensors)
     _require_no_marlin(tensors, source, names)
+    small = (f"{name}.{part}" for name in names for part in source.parts[1:])
+    checkpoint.read_ahead((tensors[name] for name in small if name in tensors), "reading scales and zero points")
 
     judged = source.inspect(checkpoint, names, settings, reading)
     group_size = _one_group_size(judged)

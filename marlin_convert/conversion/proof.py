@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..checkpoint.bounded import read_file
+from ..checkpoint.bounded import read_file, read_json
 from ..checkpoint.output_folder import json_bytes
-from ..checkpoint.reader import Checkpoint, Tensor, read_json
+from ..checkpoint.reader import CONFIG_FILES, Checkpoint, Tensor
 from ..checkpoint.writer import INDEX_FILE, Shards
 from ..device import Device
 from ..errors import OptionError, SourceError, UnsupportedError, VerificationError
-from ..hub.client import explained, interruptible
-from ..hub.open import Source, looked_into
-from ..hub.stream import Streamed
+from ..hub.open import NOT_REACHED, Source, opened_for_planning
 from ..native.choose import usable_device
 from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE, HubAccess, Options, PublishTarget
 from ..progress import Progress
@@ -33,7 +31,7 @@ from ..text import shortened
 from .attest import statement, write_to
 from .blocks import run_all
 from .card import card_bytes, model_card
-from .convert import NOT_REACHED, Report, made, source_quantization, write_configs
+from .convert import Report, made, source_quantization, write_configs
 from .digests import digest, is_large, known_digests
 from .files import copied_files, needs_index
 from .layer import Layer
@@ -111,10 +109,10 @@ def prove(
     """
     options, progress, access = options or Options(), progress or Progress(), access or HubAccess()
     device, _ = usable_device(options.device, computes=True)
-    with _opened(str(result), access) as found:
+    with _opened(str(result), access, progress) as found:
         noted = _noted(found)
         source_access = replace(access, revision=noted["source_commit"])
-        with _opened(noted["source"], source_access, scales=True) as source:
+        with _opened(noted["source"], source_access, progress) as source:
             proof = _prove(found, source, noted, device, progress)
     if options.attest and proof.ok:
         write_to(options.attest, statement(proof.noted, str(found.digest(REPORT_FILE))))
@@ -128,17 +126,15 @@ def prove(
 class _Side:
     """A checkpoint of which files are read as they are needed."""
 
-    def __init__(self, origin: Source, checkpoint: Checkpoint, weights: Streamed) -> None:
-        self.origin, self.checkpoint, self.weights = origin, checkpoint, weights
+    def __init__(self, origin: Source, checkpoint: Checkpoint) -> None:
+        self.origin, self.checkpoint = origin, checkpoint
         self._known = known_digests(origin)
-        remote = origin.remote
-        self._small = checkpoint.folder
-        if remote is not None:
-            with explained(remote.repo_id, remote.revision):
-                self._small = interruptible(remote.fetch_small)
-            if CARD_FILE in remote.files:  # which the new card is made from
-                (checkpoint.folder / CARD_FILE).unlink()
-                (checkpoint.folder / CARD_FILE).symlink_to((self._small / CARD_FILE).resolve())
+        if origin.hub is not None:
+            origin.hub.fetch(origin.hub.remote.small_files, Progress().meanwhile)
+
+    @property
+    def bytes_read(self) -> int:
+        return 0 if self.origin.hub is None else self.origin.hub.bytes_read
 
     @property
     def names(self) -> set[str]:
@@ -146,40 +142,27 @@ class _Side:
 
     def content(self, name: str) -> bytes:
         """All of a small file."""
-        return read_file(self._small / name)
+        return read_file(self.checkpoint.path(name))
 
     def digest(self, name: str) -> str | None:
         """The SHA-256 of a file; None for weights on the Hub that it does not keep by theirs."""
         if name in self._known:
             return self._known[name]
-        if self.origin.remote is not None and is_large(name):
+        if self.origin.hub is not None and is_large(name):
             return None
-        self._known[name] = digest(self._small / name)
+        self._known[name] = digest(self.checkpoint.path(name))
         return self._known[name]
 
-    def header(self, name: str) -> bytes:
-        """The bytes before the first tensor of a weight file."""
-        return _header(self.checkpoint.folder / name)
-
-
-def _header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        return prefix + file.read(int.from_bytes(prefix, "little"))
+    def header(self, name: str) -> bytes | None:
+        """The bytes before the first tensor of a weight file; None if it is none of the model's."""
+        return self.checkpoint.raw_header(name) if name in self.checkpoint.weight_files else None
 
 
 @contextlib.contextmanager
-def _opened(name: str, access: HubAccess, *, scales: bool = False) -> Iterator[_Side]:
-    looking = looked_into(name, revision=access.revision, token=access.token, cache_dir=access.cache_dir, scales=scales)
-    with looking as origin:
-        partial = origin.remote is not None
-        with (
-            Checkpoint(origin.folder, steady=not partial, partial=partial) as checkpoint,
-            Streamed(origin.remote, origin.folder) as weights,
-        ):
-            yield _Side(origin, checkpoint, weights)
-            if not partial:
-                checkpoint.require_unchanged()
+def _opened(name: str, access: HubAccess, progress: Progress) -> Iterator[_Side]:
+    with opened_for_planning(name, access, progress.meanwhile) as (origin, checkpoint):
+        yield _Side(origin, checkpoint)
+        checkpoint.require_unchanged()
 
 
 def _noted(result: _Side) -> dict[str, Any]:
@@ -190,7 +173,7 @@ def _noted(result: _Side) -> dict[str, Any]:
             f"{label}: it has no {REPORT_FILE}, which says what it was made from; give the source too: "
             "marlin-convert verify SOURCE OUT."
         )
-    noted = read_json(result._small / REPORT_FILE)
+    noted = read_json(result.checkpoint.path(REPORT_FILE), label=result.checkpoint.called(REPORT_FILE))
     source, commit = noted.get("source"), noted.get("source_commit")
     if isinstance(source, str) and commit is None:
         raise SourceError(
@@ -244,7 +227,7 @@ def _prove(result: _Side, source: _Side, noted: dict[str, Any], device: Device, 
     plan.require_convertible()
     verification = _compared(result, source, plan, device, progress)
     proof = Proof(result.origin, source.origin, str(noted.get("marlin_convert")), verification)
-    proof.bytes_read = result.weights.bytes_read + source.weights.bytes_read
+    proof.bytes_read = result.bytes_read + source.bytes_read
     with tempfile.TemporaryDirectory(prefix="marlin-convert-") as name:
         _Files(proof, result, source, plan, options, noted).compare(Path(name))
     return proof
@@ -259,12 +242,8 @@ def _compared(result: _Side, source: _Side, plan: Plan, device: Device, progress
             check_copy(item)
             return
         ours = [result.checkpoint.tensors[t.name] for t in item.out if t.name in result.checkpoint.tensors]
-        needed = [*((source, t) for t in item.source.tensors), *((result, t) for t in ours)]
-        for side, tensor in needed:
-            side.weights.bring(tensor)
-        verifier.check(item)
-        for side, tensor in needed:
-            side.weights.drop(tensor)
+        with _brought(source.checkpoint, item.source.tensors), _brought(result.checkpoint, ours):
+            verifier.check(item)
 
     def check_copy(tensor: Tensor) -> None:
         ours = result.checkpoint.tensors.get(tensor.name)
@@ -273,17 +252,25 @@ def _compared(result: _Side, source: _Side, plan: Plan, device: Device, progress
             return
         for start in range(0, max(1, tensor.nbytes), _WINDOW):
             length = min(_WINDOW, tensor.nbytes - start)
-            for side, one in ((source, tensor), (result, ours)):
-                side.weights.bring(one, start, length)
-            verifier.check_copy(tensor, start, start + length)
-            for side, one in ((source, tensor), (result, ours)):
-                side.weights.drop(one, start, length)
+            parts = [replace(one, offset=one.offset + start, nbytes=length) for one in (tensor, ours)]
+            with _brought(source.checkpoint, parts[:1]), _brought(result.checkpoint, parts[1:]):
+                verifier.check_copy(tensor, start, start + length)
 
     progress.stage("verifying", plan.bytes_out, len(plan.layers))
     items: list[Layer | Tensor] = [*plan.layers, *plan.copies]
     run_all(lambda item=item: check(item) for item in items)  # type: ignore[misc]
     progress.end()
     return verifier.report(result.checkpoint)
+
+
+@contextlib.contextmanager
+def _brought(checkpoint: Checkpoint, tensors: list[Tensor]) -> Iterator[None]:
+    """Have tensors at hand, from wherever they are, and let go of them at the end."""
+    checkpoint.read_ahead(tensors)
+    try:
+        yield
+    finally:
+        checkpoint.release(tensors)
 
 
 class _Files:
@@ -312,7 +299,7 @@ class _Files:
                 found[name] = "it is no file of the conversion"
             elif name in weights:
                 found[name] = self._weights(scratch / name, name)
-            elif name in (*Checkpoint.CONFIG_FILES, INDEX_FILE) and (scratch / name).exists():
+            elif name in (*CONFIG_FILES, INDEX_FILE) and (scratch / name).exists():
                 found[name] = difference((scratch / name).read_bytes(), self.result.content(name))
             elif name not in (CARD_FILE, REPORT_FILE, VERIFY_FILE):
                 found[name] = self._copied(name)
@@ -390,6 +377,13 @@ class _Files:
         if wrong := _where(expected, noted):
             return wrong
         return None if json_bytes(self.noted) == self.result.content(REPORT_FILE) else "it is written in another way"
+
+
+def _header(path: Path) -> bytes:
+    """The bytes before the first tensor of a weight file that was just written."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        return prefix + file.read(int.from_bytes(prefix, "little"))
 
 
 def _error(value: Any) -> float | None:

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from .._version import __version__
+from ..checkpoint.bounded import read_json
 from ..checkpoint.output_folder import check_free, check_space, new_folder, write_file, write_json
-from ..checkpoint.reader import Checkpoint, Tensor, read_json
+from ..checkpoint.reader import CONFIG_FILES, Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, Shards, shard_names
 from ..errors import SourceError, UnsupportedError
 from ..formats.gptq import ZeroPointEncoding
@@ -35,7 +36,7 @@ from ..options import CARD_FILE, REPORT_FILE, Format, HubAccess, Options, ZeroPo
 from ..progress import Progress
 from .blocks import run_all
 from .convert import keep_apart, opened
-from .files import copied_files, copy_files, needs_index, require_free_names, require_readable
+from .files import copied_files, copy_files, needs_index, require_free_names
 from .gptq_format import GPTQFormat
 from .gptq_writer import GPTQWriter, MarlinLayer
 
@@ -110,7 +111,7 @@ def restore(
         report = Restored(origin, out, format, zero_points, layers, copies, bool(noted))
         report.bytes_out = sum(t.nbytes for t in tensors)
         require_free_names(checkpoint, shard_names(tensors, options.max_shard_size))
-        require_readable(checkpoint)
+        checkpoint.require_readable()
         check_space(out.parent, report.bytes_out + sum(copied_files(checkpoint).values()) + (16 << 20))
         with new_folder(out, force=options.force) as folder:
             with Shards(folder, tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards:
@@ -132,11 +133,10 @@ def restore(
 
 def _noted(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the conversion noted about its source; {} for a checkpoint that another tool made."""
-    path = checkpoint.folder / REPORT_FILE
-    if not path.is_file():
+    if REPORT_FILE not in checkpoint.extra_files:
         return {}
     try:
-        noted = read_json(path).get("source_quantization")
+        noted = read_json(checkpoint.path(REPORT_FILE)).get("source_quantization")
     except SourceError:
         return {}
     return {key: value for key, value in noted.items() if _is_noted(key, value)} if isinstance(noted, dict) else {}
@@ -173,12 +173,12 @@ def marlin_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer[Tensor]]:
     found = list(find_configs(checkpoint.configs).values())
     if not any(layer_names(checkpoint.tensors, format) for format in (Format.MARLIN, Format.MARLIN_EXT)):
         raise UnsupportedError(
-            f"{checkpoint.folder}: not a Marlin checkpoint (no tensor is named B or marlin_qweight); "
+            f"{checkpoint.label}: not a Marlin checkpoint (no tensor is named B or marlin_qweight); "
             "to-gptq restores what marlin-convert, AutoGPTQ or vLLM's readers called Marlin."
         )
     if not found:
-        raise SourceError(f"{checkpoint.folder}: no quantization settings in config.json or quantize_config.json.")
-    return stored_layers(str(checkpoint.folder), checkpoint.tensors, read_marlin_settings(found[0]))
+        raise SourceError(f"{checkpoint.label}: no quantization settings in config.json or quantize_config.json.")
+    return stored_layers(checkpoint.label, checkpoint.tensors, read_marlin_settings(found[0]))
 
 
 def _layer(stored: StoredLayer[Tensor], noted: dict[str, Any], zero_points: str) -> MarlinLayer:
@@ -226,10 +226,10 @@ def _require_one_format(checkpoint: Checkpoint, layers: list[MarlinLayer], copie
     for tensor in copies:
         layer, _, part = tensor.name.rpartition(".")
         if layer in names and part in (*GPTQFormat.parts, *MARLIN_PARTS):
-            raise SourceError(f"{checkpoint.folder}: it holds {tensor.name} beside that layer's Marlin tensors.")
+            raise SourceError(f"{checkpoint.label}: it holds {tensor.name} beside that layer's Marlin tensors.")
         if part in _GPTQ_ONLY or is_marlin_part(checkpoint.tensors, tensor.name):
             raise SourceError(
-                f"{checkpoint.folder}: it holds {tensor.name}, of no layer in the format of the others; remove it, or "
+                f"{checkpoint.label}: it holds {tensor.name}, of no layer in the format of the others; remove it, or "
                 "convert the checkpoint again."
             )
 
@@ -277,7 +277,7 @@ def _write_configs(checkpoint: Checkpoint, report: Restored, folder: Path, noted
                 main[key] = value
         _restore_ties(main, noted.get("ties") or {})
         write_json(folder / "config.json", main)
-    for name in Checkpoint.CONFIG_FILES[1:]:
+    for name in CONFIG_FILES[1:]:
         if name in configs:
             write_json(folder / name, _with_format(configs[name], report.zero_points))
         elif not configs and name == "quantize_config.json":
@@ -338,11 +338,10 @@ def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any
 
 def _restore_card(checkpoint: Checkpoint, folder: Path) -> None:
     """The source's card: as it is, or out of the one that marlin-convert wrote, if that holds it."""
-    card = checkpoint.folder / CARD_FILE
-    if not card.is_file():
+    if CARD_FILE not in checkpoint.extra_files:
         return
-    content = card.read_bytes()
-    if (checkpoint.folder / REPORT_FILE).is_file():
+    content = checkpoint.path(CARD_FILE).read_bytes()
+    if REPORT_FILE in checkpoint.extra_files:
         _, marker, rest = content.decode("utf-8", "replace").partition("\n# Card of the source\n")
         _, _, text = rest.partition(":\n\n")
         if not (marker and text.strip()):

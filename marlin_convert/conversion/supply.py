@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
 from ..checkpoint.output_folder import check_space, existing
 from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import Shards
-from ..hub.open import Source
-from ..hub.prefetch import Arrivals
+from ..hub.prefetch import Prefetch
+from ..hub.repository import Remote
+from ..hub.weights import HubFiles
 from ..progress import Progress
 from .layer import Layer
 from .plan import Plan
@@ -34,10 +35,9 @@ def items(plan: Plan) -> list[Item]:
     return [*plan.layers, *plan.copies]
 
 
-def check_room(result: int, checkpoint: Checkpoint, origin: Source, out: Path, *, low_disk: bool) -> None:
+def check_room(result: int, checkpoint: Checkpoint, remote: Remote | None, out: Path, *, low_disk: bool) -> None:
     """Raise OutputError unless the disks have room for the result, of `result` bytes at `out`, and for what is to be
-    fetched beside it."""
-    remote = origin.remote
+    fetched from `remote` beside it."""
     coming = [] if remote is None else [remote.to_come(file) for file in checkpoint.weight_files]
     beside = 0 if remote is None else sum(map(remote.to_come, checkpoint.weights_beside))
     if remote is None or not (any(coming) or beside):
@@ -61,72 +61,66 @@ def _one_disk(cache: Path, out: Path) -> bool:
     return existing(cache).stat().st_dev == existing(out).stat().st_dev
 
 
-def arrivals(
-    checkpoint: Checkpoint, plan: Plan, origin: Source, shards: Shards, progress: Progress, *, low_disk: bool
-) -> contextlib.AbstractContextManager[Arrivals | None]:
-    """The weight files that are still on the Hub, on their way; None where all are here.
+@contextlib.contextmanager
+def prefetching(
+    checkpoint: Checkpoint, plan: Plan, hub: HubFiles | None, shards: Shards, progress: Progress, *, low_disk: bool
+) -> Iterator[Callable[[], None]]:
+    """Fetch the weight files that are still on the Hub, in the background; gives what stops that.
 
     With `low_disk`, a file is fetched when it has room within what the result (`shards`) takes in the end and one more
     file of the source; on a disk of its own, the cache holds two files.
     """
-    remote = origin.remote
-    if remote is None:
-        return contextlib.nullcontext()
+    if hub is None:
+        yield lambda: None
+        return
+    remote, files = hub.remote, [hub.weights[name] for name in checkpoint.weight_files]
     largest = max(remote.files[file].size for file in checkpoint.weight_files)
     one_disk = _one_disk(remote.cache.folder, shards.folder)
 
-    def room(nbytes: int) -> bool:
+    def room(nbytes: int, held: int) -> bool:
         limit, used = (plan.bytes_out + largest, shards.written) if one_disk else (2 * largest, 0)
-        return weights.held + nbytes + used <= limit
+        return held + nbytes + used <= limit
 
     hear = progress.meanwhile("downloading", sum(map(remote.to_come, checkpoint.weight_files)))
     together = [files_of(item) for item in items(plan)]
-    weights = Arrivals(remote, checkpoint.weight_files, together, hear, room if low_disk else None)
-    return weights
+    with Prefetch(remote, files, together, hear, room if low_disk else None) as prefetch:
+        yield prefetch.stop
 
 
 class Supply:
-    """The items of a plan, in the order in which they can be converted; see `items`.
+    """The items of a plan (see `items`), each as soon as the weight files that it is read from have arrived.
 
-    `weights` brings the files of `checkpoint`, all of which are there without it. With `release`, a file is closed and
-    given back to `weights` once all its items are `finished`.
+    `stop` lets whoever waits for a file go on. With `drop`, a file is let go once all its items are `finished`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, weights: Arrivals | None, *, release: bool) -> None:
-        self._checkpoint, self._items, self._weights, self._release = checkpoint, items(plan), weights, release
-        self._users = Counter(file for item in self._items for file in files_of(item))
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, stop: Callable[[], None], *, drop: bool) -> None:
+        self._checkpoint, self.stop, self._drop = checkpoint, stop, drop
+        order = {file: number for number, file in enumerate(checkpoint.weight_files)}
+        self._complete: dict[str, list[Item]] = {file: [] for file in order}  # by the last file that they need
+        self._users: Counter[str] = Counter()
+        for item in items(plan):
+            files = files_of(item)
+            self._complete[max(files, key=order.__getitem__)].append(item)
+            self._users.update(files)
         self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[Item]:
-        if self._weights is None:
-            yield from self._items
-            return
-        there: set[str] = set()
-        left = self._items
-        for file, path in self._weights:
-            self._checkpoint.arrived(file, path)
-            there.add(file)
+        for file in self._checkpoint.weight_files:
+            if not self._checkpoint.wait_for(file):
+                return
             if not self._users[file]:
-                self._give_back(file)
-            ready = [item for item in left if files_of(item) <= there]
-            left = [item for item in left if not files_of(item) <= there]
-            yield from ready
+                self._let_go(file)
+            yield from self._complete[file]
 
     def finished(self, item: Item) -> None:
-        """Nothing more is read of `item`. From any thread."""
+        """Tell that nothing more is read of `item`. From any thread."""
         for file in files_of(item):
             with self._lock:
                 self._users[file] -= 1
                 last = not self._users[file]
             if last:
-                self._give_back(file)
+                self._let_go(file)
 
-    def _give_back(self, file: str) -> None:
-        if self._release and self._weights is not None:
-            self._checkpoint.release(file)
-            self._weights.release(file)
-
-    def stop(self) -> None:
-        """Let whoever waits for the next item go on."""
-        if self._weights is not None:
-            self._weights.stop()
+    def _let_go(self, file: str) -> None:
+        if self._drop:
+            self._checkpoint.drop(file)

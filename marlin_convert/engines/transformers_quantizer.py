@@ -11,9 +11,9 @@ random weights in it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.import_utils import is_accelerate_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.reader import Checkpoint, Tensor, read_header
+from ..checkpoint.reader import Checkpoint, Tensor
+from ..checkpoint.weight_file import LocalWeightFile
 from ..conversion.layer_reader import LayerReader
 from ..conversion.plan import make_plan
 from ..device import pick_device
@@ -83,11 +84,8 @@ def tensors_of(files: Sequence[str | Path]) -> dict[str, Tensor]:
     """What the safetensors `files` hold, by name."""
     tensors: dict[str, Tensor] = {}
     for file in map(Path, files):
-        fd = os.open(file, os.O_RDONLY)
-        try:
-            tensors |= {tensor.name: tensor for tensor in read_header(fd, file, file.name)}
-        finally:
-            os.close(fd)
+        with contextlib.closing(LocalWeightFile(file, file.name, str(file))) as opened:
+            tensors |= {tensor.name: tensor for tensor in opened.header()}
     return tensors
 
 
@@ -270,7 +268,7 @@ def load_dequantized(
     where = torch.device("cpu") if chosen.kind == "cpu" else cuda.torch_device(chosen)
     origin = fetch(str(source), revision=revision, token=token, cache_dir=cache_dir)
     tensors: dict[str, torch.Tensor] = {}
-    with Checkpoint(origin.folder) as checkpoint:
+    with Checkpoint(origin.files) as checkpoint:
         plan = make_plan(checkpoint)
         plan.require_convertible()
         for tensor in plan.copies:

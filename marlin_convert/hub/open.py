@@ -4,50 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..checkpoint.reader import Checkpoint
-from ..errors import HubError, MarlinConvertError, SourceError
+from ..checkpoint.files import CheckpointFiles, Folder
+from ..checkpoint.index import weight_files
+from ..checkpoint.reader import CONFIG_FILES, Checkpoint, read_configs
+from ..errors import HubError, SourceError
+from ..options import HubAccess
 from .address import repository
 from .cache import commit_of_snapshot
 from .client import checked_token, explained, interruptible, is_folder, unreachable
 from .download import Hear
 from .repository import Remote
+from .weights import HubFiles, Meanwhile
+
+#: What a plan notes offline.
+NOT_REACHED = "the Hub was not reached: of what lies beside the weights, what the cache holds"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source on disk. `label` is how the user named it (a folder's own name, or the Hub id). With `remote`, its
-    weight files still are on the Hub, and those in `folder` hold no more than a plan needs."""
+    """A source on disk. `label` is how the user named it (a folder's own name, or the Hub id). With `hub`, its weight
+    files still are on the Hub, and `folder` holds no more than a plan needs."""
 
     folder: Path
     label: str
     commit: str | None = None  # of the Hub repository
-    remote: Remote | None = None
-
-    def bring_extra_files(self, checkpoint: Checkpoint, meanwhile: Callable[[str, int], Hear]) -> None:
-        """Let `checkpoint`, the one in `folder`, have what lies beside its weights, which a plan does not read."""
-        remote = self.remote
-        if remote is None:
-            return
-        others = list(checkpoint.weights_beside)
-        with explained(remote.repo_id, remote.revision):
-            cached = interruptible(remote.fetch_small)
-            hear = meanwhile("downloading other files", sum(map(remote.to_come, others)))
-            interruptible(lambda: [remote.fetch(name, hear) for name in others])
-        for name in checkpoint.extra_files:
-            path = self.folder / name
-            path.unlink(missing_ok=True)
-            path.symlink_to((cached / name).resolve())
-            checkpoint.moved(name, path)
+    hub: HubFiles | None = None
 
     @property
     def on_hub(self) -> bool:
         """Whether `label` is a Hub id."""
         return self.commit is not None
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """Its files, for `Checkpoint`: those of a Hub repository are called by its id."""
+        return self.hub or Folder(self.folder, self.label if self.on_hub else None)
 
 
 def _bar(label: str, total_bytes: int) -> Hear:
@@ -72,7 +67,7 @@ def fetch(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: Path | None = None,
-    meanwhile: Callable[[str, int], Hear] = _bar,
+    meanwhile: Meanwhile = _bar,
     everything: bool = False,
 ) -> Source:
     """The source's folder: itself, when it is one, else downloaded to (or found in) the shared Hub cache.
@@ -89,8 +84,8 @@ def fetch(
         remote = Remote.find(source, revision, checked_token(token), cache_dir)
         if remote is None:
             return None
-        with _named(source, folder := remote.fetch_small(remote.configs)):
-            weights = remote.weights(folder)
+        with contextlib.closing(HubFiles(remote, meanwhile)) as files:
+            weights = weight_files(files, read_configs(files))[0]
         folder = remote.fetch_small()
         if everything:
             weights += remote.weights_beside(weights)
@@ -104,50 +99,31 @@ def fetch(
 
 
 @contextlib.contextmanager
-def looked_into(
-    source: str,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: Path | None = None,
-    scales: bool = False,
-) -> Iterator[Source]:
-    """The source as far as a plan needs it. For a Hub id: its configs, and weight files that are empty (sparse) but
-    for their headers, `g_idx` and `qzeros`, read by Range requests (see `Remote.mirror`); removed at the end.
+def opened_for_planning(
+    source: str, access: HubAccess, meanwhile: Meanwhile = _bar
+) -> Iterator[tuple[Source, Checkpoint]]:
+    """Open the source as far as a plan needs it: no weight file of a Hub id is fetched, only the parts that are read,
+    by Range requests.
 
     Raises what `fetch` raises. Offline, the cache must hold what `fetch` fetches.
     """
-    source, revision = repository(source, revision)
-    if is_folder(source):
-        yield _folder(source, revision)
-        return
-    with tempfile.TemporaryDirectory(prefix="marlin-convert-") as name:
-        folder = Path(name)
+    source, revision = repository(source, access.revision)
+    access = replace(access, revision=revision)
+    origin = _folder(source, revision) if is_folder(source) else _looked_into(source, access, meanwhile)
+    with Checkpoint(origin.files) as checkpoint:
+        if origin.on_hub and origin.hub is None:  # nobody to ask what else the repository has
+            checkpoint.notes.append(NOT_REACHED)
+        yield origin, checkpoint
 
-        def work() -> Remote | None:
-            remote = Remote.find(source, revision, checked_token(token), cache_dir)
-            if remote is not None:
-                remote.mirror(folder, scales=scales)
-            return remote
 
-        with explained(source, revision), _named(source, folder):
-            remote = interruptible(work)
+def _looked_into(source: str, access: HubAccess, meanwhile: Meanwhile) -> Source:
+    with explained(source, access.revision):
+        remote = interruptible(
+            lambda: Remote.find(source, access.revision, checked_token(access.token), access.cache_dir)
+        )
         if remote is None:  # no network: what the cache holds will do, if it holds all
-            with explained(source, revision):
-                found = _cached(source, revision, cache_dir)
-            yield found
-            return
-        with _named(source, folder):
-            yield Source(folder, source, remote.commit, remote)
-
-
-@contextlib.contextmanager
-def _named(source: str, folder: Path) -> Iterator[None]:
-    """Errors name the source as the user does, not the folder that stands for it."""
-    try:
-        yield
-    except MarlinConvertError as error:
-        raise type(error)(error.message.replace(str(folder), source)) from None
+            return _cached(source, access.revision, access.cache_dir)
+    return Source(remote.cache.snapshot(remote.commit), source, remote.commit, HubFiles(remote, meanwhile))
 
 
 def _folder(source: str, revision: str | None) -> Source:
@@ -162,7 +138,7 @@ def _cached(source: str, revision: str | None, cache_dir: Path | None) -> Source
     """The source from the cache alone; raises what huggingface_hub raises where it holds only a part."""
     from huggingface_hub import snapshot_download
 
-    configs = list(Checkpoint.CONFIG_FILES)
+    configs = list(CONFIG_FILES)
     folder = Path(
         snapshot_download(source, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=configs)
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._version import __version__
-from ..checkpoint.reader import INDEX_SUFFIX, WEIGHT_SUFFIXES
+from ..checkpoint.index import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from ..errors import HubError
 from ..options import PublishTarget
 from .answers import account_of, describe, files_of

@@ -152,7 +152,7 @@ def test_read_into_continues_after_short_reads(
 
 def test_file_that_shrinks(counting: tuple[Checkpoint, Tensor]) -> None:
     checkpoint, tensor = counting
-    os.truncate(checkpoint.folder / "model.safetensors", tensor.offset + 500)
+    os.truncate(checkpoint.path("model.safetensors"), tensor.offset + 500)
     with pytest.raises(SourceError, match=r"model\.safetensors.*shorter"):
         checkpoint.read_into(tensor, np.zeros(1000, np.uint8))
 

@@ -7,7 +7,6 @@ for a file.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -25,11 +24,10 @@ import numpy as np
 import pytest
 import torch
 
+from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion import supply
-from marlin_convert.conversion.convert import looked_at
 from marlin_convert.conversion.supply import check_room
 from marlin_convert.errors import OutputError
-from marlin_convert.options import HubAccess
 from tests.support import hub_server
 from tests.support.cli import PATIENCE, PROGRAM, Run, refusal, running
 from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
@@ -397,7 +395,7 @@ def test_what_cannot_be_converted_does_not_travel(hub: Hub, online: Callable[...
 
 
 def test_scales_decide_about_the_format(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
-    """bf16 scales that fp16 cannot hold are seen before any weight comes; inf in fp16 ones when they come."""
+    """bf16 scales that fp16 cannot hold, and inf in fp16 ones, are seen before any weight comes, as in a dry run."""
     scales = np.full((2, 512), 1e5)
     layers = {"up_proj": GPTQLayer(K=256, N=512, scale_dtype=torch.bfloat16, scales=scales)}
     hub.add(REPO, write_source(tmp_path / "bf16", layers).folder)
@@ -406,9 +404,12 @@ def test_scales_decide_about_the_format(hub: Hub, online: Callable[..., Run], tm
 
     layers = {"up_proj": GPTQLayer(K=2048, N=2048, scales=np.full((16, 2048), np.inf))}
     hub.add("someone/inf", write_source(tmp_path / "inf", layers).folder)
-    result = online("someone/inf", tmp_path / "inf-out", "--quiet")
-    assert result.code == 4
-    assert result.err == "marlin-convert: up_proj: scales contain inf or NaN; nothing was converted.\n"
+    hub.requests.clear()
+    for where in (tmp_path / "inf-out", "--dry-run"):
+        result = online("someone/inf", where, "--quiet")
+        assert result.code == 4
+        assert "  - scales contain inf or NaN: up_proj\n" in result.err
+    assert not [request for request in hub.requests if whole(request)]
     assert not (tmp_path / "inf-out").exists()
     assert not list(tmp_path.glob(".inf-out*"))
 
@@ -431,11 +432,11 @@ def test_room_on_the_disk(hub: Hub, repository: Source, tmp_path: Path, monkeypa
     files = {p.name: RemoteFile(p.name, p.stat().st_size, "0" * 64) for p in weights_of(repository)}
     remote = Remote(REPO, None, "0" * 40, None, tmp_path / "cache", files)
     source, largest = sum(f.size for f in files.values()), max(f.size for f in files.values())
-    with looked_at(repository.folder, HubAccess()) as (origin, checkpoint):
-        origin, result = dataclasses.replace(origin, remote=remote), 8_000_000
+    with Checkpoint(repository.folder) as checkpoint:
+        result = 8_000_000
 
         def check(*, low_disk: bool) -> None:
-            check_room(result, checkpoint, origin, tmp_path / "out", low_disk=low_disk)
+            check_room(result, checkpoint, remote, tmp_path / "out", low_disk=low_disk)
 
         needed: list[int] = []
         monkeypatch.setattr(supply, "check_space", lambda folder, nbytes, *_: needed.append(nbytes))
@@ -512,7 +513,8 @@ def test_a_disk_that_fills_up(
 def test_progress_of_the_download(hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path) -> None:
     lines = online(REPO, tmp_path / "out").err.splitlines()
     size = sum(p.stat().st_size for p in weights_of(repository)) / 1e6
-    assert lines[0] == f"downloading: {size:.1f} MB"
+    assert lines[0] == "reading scales and zero points: 307.2 kB"
+    assert f"downloading: {size:.1f} MB" in lines
     (done,) = [line for line in lines if line.startswith("downloading: done")]
     assert f", {size:.1f} MB in " in done
 
