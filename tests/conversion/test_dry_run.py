@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.cli import Run
 from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, write_source
+from tests.support.hub_server import Hub
 
 #: What a scale may be that is no usual number, and the types that can hold it.
 ODD_SCALES = {
@@ -137,25 +138,59 @@ def test_a_dry_run_says_what_the_conversion_does(
                 if layer.damage:
                     DAMAGES[layer.damage](tensors, name)
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        compare(main, folder, Path(room) / "out", options)
+        event(f"exit code {compare(main, folder, Path(room) / 'out', options)}")
 
 
-def compare(main: Callable[..., Run], source: Path, out: Path, options: tuple[str, ...]) -> None:
+HUB_SOURCES = {
+    "sound": [Made(), Made(K=384, N=512)],
+    "beyond fp16": [Made(dtype=torch.bfloat16, odd_scale="beyond fp16")],
+    "beyond bf16": [Made(), Made(dtype=torch.float32, odd_scale="beyond bf16")],
+    "NaN": [Made(odd_scale="NaN")],
+    "inf among groups of 32": [Made(), Made(odd_scale="inf", group_size=32)],
+    "act-order": [Made(order="shuffled", zeros="asymmetric")],
+    "damaged": [Made(), Made(damage="no scales")],
+}
+
+
+@pytest.mark.parametrize("kind", HUB_SOURCES)
+def test_of_a_source_on_the_hub(hub: Hub, online: Callable[..., Run], tmp_path: Path, kind: str) -> None:
+    """Of which a dry run fetches parts only."""
+    folder, made = tmp_path / "upload", HUB_SOURCES[kind]
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(len(made))]
+    write_source(folder, {name: layer.layer(i) for i, (name, layer) in enumerate(zip(names, made, strict=True))})
+    if made[-1].damage:
+        tensors = load_file(folder / "model.safetensors")
+        DAMAGES[made[-1].damage](tensors, names[-1])
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    hub.add("someone/source", folder)
+    compare(online, "someone/source", tmp_path / "out", ())
+
+
+def test_scales_of_nothing_but_zeros_on_the_hub(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
+    hub.add("someone/zeros", write_source(tmp_path / "zeros", {"a": GPTQLayer(scales=np.zeros((2, 256)))}).folder)
+    hub.add("someone/sound", write_source(tmp_path / "sound", {"a": GPTQLayer()}).folder)
+    for name, noted in (("zeros", True), ("sound", False)):
+        for where in ("--dry-run", tmp_path / f"{name}-out"):
+            notes = online(f"someone/{name}", where, "--json").json()["notes"]
+            assert any(note["note"].startswith("every scale is 0") for note in notes) is noted
+
+
+def compare(main: Callable[..., Run], source: Path | str, out: Path, options: tuple[str, ...]) -> int:
+    """The exit code of both."""
     planned, done = (main(source, *where, *options, "--json", "--device", "cpu") for where in (("--dry-run",), (out,)))
     assert planned.code == done.code, (planned.out, done.out)
-    event(f"exit code {done.code}")
     plan, result = planned.json(), done.json()
     assert out.exists() == (done.code == 0)
     if done.code != 0:
         if "convertible" not in plan:  # an error of another kind than a layer that cannot be converted
             assert plan == result
-            return
+            return done.code
         assert plan["convertible"] is False
         told = result["message"]
         assert plan["refused"]
         for refusal in plan["refused"]:
             assert refusal["reason"] in told, told
-        return
+        return done.code
     assert plan["convertible"] is True
     assert plan["refused"] == []
     same = ("format", "group_size", "why_extended", "notes", "bytes_in", "bytes_out", "source")
@@ -174,6 +209,7 @@ def compare(main: Callable[..., Run], source: Path, out: Path, options: tuple[st
     assert not stored.keys() & set(plan["dropped"])
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["checkpoint_format"] == plan["format"]
+    return done.code
 
 
 @pytest.mark.parametrize("options", [(), ("--format", "marlin-ext")], ids=["auto", "marlin-ext"])
