@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,10 @@ class Progress:
     def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
         """Beside the stages, `total_bytes` bytes begin to move; tell what is returned of every part of them."""
         return lambda nbytes: None
+
+    def waiting(self, label: str) -> AbstractContextManager[None]:
+        """While the context lasts, something goes on of which nothing can be counted."""
+        return nullcontext()
 
 
 class BytesOnly(Progress):

@@ -197,7 +197,9 @@ def push(
     from ..conversion.convert import push_result
 
     screen = _screen(output)
-    screen.pushed(push_result(out, PublishTarget(repo_id, **publishing), force=force, token=token))
+    with screen.doing(f"uploading {out} to {repo_id}"):
+        address = push_result(out, PublishTarget(repo_id, **publishing), force=force, token=token)
+    screen.pushed(address)
 
 
 @cli.command("to-gptq")
@@ -260,8 +262,10 @@ def generate(output: OutputOptions, /, out: str, prompt: str, device: str, acces
     from ..engines.generate import generate as continue_prompt
 
     screen = _screen(output)
-    with screen.text(prompt) as on_text:
-        done = continue_prompt(out, prompt, Sampling(**sampling), Options(device=device), on_text, access=access)
+    with screen.progress() as progress, screen.text(prompt) as on_text:
+        done = continue_prompt(
+            out, prompt, Sampling(**sampling), Options(device=device), on_text, progress, access=access
+        )
     screen.generated(done)
 
 

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import MofNCompleteColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -31,7 +30,7 @@ from ..options import Options
 from ..progress import Progress
 from ..text import visible
 from .console import Lossy, PlainConsole
-from .progress import BYTES, Bars, PlainLines, size, waiting
+from .progress import Bars, PlainLines, size
 
 if TYPE_CHECKING:
     from ..bench.results import Cell, LayerResult, Machine
@@ -60,8 +59,7 @@ class Screen:
         # A file or a pipe has no width of its own; tables should not be folded for it.
         self.out = PlainConsole(width=None if sys.stdout.isatty() else 200)
         self.err = PlainConsole(file=Lossy(sys.stderr))
-        if self.silent or not self.err.is_terminal:
-            hub.quiet()
+        hub.quiet()
 
     @contextlib.contextmanager
     def progress(self, *, timings: bool = False) -> Iterator[Progress]:
@@ -72,7 +70,7 @@ class Screen:
         if self.silent:
             yield Progress()
         elif self.err.is_terminal:
-            bars = Bars(self.err, (MofNCompleteColumn,) if timings else BYTES)
+            bars = Bars(self.err, timings=timings)
             try:
                 yield bars
             finally:
@@ -99,9 +97,11 @@ class Screen:
         if not self.silent and not cpu.native_available():
             self.err.print(_labelled(cpu.describe(), "slow:", "yellow"), soft_wrap=True)
 
-    def doing(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Say that `what` goes on while the context lasts, where no bar shows it."""
-        return contextlib.nullcontext() if self.silent else waiting(self.err, what)
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Say that `what` goes on while the context lasts, where nothing is counted."""
+        with self.progress() as progress, progress.waiting(what):
+            yield
 
     def already_marlin(self, text: str) -> None:
         self._say(text)

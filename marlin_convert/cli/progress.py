@@ -7,13 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -42,26 +45,62 @@ class LayerColumn(ProgressColumn):
         return self.Tail(task.fields["layer"])
 
 
-#: Columns of a bar that counts bytes.
-BYTES = (DownloadColumn, TransferSpeedColumn)
+class Roomy(ProgressColumn):
+    """A column that is left out where the terminal is narrower than `least`, and of what cannot be counted."""
+
+    def __init__(self, inner: ProgressColumn, console: Console, least: int = 0, *, uncounted: bool = False) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._inner, self._console, self._least, self._uncounted = inner, console, least, uncounted
+
+    def render(self, task: Task) -> RenderableType:
+        shown = self._console.width >= self._least and (task.total is not None or self._uncounted)
+        return self._inner(task) if shown else Text("")
+
+
+class TimeColumn(ProgressColumn):
+    """The time that is left, where that is known; of what cannot be counted, the time that has gone by."""
+
+    def __init__(self, waits: Callable[[Task], bool]) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._waits, self._left, self._gone = waits, TimeRemainingColumn(), TimeElapsedColumn()
+
+    def render(self, task: Task) -> RenderableType:
+        if task.total is None:
+            return self._gone(task)
+        return Text("") if self._waits(task) else self._left(task)
+
+
+#: Columns of a terminal from which on there is room for the layer's name, for the rate, and for a bar.
+FOR_LAYER, FOR_RATE, FOR_BAR = 80, 72, 60
 
 
 class Bars(Progress):
-    """A live bar on one line: bytes and their rate (or what `amounts` shows), time left, layers, the layer at hand."""
+    """A live line for each thing that goes on: bytes and their rate (or what is counted instead), time left, layers,
+    the layer at hand. What finds no room is left out: the layer first, then the rate, then the bar."""
 
-    def __init__(self, console: Console, amounts: tuple[type[ProgressColumn], ...] = BYTES) -> None:
+    def __init__(self, console: Console, *, timings: bool = False) -> None:
+        bar = BarColumn(bar_width=10 if console.width < 100 else 24)
+        rate = () if timings else (Roomy(TransferSpeedColumn(), console, FOR_RATE),)
         self._bars = RichBars(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=10 if console.width < 100 else 24, table_column=Column(no_wrap=True)),
-            *(column(table_column=Column(no_wrap=True)) for column in amounts),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            Roomy(bar, console, FOR_BAR, uncounted=True),
+            Roomy(MofNCompleteColumn() if timings else DownloadColumn(), console),
+            *rate,
+            TimeColumn(self._waits),
             TextColumn("{task.fields[layers]}"),
             LayerColumn(table_column=Column(no_wrap=True, ratio=1)),
             console=console,
             transient=True,
             expand=True,
         )
+        self._console = console
         self._lock = threading.Lock()
+        self._task: TaskID | None = None
+
+    def _waits(self, task: Task) -> bool:
+        """Whether a task may wait for a download, which alone tells how long it takes."""
+        others = (x for x in self._bars.tasks if x.id != self._task and x.total is not None)
+        return task.id == self._task and any(not x.finished for x in others)
 
     def stage(self, label: str, total_bytes: int, layers: int) -> None:
         self._done, self._layers, self._layer = 0, layers, ""
@@ -69,15 +108,19 @@ class Bars(Progress):
         self._bars.start()
 
     def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
+        assert self._task is not None
         with self._lock:
             self._done += done
             self._layer = layer or self._layer
             self._bars.update(
-                self._task, advance=nbytes, layers=f"{self._done}/{self._layers} layers", layer=self._layer
-            )
+                self._task, advance=nbytes, layers=f"{self._done}/{self._layers} layers",
+                layer=self._layer if self._console.width >= FOR_LAYER else "",
+            )  # fmt: skip
 
     def end(self) -> None:
-        self._bars.remove_task(self._task)
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = None
         self._bars.stop()
 
     def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
@@ -85,7 +128,25 @@ class Bars(Progress):
             return super().meanwhile(label, total_bytes)
         task = self._bars.add_task(label, total=total_bytes, layers="", layer="")
         self._bars.start()
-        return lambda nbytes: self._bars.update(task, advance=nbytes)
+        come = 0
+
+        def hear(nbytes: int) -> None:
+            nonlocal come
+            come += nbytes
+            self._bars.update(task, advance=nbytes, visible=come < total_bytes)
+
+        return hear
+
+    @contextlib.contextmanager
+    def waiting(self, label: str) -> Iterator[None]:
+        task = self._bars.add_task(label, total=None, layers="", layer="")
+        self._bars.start()
+        try:
+            yield
+        finally:
+            self._bars.remove_task(task)
+            if not self._bars.tasks:
+                self._bars.stop()
 
     def stop(self) -> None:
         self._bars.stop()
@@ -144,6 +205,9 @@ class PlainLines(Progress):
                 )
 
         return hear
+
+    def waiting(self, label: str) -> contextlib.AbstractContextManager[None]:
+        return waiting(self._console, label)
 
     def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)

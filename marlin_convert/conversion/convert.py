@@ -187,7 +187,8 @@ def convert(
     if options.attest:
         write_statement(options.attest, report.as_file(), out / REPORT_FILE)
     if options.target:
-        report.pushed = push_result(out, options.target, force=options.force, token=access.token)
+        with progress.waiting(f"uploading to {options.target.repo_id}"):
+            report.pushed = push_result(out, options.target, force=options.force, token=access.token)
     return report
 
 

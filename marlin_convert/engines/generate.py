@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import INSTALL_RUN, DeviceError, MissingPackageError, SourceError, UnsupportedError, require
+from ..hub.open import fetch
 from ..options import HubAccess, Options
+from ..progress import Progress
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -84,20 +86,28 @@ def generate(
     sampling: Sampling | None = None,
     options: Options | None = None,
     on_text: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
     *,
     access: HubAccess | None = None,
 ) -> Generated:
     """Continue `prompt` with the Marlin checkpoint `source`, a folder or a Hub id.
 
-    `on_text` gets each piece of text as soon as it is final. `options` give the device, `access` the Hub's settings.
+    `on_text` gets each piece of text as soon as it is final; `progress` hears of what comes before. `options` give
+    the device, `access` the Hub's settings.
     Raises MarlinConvertError when torch or Transformers is missing, and what `load` raises.
     """
     sampling, options, access = sampling or Sampling(), options or Options(), access or HubAccess()
-    started = time.monotonic()
-    with transformers_quietly() as hf, _explained(str(source)):
-        hub = {"revision": access.revision, "token": access.token, "cache_dir": access.cache_dir}
-        model = hf.load(source, device=options.device, **hub)
-        tokenizer = hf.load_tokenizer(source, **hub)
+    progress, started = progress or Progress(), time.monotonic()
+    with contextlib.ExitStack() as stack:
+        with progress.waiting("loading the model"):
+            hf = stack.enter_context(transformers_quietly())
+            stack.enter_context(_explained(str(source)))
+            origin = fetch(
+                str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir,
+                meanwhile=progress.meanwhile,
+            )  # fmt: skip
+            model = hf.load_from(origin, device=options.device)
+            tokenizer = hf.tokenizer_from(origin)
         loaded = time.monotonic()
         return _continue(model, tokenizer, prompt, sampling, on_text, loaded - started)
 

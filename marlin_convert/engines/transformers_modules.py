@@ -115,8 +115,11 @@ def put_layers(
     for owner, found in halves.items():
         _put_halves(model, owner, found)
     for holder, parts in experts.items():
-        module = _expert_layers(holder, modules[holder], parts, converters, tensors, placed)
-        model.set_submodule(holder, module)
+        if _computed_as_usual(modules[holder]):
+            module = _expert_layers(holder, modules[holder], parts, converters, tensors, placed)
+            model.set_submodule(holder, module)
+        else:
+            _dequantize_experts_later(holder, modules[holder], parts, placed)
     return placed
 
 
@@ -232,6 +235,17 @@ def _put_halves(model: PreTrainedModel, owner: str, found: dict[str, StoredLayer
 # ---- Experts ----
 
 
+#: What fused experts hold.
+_FUSED = tuple(f"{name}{bias}" for name in ("gate_up_proj", "up_proj", "down_proj") for bias in ("", "_bias"))
+
+
+def _marker(parameter: Any) -> torch.Tensor:
+    """Stands for a tensor that is no more, for code that fills it with random numbers: it leaves alone what is done."""
+    marker = torch.empty_like(parameter, device="meta")
+    marker._is_hf_initialized = True  # type: ignore[attr-defined]
+    return marker
+
+
 class MarlinExpert(nn.Module):
     """One expert, with its layers under the names that the checkpoint has for them: gate (if it has one), up, down."""
 
@@ -261,9 +275,12 @@ class MarlinExperts(nn.Module):
         for name, module in fused.named_children():
             self.add_module(name, module)
         for name, parameter in fused.named_parameters(recurse=False):
-            if name.removesuffix("_bias") not in ("gate_up_proj", "up_proj", "down_proj"):
+            if name not in _FUSED:
                 self.register_parameter(name, parameter)
         self._count = len(experts)
+        for name in _FUSED:
+            if name in fused._parameters:
+                own[name] = _marker(fused._parameters[name])
         self._gate = getattr(type(fused), "_apply_gate", None)
         self._identity = hasattr(fused, "identity_expert")  # of those that come after the others
         self._interleaved = not getattr(fused, "is_concatenated", True)
@@ -318,8 +335,6 @@ def _expert_layers(
     """The module for fused experts `module`, from the checkpoint's layers ("3.up_proj" → layer). Layers of some experts
     that are not quantized are linears in it."""
     kind = type(module).__name__
-    if not (hasattr(module, "is_transposed") or kind in _SAME_EXPERTS):
-        raise UnsupportedError(f"{holder}: how {kind} computes its experts is not known; Marlin cannot replace it.")
     gated = isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
     names = _names_of_experts(holder, {part.split(".", 1)[1] for part in parts}, converters, gated)
     down = module.down_proj
@@ -349,6 +364,46 @@ def _expert_layers(
     if parts:
         raise UnsupportedError(f"{holder}: the model has {count} experts; {some(sorted(parts))} are not among them.")
     return MarlinExperts(module, experts)
+
+
+def _computed_as_usual(fused: nn.Module) -> bool:
+    """Whether fused experts are computed as Transformers' experts interface has it."""
+    return hasattr(fused, "is_transposed") or type(fused).__name__ in _SAME_EXPERTS
+
+
+def _dequantize_experts_later(
+    holder: str, fused: nn.Module, parts: dict[str, StoredLayer[Tensor]], placed: Placed
+) -> None:
+    """Let `fused`, which computes its experts in its own way, load their layers, and have its tensors made of them."""
+    shapes = {name: parameter.shape for name, parameter in fused.named_parameters(recurse=False)}
+    wanted = {f"{number}.{name}" for name, shape in shapes.items() for number in range(shape[0])}
+    if wanted != parts.keys() or any(
+        shapes[part.split(".")[1]][1:] != (x.N, x.K) or x.N == x.K or x.bias for part, x in parts.items()
+    ):
+        raise UnsupportedError(
+            f"{holder}: how {type(fused).__name__} holds and computes its experts is not known; "
+            "Marlin cannot replace it."
+        )
+    experts = [
+        MarlinExpert({name: empty_module(parts[f"{number}.{name}"]) for name in shapes})
+        for number in range(len(parts) // len(shapes))
+    ]
+    dtypes = {name: parameter.dtype for name, parameter in fused.named_parameters(recurse=False)}
+    for name in shapes:
+        fused.__dict__[name] = _marker(fused._parameters.pop(name))
+    for number, expert in enumerate(experts):
+        fused.add_module(str(number), expert)
+
+    def finish() -> None:
+        for number in range(len(experts)):
+            del fused._modules[str(number)]
+        for name in shapes:
+            del fused.__dict__[name]
+            rows = [getattr(expert, name).dequantize(dtypes[name]).t() for expert in experts]
+            fused.register_parameter(name, nn.Parameter(torch.stack(rows), requires_grad=False))
+
+    placed.dequantized += [layer.name for layer in parts.values()]
+    placed.later.append(finish)
 
 
 def _plain_linear(

@@ -36,7 +36,7 @@ from ..device import pick_device
 from ..errors import SourceError, UnsupportedError
 from ..formats.marlin_config import is_marlin, read_marlin_settings
 from ..formats.stored import MARLIN_PARTS, stored_layers
-from ..hub.open import fetch
+from ..hub.open import Source, fetch
 from ..native import cuda
 from .linear import MarlinLinear
 from .transformers_modules import put_layers, some
@@ -224,9 +224,19 @@ def load(
     weight files. Raises SourceError when it is no Marlin checkpoint or does not fit the model, DeviceError when the
     device does not suit, HubError when the Hub does not give it.
     """
+    if "device_map" not in kwargs:
+        pick_device(device)  # what is wrong with it is said before anything is downloaded
+    origin = fetch(str(source), revision=revision, token=token, cache_dir=cache_dir)
+    return load_from(origin, device=device, dtype=dtype, auto_class=auto_class, **kwargs)
+
+
+def load_from(
+    origin: Source, *, device: str = "auto", dtype: torch.dtype | str = "auto",
+    auto_class: Any = AutoModelForCausalLM, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """`load`, of what is on this disk already."""
     chosen = None if "device_map" in kwargs else pick_device(device)
     where = torch.device("cpu") if chosen is None or chosen.kind == "cpu" else cuda.torch_device(chosen)
-    origin = fetch(str(source), revision=revision, token=token, cache_dir=cache_dir)
     config = AutoConfig.from_pretrained(origin.folder, trust_remote_code=kwargs.get("trust_remote_code"))
     _complete_config(config, origin.folder, origin.label)
     _name_weights(config, origin.folder, origin.label)
@@ -242,7 +252,11 @@ def load_tokenizer(
     source: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None
 ) -> Any:
     """The tokenizer of a checkpoint, a folder or a Hub id. Raises SourceError when it has none."""
-    origin = fetch(str(source), revision=revision, token=token, cache_dir=cache_dir)
+    return tokenizer_from(fetch(str(source), revision=revision, token=token, cache_dir=cache_dir))
+
+
+def tokenizer_from(origin: Source) -> Any:
+    """`load_tokenizer`, of what is on this disk already."""
     try:
         return AutoTokenizer.from_pretrained(origin.folder)
     except (OSError, ValueError) as error:

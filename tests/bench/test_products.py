@@ -718,18 +718,12 @@ def test_bars_and_lines_count_timings(capsys: pytest.CaptureFixture[str]) -> Non
     screen = Screen(as_json=False, quiet=False, verbose=False)
     with screen.progress(timings=True) as progress:
         assert isinstance(progress, PlainLines)
-    bars = Bars(screen.err, (cli_columns()[0],))
+    bars = Bars(screen.err, timings=True)
     bars.stage("measuring", 4, 2)
     bars.advance(1, "qkv")
     text = "".join(str(column.render(bars._bars.tasks[0])) for column in bars._bars.columns[2:3])
     assert text == "1/4"
     bars.end()
-
-
-def cli_columns() -> tuple[Any, ...]:
-    from rich.progress import MofNCompleteColumn
-
-    return (MofNCompleteColumn,)
 
 
 # ---- The plot ----

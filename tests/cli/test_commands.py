@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -693,121 +689,6 @@ def test_plain_lines_on_the_way(
     percent = [int(match[1]) for match in found if match]
     assert percent == sorted(percent)
     assert percent[-1] == 100
-
-
-class Terminal:
-    """What a terminal shows after what a program wrote: text, CR, LF, cursor up, erase line; `frames` is all of it."""
-
-    def __init__(self, raw: str) -> None:
-        self.frames, self.cursor_visible = raw, True
-        self.lines, row, column = [""], 0, 0
-        for token in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|[^\x1b]", raw):
-            if token == "\n":
-                row += 1
-                self.lines += [""] * (row + 1 - len(self.lines))
-            elif token == "\r":
-                column = 0
-            elif not token.startswith("\x1b"):
-                self.lines[row] = self.lines[row].ljust(column)[:column] + token + self.lines[row][column + 1 :]
-                column += 1
-            elif token.endswith("A"):
-                row = max(0, row - int(token[2:-1] or 1))
-            elif token.endswith("K"):
-                assert token == "\x1b[2K"
-                self.lines[row] = ""
-            elif token in ("\x1b[?25l", "\x1b[?25h"):
-                self.cursor_visible = token.endswith("h")
-            else:
-                assert token.endswith("m"), token
-
-    @property
-    def text(self) -> str:
-        return "\n".join(line.rstrip() for line in self.lines).strip("\n")
-
-
-SLOW = """
-import sys, threading, time
-from marlin_convert import cli
-from marlin_convert.conversion import convert
-write, one_at_a_time = convert.Shards.write, threading.Lock()
-def slow(*args, **kw):
-    with one_at_a_time:
-        time.sleep(0.12)
-        write(*args, **kw)
-convert.Shards.write = slow
-cli.main(sys.argv[1:])
-"""
-
-
-def on_a_terminal(command: list[str], *, columns: int = 100) -> tuple[int, Terminal]:
-    """Run `command` with both outputs on a pseudo-terminal."""
-    parent, child = pty.openpty()
-    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
-    process = subprocess.Popen(
-        command, stdin=child, stdout=child, stderr=child, env={**environment, "TERM": "xterm-256color"}
-    )
-    os.close(child)
-    raw = b""
-    while True:
-        try:
-            part = os.read(parent, 65536)
-        except OSError:  # EIO: the other side is closed
-            break
-        if not part:
-            break
-        raw += part
-    os.close(parent)
-    return process.wait(timeout=PATIENCE), Terminal(raw.decode())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("columns", [80, 160])
-def test_a_bar_on_a_terminal(source: Source, tmp_path: Path, columns: int) -> None:
-    command = [sys.executable, "-c", SLOW, str(source.folder), str(tmp_path / "out"), "--verify", "--device", "cpu"]
-    code, terminal = on_a_terminal(command, columns=columns)
-    assert code == 0, terminal.text
-    plain = re.sub(r"\x1b\[[\d;]*m|\x1b\[\?25[lh]", "", terminal.frames)
-    frames = [f for f in re.split(r"\r\x1b\[2K|\r\n|\r", plain) if f.startswith(("converting", "verifying"))]
-    rate, left, layer = r"(\?|[\d.]+ [kMG]?B/s)", r"(-:--:--|\d:\d\d:\d\d)", r"(…?[\w.]+)?"
-    pattern = rf"(converting|verifying) [━╸╺]+ [\d.]+/152\.1 kB {rate} {left} [012]/2 layers {layer} *"
-    found = [re.fullmatch(pattern, frame) for frame in frames]
-    assert all(found), frames  # nothing is cut, at 80 columns either
-    assert {len(frame) for frame in frames} == {columns}  # and all of it is one line
-    shown = [match.groups() for match in found if match]
-    assert {stage for stage, *_ in shown} == {"converting", "verifying"}
-    assert any(rate.endswith("B/s") and ":" in left and layer for _, rate, left, layer in shown)
-    assert terminal.cursor_visible
-    first, *rest = terminal.text.splitlines()
-    assert first.startswith("layer "), terminal.text  # nothing is left of the bars, not even an empty line
-    assert "converting" not in terminal.text
-    assert "verified 2 of 2 layers exactly equal" in terminal.text
-    assert all(line for line in rest)
-
-
-@pytest.mark.slow
-def test_an_error_leaves_no_bar_on_a_terminal(source: Source, tmp_path: Path) -> None:
-    full = SLOW.replace("write(*args, **kw)", "raise OSError(28, 'No space left on device')")
-    code, terminal = on_a_terminal([sys.executable, "-c", full, str(source.folder), str(tmp_path / "out")])
-    assert code == 6
-    assert "converting" in terminal.frames
-    assert terminal.cursor_visible
-    assert " ".join(terminal.text.splitlines()) == (
-        f"marlin-convert: {tmp_path / 'out'}: writing failed: No space left on device; nothing was left behind."
-    )
-
-
-@pytest.mark.slow
-def test_quiet_on_a_terminal(source: Source, tmp_path: Path) -> None:
-    code, terminal = on_a_terminal([*PROGRAM, str(source.folder), str(tmp_path / "out"), "--quiet"])
-    assert (code, terminal.frames) == (0, "")
-
-
-@pytest.mark.slow
-def test_json_on_a_terminal(source: Source, tmp_path: Path) -> None:
-    code, terminal = on_a_terminal([*PROGRAM, str(source.folder), str(tmp_path / "out"), "--json"])
-    assert code == 0
-    assert json.loads(terminal.frames)["ok"] is True
 
 
 # ---------------------------------------------------------------------------------------------------------------
