@@ -197,6 +197,14 @@ def test_json_of_a_proof(hub: Hub, online: Callable[..., Run], source: Source, t
     assert "{" + ", ".join(noted["options"]) + "}" in (ROOT / "docs/reference/json.md").read_text()
 
 
+def test_json_of_a_batch(hub: Hub, online: Callable[..., Run], source: Source, tmp_path: Path) -> None:
+    hub.add("org/gptq", source.folder)
+    (tmp_path / "list").write_text("org/gptq\n")
+    document = online("batch", tmp_path / "list", "--dry-run", "--state", tmp_path / "state", "--json").json()
+    assert sorted(documented("batch")) == sorted(document)
+    assert sorted(documented("checkpoint")) == sorted(document["checkpoints"][0])
+
+
 # ---- The picture ----
 
 

@@ -28,7 +28,15 @@ MODULES = {
 
 #: Who may import whom: a room from those that stand below it, and any module from its own room or the ground. The
 #: ground are the modules of no room, but for the doors, which only pass names on.
-ROOMS = (("cli",), ("bench",), ("engines",), ("conversion",), ("native", "hub"), ("formats", "checkpoint"), ("ground",))
+ROOMS = (
+    ("cli",),
+    ("bench", "fleet"),
+    ("engines",),
+    ("conversion",),
+    ("native", "hub"),
+    ("formats", "checkpoint"),
+    ("ground",),
+)
 LEVEL = {room: level for level, rooms in enumerate(reversed(ROOMS)) for room in rooms}
 DOORS = {"_api", "hf", "vllm"}
 

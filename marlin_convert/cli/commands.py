@@ -13,6 +13,7 @@ from .._version import __version__
 from ..errors import AlreadyMarlin, MarlinConvertError, VerificationError, require
 from ..interrupts import ignore_signals
 from ..options import PRESETS, HubAccess, Options, PublishTarget
+from .batch import batch
 from .params import (
     OUT,
     MainGroup,
@@ -46,6 +47,9 @@ def cli() -> None:
 
     SOURCE is a folder or a Hugging Face Hub id; OUT is the folder to create. OUT appears complete or not at all.
     """
+
+
+cli.add_command(batch)
 
 
 @cli.command()

@@ -326,6 +326,28 @@ class Screen:
         if statement:
             self._say(f"statement: {statement}")
 
+    def batch_line(self, text: str) -> None:
+        """A line while `marlin-convert batch` works."""
+        if not self.silent:
+            self.err.print(text, soft_wrap=True)
+
+    def batch(self, rows: list[dict[str, Any]], counts: dict[str, int], styles: dict[str, str]) -> None:
+        """The result of `marlin-convert batch`: what became of each line."""
+        self._json({"ok": "failed" not in counts, "counts": counts, "checkpoints": rows})
+        table = Table(box=None, pad_edge=False)
+        for heading in ("line", "source", "", "in", "out", "s", ""):
+            right = heading in ("line", "in", "out", "s")
+            table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        for row in rows:
+            status, message = row["status"], " ".join(str(row["message"] or "").split())
+            said = f"before: {row['settled']}" if status == "before" else status
+            sizes = [size(row[key]) if row[key] else "-" for key in ("bytes_in", "bytes_out")]
+            short = message if self.verbose or len(message) <= 100 else f"{message[:99]}…"
+            seconds = "-" if row["seconds"] is None or status == "before" else f"{row['seconds']:.1f}"
+            table.add_row(str(row["line"]), row["source"], Text(said, styles.get(status, "")), *sizes, seconds, short)
+        self._table(table)
+        self._say(", ".join(f"{count} {status}" for status, count in counts.items()))
+
     def _verification_table(self, report: Verification) -> None:
         table = Table(box=None, pad_edge=False)
         for heading, justify in (

@@ -1,0 +1,212 @@
+"""The command `batch`: its arguments, one display of all that goes on, and the table at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import MarlinConvertError
+from ..options import QuantMethod
+from .params import (
+    Command,
+    OutputOptions,
+    WordChoice,
+    device_option,
+    format_options,
+    output_options,
+    shard_size_option,
+)
+
+if TYPE_CHECKING:
+    from ..fleet.listing import Line
+    from .output import Screen
+
+_PATH = click.Path(path_type=Path)
+
+#: What a line came to, as the table names it, and its colour.
+_STYLES = {"done": "green", "nothing": "", "refused": "yellow", "failed": "red", "before": "dim", "would convert": ""}
+
+
+def _shard(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int]:
+    """Read 2/8: the second of eight parts."""
+    index, _, count = (value or "1/1").partition("/")
+    if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit()):
+        raise click.BadParameter(f"{value!r} is no part; write it like 2/8.")
+    if not 1 <= int(index) <= int(count) <= 1_000_000:
+        raise click.BadParameter(f"{value!r} is no part; of 8, there are 1/8 to 8/8.")
+    return int(index), int(count)
+
+
+@click.command(cls=Command)
+@click.argument("list_file", metavar="LIST", type=_PATH)
+@click.option("--out", type=_PATH, metavar="DIR", help="Folder that the results go into, each under its target's name.")
+@click.option("--push-to-hub", "owner", metavar="ORG", help="Publish each result as a repository of ORG instead.")
+@click.option("--private", is_flag=True, help="Create repositories as private ones.")
+@click.option(
+    "--state",
+    "state_file",
+    required=True,
+    type=_PATH,
+    metavar="FILE",
+    help="What has become of each checkpoint. What it says is done is not done again.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Checkpoints at a time, each in a process of its own (default: 1; with --ray, as many as the cluster takes).",
+)
+@click.option("--shard", "part", metavar="I/N", callback=_shard, help="Only part I of N of the list.")
+@click.option(
+    "--retries",
+    type=click.IntRange(0, 100),
+    default=2,
+    show_default=True,
+    metavar="R",
+    help="Further tries where one fails by the network, the disk or the machine.",
+)
+@click.option("--dry-run", is_flag=True, help="Plan each checkpoint, from headers alone; nothing is written.")
+@click.option("--ray", "address", metavar="ADDRESS", help="Work on the Ray cluster at ADDRESS (auto: the one here).")
+@click.option(
+    "--ray-resources",
+    default="CPU=1",
+    show_default=True,
+    metavar="NAME=N,...",
+    help="With --ray: what a checkpoint takes of a node.",
+)
+@click.option("--verify", is_flag=True, help="Verify each result, unless its line says otherwise.")
+@format_options
+@shard_size_option
+@click.option(
+    "--quant-method",
+    type=WordChoice(QuantMethod),
+    default=QuantMethod.GPTQ.value,
+    show_default=True,
+    help="quant_method in the results' configs.",
+)
+@click.option("--low-disk", is_flag=True, help="Remove each downloaded file as soon as it is converted.")
+@click.option("--force", is_flag=True, help="Replace earlier results at targets, or other weights on the Hub.")
+@device_option("Where to compute.")
+@click.option("--token", help="Hub token (default: the one you logged in with). It goes into no file.")
+@click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Hub cache to use.")
+@output_options
+@click.pass_obj
+def batch(
+    output: OutputOptions, /, list_file: Path, out: Path | None, owner: str | None, private: bool, state_file: Path,
+    jobs: int | None, part: tuple[int, int], retries: int, dry_run: bool, address: str | None, ray_resources: str,
+    force: bool, device: str, token: str | None, cache_dir: Path | None, **defaults: Any,
+) -> None:  # fmt: skip
+    """Convert every checkpoint of LIST: text, CSV or JSON lines, a source on each line.
+
+    A line is SOURCE, and optionally TARGET, --revision and options of the conversion. Run it again to go on: what is
+    done (this source at this commit, with these options, by this version) is passed over, what failed is tried again.
+    """
+    from ..fleet.batch import Plan, Processes, Runner, run, shard
+    from ..fleet.listing import read_list
+    from ..fleet.state import State
+    from .output import Screen
+
+    if (out is None) == (owner is None) and not (dry_run and out is None):
+        raise click.UsageError("Give --out DIR or --push-to-hub ORG.")
+    if private and owner is None:
+        raise click.UsageError("--private needs --push-to-hub.")
+    screen = Screen(as_json=output.as_json, quiet=output.quiet, verbose=output.verbose)
+    lines = shard(read_list(list_file, defaults), part)
+    state = State(state_file)
+    with contextlib.ExitStack() as cleaning:
+        runner: Runner = Processes()
+        if address is not None:
+            from ..fleet.cluster import Cluster, resources
+
+            needed = resources(ray_resources)
+            cleaning.enter_context(contextlib.redirect_stdout(sys.stderr))  # Ray tells there what becomes of its nodes
+            runner = cleaning.enter_context(contextlib.closing(Cluster(address, retries=retries, resources=needed)))
+            retries, jobs = 0, jobs or min(len(lines), 256)
+        plan = Plan(
+            out, owner, jobs=jobs or 1, retries=retries, private=private, force=force, dry_run=dry_run, device=device,
+            cache_dir=cache_dir, token=token,
+        )  # fmt: skip
+        display = cleaning.enter_context(_display(screen, lines))
+        outcomes = run(lines, plan, state, display, runner)
+    rows = [_row(line, outcomes[line.number]) for line in lines]
+    counts = Counter(row["status"] for row in rows)
+    failed = [row for row in rows if row["status"] == "failed"]
+    screen.batch(rows, dict(counts), _STYLES)
+    if failed:
+        error = MarlinConvertError(f"{len(failed)} of {len(rows)} checkpoints failed; run it again to try these again.")
+        if output.as_json:  # the document has said it
+            error = MarlinConvertError("")
+        raise error
+
+
+def _row(line: Line, outcome: dict[str, Any]) -> dict[str, Any]:
+    names = ("status", "settled", "message", "exit_code", "identity", "format", "layers", "bytes_in", "bytes_out",
+             "verified", "found", "seconds")  # fmt: skip
+    return {"line": line.number, "source": line.source, "revision": line.revision, "target": line.target,
+            **{name: outcome.get(name) for name in names}}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _display(screen: Screen, lines: list[Line]) -> Iterator[_Display]:
+    display = _Display(screen, len(lines))
+    try:
+        yield display
+    finally:
+        display.close()
+
+
+class _Display:
+    """One line a checkpoint that ends, and on a terminal one bar beside it for all that goes on."""
+
+    def __init__(self, screen: Screen, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._screen, self._total, self._ended = screen, total, 0
+        self._lock, self._last = threading.Lock(), time.monotonic()
+        self._running: dict[int, tuple[str, float]] = {}
+        self._bars: Progress | None = None
+        if not screen.silent and screen.err.is_terminal:
+            self._bars = Progress(
+                BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("{task.description}", markup=False), console=screen.err, transient=True,
+            )  # fmt: skip
+            self._task = self._bars.add_task("", total=total)
+            self._bars.start()
+
+    def begun(self, line: Line) -> None:
+        with self._lock:
+            self._running[line.number] = line.source, 0.0
+            self._show()
+
+    def moved(self, line: Line, done: int, total: int) -> None:
+        with self._lock:
+            self._running[line.number] = line.source, done / max(1, total)
+            self._show()
+
+    def ended(self, line: Line, outcome: dict[str, Any]) -> None:
+        with self._lock:
+            self._running.pop(line.number, None)
+            self._ended += 1
+            self._show()
+            self._screen.batch_line(f"{self._ended}/{self._total} {outcome['status']}: {line.source}")
+
+    def _show(self) -> None:
+        parts = [f"{name} {100 * share:.0f} %" for name, share in list(self._running.values())[:4]]
+        more = f" and {len(self._running) - 4} more" if len(self._running) > 4 else ""
+        if self._bars:
+            self._bars.update(self._task, completed=self._ended, description=", ".join(parts) + more)
+        elif parts and time.monotonic() - self._last >= 5.0:
+            self._last = time.monotonic()
+            self._screen.batch_line(f"{self._ended}/{self._total} ended; now {', '.join(parts)}{more}")
+
+    def close(self) -> None:
+        if self._bars:
+            self._bars.stop()

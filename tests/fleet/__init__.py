@@ -1,0 +1,1 @@
+"""Tests of marlin_convert.fleet."""
