@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..checkpoint.reader import read_json
+from ..checkpoint.bounded import read_json
 from ..conversion.convert import convert, plan_only, push_result, shaping
 from ..errors import BUG, AlreadyMarlin, MarlinConvertError, UnsupportedError
 from ..hub.answers import describe, files_of

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..checkpoint.bounded import read_file
 from ..errors import OptionError, SourceError
+from ..hub.address import repository
 from ..hub.upload import default_name
 from ..options import Format, Options, QuantMethod, ZeroPointReading
 from ..text import shortened
@@ -60,7 +61,7 @@ def read_list(path: Path, defaults: dict[str, Any]) -> list[Line]:
         for number, found in kind(text):
             try:
                 line = _line(number, found, defaults)
-            except OptionError as error:
+            except (OptionError, SourceError) as error:
                 raise OptionError(f"{path}, line {number}: {error.message}") from None
             if line.target in where:
                 raise OptionError(
@@ -137,12 +138,13 @@ def _line(number: int, found: dict[str, Any], defaults: dict[str, Any]) -> Line:
     source = texts["source"]
     if not source:
         raise OptionError("it names no source.")
+    source, revision = repository(source, texts["revision"] or None)
     target = texts["target"] or default_name(source.rstrip("/"))
     if "/" in target or target in (".", "..") or target.startswith(("-", ".")):
         raise OptionError(f"its target is {shortened(target)}; give a name, without a folder or an owner.")
     options = {**defaults, **_options(found.get("options"))}
     made = Options(**{key: options[key] for key in VALUES if options.get(key) is not None})
-    return Line(number, source, texts["revision"] or None, target, {
+    return Line(number, source, revision, target, {
         "format": Format(made.format).value,
         "zero_points": None if made.zero_points is None else ZeroPointReading(made.zero_points).value,
         "max_shard_size": made.max_shard_size,

@@ -48,6 +48,12 @@ def test_three_forms_of_one_list(tmp_path: Path, text: str, name: str) -> None:
     assert (three.source, three.options["max_shard_size"]) == ("./a folder", "500MB")
 
 
+def test_what_people_paste(tmp_path: Path) -> None:
+    text = "https://huggingface.co/org/name/tree/v2\norg/other@v3\n"
+    found = [(line.source, line.revision, line.target) for line in read_list(written(tmp_path, text, "l"), DEFAULTS)]
+    assert found == [("org/name", "v2", "name-marlin"), ("org/other", "v3", "other-marlin")]
+
+
 def test_what_all_lines_get(tmp_path: Path) -> None:
     """A line's own options come before."""
     lines = read_list(written(tmp_path, JSON, "l.jsonl"), {**DEFAULTS, "verify": True, "format": "marlin"})
@@ -68,6 +74,11 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "three names": ("a b c\n", "l.txt", "line 1: 'c' is one word too many"),
     "a path as target": ("org/a ../up\n", "l.txt", "line 1: its target is '../up'"),
     "a hidden target": ("org/a .b\n", "l.txt", "its target is '.b'"),
+    "a data set": (
+        "https://huggingface.co/datasets/a/b\n",
+        "l.txt",
+        "line 1: https://huggingface.co/datasets/a/b: the",
+    ),
     "no header": ("org/a,b\n", "l.csv", "the first line of a CSV list names its columns"),
     "a column too many": ("source\norg/a,b\n", "l.csv", "line 2: it has more columns"),
     "no source": ("source,target\n,b\n", "l.csv", "line 2: it names no source"),
