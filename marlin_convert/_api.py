@@ -210,6 +210,7 @@ def restore(
     marlin: str | Path,
     out: str | Path,
     *,
+    original: bool = False,
     v2: bool = False,
     force: bool = False,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
@@ -218,11 +219,12 @@ def restore(
     cache_dir: str | Path | None = None,
     progress: Callable[[ProgressEvent], object] | None = None,
 ) -> Restored:
-    """Write the GPTQ checkpoint that a Marlin one was made from, bit for bit. `out` appears complete or not at all.
+    """Write the checkpoint that a Marlin one was made from, bit for bit. `out` appears complete or not at all.
 
     Args:
         marlin: A Marlin checkpoint of either format, whoever made it: a folder, or an id on the Hugging Face Hub.
         out: The folder to create.
+        original: Write it in its own format, whatever that was; else in GPTQ.
         v2: Store zero points as they are (checkpoint_format gptq_v2), not less one (gptq).
         force: Replace an earlier result at `out`.
         max_shard_size: Largest weight file: bytes, or a text such as "5GB".
@@ -237,7 +239,7 @@ def restore(
     Raises:
         OptionError: An argument has a value that it may not have.
         SourceError: The checkpoint is missing or damaged.
-        UnsupportedError: It is no Marlin checkpoint.
+        UnsupportedError: It is no Marlin checkpoint, or nothing tells what it was made from.
         OutputError: `out` cannot be written.
         HubError: The Hub did not give what was asked for.
     """
@@ -245,7 +247,7 @@ def restore(
 
     options = Options(force=force, max_shard_size=max_shard_size)
     access = _access(revision, token, cache_dir)
-    return work(marlin, out, options, progress_for(progress), v2=v2, access=access)
+    return work(marlin, out, options, progress_for(progress), original=original, v2=v2, access=access)
 
 
 def push(

@@ -194,9 +194,16 @@ class Checkpoint:
 
     @staticmethod
     def _numpy_dtype(tensor: Tensor) -> Any:
-        numpy_dtype = {"I32": np.int32, "F16": np.float16, "F32": np.float32, "BF16": np.uint16, "I64": np.int64}
+        numpy_dtype = {
+            "I32": np.int32,
+            "F16": np.float16,
+            "F32": np.float32,
+            "BF16": np.uint16,
+            "I64": np.int64,
+            "I8": np.int8,
+        }
         if tensor.dtype not in numpy_dtype:
-            raise UnsupportedError(f"{tensor.name}: dtype {tensor.dtype} is not one that a GPTQ tensor may have.")
+            raise UnsupportedError(f"{tensor.name}: dtype {tensor.dtype} is none that a quantized layer has.")
         return numpy_dtype[tensor.dtype]
 
     # ---- Weight files

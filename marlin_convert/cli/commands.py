@@ -43,7 +43,7 @@ DEMO_PROMPT, DEMO_TOKENS = "And the king said unto the woman,", 32
 @click.group(cls=MainGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="marlin-convert", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Turn a GPTQ checkpoint into a Marlin one, and prove that nothing was lost.
+    """Turn a GPTQ or compressed-tensors checkpoint into a Marlin one, and prove that nothing was lost.
 
     SOURCE is a folder or a Hugging Face Hub id; OUT is the folder to create. OUT appears complete or not at all.
     """
@@ -134,7 +134,7 @@ def convert(
 def verify(
     output: OutputOptions, /, source: str, out: Path | None, attest: Path | None, device: str, access: HubAccess
 ) -> None:
-    """Check the Marlin checkpoint OUT against the GPTQ checkpoint SOURCE that it was made from.
+    """Check the Marlin checkpoint OUT against the checkpoint SOURCE that it was made from.
 
     Exactly (codes and scales, every element) and numerically (random activations through both). Writes verify.json
     into OUT.
@@ -218,16 +218,37 @@ def push(
 @output_options
 @click.pass_obj
 def to_gptq(output: OutputOptions, /, marlin: str, out: Path, v2: bool, access: HubAccess, **choices: Any) -> None:
-    """Restore the GPTQ checkpoint that MARLIN, a folder or a Hub id, was made from.
+    """Make a GPTQ checkpoint of MARLIN, a folder or a Hub id.
 
-    Reads both Marlin formats, also of checkpoints that AutoGPTQ or others made. Codes, scales, zero points and g_idx
-    are the original's, bit for bit.
+    If it was made from one, that: codes, scales, zero points and g_idx are the original's, bit for bit. Reads both
+    Marlin formats, also of checkpoints that AutoGPTQ or others made, and of sources in other formats (see `restore`).
     """
     from ..conversion.restore import restore
 
     screen = _screen(output)
     with screen.progress() as progress:
         report = restore(marlin, out, Options(**choices), progress, v2=v2, access=access)
+    screen.restored(report)
+
+
+@cli.command()
+@click.argument("marlin")
+@click.argument("out", type=OUT)
+@shard_size_option
+@click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT.")
+@hub_options
+@output_options
+@click.pass_obj
+def restore(output: OutputOptions, /, marlin: str, out: Path, access: HubAccess, **choices: Any) -> None:
+    """Restore the checkpoint that MARLIN, a folder or a Hub id, was made from, in its own format.
+
+    Its tensors are the original's, bit for bit: GPTQ, compressed-tensors, or whatever it was.
+    """
+    from ..conversion.restore import restore as work
+
+    screen = _screen(output)
+    with screen.progress() as progress:
+        report = work(marlin, out, Options(**choices), progress, original=True, access=access)
     screen.restored(report)
 
 

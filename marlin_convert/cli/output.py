@@ -145,7 +145,7 @@ class Screen:
         copied = sum(t.nbytes for t in plan.copies)
         self._say(
             f"{len(plan.layers)} layers to convert, {len(plan.copies)} tensors to copy ({size(copied)}), "
-            f"{len(plan.dropped)} dropped (g_idx, qzeros)"
+            f"{len(plan.dropped)} dropped ({', '.join(sorted(plan.source_format.dropped))})"
         )
         self._beside(plan)
         self._say(f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out")
@@ -279,7 +279,7 @@ class Screen:
         """The result of `marlin-convert to-gptq`."""
         self._json(report.as_dict())
         self._say(
-            f"{len(report.layers)} layers from {report.format} to {report.zero_points}, "
+            f"{len(report.layers)} layers from {report.format} to {report.restored_format}, "
             f"{len(report.copies)} tensors copied; {size(report.bytes_out)} out, {report.seconds:.1f} s",
             "restored", "green",
         )  # fmt: skip

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .verify import Verification
 
-TAGS = ("marlin", "gptq")
+TAGS = ("marlin",)
 
 #: What the source's card says about itself only: results and successors are not this repository's.
 _NOT_CARRIED_OVER = {"model-index", "model_name", "eval_results", "new_version", "ignore_metadata_errors", "self"}
@@ -56,8 +56,8 @@ def model_card(checkpoint: Checkpoint, plan: Plan, made: Made) -> str:
     from huggingface_hub import ModelCard
 
     metadata, text = _source_card(checkpoint)
-    widths = [f"{bits}-bit" for bits in sorted({layer.bits for layer in plan.layers})]
-    data = _metadata(metadata, checkpoint.configs.get("config.json", {}), made.source, widths)
+    own = [plan.source_format.name, *(f"{bits}-bit" for bits in sorted({layer.bits for layer in plan.layers}))]
+    data = _metadata(metadata, checkpoint.configs.get("config.json", {}), made.source, own)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(plan, made)}")
     content = str(card)
     if text.strip():
@@ -162,7 +162,8 @@ def _body(plan: Plan, made: Made) -> str:
     sections = [
         f"# {_plain(made.source.label.split('/')[-1])} in Marlin format",
         (
-            f"{_source_link(made.source)}, a {_widths(plan)}-bit GPTQ checkpoint, repacked into the tile order of the "
+            f"{_source_link(made.source)}, a {_widths(plan)}-bit {plan.source_format.title} checkpoint, "
+            "repacked into the tile order of the "
             "[Marlin](https://github.com/IST-DASLab/marlin) kernel. Nothing was quantized again: the codes and the "
             "scales are the source's own."
         ),

@@ -1,4 +1,4 @@
-"""The main path: from a GPTQ checkpoint to a Marlin one, in the order in which it happens."""
+"""The main path: from a source's checkpoint to a Marlin one, in the order in which it happens."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def verify_pair(
     *,
     access: HubAccess | None = None,
 ) -> Verification:
-    """Check an existing Marlin checkpoint `out` against its GPTQ `source`; writes `verify.json` into `out`."""
+    """Check an existing Marlin checkpoint `out` against its `source`; writes `verify.json` into `out`."""
     options, out, progress = options or Options(), Path(out), progress or Progress()
     device, _ = usable_device(options.device, computes=True)
     with opened(source, access or HubAccess(), progress) as (_, checkpoint), Checkpoint(out) as result:
@@ -254,7 +254,7 @@ def verify_pair(
         plan = make_plan(checkpoint, Format.MARLIN_EXT if extended else Format.MARLIN, options.zero_points)
         if plan.already_marlin:
             if found and is_marlin(found[0]):
-                what = f"; give the GPTQ checkpoint that {out} was made from."
+                what = f"; give the checkpoint that {out} was made from."
             else:
                 command = shlex.join(["marlin-convert", "verify", str(out), str(source)])
                 what = f", and {out} is none: the source comes first. Run `{command}`."
@@ -294,6 +294,7 @@ def source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """What only the source's files tell, for `to-gptq`: its settings, and the types of what was converted."""
     main = checkpoint.configs.get("config.json", {})
     return {
+        "source_format": plan.source_format.name,
         "configs": find_configs(checkpoint.configs),
         "dtypes": {key: main.get(key) for key in ("torch_dtype", "dtype")},
         "ties": ties(main) if plan.lm_head else {},

@@ -11,6 +11,7 @@ from ..checkpoint.reader import Checkpoint, Tensor
 from ..errors import SourceError
 from ..formats.gptq_config import GPTQSettings
 from ..formats.layout import (
+    EXT_BITS,
     MIN_K,
     MIN_N,
     TILE_K,
@@ -56,7 +57,7 @@ class LayerInspection(ABC):
 
     def _check_format(self, layer: Layer) -> None:
         """What the formats can hold, by shape."""
-        if layer.bits in (2, 3):
+        if layer.bits not in EXT_BITS:
             self.refusals.append(f"{layer.bits}-bit weights; Marlin has 4 and 8 bits")
         elif layer.bits != 4:
             self.misfits.append(f"{layer.bits}-bit weights; the original format has 4 bits only")

@@ -59,6 +59,11 @@ class Layer:
         return self.source.bits
 
     @property
+    def by_columns(self) -> bool:
+        """Whether it is converted column by column: the source has them together, or any row may come from anywhere."""
+        return self.act_order or self.source.by_columns
+
+    @property
     def rows_per_group(self) -> int:
         """Rows of the result that share a scale."""
         return self.stored_K // self.stored_G

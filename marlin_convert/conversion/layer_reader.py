@@ -18,6 +18,7 @@ from ..formats.scales import as_stored
 from ..native import cpu
 from .blocks import Buffers
 from .layer import Layer
+from .source_layer import Kept
 
 Words: TypeAlias = "npt.NDArray[np.int32]"
 
@@ -33,7 +34,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Order:
-    """How the columns of a layer with act-order are stored: the source's row of each stored row, `perm` int32 [K], and
+    """How the columns of a layer are stored: the source's row of each stored row, `perm` int32 [K], and
     the code of padding in each column, `fill` uint8 [columns]. Rows of B from `rows` on have code 0."""
 
     perm: Words
@@ -47,12 +48,13 @@ class Order:
 class LayerReader:
     """Reads one layer of a source: weights in blocks or panels, scales and zero points some groups at a time.
 
-    The order of rows and the code of padding are read once, when they are first needed. Thread-safe; each thread brings
-    its own buffers.
+    With `defined`, weights are read by the definition of the source's format, as slowly as that goes. The order of rows
+    and the code of padding are read once, when they are first needed. Thread-safe; each thread brings its own buffers.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layer: Layer) -> None:
-        self.checkpoint, self.layer = checkpoint, layer
+    def __init__(self, checkpoint: Checkpoint, layer: Layer, *, defined: bool = False) -> None:
+        self.checkpoint, self.layer, self.defined = checkpoint, layer, defined
+        self._kept: Kept = {}
 
     # ---- Groups
 
@@ -63,7 +65,7 @@ class LayerReader:
         """
         layer = self.layer
         count = layer.G - first if count is None else count
-        raw = layer.source.raw_scales(self.checkpoint, first, count)
+        raw = layer.source.raw_scales(self.checkpoint, first, count, self._kept)
         found = as_stored(raw, layer.source.scales.dtype, layer.stored_scales)
         if found.problem:  # known before, but for fp16 scales that have only just come from the Hub
             raise UnsupportedError(f"{layer.name}: {found.problem}; nothing was converted.")
@@ -71,7 +73,7 @@ class LayerReader:
 
     def _zeros(self, first: int, count: int) -> npt.NDArray[np.uint8] | None:
         """Zero points [count, N] of groups `first` …, unless the layer is symmetric."""
-        return None if self.layer.sym else self.layer.source.zeros(self.checkpoint, first, count)
+        return None if self.layer.sym else self.layer.source.zeros(self.checkpoint, first, count, self._kept)
 
     def stored_groups(self, first: int, count: int) -> Groups:
         """Groups `first` … as they are stored: cut groups repeated, padding zero."""
@@ -127,9 +129,9 @@ class LayerReader:
 
     @property
     def order(self) -> Order:
-        """The order of a layer with act-order, for all its columns."""
-        assert self.perm is not None
-        return Order(self.perm, self.fill, self.filled_rows)
+        """The order of the layer's rows, for all its columns."""
+        perm = np.arange(self.layer.K, dtype=np.int32) if self.perm is None else self.perm
+        return Order(perm, self.fill, self.filled_rows)
 
     # ---- Weights
 
@@ -151,7 +153,8 @@ class LayerReader:
 
     def source_rows(self, k0: int, words: Words, buffers: Buffers) -> Words:
         """Fill `words` [rows bits/32, N] with the source's rows k0 …, and return them."""
-        self.layer.source.rows(self.checkpoint, k0, words, buffers)
+        source = self.layer.source
+        (source.defined_rows if self.defined else source.rows)(self.checkpoint, k0, words, buffers)
         return words
 
     def columns(self, first: int, columns: int, buffers: Buffers) -> Words:
@@ -159,7 +162,8 @@ class LayerReader:
         padding."""
         layer, own = self.layer, min(columns, self.layer.N - first)
         words: Words = buffers.array("qweight columns", (layer.K * layer.bits // 32, own), np.int32)
-        layer.source.columns(self.checkpoint, first, words, buffers)
+        source = layer.source
+        (source.defined_columns if self.defined else source.columns)(self.checkpoint, first, words, buffers)
         return words
 
     def weight(self) -> npt.NDArray[Any]:

@@ -86,7 +86,7 @@ class MarlinWriter(TensorStream):
             return self.copying(item)
         reader = LayerReader(self.checkpoint, item)
         groups: list[Piece] = [partial(self._write_groups, reader)]
-        if item.act_order:
+        if item.by_columns:
             return groups + [partial(self._write_columns, reader, *panel) for panel in column_panels(item)]
         return groups + [partial(self._write_rows, reader, *block) for block in stored_blocks(item)]
 
@@ -102,7 +102,7 @@ class MarlinWriter(TensorStream):
         return B.nbytes
 
     def _write_columns(self, reader: LayerReader, n0: int, columns: int) -> int:
-        """Columns n0 … of a layer with act-order: any row may come from anywhere, so that all of them are needed."""
+        """Columns n0 …, all rows of them: with act-order, any row may come from anywhere."""
         layer, bits = reader.layer, reader.layer.bits
         order, qweight = reader.order.columns(n0, columns), reader.columns(n0, columns, self.buffers)
         B = self.buffers.array("B columns", (layer.stored_K // TILE_K, columns * bits // 2), np.int32)

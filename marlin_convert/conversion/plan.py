@@ -18,7 +18,7 @@ from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, require_unique
 from ..engine_support import LayerFacts, ResultFacts, vllm_needs_our_kernels, vllm_refuses
 from ..errors import SourceError, UnsupportedError
-from ..formats.gptq_config import GPTQSettings
+from ..formats.gptq_config import GPTQSettings, find_configs
 from ..formats.layout import (
     EXTENDED_NAMES,
     ORIGINAL_NAMES,
@@ -32,14 +32,14 @@ from .inspect import LayerInspection
 from .layer import GROUP_SIZE, Layer
 from .names import span
 from .source_format import SourceFormat
-from .sources import format_of
+from .source_layer import Kept
+from .sources import FORMAT_TITLES, GPTQ, format_of
 
 #: A text → the layers that it concerns, in source order.
 Reasons: TypeAlias = "dict[str, list[str]]"
 
 #: Tensor-name endings that give away other quantization methods when no config does.
 _FOREIGN_TENSORS = {
-    ".weight_packed": "a compressed-tensors checkpoint",
     ".quant_state.bitsandbytes__nf4": "a bitsandbytes checkpoint",
     ".quant_state.bitsandbytes__fp4": "a bitsandbytes checkpoint",
     ".SCB": "a bitsandbytes checkpoint",
@@ -139,22 +139,23 @@ def make_plan(
     Of the weights only headers are read; `g_idx`, `qzeros` and scales are read whole. `zero_points` tells how to read a
     v1 checkpoint in which a zero point is 0.
 
-    Raises SourceError for a checkpoint that is incomplete or contradicts itself, UnsupportedError for one that is no
-    GPTQ checkpoint, OptionError for a word that is none. Layers that cannot be converted are not an error yet: they are
+    Raises SourceError for a checkpoint that is incomplete or contradicts itself, UnsupportedError for one in none of
+    the formats, OptionError for a word that is none. Layers that cannot be converted are not an error yet: they are
     listed in `refusals`.
     """
     format = Format.chosen(format, "format")
     reading = None if zero_points is None else ZeroPointReading.chosen(zero_points, "zero_points")
     checkpoint.require_fit()
     tensors = checkpoint.tensors
-    source, names = format_of(tensors)
+    source, names = format_of(tensors, find_configs(checkpoint.configs))
     settings = source.settings(checkpoint.configs, names)
     notes: Reasons = {note: [] for note in checkpoint.notes}
     bytes_in = sum(t.nbytes for t in tensors.values())
     if is_marlin_checkpoint(tensors):
         return Plan(settings, source, notes=notes, bytes_in=bytes_in, already_marlin=True)
     if not names:
-        raise UnsupportedError(f"{checkpoint.label}: {_what_else(settings, tensors)}; a GPTQ checkpoint is needed.")
+        what = _what_else(source, settings, tensors)
+        raise UnsupportedError(f"{checkpoint.label}: {what}; a checkpoint of {FORMAT_TITLES} is needed.")
     source.require_complete(tensors)
     _require_no_marlin(tensors, source, names)
     small = (f"{name}.{part}" for name in names for part in source.parts[1:])
@@ -232,9 +233,11 @@ def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) 
     """What becomes of each layer's scales."""
 
     def fitted(layer: Layer) -> LayerFit:
+        kept: Kept = {}
+
         def rows() -> Iterator[npt.NDArray[Any]]:
             for first, count in group_strips(layer.G, layer.N):
-                yield layer.source.raw_scales(checkpoint, first, count)
+                yield layer.source.raw_scales(checkpoint, first, count, kept)
 
         return fit_layer(rows, layer.source.scales.dtype, extended=extended)
 
@@ -282,11 +285,13 @@ def _require_no_marlin(tensors: dict[str, Tensor], source: SourceFormat, names: 
             )
 
 
-def _what_else(settings: GPTQSettings, tensors: dict[str, Tensor]) -> str:
+def _what_else(source: SourceFormat, settings: GPTQSettings, tensors: dict[str, Tensor]) -> str:
     for name in tensors:
         for ending, kind in _FOREIGN_TENSORS.items():
             if name.endswith(ending):
                 return f"{kind} ({name})"
+    if source is not GPTQ:
+        return f"its config says {source.title}, and none of its tensors is a {source.parts[0]}"
     if settings.is_marlin:
         return "its config says Marlin, and it has neither Marlin's tensors (B, marlin_qweight) nor GPTQ's (qweight)"
     return "an unquantized checkpoint: none of its tensors is a qweight"

@@ -1,4 +1,5 @@
-"""The way back: from a Marlin checkpoint of either format, whoever made it, to the GPTQ checkpoint that it came from.
+"""The way back: from a Marlin checkpoint of either format, whoever made it, to the checkpoint that it came from, in its
+own format; or to a GPTQ checkpoint, whatever it came from.
 
 Codes, scales, zero points and g_idx are the source's, bit for bit; only scales that did not fit fp16 or bf16 exactly
 (fp32 ones, and bf16 ones below fp16's normal range in the original format) stay as they were rounded. What Marlin's
@@ -24,26 +25,20 @@ from ..checkpoint.output_folder import check_free, check_space, new_folder, writ
 from ..checkpoint.reader import CONFIG_FILES, Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, Shards, shard_names
 from ..errors import SourceError, UnsupportedError
-from ..formats.gptq import ZeroPointEncoding
 from ..formats.gptq_config import find_configs
-from ..formats.layout import (
-    zero_point,
-)
 from ..formats.marlin_config import TIED, read_marlin_settings
 from ..formats.stored import MARLIN_PARTS, StoredLayer, is_marlin_part, layer_names, stored_layers
 from ..hub.open import Source
-from ..options import CARD_FILE, REPORT_FILE, Format, HubAccess, Options, ZeroPointReading
+from ..options import CARD_FILE, REPORT_FILE, Format, HubAccess, Options
 from ..progress import Progress
-from .blocks import run_all
+from ..text import shortened
+from .blocks import group_strips, run_all
 from .convert import keep_apart, opened
 from .files import copied_files, copy_files, needs_index, require_free_names
-from .gptq_format import GPTQFormat
-from .gptq_writer import GPTQWriter, MarlinLayer
-
-_SCALES, _INDEX = ("F16", "BF16", "F32"), ("I32", "I64")  # dtypes of the source
-
-#: Parts of GPTQ layers that nothing else has; "scales" may be anybody's.
-_GPTQ_ONLY = ("qweight", "qzeros", "g_idx")
+from .gptq_format import restored_gptq, said_format
+from .restored import RestoredLayer, RestoringWriter, restored_groups
+from .source_format import Noted, SourceFormat
+from .sources import GPTQ, named
 
 
 @dataclass
@@ -53,8 +48,8 @@ class Restored:
     source: Source
     out: Path
     format: Format  # that of the Marlin checkpoint
-    zero_points: str  # "gptq" (v1) or "gptq_v2"
-    layers: list[MarlinLayer]
+    restored_format: str  # "gptq" (v1) or "gptq_v2", by how zero points are stored, or the name of another
+    layers: list[RestoredLayer]
     copies: list[Tensor]
     settings_known: bool  # from marlin_convert.json
     bytes_out: int = 0
@@ -66,7 +61,7 @@ class Restored:
             "marlin_convert": __version__,
             "restored_from": self.source.label,
             "source_commit": self.source.commit,
-            "format": self.zero_points,
+            "format": self.restored_format,
             "marlin_format": self.format.value,
             "layers_restored": len(self.layers),
             "tensors_copied": len(self.copies),
@@ -86,12 +81,14 @@ def restore(
     options: Options | None = None,
     progress: Progress | None = None,
     *,
+    original: bool = False,
     v2: bool = False,
     access: HubAccess | None = None,
 ) -> Restored:
-    """Write the GPTQ checkpoint that `marlin`, a folder or a Hub id, was made from to `out`.
+    """Write the GPTQ checkpoint that `marlin`, a folder or a Hub id, stands for to `out`; with `original`, the
+    checkpoint that it was made from, in its own format.
 
-    Zero points are stored as z - 1 (checkpoint_format gptq), or with `v2` as they are (gptq_v2). `out` appears
+    In GPTQ, zero points are stored as z - 1 (checkpoint_format gptq), or with `v2` as they are (gptq_v2). `out` appears
     complete or not at all. Raises one of `errors`' exceptions, each with a message for the user.
     """
     options, progress, started = options or Options(), progress or Progress(), time.monotonic()
@@ -100,25 +97,29 @@ def restore(
     with opened(marlin, access or HubAccess(), progress, everything=True) as (origin, checkpoint):
         keep_apart(origin.folder, out)
         checkpoint.require_fit()
-        noted = _noted(checkpoint)
-        zero_points = "gptq_v2" if v2 else "gptq"
-        layers = [_layer(stored, noted, zero_points) for stored in marlin_layers(checkpoint).values()]
+        noted = Noted(_noted(checkpoint))
+        target = _target(checkpoint, noted) if original else GPTQ
+        v2 = v2 or (original and said_format(noted) == "gptq_v2")
+        restored_format = ("gptq_v2" if v2 else "gptq") if target is GPTQ else target.name
+        layers = [_layer(stored, noted, target, v2=v2) for stored in marlin_layers(checkpoint).values()]
+        if target is GPTQ and noted.format != GPTQ.name and not v2:
+            _require_no_zero_of_0(checkpoint, layers)
         owned = {tensor.name for layer in layers for tensor in layer.stored.parts.values()}
         owned |= _stray_g_idx(checkpoint, layers)
         copies = [t for t in checkpoint.tensors.values() if t.name not in owned]
-        _require_one_format(checkpoint, layers, copies)
+        _require_one_format(checkpoint, target, layers, copies)
         tensors, format = _in_order(layers, copies), layers[0].stored.format
-        report = Restored(origin, out, format, zero_points, layers, copies, bool(noted))
+        report = Restored(origin, out, format, restored_format, layers, copies, bool(noted.values))
         report.bytes_out = sum(t.nbytes for t in tensors)
         require_free_names(checkpoint, shard_names(tensors, options.max_shard_size))
         checkpoint.require_readable()
         check_space(out.parent, report.bytes_out + sum(copied_files(checkpoint).values()) + (16 << 20))
         with new_folder(out, force=options.force) as folder:
             with Shards(folder, tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards:
-                writer = GPTQWriter(checkpoint, shards, progress, _encoding(noted, v2=v2))
+                writer = RestoringWriter(checkpoint, shards, progress)
                 _write_tensors(writer, report, progress)
                 report.files = shards.files
-            _write_configs(checkpoint, report, folder, noted)
+            _write_configs(checkpoint, report, folder, noted, target, original=original)
             copy_files(checkpoint, folder)
             _restore_card(checkpoint, folder)
             write_json(folder / REPORT_FILE, report.as_file())
@@ -148,7 +149,9 @@ def _is_noted(key: str, value: Any) -> bool:
         return isinstance(value, dict) and all(isinstance(config, dict) for config in value.values())
     if key == "dtypes":
         return isinstance(value, dict) and value.keys() <= {"torch_dtype", "dtype"}
-    kinds: dict[str, Any] = {"scales_dtypes": str, "g_idx_dtypes": (str, type(None)), "zero_points_stored": int}
+    named = (str, type(None))
+    kinds: dict[str, Any] = {"scales_dtypes": str, "zero_points_stored": int}
+    kinds |= dict.fromkeys(("g_idx_dtypes", "shape_dtypes", "zero_point_dtypes"), named)
     kinds["ties"] = (bool, type(None))
     if key in kinds:
         return isinstance(value, dict) and all(isinstance(entry, kinds[key]) for entry in value.values())
@@ -157,12 +160,41 @@ def _is_noted(key: str, value: Any) -> bool:
     return not isinstance(value, (dict, list))
 
 
-def _encoding(noted: dict[str, Any], *, v2: bool) -> ZeroPointEncoding:
-    """How zero points are to be stored."""
-    if v2:
-        return ZeroPointEncoding.V2
-    word = noted.get("zero_point_reading") == ZeroPointReading.WORD
-    return ZeroPointEncoding.V1_WORD if word else ZeroPointEncoding.V1_NIBBLE
+def _target(checkpoint: Checkpoint, noted: Noted) -> SourceFormat:
+    """The format of the source. Raises UnsupportedError where nothing tells it."""
+    if not noted.values:
+        raise UnsupportedError(
+            f"{checkpoint.label}: no {REPORT_FILE} of marlin-convert tells what it was made from; "
+            "`marlin-convert to-gptq` makes a GPTQ checkpoint of it."
+        )
+    found = named(noted.format)
+    if found is None:
+        raise UnsupportedError(
+            f"{checkpoint.label}: it was made from a checkpoint in the format {shortened(noted.format)}, which this "
+            "version does not know; update marlin-convert."
+        )
+    return found
+
+
+def _layer(stored: StoredLayer[Tensor], noted: Noted, target: SourceFormat, *, v2: bool) -> RestoredLayer:
+    if target is not GPTQ:
+        return target.restored(stored, noted)
+    if noted.format != GPTQ.name:  # what was noted of another format's tensors says nothing of these, but for scales
+        scales = {key: value for key, value in noted.values.items() if key in ("scales_dtype", "scales_dtypes")}
+        noted = Noted({**scales, "g_idx_dtype": None})
+    return restored_gptq(stored, noted, v2=v2)
+
+
+def _require_no_zero_of_0(checkpoint: Checkpoint, layers: list[RestoredLayer]) -> None:
+    """Raise UnsupportedError where checkpoint_format gptq would store a zero point of 0: its readers do not agree on
+    what that looks like, and no config of this source names one of them."""
+    for layer in layers:
+        for first, count in group_strips(layer.G, layer.N) if layer.stored.zeros is not None else ():
+            if not restored_groups(checkpoint, layer, first, count).zeros.all():
+                raise UnsupportedError(
+                    f"{layer.name}: it has a zero point of 0, of which readers of checkpoint_format gptq make "
+                    "different things; give --v2, by which zero points are stored as they are."
+                )
 
 
 def marlin_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer[Tensor]]:
@@ -181,33 +213,7 @@ def marlin_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer[Tensor]]:
     return stored_layers(checkpoint.label, checkpoint.tensors, read_marlin_settings(found[0]))
 
 
-def _layer(stored: StoredLayer[Tensor], noted: dict[str, Any], zero_points: str) -> MarlinLayer:
-    if stored.K * stored.bits % 32:
-        raise SourceError(f"{stored.name}: K = {stored.K} does not fill whole words of {stored.bits}-bit codes.")
-    name = stored.name
-    scales = (noted.get("scales_dtypes") or {}).get(name, noted.get("scales_dtype"))
-    g_idx = (noted.get("g_idx_dtypes") or {}).get(name, noted.get("g_idx_dtype", "I32"))
-    return MarlinLayer(
-        stored,
-        scales if scales in _SCALES else stored.scales.dtype,
-        g_idx if g_idx in _INDEX else "I32" if stored.perm is not None else None,
-        stored.zeros is not None or name not in (noted.get("without_qzeros") or ()),
-        _stored_zero(noted, name, stored.bits, zero_points) if stored.zeros is None else None,
-    )
-
-
-def _stored_zero(noted: dict[str, Any], name: str, bits: int, zero_points: str) -> int | None:
-    """What a symmetric layer's source stored under a checkpoint_format that stores something else, if it is the one in
-    which zero points are stored now."""
-    formats = [
-        config.get("checkpoint_format") or config.get("format") for config in (noted.get("configs") or {}).values()
-    ]
-    said = next((str(f).lower() for f in formats if f), "gptq")
-    number = (noted.get("zero_points_stored") or {}).get(name)
-    return number if said == zero_points and number in (zero_point(bits), zero_point(bits) - 1) else None
-
-
-def _stray_g_idx(checkpoint: Checkpoint, layers: list[MarlinLayer]) -> set[str]:
+def _stray_g_idx(checkpoint: Checkpoint, layers: list[RestoredLayer]) -> set[str]:
     """Names of g_idx that AutoGPTQ left beside a layer's Marlin tensors, and that say what is so without them."""
     found = {layer: checkpoint.tensors.get(f"{layer.name}.g_idx") for layer in layers if layer.stored.perm is None}
     return {
@@ -219,22 +225,24 @@ def _stray_g_idx(checkpoint: Checkpoint, layers: list[MarlinLayer]) -> set[str]:
     }
 
 
-def _require_one_format(checkpoint: Checkpoint, layers: list[MarlinLayer], copies: list[Tensor]) -> None:
-    """Raise SourceError for a tensor that is copied, and that a reader of GPTQ checkpoints would take for a part of a
-    quantized layer; and for parts of a Marlin layer that is not there."""
+def _require_one_format(
+    checkpoint: Checkpoint, target: SourceFormat, layers: list[RestoredLayer], copies: list[Tensor]
+) -> None:
+    """Raise SourceError for a tensor that is copied, and that a reader of the restored checkpoint would take for a part
+    of a quantized layer; and for parts of a Marlin layer that is not there."""
     names = {layer.name for layer in layers}
     for tensor in copies:
         layer, _, part = tensor.name.rpartition(".")
-        if layer in names and part in (*GPTQFormat.parts, *MARLIN_PARTS):
+        if layer in names and part in (*target.parts, *MARLIN_PARTS):
             raise SourceError(f"{checkpoint.label}: it holds {tensor.name} beside that layer's Marlin tensors.")
-        if part in _GPTQ_ONLY or is_marlin_part(checkpoint.tensors, tensor.name):
+        if part in target.telling or is_marlin_part(checkpoint.tensors, tensor.name):
             raise SourceError(
                 f"{checkpoint.label}: it holds {tensor.name}, of no layer in the format of the others; remove it, or "
                 "convert the checkpoint again."
             )
 
 
-def _in_order(layers: list[MarlinLayer], copies: list[Tensor]) -> list[OutTensor]:
+def _in_order(layers: list[RestoredLayer], copies: list[Tensor]) -> list[OutTensor]:
     """Every tensor of the result, in the order of the source's files."""
     entries: list[tuple[tuple[str, int, str], list[OutTensor]]] = []
     for layer in layers:
@@ -244,7 +252,7 @@ def _in_order(layers: list[MarlinLayer], copies: list[Tensor]) -> list[OutTensor
     return [tensor for _, tensors in sorted(entries, key=lambda e: e[0]) for tensor in tensors]
 
 
-def _write_tensors(writer: GPTQWriter, report: Restored, progress: Progress) -> None:
+def _write_tensors(writer: RestoringWriter, report: Restored, progress: Progress) -> None:
     """Stream every tensor."""
     progress.stage("restoring", report.bytes_out, len(report.layers))
     layers = (t for x in report.layers for t in writer.counted(x.name, writer.pieces(x), layer=True))
@@ -257,8 +265,12 @@ def _write_tensors(writer: GPTQWriter, report: Restored, progress: Progress) -> 
 # Files
 
 
-def _write_configs(checkpoint: Checkpoint, report: Restored, folder: Path, noted: dict[str, Any]) -> None:
-    configs = noted.get("configs") or {}
+def _write_configs(
+    checkpoint: Checkpoint, report: Restored, folder: Path, noted: Noted, target: SourceFormat, *, original: bool
+) -> None:
+    configs = noted.configs if noted.format == target.name else {}
+    if not original:
+        configs = {where: _with_format(config, report.restored_format) for where, config in configs.items()}
     settings = _implied_settings(report, next(iter(find_configs(checkpoint.configs).values())))
     main = copy.deepcopy(checkpoint.configs.get("config.json"))
     if main is not None:
@@ -267,19 +279,19 @@ def _write_configs(checkpoint: Checkpoint, report: Restored, folder: Path, noted
             if isinstance(holder, dict):
                 holder.pop("quantization_config", None)
                 if where in configs:
-                    holder["quantization_config"] = _with_format(configs[where], report.zero_points)
+                    holder["quantization_config"] = configs[where]
         if not configs:
             main["quantization_config"] = settings
-        for key, value in (noted.get("dtypes") or {}).items():
+        for key, value in (noted.values.get("dtypes") or {}).items():
             if value is None:
                 main.pop(key, None)
             else:
                 main[key] = value
-        _restore_ties(main, noted.get("ties") or {})
+        _restore_ties(main, noted.values.get("ties") or {})
         write_json(folder / "config.json", main)
     for name in CONFIG_FILES[1:]:
         if name in configs:
-            write_json(folder / name, _with_format(configs[name], report.zero_points))
+            write_json(folder / name, configs[name])
         elif not configs and name == "quantize_config.json":
             write_json(folder / name, settings)
 
@@ -311,7 +323,7 @@ def _with_format(config: dict[str, Any], zero_points: str) -> dict[str, Any]:
 def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any]:
     """GPTQ settings for a checkpoint whose source's are not known: what its layers are."""
 
-    def of(layer: MarlinLayer) -> tuple[int, int, bool, bool]:
+    def of(layer: RestoredLayer) -> tuple[int, int, bool, bool]:
         group_size = -1 if layer.G == 1 else layer.group_size
         return layer.bits, group_size, layer.stored.settings.sym, layer.stored.settings.desc_act
 
@@ -324,7 +336,7 @@ def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any
         "true_sequential": marlin.get("true_sequential", True),
         "lm_head": any(layer.name.split(".")[-1] == "lm_head" for layer in report.layers),
         "quant_method": "gptq",
-        "checkpoint_format": report.zero_points,
+        "checkpoint_format": report.restored_format,
     }
     if marlin.get("damp_percent") is not None:
         result["damp_percent"] = marlin["damp_percent"]

@@ -5,28 +5,60 @@ judged. Each format has a module of its own, and `sources` names them all.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..checkpoint.reader import Checkpoint, Tensor
 from ..formats.gptq_config import GPTQSettings
+from ..formats.stored import StoredLayer
 from ..options import ZeroPointReading
 from .inspect import LayerInspection
+from .restored import RestoredLayer
 from .source_layer import SourceLayer
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What a conversion noted about its source in `marlin_convert.json`: `values`, as they were checked; {} for a
+    checkpoint that another tool made."""
+
+    values: dict[str, Any]
+
+    @property
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """The source's quantization configs, by where they stood."""
+        return self.values.get("configs") or {}
+
+    @property
+    def format(self) -> str:
+        """The name of the source's format."""
+        return str(self.values.get("source_format", "gptq"))
+
+    def dtype(self, layer: str, key: str, allowed: Collection[str]) -> str | None:
+        """What `key` says of a layer (see `commonest`), if it is one of those `allowed`."""
+        found = (self.values.get(f"{key}s") or {}).get(layer, self.values.get(key))
+        return found if found in allowed else None
 
 
 class SourceFormat(ABC):
     """A format of source checkpoints. `name` stands in reports, `title` in sentences; `parts` are the endings of a
-    layer's tensors, the first of which every layer has; `dropped` are those that have no counterpart in the result."""
+    layer's tensors, the first of which every layer has; `dropped` are those that have no counterpart in the result,
+    `telling` those that nothing else has."""
 
     name: ClassVar[str]
     title: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
     dropped: ClassVar[tuple[str, ...]]
+    telling: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def layer_names(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """The layers of this format among `tensors`, in their order."""
+
+    def claimed_by(self, config: Mapping[str, Any]) -> bool:
+        """Whether a quantization config says that its checkpoint has this format."""
+        return False
 
     @abstractmethod
     def require_complete(self, tensors: Mapping[str, Tensor]) -> None:
@@ -45,6 +77,10 @@ class SourceFormat(ABC):
         self, checkpoint: Checkpoint, names: list[str], settings: GPTQSettings, reading: ZeroPointReading | None
     ) -> list[LayerInspection]:
         """Judge every layer; see `LayerInspection`."""
+
+    @abstractmethod
+    def restored(self, stored: StoredLayer[Tensor], noted: Noted) -> RestoredLayer:
+        """What a Marlin layer becomes, by what was noted of its source."""
 
     @abstractmethod
     def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from .blocks import Buffers
 
 Words: TypeAlias = "npt.NDArray[np.int32]"
 ZeroPoints: TypeAlias = "npt.NDArray[np.uint8]"
+#: What a reader keeps of a layer for itself, where all of it has to be read for any part of it.
+Kept: TypeAlias = "dict[str, npt.NDArray[Any]]"
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,11 @@ class SourceLayer(ABC):
         self.columns(checkpoint, n0, words, buffers)
 
     @abstractmethod
-    def raw_scales(self, checkpoint: Checkpoint, first: int, count: int) -> npt.NDArray[Any]:
+    def raw_scales(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> npt.NDArray[Any]:
         """Scales [count, N] of groups `first` …, as the file has them (bf16 as uint16)."""
 
     @abstractmethod
-    def zeros(self, checkpoint: Checkpoint, first: int, count: int) -> ZeroPoints | None:
+    def zeros(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> ZeroPoints | None:
         """Zero points [count, N] of groups `first` …; None if the source stores none."""
 
     def read_order(self, checkpoint: Checkpoint) -> npt.NDArray[Any] | None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..checkpoint.reader import Tensor
 from ..errors import SourceError
+from .ct_format import CTFormat
 from .gptq_format import GPTQFormat
 from .source_format import SourceFormat
 
-GPTQ = GPTQFormat()
-FORMATS: tuple[SourceFormat, ...] = (GPTQ,)
+GPTQ, CT = GPTQFormat(), CTFormat()
+FORMATS: tuple[SourceFormat, ...] = (GPTQ, CT)
+FORMAT_TITLES = " or ".join(format.title for format in FORMATS)
 
 
-def format_of(tensors: Mapping[str, Tensor]) -> tuple[SourceFormat, list[str]]:
-    """The format of a checkpoint's quantized layers, and their names; GPTQ and [] where there are none.
+def format_of(
+    tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[SourceFormat, list[str]]:
+    """The format of a checkpoint's quantized layers, and their names. Where there are none: that which one of the
+    quantization configs claims, else GPTQ, and [].
 
     Raises SourceError where layers have several.
     """
@@ -24,4 +30,10 @@ def format_of(tensors: Mapping[str, Tensor]) -> tuple[SourceFormat, list[str]]:
         raise SourceError(
             f"{first} is a layer of {one.title}, {second} one of {other.title}; a checkpoint has one format."
         )
-    return found[0] if found else (GPTQ, [])
+    claimed = (format for format in FORMATS for config in (configs or {}).values() if format.claimed_by(config))
+    return found[0] if found else (next(claimed, GPTQ), [])
+
+
+def named(name: str) -> SourceFormat | None:
+    """The format that `marlin_convert.json` calls so."""
+    return next((format for format in FORMATS if format.name == name), None)

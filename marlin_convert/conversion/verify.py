@@ -1,9 +1,9 @@
-"""Proving that a Marlin checkpoint on disk equals its GPTQ source: layer by layer, exactly and numerically.
+"""Proving that a Marlin checkpoint on disk equals its source: layer by layer, exactly and numerically.
 
-Exactly: the codes and scales unpacked from `B` and `s` are those of `qweight` and `scales`, every element; every
-other tensor is the same bytes. Numerically: random activations through the Marlin tensors against the same
-activations times the fp16 weights that the GPTQ tensors stand for. The second shows what the first implies, by
-another road: it does not unpack `B` back to GPTQ's order, it computes with it as a kernel does.
+Exactly: the codes and scales unpacked from `B` and `s` are the source's, read by the definition of its format, every
+element; every other tensor is the same bytes. Numerically: random activations through the Marlin tensors against the
+same activations times the fp16 weights that the source's tensors stand for. The second shows what the first implies,
+by another road: it does not unpack `B` back to the source's order, it computes with it as a kernel does.
 """
 
 from __future__ import annotations
@@ -191,20 +191,20 @@ def _check_layer(
     problem = next(filter(None, (_shape_problem(result, tensor) for tensor in layer.out)), None)
     if problem:
         return LayerCheck(layer.name, layer.K, layer.N, layer.G, False, None, None, problem)
-    reader = LayerReader(source, layer)
+    reader = LayerReader(source, layer, defined=True)
     groups = LayerGroups(reader.source_groups, partial(_result_groups, result, layer))
     perm = result.read(result.tensors[layer.marlin_perm.name]) if layer.marlin_perm else None
     problem = _groups_difference(reader, groups) or _perm_difference(perm, reader.perm)
     product = product_for(device, layer, groups, reader.g_idx, perm)
     progress.advance(sum(t.nbytes for t in layer.out) - layer.B.nbytes, layer.name)
 
-    if layer.act_order:
+    if layer.by_columns:
         problem = problem or _order_problem(reader, result, buffers)
     for k0, rows in stored_blocks(layer):
         B = buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
         result.read_into(result.tensors[layer.B.name], B, k0 // TILE_K * layer.B.shape[1] * 4)
         own, words = max(0, min(rows, layer.K - k0)), None
-        if not layer.act_order:
+        if not layer.by_columns:
             words = reader.rows(k0, rows, buffers)
             unpacked = cpu.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
             problem = problem or code_difference(unpacked, words, k0, layer.bits)
@@ -225,7 +225,7 @@ def _check_layer(
 
 
 def _order_problem(reader: LayerReader, result: Checkpoint, buffers: Buffers) -> str | None:
-    """Where the codes of a layer with act-order first differ; None if nowhere."""
+    """Where the codes of a layer that is compared column by column first differ; None if nowhere."""
     layer, order = reader.layer, reader.order
     for n0, columns in column_panels(layer):
         qweight = reader.columns(n0, columns, buffers)

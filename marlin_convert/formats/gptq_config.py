@@ -53,6 +53,8 @@ _GPTQ_METHODS = {"gptq", "gptqmodel", "marlin"}
 _AUTO_ROUND_METHODS = {"auto-round", "auto_round", "autoround", "intel/auto-round"}
 _MARLIN_FORMATS = {"marlin", "marlin_ext"}  # read far enough to see whether there is anything to convert
 _GPTQ_FORMATS = {"gptq", "gptq_v2"} | _MARLIN_FORMATS
+#: GPTQModel's planes of bits: with 4 and 8 bits, which are all that Marlin has, the words are those of gptq_v2.
+_PLANAR = "gptq_p"
 _AWQ_FORMATS = {"gemm", "gemv", "gemv_fast"}
 
 #: What a `dynamic` rule can change for the layers that it matches.
@@ -203,11 +205,13 @@ def normalised(where: str, raw: dict[str, Any]) -> dict[str, Any]:
             raise SourceError(f"{where}: {key} is {shortened(known[key])}; true or false was expected.")
     for key in ("checkpoint_format", "quant_method"):
         known[key] = None if known[key] is None else str(known[key]).lower()
+    if known["checkpoint_format"] == _PLANAR:
+        known["checkpoint_format"] = "gptq_v2"
     return known
 
 
 def _names_a_layout(value: object) -> bool:
-    return isinstance(value, str) and value.lower() in _GPTQ_FORMATS | _AWQ_FORMATS
+    return isinstance(value, str) and value.lower() in _GPTQ_FORMATS | _AWQ_FORMATS | {_PLANAR}
 
 
 def _require_gptq(where: str, raw: dict[str, Any]) -> None:

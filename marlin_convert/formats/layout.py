@@ -278,6 +278,18 @@ def pack_gptq_zeros(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
     return words.view(np.int32)
 
 
+def pack_gptq_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    """Codes uint8 [K, N] -> GPTQ's `qweight` int32 [K bits/32, N]; K is a multiple of the codes in a word."""
+    K, N = codes.shape
+    factor = pack_factor(bits)
+    if K % factor:
+        raise ValueError(f"codes has K = {K} rows; K should be a multiple of {factor}")
+    words = np.zeros((K // factor, N), np.uint32)
+    for code in range(factor):
+        words |= codes[code::factor].astype(np.uint32) << np.uint32(bits * code)
+    return words.view(np.int32)
+
+
 def _interleave(bits: int) -> tuple[int, ...]:
     pack_factor(bits)
     return ZERO_INTERLEAVE[bits]

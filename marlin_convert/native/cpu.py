@@ -171,6 +171,14 @@ def arrange(
     return out
 
 
+def transpose(a: Int32Array, out: Int32Array) -> Int32Array:
+    """Exchange the rows and columns of `a` int32 [rows, columns]: into `out` [columns, rows], which is returned."""
+    check_array(a, "a", np.int32, 2)
+    output_array(out, (a.shape[1], a.shape[0]), a)
+    out[...] = a.T
+    return out
+
+
 def pack_sorted(
     qweight: Int32Array,
     out: Int32Array | None = None,

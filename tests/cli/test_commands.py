@@ -251,7 +251,7 @@ def test_4_verify_with_its_arguments_swapped(run: Callable[..., Run], source: So
         f"{out} is a Marlin checkpoint, and {source.folder} is none: the source comes first. "
         f"Run `marlin-convert verify {source.folder} {out}`."
     )
-    assert one_line(run("verify", out, out)).endswith(f"give the GPTQ checkpoint that {out} was made from.")
+    assert one_line(run("verify", out, out)).endswith(f"give the checkpoint that {out} was made from.")
 
 
 def test_4_a_lora_adapter(run: Callable[..., Run], tmp_path: Path) -> None:

@@ -249,7 +249,6 @@ def test_labelled_marlin_with_neither_kind_of_tensors(tmp_path: Path, label: dic
 
 FOREIGN = {
     "unquantized": ({"model.layers.0.q_proj.weight": torch.ones(4, 4)}, "an unquantized checkpoint"),
-    "compressed-tensors": ({"a.weight_packed": torch.ones(4, 4).int()}, "compressed-tensors"),
     "bitsandbytes nf4": ({"a.weight.quant_state.bitsandbytes__nf4": torch.ones(4).byte()}, "bitsandbytes"),
     "bitsandbytes fp4": ({"a.weight.quant_state.bitsandbytes__fp4": torch.ones(4).byte()}, "bitsandbytes"),
     "bitsandbytes int8": ({"a.SCB": torch.ones(4)}, "bitsandbytes"),
@@ -267,7 +266,7 @@ def test_other_sources_are_named(tmp_path: Path, tensors: dict[str, torch.Tensor
     message = error_of(lambda: plan_of(tmp_path), UnsupportedError)
     assert named in message
     assert str(tmp_path) in message
-    assert "a GPTQ checkpoint is needed" in message
+    assert "a checkpoint of GPTQ or compressed-tensors is needed" in message
 
 
 @pytest.mark.parametrize("method", ["awq", "bitsandbytes", "compressed-tensors", "exl2"])

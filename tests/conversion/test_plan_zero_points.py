@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from marlin_convert.conversion.convert import convert
+from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import SourceError
+from marlin_convert.options import Options
+from tests.support import format_reader, source_definitions
 from tests.support.gptq_checkpoints import (
     GPTQLayer,
     quantization_config,
+    tensors_of,
     write_source,
 )
 from tests.support.plans import assert_converts, assert_refused, error_of, plan_of, planned
@@ -142,3 +147,19 @@ def test_qzeros_of_another_kind(tmp_path: Path, qzeros: torch.Tensor) -> None:
     message = error_of(lambda: planned(tmp_path, {}, tensors), SourceError)
     assert message.startswith("the.layer: ")
     assert "qzeros" in message
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_planar_gptq_stores_them_as_v2_does(tmp_path: Path, bits: int) -> None:
+    """GPTQModel's gptq_p: with 4 and 8 bits, the same words under another name, which restoring gives back."""
+    stored = np.random.default_rng(1).integers(0, 2**bits, (2, 256))
+    layer = GPTQLayer(bits=bits, stored_zero=stored, v2=True)
+    write_source(tmp_path / "p", {"layer": layer}, {}, quantization=quantization_config(
+        sym=False, bits=bits, checkpoint_format="gptq_p"))  # fmt: skip
+    convert(tmp_path / "p", tmp_path / "out", Options(device="cpu", verify=True))
+    np.testing.assert_array_equal(format_reader.read(tmp_path / "out")["layer"], layer.weight)
+    restore(tmp_path / "out", tmp_path / "again", original=True)
+    assert source_definitions.config(tmp_path / "again") == source_definitions.config(tmp_path / "p")
+    ours, theirs = tensors_of(tmp_path / "again"), tensors_of(tmp_path / "p")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -360,7 +360,8 @@ def test_the_pair_the_wrong_way_round(source: Source, out: Path, run: Callable[.
     result = run("verify", out, source.folder)
     assert result.code == 4
     assert result.err == (
-        f"marlin-convert: {out} is a Marlin checkpoint; give the GPTQ checkpoint that {source.folder} was made from.\n"
+        f"marlin-convert: {out} is a Marlin checkpoint, and {source.folder} is none: the source comes first. "
+        f"Run `marlin-convert verify {source.folder} {out}`.\n"
     )
     assert not (source.folder / "verify.json").exists()
 

@@ -65,15 +65,16 @@ def calibration_tokens() -> torch.Tensor:
 
 
 def save_reference(folder: Path, weights: dict[str, torch.Tensor], about: dict[str, object]) -> None:
-    """Write what the quantizer says the weights are; `weights` are `[K, N]`, kept in fp16.
+    """Write what the quantizer says the weights are; `weights` are `[K, N]`, kept in bf16 if they are, else in fp16.
 
-    `reference.json` has the SHA-256 of each whole weight, its fp16 values row by row in little-endian order and every
+    `reference.json` has the SHA-256 of each whole weight, its values row by row in little-endian order and every
     zero positive; `reference.safetensors` the first COLUMNS_KEPT columns, to look at when a hash differs.
     """
     layers, kept = {}, {}
     for name, weight in weights.items():
-        half = weight.detach().half().contiguous() + 0.0  # -0 + 0 is 0
-        digest = hashlib.sha256(half.numpy().astype("<f2").tobytes()).hexdigest()
+        half = weight.detach() if weight.dtype == torch.bfloat16 else weight.detach().half()
+        half = half.contiguous() + 0.0  # -0 + 0 is 0
+        digest = hashlib.sha256(half.view(torch.int16).numpy().astype("<i2").tobytes()).hexdigest()
         layers[name] = {"shape": list(half.shape), "sha256": digest}
         kept[name] = half[:, :COLUMNS_KEPT].contiguous()
     save_file(kept, folder / "reference.safetensors")

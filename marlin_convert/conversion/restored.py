@@ -1,10 +1,12 @@
-"""A GPTQ layer made from a Marlin one, bit for bit: what `restore` writes."""
+"""A source's layer made from a Marlin one, bit for bit: what `restore` writes, and the port for each format's part."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,33 +15,37 @@ from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, Shards
 from ..errors import SourceError
 from ..formats import bf16
-from ..formats.gptq import ZeroPointEncoding, encode_zeros
-from ..formats.layout import (
-    TILE_K,
-    unpack_zeros,
-    unpermute_scales,
-    zero_point,
-)
+from ..formats.layout import TILE_K, unpack_zeros, unpermute_scales, zero_point
 from ..formats.stored import StoredLayer
 from ..native import cpu
-from ..progress import Progress
-from .blocks import column_panels, group_strips, stored_blocks
+from .blocks import Buffers, column_panels, group_strips, stored_blocks
 from .pipeline import Piece, TensorStream, went_wrong
 
-_NUMPY: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I32": np.int32, "I64": np.int64}
+NUMPY: dict[str, Any] = {
+    "F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I32": np.int32, "I64": np.int64, "I8": np.int8
+}  # fmt: skip
 
 Words: TypeAlias = "npt.NDArray[np.int32]"
 
 
 @dataclass(frozen=True)
-class MarlinLayer:
-    """One quantized linear of a Marlin checkpoint, and what only its source's files told."""
+class RestoredGroups:
+    """Groups `first` … of a source: scales [count, N] in its own dtype, zero points uint8 [count, N]."""
+
+    first: int
+    scales: npt.NDArray[Any]
+    zeros: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class RestoredLayer(ABC):
+    """One quantized linear of a Marlin checkpoint, and what it becomes in a source's format."""
 
     stored: StoredLayer[Tensor]
     scales_dtype: str  # of the source
-    g_idx: str | None  # the dtype of the source's, if it had one
-    qzeros: bool = True  # whether the source had them
-    stored_zero: int | None = None  # in qzeros of a symmetric layer, where its checkpoint_format stores another number
+
+    #: Whether the source has a column's codes, not a row's, together: then columns are written, and not rows.
+    by_columns: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -68,41 +74,48 @@ class MarlinLayer:
     def G(self) -> int:
         return -(-self.K // self.group_size)
 
+    def tensor(self, part: str, dtype: str, *shape: int) -> OutTensor:
+        """A tensor of this layer."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(NUMPY[dtype]).itemsize
+        return OutTensor(f"{self.name}.{part}", dtype, shape, nbytes)
+
     @property
+    @abstractmethod
     def out(self) -> dict[str, OutTensor]:
-        """The GPTQ tensors that the layer becomes."""
-        rows, columns = self.K * self.bits // 32, -(-self.N * self.bits // 32)
-        width = np.dtype(_NUMPY[self.scales_dtype]).itemsize
-        found = {
-            "qweight": OutTensor(f"{self.name}.qweight", "I32", (rows, self.N), rows * self.N * 4),
-            "qzeros": OutTensor(f"{self.name}.qzeros", "I32", (self.G, columns), self.G * columns * 4),
-            "scales": OutTensor(f"{self.name}.scales", self.scales_dtype, (self.G, self.N), self.G * self.N * width),
-        }
-        if not self.qzeros:
-            del found["qzeros"]
-        if self.g_idx:
-            width = np.dtype(_NUMPY[self.g_idx]).itemsize
-            found["g_idx"] = OutTensor(f"{self.name}.g_idx", self.g_idx, (self.K,), self.K * width)
-        return found
+        """The tensors that the layer becomes, by the endings of their names."""
+
+    @abstractmethod
+    def write_rows(self, shards: Shards, k0: int, words: Words, buffers: Buffers) -> int:
+        """Write the source's rows k0 …, as GPTQ words [rows bits/32, N]; the bytes written."""
+
+    @abstractmethod
+    def write_columns(self, shards: Shards, n0: int, words: Words, buffers: Buffers) -> int:
+        """Write the source's columns n0 …, as GPTQ words [K bits/32, columns]; the bytes written."""
+
+    @abstractmethod
+    def write_groups(self, shards: Shards, groups: Iterator[RestoredGroups]) -> int:
+        """Write scales and zero points, of which all groups come in order; the bytes written."""
+
+    @abstractmethod
+    def write_order(self, shards: Shards, g_idx: npt.NDArray[np.int32]) -> int:
+        """Write what tells each row's group, and whatever else there is; the bytes written."""
 
 
-class GPTQWriter(TensorStream):
-    """Writes GPTQ layers from Marlin ones; each block is packed again and compared before it is written."""
+class RestoringWriter(TensorStream):
+    """Writes a source's layers from Marlin ones; each block is packed again and compared before it is written."""
 
-    def __init__(self, checkpoint: Checkpoint, shards: Shards, progress: Progress, encoding: ZeroPointEncoding) -> None:
-        super().__init__(checkpoint, shards, progress)
-        self.encoding = encoding
-
-    def pieces(self, layer: MarlinLayer) -> list[Piece]:
+    def pieces(self, layer: RestoredLayer) -> list[Piece]:
         """All of the work on a layer."""
         stored = layer.stored
         order = None if stored.perm is None else _Order.read(self.checkpoint, stored)
         groups: list[Piece] = [partial(self._write_groups, layer, order)]
+        if order is None and layer.by_columns:
+            order = _Order.unchanged(stored)
         if order is not None:
             return groups + [partial(self._write_columns, layer, order, *panel) for panel in column_panels(stored, 3)]
         return groups + [partial(self._write_rows, layer, *block) for block in stored_blocks(stored)]
 
-    def _write_rows(self, layer: MarlinLayer, k0: int, rows: int) -> int:
+    def _write_rows(self, layer: RestoredLayer, k0: int, rows: int) -> int:
         """Stored rows k0 … of a layer."""
         stored, bits, array = layer.stored, layer.bits, self.buffers.array
         B = array("B", (rows // TILE_K, stored.weight.shape[1]), np.int32)
@@ -112,13 +125,12 @@ class GPTQWriter(TensorStream):
         if cpu.first_difference(B, again) is not None:
             raise went_wrong(layer.name, "unpacking went wrong")
         own = max(0, min(rows, layer.K - k0)) * bits // 32
-        if own:
-            qweight = np.ascontiguousarray(words[:own, : layer.N])
-            self.shards.write(f"{layer.name}.qweight", qweight, k0 * bits // 32 * layer.N * 4)
-        return own * layer.N * 4
+        if not own:
+            return 0
+        return layer.write_rows(self.shards, k0, np.ascontiguousarray(words[:own, : layer.N]), self.buffers)
 
-    def _write_columns(self, layer: MarlinLayer, order: _Order, n0: int, columns: int) -> int:
-        """Columns n0 … of a layer with act-order: any row may come from anywhere, so that all of them are needed."""
+    def _write_columns(self, layer: RestoredLayer, order: _Order, n0: int, columns: int) -> int:
+        """Columns n0 … , all rows of them: with act-order, any row may come from anywhere."""
         stored, bits, array = layer.stored, layer.bits, self.buffers.array
         B = array("B columns", (stored.stored_K // TILE_K, columns * bits // 2), np.int32)
         self.checkpoint.read_columns(stored.weight, B, n0 * bits // 2)
@@ -134,22 +146,16 @@ class GPTQWriter(TensorStream):
         if cpu.sorted_difference(tiles, natural, bits=bits, perm=order.perm, fill=fill) is not None:
             raise went_wrong(layer.name, "unpacking went wrong")
         own = np.ascontiguousarray(natural[:, : layer.N - n0])
-        self.shards.write_columns(f"{layer.name}.qweight", own, n0)
-        return own.nbytes
+        return layer.write_columns(self.shards, n0, own, self.buffers) if own.size else 0
 
-    def _write_groups(self, layer: MarlinLayer, order: _Order | None) -> int:
-        """Scales and zero points, strip by strip, and g_idx."""
-        written = 0
-        for first, count in group_strips(layer.G, layer.N):
-            for part, array in _restored_groups(self.checkpoint, layer, self.encoding, first, count).items():
-                self.shards.write(f"{layer.name}.{part}", array, first * array.shape[1] * array.itemsize)
-                written += array.nbytes
-        if layer.g_idx:
-            groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
-            g_idx = (groups if order is None else groups[order.inverse[: layer.K]]).astype(_NUMPY[layer.g_idx])
-            self.shards.write(f"{layer.name}.g_idx", g_idx)
-            written += g_idx.nbytes
-        return written
+    def _write_groups(self, layer: RestoredLayer, order: _Order | None) -> int:
+        """Scales and zero points, strip by strip, and the order of rows."""
+        strips = group_strips(layer.G, layer.N)
+        written = layer.write_groups(
+            self.shards, (restored_groups(self.checkpoint, layer, first, count) for first, count in strips)
+        )
+        groups = np.arange(layer.K, dtype=np.int32) // np.int32(layer.group_size)
+        return written + layer.write_order(self.shards, groups if order is None else groups[order.inverse[: layer.K]])
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,12 @@ class _Order:
 
     perm: Words
     inverse: Words
+
+    @staticmethod
+    def unchanged(stored: StoredLayer[Tensor]) -> _Order:
+        """The order of a layer whose rows are stored as they are."""
+        rows = np.arange(stored.stored_K, dtype=np.int32)
+        return _Order(rows[: stored.K], rows)
 
     @staticmethod
     def read(checkpoint: Checkpoint, stored: StoredLayer[Tensor]) -> _Order:
@@ -171,10 +183,8 @@ class _Order:
         return _Order(perm, inverse)
 
 
-def _restored_groups(
-    checkpoint: Checkpoint, layer: MarlinLayer, encoding: ZeroPointEncoding, first: int, count: int
-) -> dict[str, npt.NDArray[Any]]:
-    """Scales and qzeros of the source's groups `first` …."""
+def restored_groups(checkpoint: Checkpoint, layer: RestoredLayer, first: int, count: int) -> RestoredGroups:
+    """The source's groups `first` … of a Marlin layer."""
     stored = layer.stored
     step = 1 if stored.G == 1 else max(1, layer.group_size // stored.group_size)
     used = -(-layer.K // stored.group_size) if stored.G > 1 else 1
@@ -194,17 +204,12 @@ def _restored_groups(
         zeros = np.full(scales.shape, zero_point(layer.bits), np.uint8)
     else:
         zeros = own(unpack_zeros(checkpoint.read_rows(stored.zeros, at, rows), layer.bits), "zero points")
-    found = {"scales": _as_dtype(scales, layer)}
-    if not layer.qzeros:
-        return found
-    if layer.stored_zero is not None:
-        zeros, encoding = np.full(scales.shape, layer.stored_zero, np.uint8), ZeroPointEncoding.V2
-    return {**found, "qzeros": encode_zeros(zeros, layer.bits, encoding)}
+    return RestoredGroups(first, _as_dtype(scales, layer), zeros)
 
 
-def _as_dtype(scales: npt.NDArray[Any], layer: MarlinLayer) -> npt.NDArray[Any]:
+def _as_dtype(scales: npt.NDArray[Any], layer: RestoredLayer) -> npt.NDArray[Any]:
     """Scales [G, N] as stored (fp16, or bf16 as uint16) in the source's dtype."""
     if layer.stored.scales.dtype == layer.scales_dtype:
         return scales
     wide = bf16.widened(scales)
-    return bf16.rounded(wide) if layer.scales_dtype == "BF16" else wide.astype(_NUMPY[layer.scales_dtype])
+    return bf16.rounded(wide) if layer.scales_dtype == "BF16" else wide.astype(NUMPY[layer.scales_dtype])

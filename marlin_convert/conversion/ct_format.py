@@ -1,0 +1,301 @@
+"""compressed-tensors' pack-quantized layers, as a source: `weight_packed`, `weight_scale` and what belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.reader import Checkpoint, Tensor
+from ..checkpoint.writer import OutTensor, Shards
+from ..errors import SourceError
+from ..formats import compressed_tensors
+from ..formats.gptq_config import GPTQSettings
+from ..formats.layout import EXT_BITS, pack_factor, pack_gptq_rows, zero_point
+from ..formats.stored import StoredLayer
+from ..native import cpu
+from ..options import ZeroPointReading
+from .blocks import Buffers
+from .inspect import SCALE_DTYPES, LayerInspection, rows_per_group
+from .layer import Layer
+from .restored import NUMPY, RestoredGroups, RestoredLayer
+from .source_format import Noted, SourceFormat, commonest
+from .source_layer import Kept, SourceLayer, Words, ZeroPoints
+
+
+@dataclass(frozen=True)
+class CTLayer(SourceLayer):
+    """A layer of which `packed` [N, words] has the codes, a column's together."""
+
+    packed: Tensor
+    shape: Tensor
+    zero_point: Tensor | None
+    g_idx: Tensor | None
+
+    by_columns = True
+
+    @property
+    def weight(self) -> Tensor:
+        return self.packed
+
+    @property
+    def order(self) -> Tensor | None:
+        return self.g_idx
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.packed, self.scales, self.shape, self.zero_point, self.g_idx) if t is not None]
+
+    def rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> None:
+        cpu.transpose(self._read_rows(checkpoint, k0, len(words), buffers), words)
+
+    def columns(self, checkpoint: Checkpoint, n0: int, words: Words, buffers: Buffers) -> None:
+        cpu.transpose(self._read_columns(checkpoint, n0, words.shape[1], buffers), words)
+
+    def defined_rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> None:
+        read = self._read_rows(checkpoint, k0, len(words), buffers)
+        words[...] = pack_gptq_rows(compressed_tensors.codes(read, self.bits).T, self.bits)
+
+    def defined_columns(self, checkpoint: Checkpoint, n0: int, words: Words, buffers: Buffers) -> None:
+        read = self._read_columns(checkpoint, n0, words.shape[1], buffers)
+        words[...] = pack_gptq_rows(compressed_tensors.codes(read, self.bits).T, self.bits)
+
+    def _read_rows(self, checkpoint: Checkpoint, k0: int, count: int, buffers: Buffers) -> Words:
+        read: Words = buffers.array("packed", (self.N, count), np.int32)
+        checkpoint.read_columns(self.packed, read, k0 * self.bits // 32)
+        return read
+
+    def _read_columns(self, checkpoint: Checkpoint, n0: int, count: int, buffers: Buffers) -> Words:
+        width = self.packed.shape[1]
+        read: Words = buffers.array("packed", (count, width), np.int32)
+        checkpoint.read_into(self.packed, read, n0 * width * 4)
+        return read
+
+    def raw_scales(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> npt.NDArray[Any]:
+        if "scales" not in kept:
+            kept["scales"] = np.ascontiguousarray(checkpoint.read(self.scales).T)
+        return kept["scales"][first : first + count]
+
+    def zeros(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> ZeroPoints | None:
+        if self.zero_point is None:
+            return None
+        if "zeros" not in kept:
+            try:
+                kept["zeros"] = compressed_tensors.decode_zeros(checkpoint.read(self.zero_point), self.bits, self.N)
+            except ValueError as error:
+                raise SourceError(f"{self.name}: {error}; the checkpoint is damaged.") from None
+        return kept["zeros"][first : first + count]
+
+
+class CTFormat(SourceFormat):
+    """What llm-compressor and others write by compressed-tensors, packed."""
+
+    name, title = "compressed-tensors", "compressed-tensors"
+    parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+    dropped = ("weight_shape", "weight_zero_point", "weight_g_idx")
+    telling = ("weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx")
+
+    def layer_names(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        return [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+
+    def claimed_by(self, config: Mapping[str, Any]) -> bool:
+        return compressed_tensors.is_config(config)
+
+    def require_complete(self, tensors: Mapping[str, Tensor]) -> None:
+        for name in tensors:
+            layer, _, part = name.rpartition(".")
+            if part in self.parts and f"{layer}.weight_packed" not in tensors:
+                beside = "beside an unpacked weight" if f"{layer}.weight" in tensors else "and no weight_packed"
+                raise SourceError(
+                    f"{layer}: it has {part} {beside}; the checkpoint is incomplete, or holds layers of another kind."
+                )
+
+    def settings(self, configs: dict[str, dict[str, Any]], names: Sequence[str]) -> GPTQSettings:
+        return compressed_tensors.parse_settings(configs)
+
+    def inspect(
+        self, checkpoint: Checkpoint, names: list[str], settings: GPTQSettings, reading: ZeroPointReading | None
+    ) -> list[LayerInspection]:
+        return [CTInspection(checkpoint, name, settings) for name in names]
+
+    def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:
+        own = [layer for layer in layers if isinstance(layer, CTLayer)]
+        found: dict[str, Any] = {}
+        kinds: dict[str, dict[str, str | None]] = {
+            "scales_dtype": {x.name: x.scales.dtype for x in own},
+            "g_idx_dtype": {x.name: x.g_idx.dtype if x.g_idx else None for x in own},
+            "shape_dtype": {x.name: x.shape.dtype for x in own},
+            "zero_point_dtype": {x.name: x.zero_point.dtype if x.zero_point else None for x in own},
+        }
+        for key, values in kinds.items():
+            found[key], found[f"{key}s"] = commonest(values)
+        return found
+
+    def restored(self, stored: StoredLayer[Tensor], noted: Noted) -> RestoredLayer:
+        def dtype(key: str, *allowed: str) -> str | None:
+            return noted.dtype(stored.name, key, allowed)
+
+        return RestoredCT(
+            stored,
+            dtype("scales_dtype", *SCALE_DTYPES) or stored.scales.dtype,
+            dtype("shape_dtype", "I32", "I64") or "I64",
+            dtype("zero_point_dtype", "I32", "I8") or ("I32" if stored.zeros is not None else None),
+            dtype("g_idx_dtype", "I32", "I64") or ("I32" if stored.perm is not None else None),
+        )
+
+
+class CTInspection(LayerInspection):
+    """A packed layer of compressed-tensors under examination."""
+
+    def measured(self) -> Layer | None:
+        packed, scales, shape = self.part("weight_packed"), self.part("weight_scale"), self.part("weight_shape")
+        zeros, g_idx, bias = self.part("weight_zero_point"), self.part("weight_g_idx"), self.part("bias")
+        assert packed is not None  # the layer was found by it
+        for part, tensor in (("weight_scale", scales), ("weight_shape", shape)):
+            if tensor is None:
+                raise SourceError(f"{self.name}: it has a weight_packed and no {part}; the checkpoint is incomplete.")
+        assert scales is not None
+        assert shape is not None
+        for part in ("input_scale", "weight_global_scale", "input_global_scale"):
+            if self.part(part) is not None:
+                self.refusals.append(f"{part} beside weight_packed: not of whole numbers alone, or activations too")
+                return None
+        if packed.dtype != "I32":
+            self.refusals.append(f"weight_packed is {packed.dtype}; only whole numbers in int32 words can be repacked")
+            return None
+        if len(packed.shape) != 2 or len(scales.shape) != 2:
+            self.refusals.append(
+                f"weight_packed is {len(packed.shape)}-D, weight_scale {len(scales.shape)}-D; only 2-D linears are "
+                "repacked (a model whose experts are stacked has to be saved with one linear for each)"
+            )
+            return None
+        if scales.dtype not in SCALE_DTYPES:
+            self.refusals.append(f"weight_scale is {scales.dtype}; F16, BF16 or F32 was expected")
+            return None
+        N, K = self._shape(shape)
+        (rows, words), (scale_rows, G) = packed.shape, scales.shape
+        fitting = compressed_tensors.packed_bits(K, words)
+        if rows != N or not fitting:
+            raise SourceError(
+                f"{self.name}: weight_packed {list(packed.shape)} is not that of weight_shape [{N}, {K}]."
+            )
+        if scale_rows != N or not G:
+            raise SourceError(f"{self.name}: weight_scale {list(scales.shape)} does not match N = {N}.")
+        bits = self.settings.bits if self.settings.bits in fitting else fitting[-1]
+        assert bits is not None
+        if self.settings.bits not in (None, bits):
+            self.notes.append(
+                f"the config says {self.settings.bits} bits, the tensors are {bits}-bit; the tensors count"
+            )
+        if bias is not None and bias.shape != (N,):
+            raise SourceError(f"{self.name}: bias {list(bias.shape)} does not match N = {N}.")
+        if bits in EXT_BITS and K % pack_factor(bits):
+            self.refusals.append(f"K = {K} does not fill whole words of {bits}-bit codes")
+        if g_idx is not None and (g_idx.dtype not in ("I32", "I64") or g_idx.shape != (K,)):
+            raise SourceError(
+                f"{self.name}: weight_g_idx {g_idx.dtype} {list(g_idx.shape)} is not one int32 for each row."
+            )
+        source = CTLayer(self.name, K, N, G, bits, scales, packed, shape, zeros, g_idx)
+        return Layer(source, bias, rows_per_group(K, G, self.settings) or 0)
+
+    def _shape(self, tensor: Tensor) -> tuple[int, int]:
+        """(N, K) of weight_shape."""
+        if tensor.dtype not in ("I32", "I64") or tensor.shape != (2,):
+            raise SourceError(
+                f"{self.name}: weight_shape is {tensor.dtype} {list(tensor.shape)}; two whole numbers were expected."
+            )
+        N, K = map(int, self.checkpoint.read(tensor))
+        if N < 1 or K < 1:
+            raise SourceError(f"{self.name}: weight_shape is [{N}, {K}]: an empty layer.")
+        return N, K
+
+    def with_zero_points(self, layer: Layer) -> Layer:
+        source, sym = layer.source, self.settings.sym
+        assert isinstance(source, CTLayer)
+        tensor = source.zero_point
+        if tensor is None:
+            if sym is False:
+                self.refusals.append("the config says that it is asymmetric, and weight_zero_point is missing")
+            return layer
+        shapes = {"I32": (-(-layer.N * layer.bits // 32), layer.G), "I8": (layer.N, layer.G)}
+        if tensor.dtype not in shapes:
+            self.refusals.append(
+                f"weight_zero_point is {tensor.dtype}; zero points that are no whole numbers cannot be repacked"
+            )
+            return layer
+        if tensor.shape != shapes[tensor.dtype]:
+            raise SourceError(
+                f"{self.name}: weight_zero_point {tensor.dtype} {list(tensor.shape)} does not match "
+                f"{layer.G} groups of N = {layer.N}."
+            )
+        if layer.bits not in EXT_BITS:
+            return layer
+        zeros, middle = source.zeros(self.checkpoint, 0, layer.G, {}), zero_point(layer.bits)
+        if zeros is None or (zeros == middle).all():
+            if sym is False:
+                self.notes.append(
+                    "the config says that it is asymmetric, and every zero point is 0; converted as symmetric"
+                )
+            return layer
+        claim = ", although the config says symmetric" if sym else ""
+        self.misfits.append(f"asymmetric (zero points are not all {middle}{claim})")
+        if sym:
+            self.extended_notes.append("the config says symmetric and zero points differ; converted as asymmetric")
+        return replace(layer, sym=False)
+
+
+@dataclass(frozen=True)
+class RestoredCT(RestoredLayer):
+    """A Marlin layer that becomes a packed one of compressed-tensors."""
+
+    shape: str  # the dtypes of the source's tensors; None for those that it did not have
+    zero_point: str | None
+    g_idx: str | None
+
+    by_columns = True
+
+    @property
+    def out(self) -> dict[str, OutTensor]:
+        found = {
+            "weight_packed": self.tensor("weight_packed", "I32", self.N, self.K * self.bits // 32),
+            "weight_scale": self.tensor("weight_scale", self.scales_dtype, self.N, self.G),
+            "weight_shape": self.tensor("weight_shape", self.shape, 2),
+        }
+        if self.zero_point == "I8":
+            found["weight_zero_point"] = self.tensor("weight_zero_point", "I8", self.N, self.G)
+        elif self.zero_point:
+            words = -(-self.N * self.bits // 32)
+            found["weight_zero_point"] = self.tensor("weight_zero_point", "I32", words, self.G)
+        if self.g_idx:
+            found["weight_g_idx"] = self.tensor("weight_g_idx", self.g_idx, self.K)
+        return found
+
+    def write_rows(self, shards: Shards, k0: int, words: Words, buffers: Buffers) -> int:
+        raise NotImplementedError("its columns are written")
+
+    def write_columns(self, shards: Shards, n0: int, words: Words, buffers: Buffers) -> int:
+        packed: Words = buffers.array("packed", (words.shape[1], words.shape[0]), np.int32)
+        cpu.transpose(words, packed)
+        shards.write(f"{self.name}.weight_packed", packed, n0 * packed.shape[1] * 4)
+        return packed.nbytes
+
+    def write_groups(self, shards: Shards, groups: Iterator[RestoredGroups]) -> int:
+        strips = list(groups)
+        found = {"weight_scale": np.ascontiguousarray(np.concatenate([strip.scales for strip in strips]).T)}
+        if self.zero_point:
+            zeros = np.concatenate([strip.zeros for strip in strips])
+            found["weight_zero_point"] = compressed_tensors.encode_zeros(zeros, self.bits, self.zero_point)
+        for part, array in found.items():
+            shards.write(f"{self.name}.{part}", array)
+        return sum(array.nbytes for array in found.values())
+
+    def write_order(self, shards: Shards, g_idx: npt.NDArray[np.int32]) -> int:
+        found = {"weight_shape": np.array([self.N, self.K], NUMPY[self.shape])}
+        if self.g_idx:
+            found["weight_g_idx"] = g_idx.astype(NUMPY[self.g_idx])
+        for part, array in found.items():
+            shards.write(f"{self.name}.{part}", array)
+        return sum(array.nbytes for array in found.values())

@@ -1,0 +1,65 @@
+"""Sources in formats beside GPTQ, straight from the Hub: planned from what few bytes tell, streamed, restored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import format_reader
+from tests.support.cli import Run
+from tests.support.ct_checkpoints import CTLayer, write_ct
+from tests.support.gptq_checkpoints import shuffled, tensors_of
+from tests.support.hub_server import Hub, Request
+
+REPO = "quantizers/packed"
+
+
+def packed(folder: Path) -> tuple[Path, dict[str, CTLayer]]:
+    """Layers of each kind, 100 times what a plan reads of them."""
+    rng = np.random.default_rng(0)
+    layers = {
+        "model.layers.0.a": CTLayer(K=1024, N=1536, zeros=rng.integers(0, 16, (8, 1536)), scale_dtype=torch.bfloat16),
+        "model.layers.0.b": CTLayer(K=1024, N=1536, seed=1, g_idx=shuffled(1024, 128)),
+        "model.layers.0.c": CTLayer(K=1024, N=1536, seed=2, bits=8, group_size=-1),
+    }
+    return write_ct(folder, layers, shards=3), layers
+
+
+@pytest.mark.parametrize("low_disk", [[], ["--low-disk"]], ids=["", "low disk"])
+def test_streamed(hub: Hub, online: Callable[..., Run], tmp_path: Path, low_disk: list[str]) -> None:
+    source, layers = packed(tmp_path / "upload")
+    hub.add(REPO, source)
+    whole: list[str] = []
+
+    def look(request: Request) -> None:
+        weights = request.method == "GET" and request.path.endswith(".safetensors")
+        if weights and (request.range is None or request.range.endswith("-")):
+            whole.append(request.path)
+
+    hub.fault = look
+    planned = online(REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache", "--dry-run", "--json")
+    assert planned.code == 0, planned.out
+    assert not whole
+    found = {x["name"]: (x["sym"], x["desc_act"], x["bits"]) for x in planned.json()["layers"]}
+    assert found == {
+        "model.layers.0.a": (False, False, 4),
+        "model.layers.0.b": (True, True, 4),
+        "model.layers.0.c": (True, False, 8),
+    }
+    result = online(REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache", "--verify", "--json", *low_disk)
+    assert result.code == 0, result.out
+    assert result.json()["verification"]["ok"]
+    assert result.json()["source_quantization"]["source_format"] == "compressed-tensors"
+    assert len(whole) == 3
+    for name, weight in format_reader.read(tmp_path / "out").items():
+        np.testing.assert_array_equal(weight, layers[name].weight)
+    restored = online("restore", tmp_path / "out", tmp_path / "again", "--json")
+    assert restored.code == 0, restored.err
+    assert restored.json()["format"] == "compressed-tensors"
+    ours, theirs = tensors_of(tmp_path / "again"), tensors_of(source)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
