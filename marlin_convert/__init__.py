@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ._api import push as push
     from ._api import restore as restore
     from ._api import verify as verify
-    from .conversion.convert import Report as Report
     from .conversion.plan import Plan as Plan
     from .conversion.proof import Proof as Proof
+    from .conversion.report import Report as Report
     from .conversion.restore import Restored as Restored
     from .conversion.verify import Verification as Verification
     from .engines.linear import MarlinLinear as MarlinLinear
@@ -77,9 +77,9 @@ __all__ = [
 #: Where each name comes from.
 _HOMES = {
     "_api": ("convert", "plan", "prove", "push", "restore", "verify"),
-    "conversion.convert": ("Report",),
     "conversion.plan": ("Plan",),
     "conversion.proof": ("Proof",),
+    "conversion.report": ("Report",),
     "conversion.restore": ("Restored",),
     "conversion.verify": ("Verification",),
     "engines.linear": ("MarlinLinear",),

@@ -10,9 +10,9 @@ from .options import DEFAULT_SHARD_SIZE, Format, HubAccess, Options, PublishTarg
 from .progress import ProgressEvent, progress_for
 
 if TYPE_CHECKING:
-    from .conversion.convert import Report
     from .conversion.plan import Plan
     from .conversion.proof import Proof
+    from .conversion.report import Report
     from .conversion.restore import Restored
     from .conversion.verify import Verification
 
@@ -161,10 +161,10 @@ def verify(
         OutputError: `verify.json` cannot be written.
         HubError: The Hub did not give what was asked for.
     """
-    from .conversion.convert import verify_pair
+    from .conversion.pair import verify_pair
 
     access = _access(revision, token, cache_dir)
-    return verify_pair(source, out, Options(device=device), progress_for(progress), access=access)
+    return verify_pair(source, out, device, progress_for(progress), access=access)
 
 
 def prove(
@@ -202,8 +202,8 @@ def prove(
     """
     from .conversion.proof import prove as work
 
-    options = Options(device=device, attest=None if attest is None else Path(attest))
-    return work(result, options, progress_for(progress), access=_access(revision, token, cache_dir))
+    statement = None if attest is None else Path(attest)
+    return work(result, device, progress_for(progress), attest=statement, access=_access(revision, token, cache_dir))
 
 
 def restore(
@@ -245,9 +245,10 @@ def restore(
     """
     from .conversion.restore import restore as work
 
-    options = Options(force=force, max_shard_size=max_shard_size)
-    access = _access(revision, token, cache_dir)
-    return work(marlin, out, options, progress_for(progress), original=original, v2=v2, access=access)
+    return work(
+        marlin, out, progress_for(progress), original=original, force=force, max_shard_size=max_shard_size, v2=v2,
+        access=_access(revision, token, cache_dir),
+    )  # fmt: skip
 
 
 def push(
@@ -280,7 +281,7 @@ def push(
         SourceError: `out` is not a finished result.
         HubError: The Hub does not take it; the repository is as it was.
     """
-    from .conversion.convert import push_result
+    from .conversion.publish import push_result
 
     target = PublishTarget(repo_id, private, branch, create_pr, commit_message)
     return push_result(Path(out), target, force=force, token=token)

@@ -79,9 +79,9 @@ def test_functions_are_typed_and_documented(name: str) -> None:
 
 def test_types_resolve() -> None:
     """Of a checker's view: every annotation names something that can be imported."""
-    from marlin_convert.conversion.convert import Report
     from marlin_convert.conversion.plan import Plan
     from marlin_convert.conversion.proof import Proof
+    from marlin_convert.conversion.report import Report
     from marlin_convert.conversion.restore import Restored
     from marlin_convert.conversion.verify import Verification
 

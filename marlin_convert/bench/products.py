@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import DeviceError, UnsupportedError, require
 from ..formats.layout import b_shape, pack_factor
-from ..options import HubAccess, Options
+from ..options import HubAccess
 from ..progress import Progress
 from .gpu import cuda_rig, pick_gpu
 from .results import ROTATE, Calls, Cell, Kernels, LayerResult, Limits, Machine, Report, Rig, Speed
@@ -368,19 +368,18 @@ def run(
     *,
     batch: Sequence[int] = BATCH,
     compare: bool = False,
-    options: Options | None = None,
+    device: str = "auto",
     access: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Measure a checkpoint's layers, or those of a preset, on the GPU that `options.device` names.
+    """Measure a checkpoint's layers, or those of a preset, on the GPU that `device` names.
 
     Raises DeviceError without a GPU, a driver or the library that it needs.
     """
     require("torch")
     import torch
 
-    options = options or Options()
-    rig = cuda_rig(pick_gpu(options.device))
+    rig = cuda_rig(pick_gpu(device))
     if source is None:
         title = preset or DEFAULT_PRESET
         shapes, notes = list(PRESETS[title]), Notes()

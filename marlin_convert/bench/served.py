@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MarlinConvertError, MissingPackageError, SourceError, require
-from ..options import HubAccess, Options
+from ..options import HubAccess
 from ..progress import Progress
 from .gpu import pick_gpu
 from .results import Machine
@@ -229,7 +229,7 @@ def run(
     *,
     batch: Sequence[int] = BATCH,
     fp16: bool = True,
-    options: Options | None = None,
+    device: str = "auto",
     access: HubAccess | None = None,
     progress: Progress | None = None,
     verbose: bool = False,
@@ -247,8 +247,8 @@ def run(
         )
     require("torch", "transformers")
     progress, access = progress or Progress(), access or HubAccess()
-    device = pick_gpu((options or Options()).device)
-    environment = {"CUDA_VISIBLE_DEVICES": _visible(device.index), **_access(access)}
+    gpu = pick_gpu(device)
+    environment = {"CUDA_VISIBLE_DEVICES": _visible(gpu.index), **_access(access)}
     length = min(LENGTH, _longest(out) if Path(out).is_dir() else LENGTH)
     if length < PROMPT + NEW:
         raise SourceError(f"{out}: the model takes {length} tokens; measuring needs {PROMPT + NEW}.")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engines.generate import transformers_quietly
 from ..errors import DeviceError, SourceError, require
-from ..options import HubAccess, Options
+from ..options import HubAccess
 from ..progress import Progress
 from .gpu import cuda_rig, pick_gpu
 from .results import Machine
@@ -266,23 +266,22 @@ def run(
     source: str | Path,
     *,
     batch: Sequence[int] = BATCH,
-    options: Options | None = None,
+    device: str = "auto",
     access: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Measure the Marlin checkpoint `source`, a folder or a Hub id, on the GPU that `options.device` names.
+    """Measure the Marlin checkpoint `source`, a folder or a Hub id, on the GPU that `device` names.
 
     Raises DeviceError without a GPU that suits, and what `load` raises.
     """
     require("torch", "transformers")
     import torch
 
-    options, access = options or Options(), access or HubAccess()
-    device = pick_gpu(options.device)
-    kernels = cuda_rig(device)
+    access, gpu = access or HubAccess(), pick_gpu(device)
+    kernels = cuda_rig(gpu)
     with transformers_quietly() as hf, torch.cuda.device(kernels.device):
         model = hf.load(
-            source, device=str(device), dtype=torch.float16, revision=access.revision, token=access.token,
+            source, device=str(gpu), dtype=torch.float16, revision=access.revision, token=access.token,
             cache_dir=access.cache_dir,
         )  # fmt: skip
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .._version import __version__
-from ..errors import AlreadyMarlin, MarlinConvertError, VerificationError, require
+from ..errors import AlreadyMarlin, HubError, MarlinConvertError, VerificationError, require
 from ..interrupts import ignore_signals
 from ..options import PRESETS, HubAccess, Options, PublishTarget
 from .batch import batch
@@ -147,7 +148,7 @@ def verify(
         from ..conversion.proof import prove
 
         with screen.progress() as progress:
-            proof = prove(source, Options(device=device, attest=attest), progress, access=access)
+            proof = prove(source, device, progress, attest=attest, access=access)
         screen.proof(proof, attest if proof.ok else None)
         if not proof.ok and not screen.silent:
             raise VerificationError("the result is not exactly what its source gives; see above.")
@@ -156,10 +157,10 @@ def verify(
         return
     if attest is not None:
         raise click.UsageError("--attest is for a conversion, or for verify with a result alone.")
-    from ..conversion.convert import verify_pair
+    from ..conversion.pair import verify_pair
 
     with screen.progress() as progress:
-        report = verify_pair(source, out, Options(device=device), progress, access=access)
+        report = verify_pair(source, out, device, progress, access=access)
     screen.verification(report, out)
     if not report.ok and not screen.silent:
         raise VerificationError("the Marlin checkpoint is not equal to its source; see the table above.")
@@ -198,10 +199,10 @@ def push(
     In one commit; the repository is created when missing. An upload that failed is taken up again: what has arrived
     is not sent again.
     """
-    from ..conversion.convert import push_result
+    from ..conversion.publish import push_result
 
     screen = _screen(output)
-    with screen.doing(f"uploading {out} to {repo_id}"):
+    with screen.doing(f"uploading {out} to {repo_id}"), _way_on(force):
         address = push_result(out, PublishTarget(repo_id, **publishing), force=force, token=token)
     screen.pushed(address)
 
@@ -227,7 +228,7 @@ def to_gptq(output: OutputOptions, /, marlin: str, out: Path, v2: bool, access: 
 
     screen = _screen(output)
     with screen.progress() as progress:
-        report = restore(marlin, out, Options(**choices), progress, v2=v2, access=access)
+        report = restore(marlin, out, progress, v2=v2, access=access, **choices)
     screen.restored(report)
 
 
@@ -248,7 +249,7 @@ def restore(output: OutputOptions, /, marlin: str, out: Path, access: HubAccess,
 
     screen = _screen(output)
     with screen.progress() as progress:
-        report = work(marlin, out, Options(**choices), progress, original=True, access=access)
+        report = work(marlin, out, progress, original=True, access=access, **choices)
     screen.restored(report)
 
 
@@ -288,9 +289,7 @@ def generate(output: OutputOptions, /, out: str, prompt: str, device: str, acces
 
     screen = _screen(output)
     with screen.progress() as progress, screen.text(prompt) as on_text:
-        done = continue_prompt(
-            out, prompt, Sampling(**sampling), Options(device=device), on_text, progress, access=access
-        )
+        done = continue_prompt(out, prompt, Sampling(**sampling), device, on_text, progress, access=access)
     screen.generated(done)
 
 
@@ -361,7 +360,7 @@ def bench(
         from .plot import Plot
 
         plot = Plot(plot_file)
-    options: dict[str, Any] = {"options": Options(device=device), "access": access}
+    options: dict[str, Any] = {"device": device, "access": access}
     report: Any
     with screen.progress(timings=True) as progress:
         if served and source is not None:
@@ -399,7 +398,7 @@ def _convert(
 
     screen.start()
     try:
-        with screen.progress() as progress:
+        with screen.progress() as progress, _way_on(options.force):
             report = convert(source, out, options, progress, access=access)
             if prompt is None:
                 ignore_signals()  # the result is complete
@@ -419,6 +418,23 @@ def _convert(
         screen.report(report, missing=error.message)
     else:
         screen.report(report, texts)
+
+
+@contextlib.contextmanager
+def _way_on(force: bool) -> Iterator[None]:
+    """Say by which command a result that could not be published can be, when what stopped it is mended."""
+    from ..conversion.publish import UploadError
+
+    try:
+        yield
+    except UploadError as error:
+        target = error.target
+        words = ["marlin-convert", "push", str(error.out), target.repo_id]
+        for name, value in (("branch", target.branch), ("commit-message", target.commit_message)):
+            words += [f"--{name}", value] if value else []
+        flags = {"private": target.private, "create-pr": target.create_pr, "force": force}
+        words += [f"--{name}" for name, given in flags.items() if given]
+        raise HubError(f"{error.message.rstrip('.')}; go on with `{shlex.join(words)}`.") from None
 
 
 @contextlib.contextmanager

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from ..bench.results import Report as BenchReport
     from ..bench.served import Report as ServedReport
     from ..bench.tokens import Report as TokenReport
-    from ..conversion.convert import Report
     from ..conversion.proof import Proof
+    from ..conversion.report import Report
     from ..conversion.restore import Restored
     from ..conversion.verify import Verification
     from ..engines.generate import Comparison, Generated
@@ -242,7 +242,7 @@ class Screen:
             self._verification_table(report.verification)
         plan = report.plan
         self._beside(plan)
-        facts = plan.result_facts(report.quant_method, len(report.files))
+        facts = plan.result_facts(report.options.quant_method, len(report.files))
         self._format(plan, facts)
         self._notes(plan)
         if plan.scale_rounding:

@@ -65,3 +65,10 @@ def _read(fd: int, label: str) -> bytes:
         return os.read(fd, _CHUNK)
     except OSError as error:
         raise SourceError(f"{label}: reading failed: {error.strerror}.") from None
+
+
+def keep_apart(source: Path, out: Path) -> None:
+    """Raise OutputError where the output is the source, or inside it, or around it: the source is never touched."""
+    a, b = (Path(os.path.realpath(path)) for path in (source, out))  # unlike resolve, no error for a loop of links
+    if a == b or a in b.parents or b in a.parents:
+        raise OutputError(f"{out}: it overlaps the source {source}; choose a folder outside it.")

@@ -31,12 +31,13 @@ from ..text import shortened
 from .attest import statement, write_to
 from .blocks import run_all
 from .card import card_bytes, model_card
-from .convert import Report, made, source_quantization, write_configs
+from .configs import write_configs
 from .digests import digest, is_large, known_digests
 from .files import copied_files, needs_index
 from .layer import Layer
 from .plan import Plan, make_plan
 from .products import product_device
+from .report import Report, made, source_quantization
 from .verify import TOLERANCE, LayerCheck, Verification, Verifier
 
 #: Bytes of a copied tensor that are brought from the Hub at a time.
@@ -96,26 +97,27 @@ class Proof:
 
 def prove(
     result: str | Path,
-    options: Options | None = None,
+    device: str = "auto",
     progress: Progress | None = None,
     *,
+    attest: Path | None = None,
     access: HubAccess | None = None,
 ) -> Proof:
     """Compare a result of marlin-convert, a folder or a Hub id, with what its own source gives when it is converted
-    again; neither is changed. With `options.attest`, a proof that holds is written there as an in-toto statement.
+    again; neither is changed. With `attest`, a proof that holds is written there as an in-toto statement.
 
     Raises SourceError where the result does not say what it was made from, or says it of a folder; HubError where the
     Hub does not give one of the two.
     """
-    options, progress, access = options or Options(), progress or Progress(), access or HubAccess()
-    device, _ = usable_device(options.device, computes=True)
+    progress, access = progress or Progress(), access or HubAccess()
+    chosen, _ = usable_device(device, computes=True)
     with _opened(str(result), access, progress) as found:
         noted = _noted(found)
         source_access = replace(access, revision=noted["source_commit"])
         with _opened(noted["source"], source_access, progress) as source:
-            proof = _prove(found, source, noted, device, progress)
-    if options.attest and proof.ok:
-        write_to(options.attest, statement(proof.noted, str(found.digest(REPORT_FILE))))
+            proof = _prove(found, source, noted, chosen, progress)
+    if attest and proof.ok:
+        write_to(attest, statement(proof.noted, str(found.digest(REPORT_FILE))))
     return proof
 
 
@@ -351,8 +353,7 @@ class _Files:
     def _report(self, weights: list[str], verification: Verification | None) -> Report:
         origin, plan = self.source.origin, self.plan
         report = Report(
-            origin, Path(), Device("cpu"), plan, "", self.options.quant_method, verification=verification,
-            files=weights, options=self.options,
+            origin, Path(), Device("cpu"), plan, "", self.options, verification=verification, files=weights,
         )  # fmt: skip
         report.source_quantization = source_quantization(self.source.checkpoint, plan)
         report.source_files = {name: self.source.digest(name) for name in sorted(self.source.names)}

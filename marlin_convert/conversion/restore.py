@@ -28,13 +28,12 @@ from ..errors import SourceError, UnsupportedError
 from ..formats.gptq_config import find_configs
 from ..formats.marlin_config import TIED, read_marlin_settings
 from ..formats.stored import MARLIN_PARTS, StoredLayer, is_marlin_part, layer_names, stored_layers
-from ..hub.open import Source
-from ..options import CARD_FILE, REPORT_FILE, Format, HubAccess, Options
+from ..hub.open import Source, opened_whole
+from ..options import CARD_FILE, DEFAULT_SHARD_SIZE, REPORT_FILE, Format, HubAccess, shard_size
 from ..progress import Progress
 from ..text import shortened
 from .blocks import group_strips, run_all
-from .convert import keep_apart, opened
-from .files import copied_files, copy_files, needs_index, require_free_names
+from .files import copied_files, copy_files, keep_apart, needs_index, require_free_names
 from .gptq_format import restored_gptq, said_format
 from .restored import RestoredLayer, RestoringWriter, restored_groups
 from .source_format import Noted, SourceFormat
@@ -78,9 +77,10 @@ class Restored:
 def restore(
     marlin: str | Path,
     out: str | Path,
-    options: Options | None = None,
     progress: Progress | None = None,
     *,
+    force: bool = False,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     original: bool = False,
     v2: bool = False,
     access: HubAccess | None = None,
@@ -91,10 +91,10 @@ def restore(
     In GPTQ, zero points are stored as z - 1 (checkpoint_format gptq), or with `v2` as they are (gptq_v2). `out` appears
     complete or not at all. Raises one of `errors`' exceptions, each with a message for the user.
     """
-    options, progress, started = options or Options(), progress or Progress(), time.monotonic()
+    progress, started, max_shard_size = progress or Progress(), time.monotonic(), shard_size(max_shard_size)
     out = Path(out)
-    check_free(out, force=options.force)
-    with opened(marlin, access or HubAccess(), progress, everything=True) as (origin, checkpoint):
+    check_free(out, force=force)
+    with opened_whole(str(marlin), access or HubAccess(), progress.meanwhile, everything=True) as (origin, checkpoint):
         keep_apart(origin.folder, out)
         checkpoint.require_fit()
         noted = Noted(_noted(checkpoint))
@@ -111,11 +111,11 @@ def restore(
         tensors, format = _in_order(layers, copies), layers[0].stored.format
         report = Restored(origin, out, format, restored_format, layers, copies, bool(noted.values))
         report.bytes_out = sum(t.nbytes for t in tensors)
-        require_free_names(checkpoint, shard_names(tensors, options.max_shard_size))
+        require_free_names(checkpoint, shard_names(tensors, max_shard_size))
         checkpoint.require_readable()
         check_space(out.parent, report.bytes_out + sum(copied_files(checkpoint).values()) + (16 << 20))
-        with new_folder(out, force=options.force) as folder:
-            with Shards(folder, tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards:
+        with new_folder(out, force=force) as folder:
+            with Shards(folder, tensors, max_shard_size, index=needs_index(checkpoint)) as shards:
                 writer = RestoringWriter(checkpoint, shards, progress)
                 _write_tensors(writer, report, progress)
                 report.files = shards.files

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import INSTALL_RUN, DeviceError, MissingPackageError, SourceError, UnsupportedError, require
 from ..hub.open import fetch
-from ..options import HubAccess, Options
+from ..options import HubAccess
 from ..progress import Progress
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def generate(
     source: str | Path,
     prompt: str,
     sampling: Sampling | None = None,
-    options: Options | None = None,
+    device: str = "auto",
     on_text: Callable[[str], None] | None = None,
     progress: Progress | None = None,
     *,
@@ -92,11 +92,10 @@ def generate(
 ) -> Generated:
     """Continue `prompt` with the Marlin checkpoint `source`, a folder or a Hub id.
 
-    `on_text` gets each piece of text as soon as it is final; `progress` hears of what comes before. `options` give
-    the device, `access` the Hub's settings.
-    Raises MarlinConvertError when torch or Transformers is missing, and what `load` raises.
+    `device` is where to compute; `on_text` gets each piece of text as soon as it is final; `progress` hears of what
+    comes before. Raises MarlinConvertError when torch or Transformers is missing, and what `load` raises.
     """
-    sampling, options, access = sampling or Sampling(), options or Options(), access or HubAccess()
+    sampling, access = sampling or Sampling(), access or HubAccess()
     progress, started = progress or Progress(), time.monotonic()
     with contextlib.ExitStack() as stack:
         with progress.waiting("loading the model"):
@@ -106,7 +105,7 @@ def generate(
                 str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir,
                 meanwhile=progress.meanwhile,
             )  # fmt: skip
-            model = hf.load_from(origin, device=options.device)
+            model = hf.load_from(origin, device=device)
             tokenizer = hf.tokenizer_from(origin)
         loaded = time.monotonic()
         return _continue(model, tokenizer, prompt, sampling, on_text, loaded - started)

@@ -23,7 +23,9 @@ from typing import Any
 
 from .._version import __version__
 from ..checkpoint.bounded import read_json
-from ..conversion.convert import convert, plan_only, push_result, shaping
+from ..conversion.convert import convert, plan_only
+from ..conversion.publish import push_result
+from ..conversion.report import shaping
 from ..errors import BUG, AlreadyMarlin, MarlinConvertError, UnsupportedError
 from ..hub.answers import describe, files_of
 from ..hub.client import checked_token, explained, interruptible, is_folder, quiet

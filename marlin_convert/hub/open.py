@@ -116,6 +116,19 @@ def opened_for_planning(
         yield origin, checkpoint
 
 
+@contextlib.contextmanager
+def opened_whole(
+    source: str, access: HubAccess, meanwhile: Meanwhile = _bar, *, everything: bool = False
+) -> Iterator[tuple[Source, Checkpoint]]:
+    """Open the source with all its weights, as `fetch` brings them."""
+    origin = fetch(
+        source, revision=access.revision, token=access.token, cache_dir=access.cache_dir, meanwhile=meanwhile,
+        everything=everything,
+    )  # fmt: skip
+    with Checkpoint(origin.files) as checkpoint:
+        yield origin, checkpoint
+
+
 def _looked_into(source: str, access: HubAccess, meanwhile: Meanwhile) -> Source:
     with explained(source, access.revision):
         remote = interruptible(

@@ -677,7 +677,7 @@ def test_the_options_arrive(main: Any) -> None:
     assert main("--preset", "llama-70b", "--batch", "16,1,16", "--compare", "--device", "cuda:3").code == 0
     source, preset, settings = main.asked
     assert (source, preset, settings["batch"], settings["compare"]) == (None, "llama-70b", (1, 16), True)
-    assert settings["options"].device == "cuda:3"
+    assert settings["device"] == "cuda:3"
     assert main("folder", "--revision", "v2", "--token", "t", "--cache-dir", "cache").code == 0
     source, preset, settings = main.asked
     assert (source, preset, settings["batch"], settings["compare"]) == ("folder", None, b.BATCH, False)

@@ -184,7 +184,7 @@ def test_1_a_wrong_order_of_rows_never_reaches_the_disk(
 BAD_ARGUMENTS = {
     "no arguments": ([], "Usage: marlin-convert"),
     "no OUT": (["source"], "Missing argument 'OUT': the folder to create (only --dry-run goes without)."),
-    "verify without OUT": (["verify", "source"], "Missing argument 'OUT'"),
+    "verify without SOURCE": (["verify"], "Missing argument 'SOURCE'"),
     "unknown option": (["source", "out", "--bits", "4"], "No such option"),
     "too many arguments": (["source", "out", "extra"], "unexpected extra argument"),
     "quant method": (["source", "out", "--quant-method", "awq"], "'awq' is not one of 'gptq', 'marlin'"),

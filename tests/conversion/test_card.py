@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from marlin_convert.conversion.convert import convert, verify_pair
+from marlin_convert.conversion.convert import convert
+from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.options import Options
 from tests.support.gptq_checkpoints import two_layers, write_source
 from tests.support.hub_server import Hub
@@ -118,7 +119,7 @@ def test_verification(tmp_path: Path) -> None:
     assert verdict in at_once.text
     later = card(tmp_path, SOURCE_CARD, force=True)
     assert verdict not in later.text
-    assert verify_pair(tmp_path / "source", tmp_path / "out", Options(device="cpu")).ok
+    assert verify_pair(tmp_path / "source", tmp_path / "out", "cpu").ok
     after = ModelCard((tmp_path / "out" / "README.md").read_text())
     assert after.text == at_once.text.replace("./out --verify\n", "./out\n")
 
@@ -126,7 +127,7 @@ def test_verification(tmp_path: Path) -> None:
 def test_verifying_leaves_other_cards_alone(tmp_path: Path) -> None:
     card(tmp_path)
     (tmp_path / "out" / "README.md").write_text("My own.")
-    verify_pair(tmp_path / "source", tmp_path / "out", Options(device="cpu"))
+    verify_pair(tmp_path / "source", tmp_path / "out", "cpu")
     assert (tmp_path / "out" / "README.md").read_text() == "My own."
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from marlin_convert.conversion.convert import convert, verify_pair
+from marlin_convert.conversion.convert import convert
+from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.errors import AlreadyMarlin, OutputError, UnsupportedError
 from marlin_convert.options import Format, Options, QuantMethod
 from tests.support import format_reader
@@ -61,7 +62,7 @@ def test_converts_exactly(tmp_path: Path, changes: dict[str, object]) -> None:
     assert_equal_to_source(source, tmp_path / "out")
     assert report.verification is not None
     assert report.verification.ok
-    assert verify_pair(source.folder, tmp_path / "out", Options(device="cpu")).ok
+    assert verify_pair(source.folder, tmp_path / "out", "cpu").ok
 
 
 def test_many_blocks_in_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion import blocks
-from marlin_convert.conversion.convert import convert, verify_pair
+from marlin_convert.conversion.convert import convert
+from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.conversion.plan import Plan, make_plan
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
@@ -149,7 +150,7 @@ def test_a_change_of_one_code_is_found(tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["layer.weight_packed"][5, 3] ^= 0x30  # output 5, input 25
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    (layer,) = verify_pair(source, tmp_path / "out", CPU).layers
+    (layer,) = verify_pair(source, tmp_path / "out", "cpu").layers
     assert not layer.exact
     assert layer.problem is not None
     assert "the code of row 25, column 5" in layer.problem

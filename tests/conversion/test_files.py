@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion import convert as conversion
-from marlin_convert.conversion.convert import convert, verify_pair
+from marlin_convert.conversion import pair
+from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.files import copy_files
+from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import OutputError, SourceError
 from marlin_convert.options import Options
@@ -34,7 +36,7 @@ def files(folder: Path) -> dict[str, bytes]:
 WAYS: dict[str, Callable[[Path, Path, Options], object]] = {
     "convert": convert,
     "dry run": lambda folder, out, options: conversion.plan_only(folder, options),
-    "restore": restore,
+    "restore": lambda folder, out, options: restore(folder, out, max_shard_size=options.max_shard_size),
 }
 
 
@@ -77,7 +79,7 @@ def test_weights_of_something_else(tmp_path: Path, run: Callable[..., Run], shar
     report = convert(tmp_path / "source", tmp_path / "out", Options(device="cpu", verify=True, max_shard_size=size))
     assert report.verification is not None
     assert json.loads((tmp_path / "out" / "marlin_convert.json").read_text())["weights_beside"] == sorted(others)
-    restore(tmp_path / "out", tmp_path / "back", Options(max_shard_size=size))
+    restore(tmp_path / "out", tmp_path / "back", max_shard_size=size)
     for folder in (tmp_path / "out", tmp_path / "back"):
         found = files(folder)
         assert {name: found.get(name) for name in others} == others
@@ -237,9 +239,11 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-def before(monkeypatch: pytest.MonkeyPatch, moment: str, change: Callable[[], object]) -> None:
-    """Let `change` happen before the conversion's step `moment`."""
-    step = getattr(conversion, moment)
+def before(
+    monkeypatch: pytest.MonkeyPatch, moment: str, change: Callable[[], object], module: Any = conversion
+) -> None:
+    """Let `change` happen before the step `moment` of a module, the conversion's own."""
+    step = getattr(module, moment)
     done: list[Any] = []
 
     def late(*arguments: Any, **options: Any) -> Any:
@@ -247,7 +251,7 @@ def before(monkeypatch: pytest.MonkeyPatch, moment: str, change: Callable[[], ob
             done.append(change())
         return step(*arguments, **options)
 
-    monkeypatch.setattr(conversion, moment, late)
+    monkeypatch.setattr(module, moment, late)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model-00002-of-00002.safetensors", "sub/a.bin"])
@@ -288,9 +292,9 @@ def test_verification_of_what_changes(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
 ) -> None:
     convert(source.folder, tmp_path / "out", CPU)
-    before(monkeypatch, "verify", lambda: grow(tmp_path / whose / "config.json"))
+    before(monkeypatch, "verify", lambda: grow(tmp_path / whose / "config.json"), pair)
     with pytest.raises(SourceError, match=f"{tmp_path / whose}/config.json: it changed while"):
-        verify_pair(source.folder, tmp_path / "out", CPU)
+        verify_pair(source.folder, tmp_path / "out", "cpu")
     assert not (tmp_path / "out" / "verify.json").exists()
 
 

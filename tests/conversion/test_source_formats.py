@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from marlin_convert.conversion.convert import convert, verify_pair
+from marlin_convert.conversion.convert import convert
+from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.conversion.restore import restore
 from marlin_convert.options import Format, Options
 from tests.support import format_reader, source_definitions
@@ -117,7 +118,7 @@ def test_restored_bit_for_bit(converted: tuple[str, Path], tmp_path: Path) -> No
     assert raw(tmp_path / "again") == raw(DATA / name)
     assert source_definitions.config(tmp_path / "again") == source_definitions.config(DATA / name)
     assert report.settings_known
-    assert verify_pair(tmp_path / "again", out, CPU).ok
+    assert verify_pair(tmp_path / "again", out, "cpu").ok
 
 
 def test_as_gptq_and_back_it_is_the_same(converted: tuple[str, Path], tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from marlin_convert.conversion.convert import convert, verify_pair
+from marlin_convert.conversion.convert import convert
+from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import UnsupportedError
 from marlin_convert.formats.marlin_config import read_marlin_settings
@@ -130,7 +131,7 @@ def test_every_kind(tmp_path: Path, kind: str, order: bool, asym: bool) -> None:
     assert {name for name in found if name.rpartition(".")[2] not in kinds} == plain.keys()
     for name, tensor in plain.items():  # the bias too: as it is, neither permuted nor padded
         assert torch.equal(found[name], tensor), name
-    assert verify_pair(source.folder, tmp_path / "out", Options(device="cpu")).ok
+    assert verify_pair(source.folder, tmp_path / "out", "cpu").ok
     restore(tmp_path / "out", tmp_path / "back")
     assert_restored(source, tmp_path / "back")
     before = json.loads((source.folder / "config.json").read_text())
@@ -348,7 +349,7 @@ def test_verification_finds_a_change(tmp_path: Path, part: str) -> None:
     else:
         changed.view(torch.int16 if part == "marlin_scales" else torch.int32)[1, 3] ^= 1 << 4
     save_file(tensors, file, {"format": "pt"})
-    report = verify_pair(source.folder, tmp_path / "out", Options(device="cpu"))
+    report = verify_pair(source.folder, tmp_path / "out", "cpu")
     assert not report.ok
     assert report.layers[0].problem is not None
     wanted = {"marlin_qweight": "the code of row", "marlin_scales": "the scale of group 1",

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.conversion.convert import convert, verify_pair
+from marlin_convert.conversion.convert import convert
+from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.conversion.plan import make_plan
 from marlin_convert.conversion.products import CPUProduct, compare
 from marlin_convert.conversion.verify import TOLERANCE, LayerCheck, Verification
@@ -67,7 +68,7 @@ def test_what_cannot_be_written_leaves_the_output_as_it_was(source: Source, out:
 
 
 def test_a_sound_result(source: Source, out: Path) -> None:
-    report = verify_pair(source.folder, out, CPU)
+    report = verify_pair(source.folder, out, "cpu")
     assert report.ok
     assert {x.name for x in report.layers} == {Q, DOWN}
     assert all(x.exact and x.problem is None for x in report.layers)
@@ -79,7 +80,7 @@ def test_a_sound_result(source: Source, out: Path) -> None:
 
 
 def test_the_report_on_disk(source: Source, out: Path) -> None:
-    report = verify_pair(source.folder, out, CPU)
+    report = verify_pair(source.folder, out, "cpu")
     written = json.loads((out / "verify.json").read_text())
     assert written == report.as_dict()
     assert {k: written[k] for k in ("ok", "device", "layers_checked", "tensors_equal", "problems")} == {
@@ -90,7 +91,7 @@ def test_the_report_on_disk(source: Source, out: Path) -> None:
         "K": 256, "N": 512, "G": 2, "exact": True, "ok": True, "problem": None
     }  # fmt: skip
     change(out, lambda t: t[f"{Q}.s"].neg_())
-    verify_pair(source.folder, out, CPU)
+    verify_pair(source.folder, out, "cpu")
     assert json.loads((out / "verify.json").read_text())["ok"] is False
 
 
@@ -116,7 +117,7 @@ def test_a_flipped_bit_is_named_by_row_and_column(source: Source, out: Path, see
     change(out, flip)
     ((row, column),) = places
     was = int(codes[row, column])
-    report = verify_pair(source.folder, out, CPU)
+    report = verify_pair(source.folder, out, "cpu")
     assert not report.ok
     assert layer_check(report, Q).problem == (
         f"the code of row {row}, column {column} is {was ^ (1 << bit % 4)}, not {was}"
@@ -131,7 +132,7 @@ def test_the_row_is_right_in_every_block(tmp_path: Path, monkeypatch: pytest.Mon
     source = write_source(tmp_path / "source", {"a": GPTQLayer(K=512, N=256)})
     convert(source.folder, tmp_path / "out", CPU)
     change(tmp_path / "out", lambda t: t["a.B"][20].bitwise_xor_(1))  # nibble 0 of each word: row 2t, here of lane 0
-    problem = layer_check(verify_pair(source.folder, tmp_path / "out", CPU), "a").problem
+    problem = layer_check(verify_pair(source.folder, tmp_path / "out", "cpu"), "a").problem
     was = int(source.layers["a"].codes[320, 0])
     assert problem == f"the code of row 320, column 0 is {was ^ 1}, not {was}"
 
@@ -144,7 +145,7 @@ def test_a_changed_scale(tmp_path: Path, group_size: int) -> None:
     # Column 3 of s is column 24 of the scales with groups (new[8i + j] = old[i + 8j]), else 9 (old[2i + (0, 1, …)[j]]).
     column = 24 if group_size == 128 else 9
     change(tmp_path / "out", lambda t: t[f"{Q}.s"][group, 3].mul_(2))
-    check = layer_check(verify_pair(source.folder, tmp_path / "out", CPU), Q)
+    check = layer_check(verify_pair(source.folder, tmp_path / "out", "cpu"), Q)
     was = source.layers[Q].scale_tensor[group, column].numpy()
     assert check.problem == f"the scale of group {group}, column {column} is {was * 2}, not {was}"
     assert not check.exact
@@ -157,14 +158,14 @@ def test_a_scale_that_changed_its_sign_of_zero(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", {"a": GPTQLayer(scales=np.zeros((2, 256)))})
     convert(source.folder, tmp_path / "out", CPU)
     change(tmp_path / "out", lambda t: t["a.s"].copy_(torch.full((2, 256), -0.0)))
-    report = verify_pair(source.folder, tmp_path / "out", CPU)
+    report = verify_pair(source.folder, tmp_path / "out", "cpu")
     assert layer_check(report, "a").problem == "the scale of group 0, column 0 is -0.0, not 0.0"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity(source: Source, out: Path, run: Callable[..., Run], value: float) -> None:
     change(out, lambda t: t[f"{Q}.s"][0, 0].fill_(value))
-    report = verify_pair(source.folder, out, CPU)
+    report = verify_pair(source.folder, out, "cpu")
     assert layer_check(report, Q).problem is not None
     assert not np.isfinite(report.worst)  # whichever layer comes first
     written = json.loads((out / "verify.json").read_text(), parse_constant=pytest.fail)  # JSON has no NaN
@@ -190,7 +191,7 @@ def test_the_worst_of_all_layers_keeps_a_nan() -> None:
 
 def test_nan_in_the_product_alone_fails(source: Source, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CPUProduct, "errors", lambda _: (float("nan"), float("nan")))
-    report = verify_pair(source.folder, out, CPU)
+    report = verify_pair(source.folder, out, "cpu")
     assert [x.ok for x in report.layers] == [False, False]
     assert all("outputs differ by nan" in (x.problem or "") for x in report.layers)
 
@@ -226,7 +227,7 @@ LAYER_DAMAGE: dict[Any, str] = {
 @pytest.mark.parametrize("edit", LAYER_DAMAGE, ids=lambda e: e.__name__)
 def test_damage_to_a_whole_layer(source: Source, out: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
     change(out, edit)
-    report = verify_pair(source.folder, out, CPU)
+    report = verify_pair(source.folder, out, "cpu")
     check = layer_check(report, Q)
     assert (check.problem, check.exact, check.max_error) == (LAYER_DAMAGE[edit], False, None)
     assert layer_check(report, DOWN).ok
@@ -267,7 +268,7 @@ TENSOR_DAMAGE: dict[Any, str] = {
 @pytest.mark.parametrize("edit", TENSOR_DAMAGE, ids=lambda e: e.__name__)
 def test_damage_to_other_tensors(source: Source, out: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
     change(out, edit)
-    report = verify_pair(source.folder, out, CPU)
+    report = verify_pair(source.folder, out, "cpu")
     assert report.problems == [TENSOR_DAMAGE[edit]]
     assert not report.ok
     assert all(x.ok for x in report.layers)
@@ -279,7 +280,7 @@ def test_a_byte_far_into_a_tensor(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", {"a": GPTQLayer()}, {"x": torch.zeros(5_000_000, dtype=torch.uint8)})
     convert(source.folder, tmp_path / "out", CPU)
     change(tmp_path / "out", lambda t: t["x"][4_999_999].fill_(1))
-    assert verify_pair(source.folder, tmp_path / "out", CPU).problems == ["x: byte 4999999 differs from the source"]
+    assert verify_pair(source.folder, tmp_path / "out", "cpu").problems == ["x: byte 4999999 differs from the source"]
 
 
 SETTINGS = {
@@ -298,7 +299,7 @@ def test_a_config_that_says_something_else(source: Source, out: Path, file: str,
     if how == "altered":
         now = settings[key] = SETTINGS[key]
     (out / file).write_text(json.dumps(config))
-    (problem,) = verify_pair(source.folder, out, CPU).problems
+    (problem,) = verify_pair(source.folder, out, "cpu").problems
     expected = "gptq or marlin" if key == "quant_method" else repr(was)
     assert problem == f"{file}: {key} is {now!r}, not {expected}"
 
@@ -306,19 +307,19 @@ def test_a_config_that_says_something_else(source: Source, out: Path, file: str,
 @pytest.mark.parametrize("file", ["config.json", "quantize_config.json"])
 def test_a_config_that_is_missing(source: Source, out: Path, file: str) -> None:
     (out / file).unlink()
-    assert verify_pair(source.folder, out, CPU).problems == [f"{file} has no quantization settings"]
+    assert verify_pair(source.folder, out, "cpu").problems == [f"{file} has no quantization settings"]
 
 
 def test_both_quant_methods_are_fine(source: Source, tmp_path: Path) -> None:
     convert(source.folder, tmp_path / "out", Options(device="cpu", quant_method=QuantMethod.MARLIN))
-    assert verify_pair(source.folder, tmp_path / "out", CPU).ok
+    assert verify_pair(source.folder, tmp_path / "out", "cpu").ok
 
 
 def test_damaged_files_are_the_results_and_not_the_sources(source: Source, out: Path, run: Callable[..., Run]) -> None:
     with (out / "model.safetensors").open("r+b") as file:
         file.truncate(10_000)
     with pytest.raises(SourceError, match="truncated") as error:
-        verify_pair(source.folder, out, CPU)
+        verify_pair(source.folder, out, "cpu")
     assert str(out / "model.safetensors") in error.value.message
 
 
@@ -343,7 +344,7 @@ def test_another_source(source: Source, out: Path, tmp_path: Path) -> None:
     """The same shapes, other weights: no layer is equal, and the outputs show it too."""
     other = {n: GPTQLayer(K=x.K, N=x.N, seed=x.seed + 100) for n, x in source.layers.items()}
     write_source(tmp_path / "other", other)
-    report = verify_pair(tmp_path / "other", out, CPU)
+    report = verify_pair(tmp_path / "other", out, "cpu")
     assert [x.exact for x in report.layers] == [False, False]
     assert all(x.relative_error is not None and x.relative_error > 0.1 for x in report.layers)
     assert report.tensors_equal == 3
@@ -351,7 +352,7 @@ def test_another_source(source: Source, out: Path, tmp_path: Path) -> None:
 
 def test_a_source_of_other_names(source: Source, out: Path, tmp_path: Path) -> None:
     write_source(tmp_path / "other", {"elsewhere": GPTQLayer()}, {})
-    report = verify_pair(tmp_path / "other", out, CPU)
+    report = verify_pair(tmp_path / "other", out, "cpu")
     assert layer_check(report, "elsewhere").problem == "elsewhere.B is missing"
     assert f"{Q}.B is in the result and should not be" in report.problems
 
@@ -367,7 +368,7 @@ def test_the_pair_the_wrong_way_round(source: Source, out: Path, run: Callable[.
 
 
 def test_the_source_against_itself(source: Source) -> None:
-    report = verify_pair(source.folder, source.folder, CPU)
+    report = verify_pair(source.folder, source.folder, "cpu")
     assert not report.ok
     assert layer_check(report, Q).problem == f"{Q}.B is missing"
     assert f"{Q}.qweight is in the result and should not be" in report.problems
@@ -379,7 +380,7 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
     convert(source.folder, tmp_path / "out", CPU)
     change(tmp_path / "out", lambda t: [t[f"{n}.s"].mul_(2) for n in layers])
     with pytest.raises(VerificationError) as error:
-        verify_pair(source.folder, tmp_path / "out", CPU).require_ok()
+        verify_pair(source.folder, tmp_path / "out", "cpu").require_ok()
     lines = error.value.message.splitlines()
     assert len(lines) == 22
     assert lines[-1] == "  - and 10 more"
@@ -391,7 +392,7 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
 
 def corrupt(name: str, position: int) -> Callable[..., None]:
     """A stand-in for the step between writing and verifying that flips a bit of the file's tensor `name`."""
-    from marlin_convert.conversion.convert import write_configs
+    from marlin_convert.conversion.configs import write_configs
 
     def after_writing(checkpoint: Checkpoint, plan: Any, folder: Path, quant_method: str) -> None:
         write_configs(checkpoint, plan, folder, QuantMethod(quant_method))

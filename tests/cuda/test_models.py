@@ -233,7 +233,7 @@ def test_demo_continuation(demo: tuple[Path, Any, Any, Any]) -> None:
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False).to("cuda")
     texts = [m.generate(**inputs, max_new_tokens=64, do_sample=False)[0] for m in (model, reference)]
     assert torch.equal(*texts)
-    done = generate(out, PROMPT, Sampling(max_new_tokens=64), Options(device="cuda:0"))
+    done = generate(out, PROMPT, Sampling(max_new_tokens=64), "cuda:0")
     assert done.device == "cuda:0"
     assert done.text == tokenizer.decode(texts[1][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert compare(DEMO_FOLDER, out, PROMPT, 32, "cuda:0").equal

@@ -87,12 +87,12 @@ def test_the_source_dequantized_by_the_program(both: tuple[Any, Any, Any]) -> No
 
 @pytest.fixture(scope="module")
 def greedy(out: Path) -> str:
-    return generate(out, PROMPT, Sampling(max_new_tokens=12), CPU).text
+    return generate(out, PROMPT, Sampling(max_new_tokens=12), "cpu").text
 
 
 def test_text_arrives_while_it_is_made(out: Path, greedy: str) -> None:
     pieces: list[str] = []
-    done = generate(out, PROMPT, Sampling(max_new_tokens=12), CPU, pieces.append)
+    done = generate(out, PROMPT, Sampling(max_new_tokens=12), "cpu", pieces.append)
     assert done.text == greedy == "".join(pieces)
     assert len(pieces) > 3
     assert (done.new_tokens, done.device, done.dtype, done.note) == (12, "cpu", "float16", None)
@@ -118,7 +118,7 @@ def test_sampling(out: Path, greedy: str) -> None:
     assert json.loads((out / "generation_config.json").read_text())["do_sample"] is True
 
     def sampled(**settings: Any) -> str:
-        return generate(out, PROMPT, Sampling(12, **settings), CPU).text
+        return generate(out, PROMPT, Sampling(12, **settings), "cpu").text
 
     first, again, other = (sampled(temperature=1.5, seed=seed) for seed in (1, 1, 2))
     assert first == again
@@ -129,7 +129,7 @@ def test_sampling(out: Path, greedy: str) -> None:
 
 
 def test_no_more_tokens_than_the_model_takes(out: Path) -> None:
-    short = generate(out, "In the beginning " * 100, Sampling(max_new_tokens=200), CPU)
+    short = generate(out, "In the beginning " * 100, Sampling(max_new_tokens=200), "cpu")
     assert short.prompt_tokens + short.new_tokens <= 512
     assert short.note is not None
     assert "the model takes 512" in short.note

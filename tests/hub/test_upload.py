@@ -101,7 +101,7 @@ def test_other_weights(hub: Hub, out: Path, online: Callable[..., Run], tmp_path
     hub.add(REPO, old.folder)
     before = pushed(hub)
     words = f"{REPO} holds other weights; choose another repository, or overwrite them with --force"
-    assert words in refusal(online("push", out, REPO, *TOKEN))
+    assert words in refusal(online("push", out, REPO, "--quiet", *TOKEN))
     assert words in refusal(online(old.folder, tmp_path / "x", "--push-to-hub", REPO, *TOKEN))
     assert not (tmp_path / "x").exists()
     assert pushed(hub) == before
@@ -113,7 +113,7 @@ def test_a_private_repository(hub: Hub, out: Path, online: Callable[..., Run]) -
     assert online("push", out, REPO, "--private", *TOKEN).code == 0
     assert hub.repositories[REPO].private
     hub.repositories[REPO].private = False
-    assert "it exists and is public" in refusal(online("push", out, REPO, "--private", *TOKEN))
+    assert "it exists and is public" in refusal(online("push", out, REPO, "--quiet", "--private", *TOKEN))
 
 
 def test_a_branch(hub: Hub, out: Path, online: Callable[..., Run]) -> None:
@@ -186,7 +186,7 @@ def test_somebody_else_commits_meanwhile(hub: Hub, out: Path, online: Callable[.
 
     hub.fault = commit_something
     (out / "README.md").write_text("A new card.")
-    assert refusal(online("push", out, REPO, *TOKEN)).startswith(
+    assert refusal(online("push", out, REPO, "--quiet", *TOKEN)).startswith(
         f"{REPO}: somebody else has committed to it meanwhile; look at what changed, and push again. "
     )
     assert pushed(hub)["notes.txt"] == b"theirs"
@@ -211,7 +211,7 @@ def test_only_a_finished_result_is_pushed(hub: Hub, source: Source, online: Call
 
 
 def test_offline(hub: Hub, out: Path, online: Callable[..., Run]) -> None:
-    message = refusal(online("push", out, REPO, *TOKEN, env={"HF_HUB_OFFLINE": "1"}))
+    message = refusal(online("push", out, REPO, "--quiet", *TOKEN, env={"HF_HUB_OFFLINE": "1"}))
     assert "offline mode is on" in message
     assert hub.requests == []
 
