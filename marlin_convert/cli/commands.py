@@ -202,7 +202,7 @@ def push(
     from ..conversion.publish import push_result
 
     screen = _screen(output)
-    with screen.doing(f"uploading {out} to {repo_id}"), _way_on(force):
+    with screen.progress() as progress, progress.waiting(f"uploading {out} to {repo_id}"), _way_on(force):
         address = push_result(out, PublishTarget(repo_id, **publishing), force=force, token=token)
     screen.pushed(address)
 

@@ -30,7 +30,7 @@ from ..options import Options
 from ..progress import Progress
 from ..text import visible
 from .console import Lossy, PlainConsole
-from .progress import Bars, PlainLines, size
+from .progress import Bars, PlainLines, size, waiting
 
 if TYPE_CHECKING:
     from ..bench.results import Cell, LayerResult, Machine
@@ -100,8 +100,10 @@ class Screen:
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Say that `what` goes on while the context lasts, where nothing is counted."""
-        with self.progress() as progress, progress.waiting(what):
-            yield
+        with self.progress() as progress:
+            plain = isinstance(progress, PlainLines)
+            with waiting(self.err, what) if plain else progress.waiting(what):
+                yield
 
     def already_marlin(self, text: str) -> None:
         self._say(text)

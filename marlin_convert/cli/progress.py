@@ -207,7 +207,7 @@ class PlainLines(Progress):
         return hear
 
     def waiting(self, label: str) -> contextlib.AbstractContextManager[None]:
-        return waiting(self._console, label)
+        return waiting(self._console, label, at_once=False)
 
     def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
@@ -223,14 +223,17 @@ def size(count: float) -> str:
 
 
 @contextlib.contextmanager
-def waiting(console: Console, what: str) -> Iterator[None]:
-    """Say that `what` goes on, and every few seconds for how long it has, where nothing can be counted."""
-    console.print(what, soft_wrap=True)
+def waiting(console: Console, what: str, *, at_once: bool = True) -> Iterator[None]:
+    """Say that `what` goes on, and every few seconds for how long it has, where nothing can be counted; unless
+    `at_once`, only if it takes that long."""
+    if at_once:
+        console.print(what, soft_wrap=True)
     started, over = time.monotonic(), threading.Event()
 
     def tell() -> None:
         while not over.wait(PLAIN_INTERVAL):
-            console.print(f"… for {time.monotonic() - started:.0f} s", soft_wrap=True)
+            before = "" if at_once else f"{what} "
+            console.print(f"{before}… for {time.monotonic() - started:.0f} s", soft_wrap=True)
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 TAGS = ("marlin",)
 
+#: Tags by which the Hub offers commands that do not load a Marlin checkpoint.
+_OFFERING = {"transformers", "text-generation-inference", "vllm"}
 #: What the source's card says about itself only: results and successors are not this repository's.
 _NOT_CARRIED_OVER = {"model-index", "model_name", "eval_results", "new_version", "ignore_metadata_errors", "self"}
 #: What stands for the repository's id in a card that is written before the id is known.
@@ -36,6 +38,10 @@ _SOME_REPOSITORY = "REPO"
 _MAX_CARD_BYTES, _MAX_METADATA = 16 << 20, 1 << 16
 _LONG_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxXob_:.]{40,}")
 _VERIFICATION = re.compile(r"(?<=## Verification\n\n).*?(?=\n\n## )", re.DOTALL)
+
+
+#: Around the source's card.
+_FOLD, _FOLD_END = "<details>\n<summary>Card of the source</summary>\n", "\n</details>\n"
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,19 @@ def model_card(checkpoint: Checkpoint, plan: Plan, made: Made) -> str:
 
     metadata, text = _source_card(checkpoint)
     own = [plan.source_format.name, *(f"{bits}-bit" for bits in sorted({layer.bits for layer in plan.layers}))]
-    data = _metadata(metadata, checkpoint.configs.get("config.json", {}), made.source, own)
+    data = _metadata(metadata, made.source, own)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(plan, made)}")
     content = str(card)
     if text.strip():
-        content += f"\n# Card of the source\n\nAs it came with {_source_link(made.source)}:\n\n{text.strip()}\n"
+        content += f"\n{_FOLD}\nAs it came with {_source_link(made.source)}:\n\n{text.strip()}\n{_FOLD_END}"
     return content
+
+
+def source_card_in(text: str) -> str | None:
+    """The source's card out of one that `model_card` wrote; None where it holds none."""
+    _, _, rest = text.partition(f"\n{_FOLD}")
+    _, _, card = rest.partition(":\n\n")
+    return card.removesuffix(_FOLD_END) or None
 
 
 def card_bytes(text: str) -> bytes:
@@ -123,7 +136,7 @@ def _source_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     return metadata if isinstance(metadata, dict) else {}, content[block.end() :]
 
 
-def _metadata(source: dict[str, Any], config: dict[str, Any], origin: Source, own_tags: list[str]) -> ModelCardData:
+def _metadata(source: dict[str, Any], origin: Source, own_tags: list[str]) -> ModelCardData:
     """The source's metadata, with what has changed."""
     from huggingface_hub import ModelCardData
 
@@ -137,13 +150,12 @@ def _metadata(source: dict[str, Any], config: dict[str, Any], origin: Source, ow
     base_model = origin.label if origin.on_hub else kept.get("base_model")
     kept.pop("base_model_relation", None)
     relation = {"base_model_relation": "quantized"} if base_model else {}
-    if isinstance(config.get("model_type"), str):
-        kept.setdefault("library_name", "transformers")
-        if "ForCausalLM" in str(config.get("architectures")):
-            kept.setdefault("pipeline_tag", "text-generation")
+    # By these the Hub offers commands, for Transformers and for vLLM alone, which do not load a Marlin checkpoint.
+    kept.pop("pipeline_tag", None)
+    kept["library_name"] = "marlin-convert"
     said = kept.pop("tags", None)
     tags = [said] if isinstance(said, str) else [tag for tag in said if tag] if isinstance(said, list) else []
-    all_tags = list(dict.fromkeys([*map(str, tags), *TAGS, *own_tags]))
+    all_tags = [tag for tag in dict.fromkeys([*map(str, tags), *TAGS, *own_tags]) if tag not in _OFFERING]
     return ModelCardData(**{**kept, "base_model": base_model, **relation, "tags": all_tags})
 
 
@@ -167,12 +179,13 @@ def _body(plan: Plan, made: Made) -> str:
             "[Marlin](https://github.com/IST-DASLab/marlin) kernel. Nothing was quantized again: the codes and the "
             "scales are the source's own."
         ),
+        "## Use",
+        *_use(plan, made),
+        "The kernels need an NVIDIA GPU of compute capability 8.0 or newer"
+        + (", in bf16 or fp16." if plan.extended else ", and compute in fp16.")
+        + " Without a GPU, Transformers runs it too: exactly, and slowly.",
         "## Quantization",
         _table(_quantization(plan, made)),
-        "## Use",
-        _table(_engines(plan, made)),
-        "The kernel needs an NVIDIA GPU of compute capability 8.0 or newer"
-        + (", in bf16 or fp16." if plan.extended else ", and computes in fp16."),
         "## Verification",
         _verdict(made.verification),
         "## Check it yourself",
@@ -219,18 +232,40 @@ def _quantization(plan: Plan, made: Made) -> list[tuple[str, str]]:
     ]
 
 
-def _engines(plan: Plan, made: Made) -> list[tuple[str, str]]:
-    """Engines that load this very result, and how."""
+_SERVE = "```sh\nvllm serve {repo}\n```"
+_LLM = """```python
+from vllm import LLM, SamplingParams
+
+llm = LLM("{repo}")
+print(llm.generate("The capital of France is", SamplingParams(max_tokens=32))[0].outputs[0].text)
+```"""
+_TRANSFORMERS = """```python
+import marlin_convert
+from transformers import AutoTokenizer
+
+model = marlin_convert.load("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))
+```"""
+
+
+def _use(plan: Plan, made: Made) -> list[str]:
+    """How to run this very result, in blocks that run as they stand."""
     repo, facts = made.repo_id or _SOME_REPOSITORY, plan.result_facts(made.quant_method, made.weight_files)
-    rows = [("engine", "how"), ("with marlin-convert installed:", "")]
-    if refused := vllm_refuses(facts.layers):
-        rows.append((VLLM, f"no: it refuses {', '.join(refused)}"))
-    rows += [(engine.name, engine.instruction(repo)) for engine in readers(facts, with_plugin=True)]
+    where = "" if made.repo_id else f" `{_SOME_REPOSITORY}` stands for its id, or for a folder that holds it."
+    refused = vllm_refuses(facts.layers)
+    sections = [
+        f'With marlin-convert {__version__} or newer, installed from its checkout by `pip install ".[run]"`.{where}',
+        f"In {VLLM}, in the same environment:" if not refused else f"{VLLM} refuses it: {', '.join(refused)}.",
+        *([] if refused else [_SERVE.replace("{repo}", repo), _LLM.replace("{repo}", repo)]),
+        "In Transformers 5:",
+        _TRANSFORMERS.replace("{repo}", repo),
+    ]
     if alone := readers(facts, with_plugin=False):
-        rows += [("without it:", ""), *((engine.name, engine.instruction(repo)) for engine in alone)]
-    if made.repo_id is None:
-        rows.append((f"`{_SOME_REPOSITORY}`", "the id of this repository, or a folder that holds it"))
-    return rows
+        rows = [("without marlin-convert, by what they say of themselves; not run here", "how")]
+        sections.append(_table([*rows, *((engine.name, engine.instruction(repo)) for engine in alone)]))
+    return sections
 
 
 def _verdict(report: Verification | None) -> str:
@@ -238,11 +273,14 @@ def _verdict(report: Verification | None) -> str:
         return "Every block was unpacked again and compared with its source before it was written."
     if not report.ok:
         return "**Not equal to its source**; see `verify.json`."
-    return (
-        f"Read back from disk and compared with the source: {len(report.layers)} of {len(report.layers)} layers "
-        f"exactly equal, {report.tensors_equal} other tensors byte for byte; outputs on random activations differ by "
-        f"at most {report.worst:.1e} of their size. Layer by layer: `verify.json`."
-    )
+    count = len(report.layers)
+    rows = [
+        ("read back from disk, against the source", ""),
+        ("layers exactly equal", f"{count} of {count}"),
+        ("other tensors, byte for byte", str(report.tensors_equal)),
+        ("outputs on random activations", f"differ by at most {report.worst:.1e} of their size"),
+    ]
+    return f"{_table(rows)}\n\nLayer by layer: `verify.json`."
 
 
 def _check(made: Made) -> str:

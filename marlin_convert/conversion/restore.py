@@ -33,6 +33,7 @@ from ..options import CARD_FILE, DEFAULT_SHARD_SIZE, REPORT_FILE, Format, HubAcc
 from ..progress import Progress
 from ..text import shortened
 from .blocks import group_strips, run_all
+from .card import source_card_in
 from .files import copied_files, copy_files, keep_apart, needs_index, require_free_names
 from .gptq_format import restored_gptq, said_format
 from .restored import RestoredLayer, RestoringWriter, restored_groups
@@ -354,9 +355,8 @@ def _restore_card(checkpoint: Checkpoint, folder: Path) -> None:
         return
     content = checkpoint.path(CARD_FILE).read_bytes()
     if REPORT_FILE in checkpoint.extra_files:
-        _, marker, rest = content.decode("utf-8", "replace").partition("\n# Card of the source\n")
-        _, _, text = rest.partition(":\n\n")
-        if not (marker and text.strip()):
+        text = source_card_in(content.decode("utf-8", "replace"))
+        if text is None:
             return
         content = text.encode()
     write_file(folder / CARD_FILE, content)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
+from marlin_convert.cli.commands import DEMO_FOLDER
+from marlin_convert.conversion.card import source_card_in
 from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.options import Options
 from tests.support.gptq_checkpoints import two_layers, write_source
-from tests.support.hub_server import Hub
+from tests.support.hub_server import Account, Hub
 
 SOURCE_CARD = """---
 license: llama3
@@ -48,7 +52,7 @@ def test_metadata_is_carried_over(tmp_path: Path) -> None:
     assert card(tmp_path, SOURCE_CARD).data.to_dict() == {
         "license": "llama3", "license_link": "LICENSE", "language": ["en", "no"], "datasets": ["someone/texts"],
         "tags": ["chat", "gptq", "marlin", "4-bit"], "base_model": "someone/model",
-        "base_model_relation": "quantized", "library_name": "transformers", "pipeline_tag": "text-generation",
+        "base_model_relation": "quantized", "library_name": "marlin-convert",
     }  # fmt: skip
 
 
@@ -80,8 +84,10 @@ def test_the_hubs_own_check(hub: Hub, tmp_path: Path, text: str | None) -> None:
 
 def test_the_sources_card_is_kept_below(tmp_path: Path) -> None:
     text = card(tmp_path, SOURCE_CARD).text
-    assert text.endswith(SOURCE_CARD.split("---\n", 2)[2])
-    assert text.index("## How it was made") < text.index("# Card of the source") < text.index("# The model")
+    assert text.endswith(SOURCE_CARD.split("---\n", 2)[2] + "\n</details>\n")
+    assert text.index("## How it was made") < text.index("<summary>Card of the source</summary>")
+    assert source_card_in(text) == SOURCE_CARD.split("---\n", 2)[2]
+    assert source_card_in(card(tmp_path, None, name="b", force=True).text) is None
 
 
 def test_a_source_without_a_card_gets_one(tmp_path: Path) -> None:
@@ -99,9 +105,10 @@ def test_a_source_without_a_card_gets_one(tmp_path: Path) -> None:
 def test_engines_are_those_that_load_the_result(tmp_path: Path) -> None:
     text = card(tmp_path).text
     assert "`vllm serve REPO --dtype float16`" in text
+    assert "| without marlin-convert, by what they say of themselves; not run here | how |" in text
     assert all(engine in text for engine in ("vLLM 0.3.3 to 0.10.0", "AutoGPTQ 0.7.1", "--quantize marlin", "candle"))
     sharded = card(tmp_path, name="b", force=True, max_shard_size="100KB").text
-    assert "vLLM" in sharded
+    assert "```sh\nvllm serve REPO\n```" in sharded
     assert "AutoGPTQ 0.7.1" not in sharded
     assert "--max-shard-size 100KB" in sharded
     for_tgi = card(tmp_path, name="c", force=True, quant_method="marlin").text
@@ -114,7 +121,7 @@ def test_engines_are_those_that_load_the_result(tmp_path: Path) -> None:
 
 def test_verification(tmp_path: Path) -> None:
     """The card says it at once, or when the result is verified later."""
-    verdict = "2 of 2 layers exactly equal, 3 other tensors byte for byte"
+    verdict = "| layers exactly equal | 2 of 2 |\n| other tensors, byte for byte | 3 |\n"
     at_once = card(tmp_path, SOURCE_CARD, verify=True)
     assert verdict in at_once.text
     later = card(tmp_path, SOURCE_CARD, force=True)
@@ -152,7 +159,9 @@ def test_odd_cards(tmp_path: Path, text: str | bytes) -> None:
     made: Any = card(tmp_path, text)
     assert {"marlin", "gptq", "4-bit"} <= set(made.data.tags or [])
     raw = text if isinstance(text, bytes) else text.encode()
-    assert (b"text" in raw) == ("text" in made.text.split("# Card of the source")[-1].splitlines()[-1])
+    assert (b"text" in raw) == (
+        "text" in made.text.removesuffix("\n</details>\n").split("Card of the source")[-1].splitlines()[-1]
+    )
     if raw.startswith(b"\xef"):
         assert made.data.license == "mit"
 
@@ -179,7 +188,7 @@ BOMB = "\n".join(["a0: &a0 [lol]", *(f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}"]
 def test_metadata_that_makes_much_of_little(tmp_path: Path, front: str) -> None:
     """References, types by name, very long numbers, very much: it counts as none, and the text below stays."""
     made: Any = card(tmp_path, f"---\n{front}\n---\n# The text\n")
-    assert made.data.to_dict().keys() <= {"tags", "library_name", "pipeline_tag"}  # all of them our own
+    assert made.data.to_dict().keys() <= {"tags", "library_name"}  # all of them our own
     assert made.data.tags == ["marlin", "gptq", "4-bit"]
     assert "# The text" in made.text
     assert len(made.content) < 100_000
@@ -191,3 +200,47 @@ def test_metadata_of_all_plain_types(tmp_path: Path) -> None:
     assert {key: data.get(key) for key in "abcegh"} == {
         "a": 1, "b": 0.5, "c": True, "e": ["x", {"f": "y"}], "g": datetime.date(2024, 1, 2), "h": "1",
     }  # fmt: skip
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text.split("## Quantization")[0], re.DOTALL)
+
+
+def test_the_hub_offers_no_command_that_fails(tmp_path: Path) -> None:
+    """By pipeline_tag and these tags it shows Transformers' and vLLM's own commands."""
+    text = "---\npipeline_tag: text-generation\nlibrary_name: transformers\ntags: [transformers, chat, vllm]\n---\n"
+    made = card(tmp_path, text).data.to_dict()
+    assert made == {"tags": ["chat", "marlin", "gptq", "4-bit"], "library_name": "marlin-convert"}
+
+
+@pytest.mark.slow
+def test_the_block_for_transformers_runs_as_it_stands(hub: Hub, tmp_path: Path) -> None:
+    """From the card of a result that was published, in a process of its own."""
+    hub.accounts["hf_tok"] = Account("me")
+    settings = {"HF_ENDPOINT": hub.url, "NO_PROXY": "*", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, **settings, "HF_TOKEN": "hf_tok", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "marlin_convert", DEMO_FOLDER, tmp_path / "out", "--push-to-hub", "me/demo"]
+    subprocess.run([*map(str, command), "--device", "cpu", "-q"], env=environment, check=True)
+    repository = hub.repositories["me/demo"]
+    content = repository.commits[repository.refs["main"]]["README.md"]
+    assert isinstance(content, bytes)
+    text = content.decode()
+    [block] = [block for block in blocks(text, "python") if "marlin_convert" in block]
+    assert 'marlin_convert.load("me/demo")' in block
+    ran = subprocess.run([sys.executable, "-c", block], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("The capital of France is")
+
+
+@pytest.mark.cuda
+def test_the_blocks_for_vllm_run_as_they_stand(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    convert(DEMO_FOLDER, tmp_path / "REPO", Options(device="cpu"))
+    text = (tmp_path / "REPO" / "README.md").read_text()
+    assert blocks(text, "sh") == ["vllm serve REPO\n"]
+    [block] = [block for block in blocks(text, "python") if "vllm" in block]
+    guarded = "if __name__ == '__main__':\n" + textwrap.indent(block, "    ")  # vLLM starts processes of its own
+    (tmp_path / "block.py").write_text(guarded)
+    ran = subprocess.run([sys.executable, "block.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
