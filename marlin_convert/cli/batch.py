@@ -118,7 +118,7 @@ def batch(
         raise click.UsageError("Give --out DIR or --push-to-hub ORG.")
     if private and owner is None:
         raise click.UsageError("--private needs --push-to-hub.")
-    screen = Screen(as_json=output.as_json, quiet=output.quiet, verbose=output.verbose)
+    screen = Screen(output)
     lines = shard(read_list(list_file, defaults), part)
     state = State(state_file)
     with contextlib.ExitStack() as cleaning:

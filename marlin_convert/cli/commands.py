@@ -201,6 +201,7 @@ def push(
     """
     from ..conversion.publish import push_result
 
+    output.source = str(out)
     screen = _screen(output)
     with screen.progress() as progress, progress.waiting(f"uploading {out} to {repo_id}"), _way_on(force):
         address = push_result(out, PublishTarget(repo_id, **publishing), force=force, token=token)
@@ -287,6 +288,7 @@ def generate(output: OutputOptions, /, out: str, prompt: str, device: str, acces
     from ..engines.generate import Sampling
     from ..engines.generate import generate as continue_prompt
 
+    output.source = out
     screen = _screen(output)
     with screen.progress() as progress, screen.text(prompt) as on_text:
         done = continue_prompt(out, prompt, Sampling(**sampling), device, on_text, progress, access=access)
@@ -451,4 +453,4 @@ def _said_in_json(output: OutputOptions) -> Iterator[None]:
 def _screen(output: OutputOptions) -> Screen:
     from .output import Screen
 
-    return Screen(as_json=output.as_json, quiet=output.quiet, verbose=output.verbose)
+    return Screen(output)

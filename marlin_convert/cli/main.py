@@ -20,6 +20,7 @@ from ..errors import BUG, MarlinConvertError, OutputError
 from ..interrupts import ignore_signals, raise_on_signals
 from ..text import visible
 from .commands import cli
+from .documents import document
 from .params import OutputOptions
 
 #: What may happen to a file, or a device, that standard output is sent to.
@@ -112,7 +113,8 @@ def _fail(
     ignore_signals()
     if output.as_json and text:
         with contextlib.suppress(OSError):
-            click.echo(json.dumps({"ok": False, "error": kind, "message": text, "exit_code": code}))
+            value = {"ok": False, "error": kind, "message": text, "exit_code": code}
+            click.echo(json.dumps(document(value, output.source)))
     elif show:
         show(said := io.StringIO())
         _say(visible(said.getvalue()))

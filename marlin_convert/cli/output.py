@@ -30,6 +30,7 @@ from ..options import Options
 from ..progress import Progress
 from ..text import visible
 from .console import Lossy, PlainConsole
+from .documents import document
 from .progress import Bars, PlainLines, size, waiting
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ..conversion.verify import Verification
     from ..engines.generate import Comparison, Generated
     from ..hub.open import Source
+    from .params import OutputOptions
 
 FORMAT_NAMES = {"marlin": "original Marlin format", "marlin_ext": "extended Marlin format"}
 
@@ -53,9 +55,10 @@ SHORT_TABLE = 12
 class Screen:
     """Where a command prints, as the output options ask for it."""
 
-    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-        self.as_json, self.verbose = as_json, verbose
-        self.silent = quiet or as_json
+    def __init__(self, output: OutputOptions) -> None:
+        self.as_json, self.verbose = output.as_json, output.verbose
+        self.silent = output.quiet or output.as_json
+        self._source = output.source
         # A file or a pipe has no width of its own; tables should not be folded for it.
         self.out = PlainConsole(width=None if sys.stdout.isatty() else 200)
         self.err = PlainConsole(file=Lossy(sys.stderr))
@@ -88,7 +91,7 @@ class Screen:
 
     def _json(self, value: dict[str, Any]) -> None:
         if self.as_json:
-            print(json.dumps(value, indent=2))
+            print(json.dumps(document(value, self._source), indent=2))
 
     def start(self) -> None:
         """Warn, before a conversion, that it will be slow here."""
@@ -111,11 +114,11 @@ class Screen:
 
     def plan(self, source: Source, plan: Plan, options: Options, engine: str | None = None, ranks: int = 1) -> None:
         """What `--dry-run` shows; for an `engine`, on so many tensor-parallel `ranks`, what it does with the result."""
-        document = plan_as_dict(plan, source.label)
+        value = {"ok": not plan.refusals, **plan_as_dict(plan, source.label)}
         if engine == "vllm":
             cuts = tensor_parallel_cuts(plan.layer_facts, ranks)
-            document["tensor_parallel"] = {"ranks": ranks, "cuts": [asdict(cut) for cut in cuts]}
-        self._json(document)
+            value["tensor_parallel"] = {"ranks": ranks, "cuts": [asdict(cut) for cut in cuts]}
+        self._json(value)
         if plan.already_marlin:
             self._say(f"{source.label} already is a Marlin checkpoint; there is nothing to convert.")
             return
@@ -279,7 +282,7 @@ class Screen:
 
     def restored(self, report: Restored) -> None:
         """The result of `marlin-convert to-gptq`."""
-        self._json(report.as_dict())
+        self._json({**report.as_dict(), "source": report.source.label})
         self._say(
             f"{len(report.layers)} layers from {report.format} to {report.restored_format}, "
             f"{len(report.copies)} tensors copied; {size(report.bytes_out)} out, {report.seconds:.1f} s",

@@ -34,6 +34,8 @@ class OutputOptions:
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
+    #: What the command reads, as the user named it.
+    source: str | None = None
 
 
 class Command(click.Command):
@@ -53,6 +55,8 @@ class Command(click.Command):
             output.as_json, output.quiet, output.verbose = (
                 bool(found.get(name)) for name in ("as_json", "quiet", "verbose")
             )
+            read = next((found[name] for name in ("source", "marlin", "list_file") if found.get(name)), None)
+            output.source = read if isinstance(read, str) else None
         return super().parse_args(ctx, args)
 
 

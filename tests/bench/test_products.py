@@ -29,6 +29,7 @@ from marlin_convert.bench.results import Cell, Limits, Machine, Report, Rig, Spe
 from marlin_convert.bench.shapes import DEFAULT_PRESET, PRESETS, Shape, source_shapes
 from marlin_convert.cli import commands
 from marlin_convert.cli.output import Screen
+from marlin_convert.cli.params import OutputOptions
 from marlin_convert.cli.plot import Plot
 from marlin_convert.cli.progress import Bars, PlainLines
 from marlin_convert.conversion.convert import convert
@@ -643,7 +644,7 @@ def test_many_places_of_a_note_are_summed_up(main: Callable[..., Run], report: R
 def test_the_document(main: Callable[..., Run]) -> None:
     result = main("--json")
     assert (result.code, result.err) == (0, "")
-    document = json.loads(result.out)
+    document = result.json()
     assert document["ok"] is True
     assert document["machine"]["name"] == "NVIDIA H100 [80GB]"
     assert document["machine"]["clocks"]["sm_mhz"] == 1755.0
@@ -670,7 +671,7 @@ def test_quiet(main: Callable[..., Run]) -> None:
 def test_a_machine_without_nvidia_smi(main: Callable[..., Run], report: Report) -> None:
     report.machine = replace(MACHINE, clocks=None)
     assert "driver 580.1; clocks unknown (no nvidia-smi)\n" in main().out
-    assert json.loads(main("--json").out)["machine"]["clocks"] is None
+    assert main("--json").json()["machine"]["clocks"] is None
 
 
 def test_the_options_arrive(main: Any) -> None:
@@ -715,7 +716,7 @@ def test_the_program_without_a_gpu(run: Callable[..., Run], source: Source, tmp_
 
 
 def test_bars_and_lines_count_timings(capsys: pytest.CaptureFixture[str]) -> None:
-    screen = Screen(as_json=False, quiet=False, verbose=False)
+    screen = Screen(OutputOptions())
     with screen.progress(timings=True) as progress:
         assert isinstance(progress, PlainLines)
     bars = Bars(screen.err, timings=True)
@@ -751,7 +752,7 @@ def test_a_plot(main: Callable[..., Run], tmp_path: Path, name: str, magic: byte
     assert result.code == 0, result.err
     assert (tmp_path / name).read_bytes().startswith(magic)
     assert f"plot:  {name}\n" in result.out
-    assert json.loads(main("--plot", name, "--json").out)["plot"] == name
+    assert main("--plot", name, "--json").json()["plot"] == name
 
 
 @needs_matplotlib
@@ -783,7 +784,7 @@ def test_plots_that_cannot_be_written(main: Callable[..., Run], report: Report, 
     report.notes.clear()
     as_json = main("--plot", "full.png", "--json")
     assert (as_json.code, as_json.err) == (6, "")
-    document = json.loads(as_json.out)
+    document = as_json.json()
     assert document["plot"] is None
     assert "No space left" in document["notes"][0]["note"]
 

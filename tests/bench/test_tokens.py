@@ -16,10 +16,11 @@ import marlin_convert
 from marlin_convert.bench.results import Machine
 from marlin_convert.bench.tokens import CONTEXT, GRAPHS, LAUNCHES, STEPS, Decoder, Rig, bench, time_launched
 from marlin_convert.cli.output import Screen
+from marlin_convert.cli.params import OutputOptions
 from marlin_convert.cli.plot import Plot
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.errors import DeviceError, OutputError
-from tests.support.cli import Run
+from tests.support.cli import Run, validate
 from tests.support.tiny_models import Pair, continues_greedily, llama, make, relative, tokens
 
 MACHINE = Machine("cuda:0", "a GPU", "9.0", 132, 50_000_000, 80_000_000_000, "580", {"torch": "2"}, None)
@@ -149,7 +150,7 @@ def shown(pair: Pair, capsys: pytest.CaptureFixture[str], as_json: bool, plot: P
     model = marlin_convert.load(pair.out, device="cpu")
     report = bench("a/model", model, rig(lambda d: 0.5 if d.batch > 1 else 0.25), batch=(1, 2))
     capsys.readouterr()
-    Screen(as_json=as_json, quiet=False, verbose=False).tokens(report, plot)
+    Screen(OutputOptions(as_json=as_json, source="out")).tokens(report, plot)
     if plot:
         assert Plot(plot).draw_tokens(report) is None
     return capsys.readouterr().out
@@ -164,6 +165,7 @@ def test_table_and_json(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert "decoding behind 128 tokens, all sequences together; marlin: CUDA graph; fp16: CUDA graph" in text
     document = json.loads(shown(pair, capsys, as_json=True))
+    validate(document)
     assert document["ok"] is True
     assert document["plot"] is None
     assert [cell["batch"] for cell in document["cells"]] == [1, 2]

@@ -23,7 +23,7 @@ import marlin_convert
 from marlin_convert.cli import commands
 from marlin_convert.errors import EXIT_CODES
 from marlin_convert.interrupts import Interrupted
-from tests.support.cli import PATIENCE, Run
+from tests.support.cli import PATIENCE, Run, validate
 from tests.support.gptq_checkpoints import GPTQLayer, Source, quantization_config, two_layers, write_source
 
 PROGRAM = [sys.executable, "-m", "marlin_convert.cli"]
@@ -38,6 +38,7 @@ def document(result: Run) -> dict[str, Any]:
         raise AssertionError(f"{name} is no JSON")
 
     value = json.loads(result.out, parse_constant=no_constant)
+    validate(value)
     assert isinstance(value, dict)
     assert "Traceback" not in result.err
     return value

@@ -90,7 +90,7 @@ def test_default_names_are_names(label: str, name: str) -> None:
 def test_the_same_again(hub: Hub, out: Path, online: Callable[..., Run]) -> None:
     assert online("push", out, REPO, *TOKEN).code == 0
     before = dict(hub.repositories[REPO].refs)
-    again = online("push", out, REPO, *TOKEN)
+    again = online("push", out, REPO, "--quiet", *TOKEN)
     assert (again.code, again.err) == (0, "")
     assert hub.repositories[REPO].refs == before
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 PROGRAM = [sys.executable, "-m", "marlin_convert.cli"]
@@ -18,6 +20,22 @@ PATIENCE = 300
 SECRET = "hf_SECRETXYZ"
 
 
+@functools.cache
+def schema() -> Any:
+    import jsonschema
+
+    text = (Path(__file__).parents[2] / "docs/reference/json.schema.json").read_text(encoding="utf-8")
+    return jsonschema.Draft202012Validator(json.loads(text))
+
+
+def validate(document: Any) -> None:
+    """Fail unless `document` is one that docs/reference/json.schema.json describes."""
+    from jsonschema.exceptions import best_match
+
+    error = best_match(schema().iter_errors(document))
+    assert error is None, f"{error.json_path}: {error.message}\n{json.dumps(document, indent=1)[:2000]}"
+
+
 class Run:
     """What the program printed and how it ended."""
 
@@ -25,7 +43,10 @@ class Run:
         self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
 
     def json(self) -> Any:
-        return json.loads(self.out)
+        """The one document that was printed, which must be as the schema says."""
+        value = json.loads(self.out)
+        validate(value)
+        return value
 
 
 @contextmanager
