@@ -19,14 +19,26 @@
 #endif
 #endif
 
+#if MARLIN_X86
+#include <cpuid.h>
+#endif
+
 namespace marlin {
+
+#if MARLIN_X86
+// Asked of the CPU itself: before GCC 11, __builtin_cpu_supports does not know the name.
+inline bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
 
 inline int best_isa() {
 #if MARLIN_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi")) {
     return MARLIN_ISA_AVX512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     return MARLIN_ISA_AVX2;
   }
 #endif
