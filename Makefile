@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint reference picture docs check clean
+.PHONY: demo test lint reference picture docs check wheels clean
 
 demo: $(VENV)/.run
 	$(RUN)/marlin-convert demo --force
@@ -37,6 +37,11 @@ picture: $(VENV)/.dev
 # The site, into site/: nothing is fetched, and a link that leads nowhere is an error.
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
+
+# dist/: a wheel for each machine type, for every Python and glibc 2.28 or newer, and the sdist (tools/wheels.py says what
+# it needs). The CUDA library has every architecture, which takes some minutes.
+wheels: $(VENV)/.dev
+	$(RUN)/python tools/wheels.py
 
 check: lint docs test
 	COLUMNS=100 $(RUN)/cog --check -P $(GENERATED)

@@ -1,12 +1,15 @@
 """setup.py: what it compiles, how, and what it says when it cannot. The compilers here are scripts that write a log."""
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -376,3 +379,48 @@ def test_no_kernel_for_many_rows_spills_or_waits_for_each_wgmma(tmp_path: Path, 
     assert done.returncode == 0, said
     assert said.count("0 bytes spill stores, 0 bytes spill loads") == said.count("Compiling entry function") >= 16
     assert "C75" not in said  # C7510 .. C7519: wgmma is serialized
+
+
+# ---- Wheels for others ----
+
+
+def wheels() -> Any:
+    spec = importlib.util.spec_from_file_location("wheels", ROOT / "tools" / "wheels.py")
+    assert spec
+    assert spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def test_nothing_that_was_compiled_before_gets_into_a_wheel(tmp_path: Path) -> None:
+    copy = wheels().sources(tmp_path / "copy")
+    assert (copy / "kernels" / "marlin.h").is_file()
+    assert (copy / "marlin_convert" / "data" / "demo" / "config.json").is_file()
+    assert not list(copy.rglob("*.so"))
+
+
+def test_a_newer_system_without_root_says_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = wheels()
+    monkeypatch.setattr(tool.os, "geteuid", lambda: 1000)
+    with pytest.raises(tool.Failure, match="run it as root with debootstrap installed, or in a container"):
+        tool.make_root(tmp_path / "root")
+
+
+DEBIAN = Path(os.environ.get("MARLIN_DEBIAN_ROOT", ROOT / "build" / "debian-11"))
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not (DEBIAN / "usr/bin/g++").exists(), reason="needs the Debian that `make wheels` makes"
+)
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_a_wheel_that_auditwheel_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    """Without CUDA, which takes minutes; by this system's tools, in that Debian."""
+    pytest.importorskip("auditwheel", reason="auditwheel is not installed")
+    monkeypatch.setenv("MARLIN_NO_CUDA", "1")
+    made = wheels().wheel(machine, tmp_path, tmp_path, DEBIAN)
+    assert re.search(rf"-py3-none-.*manylinux_2_(17|2\d)_{machine}", made.name)
+    with zipfile.ZipFile(made) as archive:
+        names = set(archive.namelist())
+    assert "marlin_convert/_cpu.so" in names
+    assert "marlin_convert/_cuda.so" not in names

@@ -25,6 +25,7 @@ from pathlib import Path
 import click
 import pytest
 
+from marlin_convert import errors
 from marlin_convert.cli.commands import DEMO_FOLDER, cli
 from tests.support.cli import Run
 from tests.support.gptq_checkpoints import Source
@@ -146,6 +147,28 @@ def files() -> Iterator[tuple[str, str]]:
 def test_files_that_a_page_names_exist(page: str, file: str) -> None:
     places = [ROOT, ROOT / "marlin_convert", (ROOT / page).parent]
     assert any((place / file).is_file() for place in places) or file in SHORT
+
+
+# ---- Installing ----
+
+
+def test_install_lines_are_those_of_one_place() -> None:
+    """No page gives pip a name that is on no index, and each says what the program's messages say."""
+    known = {value for key, value in vars(errors).items() if key.startswith("INSTALL")}
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("optional-dependencies]")[1], re.M)
+    known |= {f'pip install ".[{extra}]"' for extra in extras}
+    found = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [line for b in blocks(page) if b.language in ("", "sh") for line in b.text.splitlines()]
+        for line in [*lines, *re.findall(r"`(pip install[^`]*)`", re.sub(r"```.*?^```", "", text, flags=re.M | re.S))]:
+            if line.strip().startswith("pip install"):
+                found.add(line.split("  #")[0].strip())
+    assert found - known == {"pip install torch"}  # which a remark warns of
+    assert {errors.INSTALL, errors.INSTALL_WHEEL, 'pip install ".[run]"'} <= found
+    for path in (ROOT / "marlin_convert").rglob("*.py"):
+        said = set(re.findall(r"pip install (?!vllm)[^{}`]*", path.read_text(encoding="utf-8")))
+        assert not said or path.name == "errors.py", path
 
 
 # ---- JSON ----

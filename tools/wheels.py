@@ -3,12 +3,12 @@
     python tools/wheels.py [--out dist] [--only x86_64|aarch64] [--root DIR]
 
 One wheel for each machine type, for every Python and every torch, that installs on any Linux with glibc 2.28 or newer
-(manylinux_2_28): the CPU library for both, the CUDA library with all architectures for x86_64, if nvcc is here. auditwheel
-says whether a wheel keeps that promise; one that does not, or has more than 12 MB, is not kept.
+(manylinux_2_28): the CPU library, and with nvcc here the CUDA library with all architectures for this machine's type.
+auditwheel says whether a wheel keeps that promise; one that does not, or has more than 12 MB, is not kept.
 
 What a library needs of glibc is decided by the system that it is compiled in. Where this one has a newer glibc than
-2.28, the compilers run in a Debian 11 (glibc 2.31) that debootstrap makes in DIR: that takes root's rights, and debootstrap.
-Of what 2.29 to 2.31 brought, the libraries use nothing but the mathematics, for which the older version is named.
+2.28, the compilers run in a Debian 11 (glibc 2.31) that debootstrap makes in DIR; that takes root's rights. Of what
+2.29 to 2.31 brought, the libraries use nothing but the mathematics, for which the older version is named.
 """
 
 from __future__ import annotations
@@ -81,11 +81,12 @@ def compiler_in(root: Path, name: str, seen: list[Path], script: Path) -> Path:
     The mounts are in a namespace of their own and end with it.
     """
     mounts = "".join(
-        f"mkdir -p {shlex.quote(f'{root}{path}')}; mount --bind {shlex.quote(str(path))} {shlex.quote(f'{root}{path}')}; "
+        f"mkdir -p {shlex.quote(f'{root}{path}')}; "
+        f"mount --bind {shlex.quote(str(path))} {shlex.quote(f'{root}{path}')}; "
         for path in seen
     )
     inside = 'cd "$0" && exec "$@"'
-    outside = f"set -e; {mounts} exec chroot {shlex.quote(str(root))} sh -c {shlex.quote(inside)} \"$@\""
+    outside = f'set -e; {mounts} exec chroot {shlex.quote(str(root))} sh -c {shlex.quote(inside)} "$@"'
     script.write_text(f'#!/bin/sh\nexec unshare --mount sh -c {shlex.quote(outside)} sh "$PWD" {name} "$@"\n')
     script.chmod(0o755)
     return script
@@ -151,7 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PROJECT / "dist")
     parser.add_argument("--only", choices=COMPILERS)
-    parser.add_argument("--root", type=Path, default=PROJECT / "build" / "debian-11", help="where the Debian is, or goes")
+    parser.add_argument(
+        "--root", type=Path, default=PROJECT / "build" / "debian-11", help="where the Debian is, or goes"
+    )
     options = parser.parse_args()
     out, work = options.out.resolve(), PROJECT / "build" / "wheels"
     out.mkdir(parents=True, exist_ok=True)

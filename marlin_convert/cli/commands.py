@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .._version import __version__
-from ..errors import AlreadyMarlin, HubError, MarlinConvertError, VerificationError, require
+from ..errors import INSTALL_PLOT, AlreadyMarlin, HubError, MarlinConvertError, VerificationError, require
 from ..interrupts import ignore_signals
 from ..options import PRESETS, HubAccess, Options, PublishTarget
 from .batch import batch
@@ -332,7 +332,7 @@ def generate(output: OutputOptions, /, out: str, prompt: str, device: str, acces
     "plot_file",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw speedup against batch size into a .png, .svg or .pdf; needs pip install matplotlib.",
+    help=f"Draw speedup against batch size into a .png, .svg or .pdf; needs {INSTALL_PLOT}.",
 )
 @source_options
 @output_options

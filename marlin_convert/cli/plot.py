@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MarlinConvertError, OutputError
+from ..errors import INSTALL_PLOT, MarlinConvertError, OutputError
 
 if TYPE_CHECKING:
     from ..bench.results import Report as BenchReport
@@ -27,7 +27,7 @@ class Plot:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise MarlinConvertError(
-                f"--plot needs matplotlib ({error}): pip install matplotlib, or leave --plot out."
+                f"--plot needs matplotlib ({error}): {INSTALL_PLOT}, or leave --plot out."
             ) from None
         self.path, self._figure = path, Figure(figsize=(8, 5), layout="constrained")
         types = self._figure.canvas.get_supported_filetypes()

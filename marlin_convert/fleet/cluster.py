@@ -9,11 +9,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from ..errors import BUG, HubError, MissingPackageError, OptionError
+from ..errors import BUG, INSTALL_RAY, HubError, MissingPackageError, OptionError
 from .job import PASSING, Job, work
 
-#: What brings Ray, by its own name.
-INSTALL_RAY = 'pip install "ray>=2.40"'
 #: Seconds for which an address is waited for.
 _ANSWER = 10.0
 

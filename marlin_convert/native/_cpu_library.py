@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import INSTALL_RUN, DeviceError, MissingPackageError
+from ..errors import INSTALL, INSTALL_RUN, DeviceError, MissingPackageError
 
 _Prototype = tuple[Any, list[Any]]
 
@@ -123,14 +123,14 @@ def _twin(reason: str) -> Twin:
 def _load(path: Path) -> Native | Twin:
     name = f"{path.parent.name}/{path.name}"
     if not path.exists():
-        return _twin(f"{name} is not built: run pip install -e .")
+        return _twin(f"{name} is not built: run {INSTALL}")
     try:
         library = ctypes.CDLL(str(path))
         version = library.marlin_cpu_abi_version()
     except (OSError, AttributeError) as error:
-        return _twin(f"{name} cannot be loaded ({error}): rebuild it with pip install -e .")
+        return _twin(f"{name} cannot be loaded ({error}): rebuild it with {INSTALL}")
     if version != ABI_VERSION:
-        return _twin(f"{name} has ABI version {version}, this package wants {ABI_VERSION}: run pip install -e . again")
+        return _twin(f"{name} has ABI version {version}, this package wants {ABI_VERSION}: run {INSTALL} again")
     _declare(library)
     best = min(library.marlin_cpu_best_isa(), _highest_wanted())
     return Native(library, tuple(isa for isa, code in ISAS.items() if code <= best))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..device import MIN_CAPABILITY, Device, cuda_devices
-from ..errors import DeviceError
+from ..errors import INSTALL, DeviceError
 
 #: Where the library is; MARLIN_CUDA_LIBRARY names another one, to compare builds.
 LIBRARY = Path(os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "_cuda.so")
@@ -111,20 +111,20 @@ def load_library() -> ctypes.CDLL:
     if not LIBRARY.exists():
         raise DeviceError(
             "the CUDA kernels are not built (marlin_convert/_cuda.so is missing): where nvcc, of the CUDA toolkit, and "
-            "the GPU are, run `pip install .` again (MARLIN_CUDA_ARCHS=all builds without a GPU); converting and "
+            f"the GPU are, run `{INSTALL}` again (MARLIN_CUDA_ARCHS=all builds without a GPU); converting and "
             "verifying need no GPU (--device cpu)."
         )
     try:
         lib = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
-        raise DeviceError(f"the CUDA kernels cannot be loaded ({error}); run `pip install .` again.") from None
+        raise DeviceError(f"the CUDA kernels cannot be loaded ({error}); run `{INSTALL}` again.") from None
     try:
         version = lib.marlin_cuda_abi_version()
     except AttributeError:
         version = None
     if version != ABI_VERSION:
         raise DeviceError(
-            f"marlin_convert/_cuda.so is of another version ({version}, not {ABI_VERSION}); run `pip install .` again."
+            f"marlin_convert/_cuda.so is of another version ({version}, not {ABI_VERSION}); run `{INSTALL}` again."
         )
     _declare(lib)
     count = ctypes.c_int()

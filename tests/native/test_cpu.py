@@ -366,7 +366,7 @@ def assert_works_without_library() -> None:
 
 def test_missing_library(library: Callable[[Path], None], tmp_path: Path) -> None:
     library(tmp_path / "marlin_convert" / "_cpu.so")
-    assert cpu.describe() == "torch twin: marlin_convert/_cpu.so is not built: run pip install -e ."
+    assert cpu.describe() == "torch twin: marlin_convert/_cpu.so is not built: run pip install ."
     assert_works_without_library()
 
 
@@ -393,7 +393,7 @@ def test_stale_library(library: Callable[[Path], None], tmp_path: Path, source: 
     library(path)
     assert cpu.describe().startswith("torch twin: ")
     assert message in cpu.describe()
-    assert "pip install -e ." in cpu.describe()
+    assert "pip install ." in cpu.describe()
     assert_works_without_library()
 
 
