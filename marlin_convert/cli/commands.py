@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .._version import __version__
-from ..errors import INSTALL_PLOT, AlreadyMarlin, HubError, MarlinConvertError, VerificationError, require
+from ..errors import AlreadyMarlin, HubError, MarlinConvertError, VerificationError, require
 from ..interrupts import ignore_signals
-from ..options import PRESETS, HubAccess, Options, PublishTarget
+from ..options import HubAccess, Options, PublishTarget
 from .batch import batch
+from .bench import bench
 from .params import (
     OUT,
     MainGroup,
     OutputOptions,
     attest_option,
-    batch_sizes,
     device_option,
     format_options,
     hub_options,
@@ -30,6 +30,7 @@ from .params import (
     source_options,
     writing_options,
 )
+from .showing import said_in_json, screen_for
 
 if TYPE_CHECKING:
     from .output import Screen
@@ -112,14 +113,14 @@ def convert(
     if tensor_parallel is not None and engine != "vllm":
         raise click.UsageError("--tensor-parallel needs --engine vllm: Transformers' result is not cut.")
     target = None if push_to_hub is None else PublishTarget(push_to_hub, **publishing)
-    options, screen = Options(**choices, target=target), _screen(output)
+    options, screen = Options(**choices, target=target), screen_for(output)
     if dry_run:
         from ..conversion.convert import plan_only
 
         with screen.progress() as progress:
             origin, plan = plan_only(source, options, progress, access=access)
         screen.plan(origin, plan, options, engine, tensor_parallel or 1)
-        with _said_in_json(output):
+        with said_in_json(output):
             plan.require_convertible()
     elif out is not None:
         _convert(source, out, options, access, screen)
@@ -143,7 +144,7 @@ def verify(
     A result of marlin-convert alone, a folder or a Hub id, names its source: both are then read from the Hub in parts,
     and every file of the result is compared with what its source gives. Nothing is written.
     """
-    screen = _screen(output)
+    screen = screen_for(output)
     if out is None:
         from ..conversion.proof import prove
 
@@ -152,7 +153,7 @@ def verify(
         screen.proof(proof, attest if proof.ok else None)
         if not proof.ok and not screen.silent:
             raise VerificationError("the result is not exactly what its source gives; see above.")
-        with _said_in_json(output):
+        with said_in_json(output):
             proof.require_ok()
         return
     if attest is not None:
@@ -164,7 +165,7 @@ def verify(
     screen.verification(report, out)
     if not report.ok and not screen.silent:
         raise VerificationError("the Marlin checkpoint is not equal to its source; see the table above.")
-    with _said_in_json(output):
+    with said_in_json(output):
         report.require_ok()
 
 
@@ -180,7 +181,7 @@ def demo(output: OutputOptions, /, out: Path, **choices: Any) -> None:
     Needs no network and no GPU. OUT defaults to ./demo-out. Without torch and transformers, there is no prompt.
     """
     options = Options(verify=True, **choices)
-    _convert(str(DEMO_FOLDER), out, options, HubAccess(), _screen(output), prompt=DEMO_PROMPT)
+    _convert(str(DEMO_FOLDER), out, options, HubAccess(), screen_for(output), prompt=DEMO_PROMPT)
 
 
 @cli.command()
@@ -202,7 +203,7 @@ def push(
     from ..conversion.publish import push_result
 
     output.source = str(out)
-    screen = _screen(output)
+    screen = screen_for(output)
     with screen.progress() as progress, progress.waiting(f"uploading {out} to {repo_id}"), _way_on(force):
         address = push_result(out, PublishTarget(repo_id, **publishing), force=force, token=token)
     screen.pushed(address)
@@ -227,7 +228,7 @@ def to_gptq(output: OutputOptions, /, marlin: str, out: Path, v2: bool, access: 
     """
     from ..conversion.restore import restore
 
-    screen = _screen(output)
+    screen = screen_for(output)
     with screen.progress() as progress:
         report = restore(marlin, out, progress, v2=v2, access=access, **choices)
     screen.restored(report)
@@ -248,7 +249,7 @@ def restore(output: OutputOptions, /, marlin: str, out: Path, access: HubAccess,
     """
     from ..conversion.restore import restore as work
 
-    screen = _screen(output)
+    screen = screen_for(output)
     with screen.progress() as progress:
         report = work(marlin, out, progress, original=True, access=access, **choices)
     screen.restored(report)
@@ -289,107 +290,10 @@ def generate(output: OutputOptions, /, out: str, prompt: str, device: str, acces
     from ..engines.generate import generate as continue_prompt
 
     output.source = out
-    screen = _screen(output)
+    screen = screen_for(output)
     with screen.progress() as progress, screen.text(prompt) as on_text:
         done = continue_prompt(out, prompt, Sampling(**sampling), device, on_text, progress, access=access)
     screen.generated(done)
-
-
-@cli.command()
-@click.argument("source", required=False)
-@click.option(
-    "--preset",
-    metavar="|".join(PRESETS),
-    type=click.Choice(PRESETS),
-    help="Measure this model's layers, q, k, v and gate, up fused as engines run them (default: mistral-7b).",
-)
-@click.option(
-    "--batch",
-    metavar="M,M,...",
-    callback=batch_sizes,
-    help="Batch sizes: rows of activations in a product (default: 1,2,4,...,4096).",
-)
-@click.option(
-    "--tokens",
-    is_flag=True,
-    help="Measure the whole model SOURCE, a Marlin checkpoint: tokens per second against batch size, fp16 and Marlin.",
-)
-@click.option(
-    "--engine",
-    type=click.Choice(["transformers", "vllm"]),
-    help="With --tokens: what runs the model (default: transformers). vllm needs vLLM, and measures prompts, too.",
-)
-@click.option(
-    "--source",
-    "gptq",
-    metavar="GPTQ",
-    help="With --engine vllm: the GPTQ checkpoint that SOURCE was made of, measured beside it on vLLM's own choice.",
-)
-@click.option("--no-fp16", is_flag=True, help="With --engine vllm: leave out the same model in fp16.")
-@click.option("--compare", is_flag=True, help="Measure vLLM's Marlin and humming-kernels too, if they are installed.")
-@click.option(
-    "--plot",
-    "plot_file",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help=f"Draw speedup against batch size into a .png, .svg or .pdf; needs {INSTALL_PLOT}.",
-)
-@source_options
-@output_options
-@click.pass_obj
-def bench(
-    output: OutputOptions, /, source: str | None, preset: str | None, batch: tuple[int, ...] | None, tokens: bool,
-    engine: str | None, gptq: str | None, no_fp16: bool, compare: bool, plot_file: Path | None, device: str,
-    access: HubAccess,
-) -> None:  # fmt: skip
-    """Measure this GPU: fp16 (cuBLAS) against Marlin, for the layers of SOURCE or of a preset.
-
-    SOURCE is a checkpoint, GPTQ or Marlin, a folder or a Hub id; its headers tell the shapes. Prints times, GB/s,
-    TFLOP/s, speedup, and the share of what memory and tensor cores allow.
-    """
-    if source is not None and preset is not None:
-        raise click.UsageError("Give a SOURCE or --preset, not both.")
-    if tokens and (source is None or compare):
-        raise click.UsageError("--tokens needs a SOURCE, a Marlin checkpoint, and does not go with --compare.")
-    if engine and not tokens:
-        raise click.UsageError("--engine goes with --tokens: it runs whole models.")
-    served = engine == "vllm"
-    if (gptq or no_fp16) and not served:
-        raise click.UsageError("--source and --no-fp16 go with --tokens --engine vllm.")
-
-    screen, plot = _screen(output), None
-    if plot_file is not None:
-        from .plot import Plot
-
-        plot = Plot(plot_file)
-    options: dict[str, Any] = {"device": device, "access": access}
-    report: Any
-    with screen.progress(timings=True) as progress:
-        if served and source is not None:
-            from ..bench import served as in_vllm
-
-            report = in_vllm.run(
-                source, gptq, batch=batch or in_vllm.BATCH, fp16=not no_fp16, progress=progress,
-                verbose=output.verbose, **options,
-            )  # fmt: skip
-        elif tokens and source is not None:
-            from ..bench import tokens as whole_model
-
-            report = whole_model.run(source, batch=batch or whole_model.BATCH, progress=progress, **options)
-        else:
-            from ..bench import products as layers
-
-            report = layers.run(
-                source, preset, batch=batch or layers.BATCH, compare=compare, progress=progress, **options
-            )
-    problem = (plot.draw_tokens(report) if tokens else plot.draw(report)) if plot else None
-    if problem:  # the numbers took minutes; they are shown all the same
-        report.notes[problem.message] = ["--plot"]
-    show = screen.served if served else screen.tokens if tokens else screen.bench
-    show(report, None if problem else plot_file)
-    if problem:
-        with _said_in_json(output):
-            raise problem
 
 
 def _convert(
@@ -439,18 +343,4 @@ def _way_on(force: bool) -> Iterator[None]:
         raise HubError(f"{error.message.rstrip('.')}; go on with `{shlex.join(words)}`.") from None
 
 
-@contextlib.contextmanager
-def _said_in_json(output: OutputOptions) -> Iterator[None]:
-    """With --json, the one document that was printed has named the problems: the exit code is all that is left."""
-    try:
-        yield
-    except MarlinConvertError as error:
-        if output.as_json:
-            raise type(error)("") from None
-        raise
-
-
-def _screen(output: OutputOptions) -> Screen:
-    from .output import Screen
-
-    return Screen(output)
+cli.add_command(bench)

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..checkpoint.writer import shard_names
-from ..conversion.layer import Layer
 from ..conversion.names import span
 from ..conversion.plan import Plan, plan_as_dict
 from ..engine_support import VLLM, ResultFacts, readers, vllm_needs_our_kernels, vllm_refuses
@@ -32,9 +30,20 @@ from ..text import visible
 from .console import Lossy, PlainConsole
 from .documents import document
 from .progress import Bars, PlainLines, size, waiting
+from .tables import (
+    FORMAT_NAMES,
+    batch_table,
+    bench_table,
+    clocks_text,
+    kind_of,
+    plan_table,
+    served_table,
+    tokens_table,
+    verification_table,
+)
 
 if TYPE_CHECKING:
-    from ..bench.results import Cell, LayerResult, Machine
+    from ..bench.results import Machine
     from ..bench.results import Report as BenchReport
     from ..bench.served import Report as ServedReport
     from ..bench.tokens import Report as TokenReport
@@ -45,11 +54,6 @@ if TYPE_CHECKING:
     from ..engines.generate import Comparison, Generated
     from ..hub.open import Source
     from .params import OutputOptions
-
-FORMAT_NAMES = {"marlin": "original Marlin format", "marlin_ext": "extended Marlin format"}
-
-#: Rows of a table before the rest is summed up (--verbose shows all).
-SHORT_TABLE = 12
 
 
 class Screen:
@@ -122,26 +126,11 @@ class Screen:
         if plan.already_marlin:
             self._say(f"{source.label} already is a Marlin checkpoint; there is nothing to convert.")
             return
-        title = f"{source.label} → {FORMAT_NAMES[plan.format]}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for heading, justify in (
-            ("layers", "right"),
-            ("K x N", "left"),
-            ("bits", "right"),
-            ("group", "right"),
-            ("", "left"),
-            ("scales", "left"),
-            ("", "left"),
-        ):
-            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-        kinds = Counter((x.K, x.N, x.bits, x.group_size, _kind(x), x.source.scales.dtype) for x in plan.layers)
-        for (K, N, bits, group, kind, dtype), count in kinds.items():
-            table.add_row(str(count), f"{K} x {N}", str(bits), str(group), kind, dtype.lower(), "convert")
         if plan.layers:
-            self._table(table)
+            self._table(plan_table(source.label, plan))
         if self.verbose:
             for layer in plan.layers:
-                kind = f", {_kind(layer)}" if _kind(layer) else ""
+                kind = f", {kind_of(layer)}" if kind_of(layer) else ""
                 self._say(
                     f"  convert {layer.name}  {layer.K} x {layer.N}, {layer.bits} bits, group {layer.group_size}{kind}"
                 )
@@ -339,41 +328,14 @@ class Screen:
     def batch(self, rows: list[dict[str, Any]], counts: dict[str, int], styles: dict[str, str]) -> None:
         """The result of `marlin-convert batch`: what became of each line."""
         self._json({"ok": "failed" not in counts, "counts": counts, "checkpoints": rows})
-        table = Table(box=None, pad_edge=False)
-        for heading in ("line", "source", "", "in", "out", "s", ""):
-            right = heading in ("line", "in", "out", "s")
-            table.add_column(heading, justify="right" if right else "left", overflow="fold")
-        for row in rows:
-            status, message = row["status"], " ".join(str(row["message"] or "").split())
-            said = f"before: {row['settled']}" if status == "before" else status
-            sizes = [size(row[key]) if row[key] else "-" for key in ("bytes_in", "bytes_out")]
-            short = message if self.verbose or len(message) <= 100 else f"{message[:99]}…"
-            seconds = "-" if row["seconds"] is None or status == "before" else f"{row['seconds']:.1f}"
-            table.add_row(str(row["line"]), row["source"], Text(said, styles.get(status, "")), *sizes, seconds, short)
-        self._table(table)
+        self._table(batch_table(rows, styles, verbose=self.verbose))
         self._say(", ".join(f"{count} {status}" for status, count in counts.items()))
 
     def _verification_table(self, report: Verification) -> None:
-        table = Table(box=None, pad_edge=False)
-        for heading, justify in (
-            ("layer", "left"),
-            ("K x N", "left"),
-            ("exact", "left"),
-            ("max error", "right"),
-            ("relative", "right"),
-        ):
-            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        bad = [x for x in report.layers if not x.ok]
-        shown = (
-            report.layers if self.verbose or len(report.layers) <= SHORT_TABLE else bad or report.layers[:SHORT_TABLE]
-        )
-        for x in shown:
-            verdict = Text("equal") if x.ok else Text(x.problem or "differs", "red")
-            errors = ("-", "-") if x.max_error is None else (f"{x.max_error:.2e}", f"{x.relative_error:.2e}")
-            table.add_row(x.name, f"{x.K} x {x.N}", verdict, *errors)
+        table, hidden = verification_table(report, verbose=self.verbose)
         self._table(table)
-        if len(shown) < len(report.layers):
-            self._say("", f"… and {len(report.layers) - len(shown)} more layers (--verbose shows all)", "dim")
+        if hidden:
+            self._say("", f"… and {hidden} more layers (--verbose shows all)", "dim")
 
     def bench(self, report: BenchReport, plot: Path | None) -> None:
         """The result of `marlin-convert bench`: one table for each layer."""
@@ -386,7 +348,7 @@ class Screen:
         )
         for layer in report.layers:
             self._say()
-            self._table(self._bench_table(report, layer))
+            self._table(bench_table(report, layer))
         self._say()
         self._say(
             "times in us; fp16: torch.matmul (cuBLAS); GB/s, TFLOP/s and share of the limit are Marlin's; "
@@ -398,7 +360,7 @@ class Screen:
         versions = ", ".join(f"{name} {version}" for name, version in {**machine.versions, **(peers or {})}.items())
         self._say(
             f"{machine.name} ({machine.device}), capability {machine.capability}, {machine.multiprocessors} "
-            f"multiprocessors, L2 {size(machine.l2_bytes)}, driver {machine.driver}{_clocks(machine.clocks)}"
+            f"multiprocessors, L2 {size(machine.l2_bytes)}, driver {machine.driver}{clocks_text(machine.clocks)}"
         )
         self._say(versions)
 
@@ -415,14 +377,8 @@ class Screen:
         self._machine(report.machine)
         method = report.as_dict()["method"]
         sizes = ", ".join(f"{name} {size(count)}" for name, count in report.weight_bytes.items())
-        table = Table(title=f"{report.title}: tokens/s", title_justify="left", box=None, pad_edge=False)
-        for heading in ("batch", "fp16", "Marlin", "speedup"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for cell in report.cells:
-            rates = [f"{rate:.1f}" if rate else "-" for rate in (cell.fp16, cell.marlin)]
-            table.add_row(str(cell.batch), *rates, f"{cell.speedup:.2f}x" if cell.speedup else "-")
         self._say()
-        self._table(table)
+        self._table(tokens_table(report))
         self._say()
         self._say(
             f"decoding behind {method['context']} tokens, all sequences together; "
@@ -435,72 +391,21 @@ class Screen:
         """The result of `marlin-convert bench --tokens --engine vllm`."""
         self._json({**report.as_dict(), "plot": plot and str(plot)})
         self._machine(report.machine)
-        table = Table(title=f"{report.title} in vLLM: tokens/s", title_justify="left", box=None, pad_edge=False)
-        first, *rows = report.table()
-        for heading in first:
-            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
         self._say()
-        self._table(table)
+        self._table(served_table(report))
         self._say()
         self._say(report.method())
         for label, kernels in report.kernels().items():
             self._say(f"{label} on {kernels}")
         self._bench_end(report.notes, plot)
 
-    @staticmethod
-    def _bench_table(report: BenchReport, layer: LayerResult) -> Table:
-        shape = layer.shape
-        kind = f", {shape.kind}" if shape.kind else ""
-        many = f", {shape.count} layers" if shape.count > 1 else ""
-        title = f"{report.title} {shape.name}  {shape.K} x {shape.N}, group {shape.group_size}{kind}{many}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for heading in ("M", "fp16", "Marlin", *report.peers, "speedup", "GB/s", "TFLOP/s", "of limit", "", ""):
-            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-        for cell in layer.cells:
-            table.add_row(*_bench_row(cell))
-        return table
-
     def _table(self, table: Table) -> None:
         if not self.silent:
             self.out.print(table)
 
 
-def _bench_row(cell: Cell) -> list[str]:
-    marlin = cell.marlin
-    peers = [f"{speed.us:.1f}" if speed else "-" for speed in cell.peers.values()]
-    return [
-        str(cell.M), f"{cell.fp16.us:.1f}", f"{marlin.us:.1f}", *peers, f"{cell.speedup:.2f}x",
-        f"{marlin.gb_per_s:.0f}", f"{marlin.tflop_per_s:.1f}", f"{100 * marlin.share_of_limit:.0f} %", marlin.bound,
-        "dequantize" if cell.way == "dequantize" else "",
-    ]  # fmt: skip
-
-
-def _clocks(clocks: dict[str, float | None] | None) -> str:
-    """Clocks under load, as far as nvidia-smi knows them."""
-    known = {key: value for key, value in (clocks or {}).items() if value is not None}
-    parts = [
-        f"{name} {known[key]:.0f}" + (f" of {known[most]:.0f} MHz" if most in known else " MHz")
-        for name, key, most in (("SM", "sm_mhz", "max_sm_mhz"), ("memory", "memory_mhz", "max_memory_mhz"))
-        if key in known
-    ]
-    return f"; under load {', '.join(parts)}" if parts else "; clocks unknown (no nvidia-smi)"
-
-
 def _labelled(text: str, label: str, style: str) -> Text:
     return Text.assemble((label, style), " " if label and text else "", text)
-
-
-def _kind(layer: Layer) -> str:
-    """What distinguishes a layer beside its size and bits."""
-    padded = f"padded to {layer.stored_K} x {layer.stored_N}"
-    words = [
-        *(["asymmetric"] if not layer.sym else []),
-        *(["act-order"] if layer.act_order else []),
-        *([padded] if (layer.stored_K, layer.stored_N) != (layer.K, layer.N) else []),
-    ]
-    return ", ".join(words)
 
 
 def _verdict(report: Verification) -> str:

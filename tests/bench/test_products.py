@@ -142,7 +142,7 @@ def test_the_presets_are_the_models() -> None:
 
 
 def test_the_help_names_the_presets() -> None:
-    preset = next(p for p in commands.bench.params if p.name == "preset")
+    preset = next(p for p in commands.cli.commands["bench"].params if p.name == "preset")
     assert preset.metavar == "|".join(PRESETS)
     assert DEFAULT_PRESET in str(preset.help)
 
