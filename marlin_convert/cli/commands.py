@@ -45,7 +45,7 @@ DEMO_PROMPT, DEMO_TOKENS = "And the king said unto the woman,", 32
 @click.group(cls=MainGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="marlin-convert", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Turn a GPTQ or compressed-tensors checkpoint into a Marlin one, and prove that nothing was lost.
+    """Turn a GPTQ, AWQ or compressed-tensors checkpoint into a Marlin one, and prove that nothing was lost.
 
     SOURCE is a folder or a Hugging Face Hub id; OUT is the folder to create. OUT appears complete or not at all.
     """
@@ -245,7 +245,7 @@ def to_gptq(output: OutputOptions, /, marlin: str, out: Path, v2: bool, access: 
 def restore(output: OutputOptions, /, marlin: str, out: Path, access: HubAccess, **choices: Any) -> None:
     """Restore the checkpoint that MARLIN, a folder or a Hub id, was made from, in its own format.
 
-    Its tensors are the original's, bit for bit: GPTQ, compressed-tensors, or whatever it was.
+    Its tensors are the original's, bit for bit: GPTQ, AWQ, compressed-tensors or AutoRound.
     """
     from ..conversion.restore import restore as work
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, Shards
-from ..errors import SourceError, UnsupportedError
+from ..errors import SourceError
 from ..formats.gptq import ZeroPointEncoding, decode_zeros, encode_zeros
 from ..formats.gptq_config import GPTQSettings, normalised, parse_settings
 from ..formats.layout import (
@@ -150,11 +150,6 @@ class GPTQInspection(LayerInspection):
             return None
         (rows, N), (G, scale_columns) = qweight.shape, scales.shape
         if scale_columns != N:
-            if scale_columns == 8 * N:
-                raise UnsupportedError(
-                    f"{self.name}: its qweight is packed along N, as AWQ does it, whatever the config says; "
-                    "only GPTQ checkpoints can be repacked to Marlin."
-                )
             raise SourceError(
                 f"{self.name}: qweight {list(qweight.shape)} and scales {list(scales.shape)} differ in N."
             )

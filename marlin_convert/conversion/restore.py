@@ -25,7 +25,7 @@ from ..checkpoint.output_folder import check_free, check_space, new_folder, writ
 from ..checkpoint.reader import CONFIG_FILES, Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, Shards, shard_names
 from ..errors import SourceError, UnsupportedError
-from ..formats.gptq_config import find_configs
+from ..formats.gptq_config import find_configs, with_format
 from ..formats.marlin_config import TIED, read_marlin_settings
 from ..formats.stored import MARLIN_PARTS, StoredLayer, is_marlin_part, layer_names, stored_layers
 from ..hub.open import Source, opened_whole
@@ -271,7 +271,7 @@ def _write_configs(
 ) -> None:
     configs = noted.configs if noted.format == target.name else {}
     if not original:
-        configs = {where: _with_format(config, report.restored_format) for where, config in configs.items()}
+        configs = {where: with_format(config, report.restored_format) for where, config in configs.items()}
     settings = _implied_settings(report, next(iter(find_configs(checkpoint.configs).values())))
     main = copy.deepcopy(checkpoint.configs.get("config.json"))
     if main is not None:
@@ -307,18 +307,6 @@ def _restore_ties(main: dict[str, Any], ties: dict[str, Any]) -> None:
             part.pop(TIED, None)
         else:
             part[TIED] = said
-
-
-def _with_format(config: dict[str, Any], zero_points: str) -> dict[str, Any]:
-    """A quantization config of the source, its checkpoint_format as the zero points are stored now.
-
-    One that names no format is left so where that means the same.
-    """
-    said = config.get("checkpoint_format", config.get("format"))
-    if said is None and zero_points == "gptq":
-        return config
-    key = "format" if "format" in config and "checkpoint_format" not in config else "checkpoint_format"
-    return {**config, key: zero_points}
 
 
 def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,15 @@ from typing import Any
 
 from ..checkpoint.reader import Tensor
 from ..errors import SourceError
+from .awq_format import AWQFormat
 from .ct_format import CTFormat
 from .gptq_format import GPTQFormat
 from .source_format import SourceFormat
 
-GPTQ, CT = GPTQFormat(), CTFormat()
-FORMATS: tuple[SourceFormat, ...] = (GPTQ, CT)
-FORMAT_TITLES = " or ".join(format.title for format in FORMATS)
+GPTQ = GPTQFormat()
+#: Each has those layers that none before it has: of names that several know, the shapes tell.
+FORMATS: tuple[SourceFormat, ...] = (CTFormat(), AWQFormat(), GPTQ)
+FORMAT_TITLES = "GPTQ, AWQ or compressed-tensors"
 
 
 def format_of(
@@ -24,7 +26,12 @@ def format_of(
 
     Raises SourceError where layers have several.
     """
-    found = [(format, names) for format in FORMATS if (names := format.layer_names(tensors))]
+    found: list[tuple[SourceFormat, list[str]]] = []
+    known: set[str] = set()
+    for format in FORMATS:
+        if names := [name for name in format.layer_names(tensors) if name not in known]:
+            found.append((format, names))
+            known.update(names)
     if len(found) > 1:
         (one, (first, *_)), (other, (second, *_)) = found[:2]
         raise SourceError(

@@ -6,6 +6,7 @@ settings say is a claim: `plan` compares it with the tensors, and the tensors wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +41,8 @@ OTHER_METHODS = {
     "torchao": "a torchao checkpoint",
     "mxfp4": "an MXFP4 checkpoint",
     "modelopt": "a ModelOpt checkpoint",
+    "paroquant": "a ParoQuant checkpoint, whose weights are rotated",
+    "qqq": "a QQQ checkpoint, whose activations are quantized too",
 }
 
 #: quant_method of these → who runs it as it is.
@@ -47,6 +50,7 @@ RUN_BY = {
     "awq": "vLLM", "bitsandbytes": "Transformers", "compressed-tensors": "vLLM", "gguf": "llama.cpp", "fp8": "vLLM",
     "aqlm": "Transformers", "hqq": "Transformers", "exl2": "ExLlamaV2", "exl3": "ExLlamaV3", "eetq": "Transformers",
     "quanto": "Transformers", "torchao": "Transformers", "mxfp4": "vLLM", "modelopt": "vLLM",
+    "paroquant": "GPTQModel", "qqq": "GPTQModel",
 }  # fmt: skip
 
 _GPTQ_METHODS = {"gptq", "gptqmodel", "marlin"}
@@ -55,7 +59,19 @@ _MARLIN_FORMATS = {"marlin", "marlin_ext"}  # read far enough to see whether the
 _GPTQ_FORMATS = {"gptq", "gptq_v2"} | _MARLIN_FORMATS
 #: GPTQModel's planes of bits: with 4 and 8 bits, which are all that Marlin has, the words are those of gptq_v2.
 _PLANAR = "gptq_p"
-_AWQ_FORMATS = {"gemm", "gemv", "gemv_fast"}
+
+AWQ_METHODS = {"awq"}
+_AWQ_FORMATS = {"gemm", "gemv", "marlin"}
+#: Of AWQ too: what they store is a zero point times its scale, rounded, which tells the zero point no longer.
+_ROUNDED_ZEROS = {"gemv_fast", "llm-awq"}
+
+#: AutoRound's packing_format, less its prefix → the checkpoint_format in whose way zero points are stored.
+_AUTO_ROUND_PACKINGS = {
+    "auto_gptq": "gptq", "gptq": "gptq", "auto_round": "gptq_v2", "gptqmodel": "gptq_v2", "exllamav2": "gptq_v2",
+}  # fmt: skip
+_AUTO_ROUND_AWQ = {"auto_awq", "awq"}
+#: What its quantized activations, or another type of number, are told by.
+_AUTO_ROUND_INTEGER = ("int", "int_sym", "int_asym", "int_asym_dq")
 
 #: What a `dynamic` rule can change for the layers that it matches.
 _PER_LAYER = ("bits", "group_size", "sym", "desc_act")
@@ -129,10 +145,10 @@ def find_configs(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
     return found | {name: config for name, config in configs.items() if name != "config.json"}
 
 
-def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
-    """Read the source's settings from its parsed JSON files (`Checkpoint.configs`).
+def parse_settings(configs: dict[str, dict[str, Any]], *, awq: bool = False) -> GPTQSettings:
+    """Read the settings of a GPTQ source, or of an AWQ one, from its parsed JSON files (`Checkpoint.configs`).
 
-    Raises UnsupportedError when they name another quantization method or a packing that is not GPTQ's.
+    Raises UnsupportedError when they name another quantization method, or a packing of other tensors.
     """
     found = find_configs(configs)
     merged: dict[str, Any] = {}
@@ -140,9 +156,9 @@ def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
     is_marlin = False
     dynamic: dict[str, dict[str, Any]] = {}
     for where, raw in found.items():
-        _require_gptq(where, raw)
+        (_require_awq if awq else _require_gptq)(where, raw)
         known = normalised(where, raw)
-        dynamic = dynamic or _dynamic_rules(where, raw.get("dynamic"))
+        dynamic = dynamic or _dynamic_rules(where, raw.get("dynamic")) or _extra_rules(where, raw.get("extra_config"))
         is_marlin = (
             is_marlin or raw.get("is_marlin_format") is True or known.get("checkpoint_format") in _MARLIN_FORMATS
         )
@@ -187,6 +203,16 @@ def _dynamic_rules(where: str, rules: object) -> dict[str, dict[str, Any]]:
     return parsed
 
 
+def _extra_rules(where: str, extra: object) -> dict[str, dict[str, Any]]:
+    """AutoRound's `extra_config`: what layers, named or by a regular expression, have of their own → as `dynamic`."""
+    if not extra:
+        return {}
+    if not isinstance(extra, dict):
+        raise SourceError(f"{where}: extra_config is {shortened(extra)}; a map of layers was expected.")
+    named = {key if re.search(r"[^\w.-]", key) else f"^{re.escape(key)}$": own for key, own in extra.items()}
+    return _dynamic_rules(where, {key: own for key, own in named.items() if isinstance(own, dict)})
+
+
 def normalised(where: str, raw: dict[str, Any]) -> dict[str, Any]:
     """The settings of `raw` under one name each, None where it says nothing."""
     known: dict[str, Any] = {}
@@ -207,39 +233,75 @@ def normalised(where: str, raw: dict[str, Any]) -> dict[str, Any]:
         known[key] = None if known[key] is None else str(known[key]).lower()
     if known["checkpoint_format"] == _PLANAR:
         known["checkpoint_format"] = "gptq_v2"
+    if known["quant_method"] in _AUTO_ROUND_METHODS:
+        known["checkpoint_format"] = _AUTO_ROUND_PACKINGS.get(_auto_round_packing(raw))
     return known
 
 
+def with_format(config: dict[str, Any], checkpoint_format: str) -> dict[str, Any]:
+    """A GPTQ source's quantization config, saying that zero points are stored as `checkpoint_format` has them.
+
+    One that says nothing of it is left so where that means the same.
+    """
+    said = normalised("config", config)["checkpoint_format"]
+    if said == checkpoint_format or (said is None and checkpoint_format == "gptq"):
+        return config
+    if str(config.get("quant_method", "")).lower() in _AUTO_ROUND_METHODS:
+        packing = "auto_gptq" if checkpoint_format == "gptq" else "gptqmodel"
+        return {**config, "packing_format": f"auto_round:{packing}"}
+    key = "format" if "format" in config and "checkpoint_format" not in config else "checkpoint_format"
+    return {**config, key: checkpoint_format}
+
+
 def _names_a_layout(value: object) -> bool:
-    return isinstance(value, str) and value.lower() in _GPTQ_FORMATS | _AWQ_FORMATS | {_PLANAR}
+    return isinstance(value, str) and value.lower() in _GPTQ_FORMATS | _AWQ_FORMATS | _ROUNDED_ZEROS | {_PLANAR}
+
+
+def _auto_round_packing(raw: dict[str, Any]) -> str:
+    return str(raw.get("packing_format") or "").lower().removeprefix("auto_round:")
+
+
+def _require_auto_round(where: str, raw: dict[str, Any]) -> None:
+    """Raise UnsupportedError for what AutoRound writes beside whole numbers of a few bits, by name."""
+    packing = _auto_round_packing(raw)
+    if packing not in {*_AUTO_ROUND_PACKINGS, *_AUTO_ROUND_AWQ}:
+        named = f"the packing {shortened(packing)}" if packing else "a packing that it does not name"
+        raise UnsupportedError(
+            f"{where}: an AutoRound checkpoint in {named}; export it with format='auto_round', which can be repacked."
+        )
+    kind, activations = raw.get("data_type") or "int", raw.get("act_bits")
+    if kind not in _AUTO_ROUND_INTEGER:
+        raise UnsupportedError(f"{where}: an AutoRound checkpoint of type {shortened(kind)}, not of whole numbers.")
+    if isinstance(activations, int) and activations < 16:
+        raise UnsupportedError(
+            f"{where}: an AutoRound checkpoint whose activations are quantized too ({activations} bits); Marlin holds "
+            "weights alone."
+        )
+    rotated = [key for key, value in raw.items() if value and ("rotation" in key or "hadamard" in key)]
+    if rotated:
+        raise UnsupportedError(
+            f"{where}: an AutoRound checkpoint whose weights are rotated ({rotated[0]}), which would be lost."
+        )
 
 
 def _require_gptq(where: str, raw: dict[str, Any]) -> None:
     method = str(raw.get("quant_method") or raw.get("method") or "gptq").lower()
-    packing = str(raw.get("packing_format") or "").lower()
-    if method in OTHER_METHODS:
-        raise UnsupportedError(
-            f"{where}: {OTHER_METHODS[method]}; only GPTQ checkpoints can be repacked to Marlin. "
-            f"{RUN_BY[method]} runs it as it is."
-        )
-    if method in _AUTO_ROUND_METHODS:
-        if packing.removeprefix("auto_round:") not in ("auto_gptq", "gptq"):
-            named = f"the packing {packing}" if packing else "a packing that it does not name"
-            raise UnsupportedError(
-                f"{where}: an AutoRound checkpoint in {named}; "
-                "export it with format='auto_gptq', which can be repacked."
-            )
-    elif method not in _GPTQ_METHODS:
-        raise UnsupportedError(
-            f"{where}: quantized with {shortened(method)}; only GPTQ checkpoints can be repacked to Marlin."
-        )
     layout = normalised(where, raw)["checkpoint_format"]
-    if method not in _AUTO_ROUND_METHODS and layout is not None and layout not in _GPTQ_FORMATS:
-        if layout in _AWQ_FORMATS:
-            raise UnsupportedError(
-                f"{where}: an AWQ checkpoint ({layout}); only GPTQ checkpoints can be repacked to Marlin. "
-                f"{RUN_BY['awq']} runs it as it is."
-            )
+    if method in _AUTO_ROUND_METHODS:
+        _require_auto_round(where, raw)
+        if _auto_round_packing(raw) in _AUTO_ROUND_AWQ:
+            raise _other_tensors(where, "AutoRound in AWQ's packing", "GPTQ's")
+    elif method in AWQ_METHODS or layout in _AWQ_FORMATS - _GPTQ_FORMATS | _ROUNDED_ZEROS:
+        raise _other_tensors(where, "AWQ", "GPTQ's")
+    elif method == "compressed-tensors":
+        raise _other_tensors(where, "compressed-tensors", "GPTQ's")
+    elif method in OTHER_METHODS:
+        raise UnsupportedError(
+            f"{where}: {OTHER_METHODS[method]}, which cannot be repacked to Marlin. {RUN_BY[method]} runs it as it is."
+        )
+    elif method not in _GPTQ_METHODS:
+        raise UnsupportedError(f"{where}: quantized with {shortened(method)}, which cannot be repacked to Marlin.")
+    elif layout is not None and layout not in _GPTQ_FORMATS:
         raise UnsupportedError(
             f"{where}: checkpoint_format {shortened(layout)} cannot be repacked; "
             f"{', '.join(sorted(_GPTQ_FORMATS - _MARLIN_FORMATS))} can."
@@ -247,3 +309,29 @@ def _require_gptq(where: str, raw: dict[str, Any]) -> None:
     pack_dtype = raw.get("pack_dtype")
     if pack_dtype is not None and str(pack_dtype).removeprefix("torch.") != "int32":
         raise UnsupportedError(f"{where}: pack_dtype {pack_dtype}: only weights packed in int32 words can be repacked.")
+
+
+def _require_awq(where: str, raw: dict[str, Any]) -> None:
+    """Raise UnsupportedError for configs of other tensors than AWQ's, and for those of AWQ that cannot be repacked."""
+    method = str(raw.get("quant_method") or raw.get("method") or "").lower()
+    layout = str(raw.get("version") or raw.get("checkpoint_format") or raw.get("format") or "").lower()
+    if method in _AUTO_ROUND_METHODS:
+        _require_auto_round(where, raw)
+        if _auto_round_packing(raw) not in _AUTO_ROUND_AWQ:
+            raise _other_tensors(where, "GPTQ", "AWQ's")
+        return
+    if layout in _ROUNDED_ZEROS:
+        raise UnsupportedError(
+            f"{where}: an AWQ checkpoint in the layout {layout}, which stores zero points only as rounded products "
+            "with their scales; quantize the model in the layout gemm, which can be repacked."
+        )
+    old = not method and ("w_bit" in raw or "q_group_size" in raw)
+    if method not in AWQ_METHODS and not old and layout not in _AWQ_FORMATS - _GPTQ_FORMATS:
+        raise _other_tensors(where, method.upper() if method in _GPTQ_METHODS else shortened(method), "AWQ's")
+
+
+def _other_tensors(where: str, said: str, are: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{where}: it says {said}, and the tensors are {are}; restore the config that was written with them, or "
+        "export the checkpoint again."
+    )

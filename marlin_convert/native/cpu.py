@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formats import layout
+from ..formats import awq, layout
 from ._checks import (
     Float32Array,
     Int32Array,
@@ -176,6 +176,24 @@ def transpose(a: Int32Array, out: Int32Array) -> Int32Array:
     check_array(a, "a", np.int32, 2)
     output_array(out, (a.shape[1], a.shape[0]), a)
     out[...] = a.T
+    return out
+
+
+def awq_to_gptq(words: Int32Array, out: Int32Array) -> Int32Array:
+    """AWQ's words int32 [K, N/8], of eight columns each, -> GPTQ's int32 [K/8, N], of eight rows: into `out`."""
+    check_array(words, "words", np.int32, 2)
+    output_array(out, (words.shape[0] // 8, words.shape[1] * 8), words)
+    out[...] = layout.pack_gptq_rows(awq.numbers(words), 4)
+    return out
+
+
+def gptq_to_awq(words: Int32Array, out: Int32Array) -> Int32Array:
+    """GPTQ's words int32 [K/8, N], of eight rows each, -> AWQ's int32 [K, N/8]: the inverse of `awq_to_gptq`."""
+    check_array(words, "words", np.int32, 2)
+    output_array(out, (words.shape[0] * 8, words.shape[1] // 8), words)
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
+    codes = words.view(np.uint32)[:, None, :] >> shifts & np.uint32(15)
+    out[...] = awq.words(codes.astype(np.uint8).reshape(-1, words.shape[1]))
     return out
 
 

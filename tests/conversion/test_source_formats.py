@@ -24,6 +24,9 @@ from tests.support import format_reader, source_definitions
 
 DATA = Path(__file__).parents[1] / "data" / "sources"
 NAMES = (
+    "autoround-8bit-gptqmodel",
+    "autoround-plain-g32",
+    "awq-g128",
     "ct-8bit-g64-asym",
     "ct-8bit-g64-asym-act-order",
     "ct-channel",
@@ -32,6 +35,7 @@ NAMES = (
     "ct-g32-act-order",
     "ct-g32-asym",
     "ct-mixed-bf16",
+    "gptq_p-g32-asym",
 )
 CPU = Options(device="cpu", verify=True)
 
@@ -126,6 +130,9 @@ def test_as_gptq_and_back_it_is_the_same(converted: tuple[str, Path], tmp_path: 
     report = restore(out, tmp_path / "gptq", v2=True)
     assert report.restored_format == "gptq_v2"
     config = source_definitions.config(tmp_path / "gptq")
-    assert (config["quant_method"], config["checkpoint_format"]) == ("gptq", "gptq_v2")
+    if config["quant_method"] == "auto-round":
+        assert config["packing_format"] in ("auto_round", "auto_round:gptqmodel")
+    else:
+        assert (config["quant_method"], config["checkpoint_format"]) in (("gptq", "gptq_v2"), ("gptq", "gptq_p"))
     convert(tmp_path / "gptq", tmp_path / "again", Options(device="cpu", format=Format.MARLIN_EXT))
     assert raw(tmp_path / "again") == raw(out)

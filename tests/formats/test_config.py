@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from marlin_convert.errors import MarlinConvertError, SourceError, UnsupportedError
-from marlin_convert.formats.gptq_config import GPTQSettings, find_configs, parse_settings
+from marlin_convert.formats.gptq_config import GPTQSettings, find_configs, parse_settings, with_format
 from marlin_convert.formats.marlin_config import (
     LayerSettings,
     marlin_ext_settings,
@@ -378,14 +378,51 @@ def test_auto_round_exported_as_gptq() -> None:
     assert parse(quant_method="gptq", autoround_version="0.5", bits=4, packing_format="auto_round:auto_gptq").bits == 4
 
 
-@pytest.mark.parametrize("packing", ["auto_round:auto_awq", "auto_round:awq", "auto_round", None, "", "auto_round:fp8"])
+@pytest.mark.parametrize("packing", ["auto_round:mlx", None, "", "auto_round:fp8"])
 def test_auto_round_in_another_packing(packing: str | None) -> None:
     message = refusal(
         {"config.json": {"quantization_config": {"quant_method": "auto-round", "packing_format": packing}}}
     )
     assert "AutoRound" in message
-    assert "format='auto_gptq'" in message  # the way out
-    assert packing is None or packing in message
+    assert "format='auto_round'" in message  # the way out
+    assert packing is None or packing.removeprefix("auto_round:") in message
+
+
+@pytest.mark.parametrize("packing", ["auto_round:auto_awq", "auto_round:awq"])
+def test_auto_round_in_awq_s_packing(packing: str) -> None:
+    raw = {"quant_method": "auto-round", "packing_format": packing, "bits": 4}
+    assert parse_settings({"quantize_config.json": raw}, awq=True).bits == 4
+    assert "AutoRound in AWQ's packing, and the tensors are GPTQ's" in refusal({"quantize_config.json": raw})
+
+
+@pytest.mark.parametrize(
+    ("packing", "format"),
+    [("auto_round", "gptq_v2"), ("auto_round:gptqmodel", "gptq_v2"), ("auto_round:exllamav2", "gptq_v2"),
+     ("auto_round:auto_gptq", "gptq")],
+)  # fmt: skip
+def test_how_auto_round_stores_zero_points(packing: str, format: str) -> None:
+    assert parse(quant_method="auto-round", packing_format=packing).checkpoint_format == format
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [({"act_bits": 8}, "activations are quantized too"), ({"data_type": "nv_fp4"}, "of type 'nv_fp4'"),
+     ({"hadamard_config": {"a": 1}}, "weights are rotated")],
+)  # fmt: skip
+@pytest.mark.parametrize("awq", [False, True])
+def test_auto_round_beside_whole_numbers(own: dict[str, Any], named: str, awq: bool) -> None:
+    packing = "auto_round:auto_awq" if awq else "auto_round"
+    with pytest.raises(UnsupportedError, match=named):
+        parse_settings({"a": {"quant_method": "auto-round", "packing_format": packing, **own}}, awq=awq)
+
+
+def test_extra_config_names_layers_or_matches_them() -> None:
+    extra = {"a.b": {"bits": 8, "group_size": 64, "sym": False}, "c": {"bits": 16}, r".*\.q_proj": {"group_size": 32}}
+    settings = parse(quant_method="auto-round", packing_format="auto_round", bits=4, group_size=128, sym=True,
+                     extra_config=extra)  # fmt: skip
+    found = settings.for_layers(["a.b", "aXb", "x.q_proj"])
+    assert [(x.bits, x.group_size, x.sym) for x in found.values()] == [(8, 64, False), (4, 128, True), (4, 32, True)]
+    assert "extra_config" in refusal({"a": {**settings.raw, "extra_config": ["a"]}}, SourceError)
 
 
 @pytest.mark.parametrize("pack_dtype", ["int32", "torch.int32", None])
@@ -568,3 +605,23 @@ def test_what_is_no_part_of_a_model_ties_nothing(name: str) -> None:
     result = marlin_model_config(config, settings, own_head=True)
     assert result["tie_word_embeddings"] is False
     assert result["quantization_config"] == {"bits": 4} == settings
+
+
+@pytest.mark.parametrize(
+    ("config", "format", "expected"),
+    [
+        ({"quant_method": "gptq"}, "gptq", {}),
+        ({"quant_method": "gptq"}, "gptq_v2", {"checkpoint_format": "gptq_v2"}),
+        ({"format": "gptq"}, "gptq_v2", {"format": "gptq_v2"}),
+        ({"checkpoint_format": "gptq_v2"}, "gptq", {"checkpoint_format": "gptq"}),
+        ({"checkpoint_format": "gptq_p"}, "gptq_v2", {}),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, "gptq", {}),
+        ({"quant_method": "auto-round", "packing_format": "auto_round"}, "gptq_v2", {}),
+        ({"quant_method": "auto-round", "packing_format": "auto_round"}, "gptq",
+         {"packing_format": "auto_round:auto_gptq"}),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, "gptq_v2",
+         {"packing_format": "auto_round:gptqmodel"}),
+    ],
+)  # fmt: skip
+def test_a_config_with_another_format(config: dict[str, Any], format: str, expected: dict[str, Any]) -> None:
+    assert with_format(config, format) == {**config, **expected}

@@ -42,6 +42,33 @@ def compressed_tensors(tensors: dict[str, torch.Tensor], layer: str) -> Float:
     return ((codes - zeros[:, groups]) * scales[:, groups]).T
 
 
+def gptq_v2(tensors: dict[str, torch.Tensor], layer: str) -> Float:
+    """W [K, N] of a GPTQ layer whose zero points are stored as they are; rows in order."""
+    qweight, qzeros, scales = (tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros", "scales"))
+    bits = 32 * qzeros.shape[1] // scales.shape[1]
+    K = qweight.shape[0] * 32 // bits
+    codes, zeros = stream(np.ascontiguousarray(qweight.T), bits, K).T, stream(qzeros, bits, scales.shape[1])
+    groups = np.arange(K) // (K // len(scales))
+    return (codes - zeros[groups]) * scales.astype(np.float64)[groups]
+
+
+def awq_gemm(tensors: dict[str, torch.Tensor], layer: str) -> Float:
+    """W [K, N] of an AWQ layer: of eight columns, a word holds 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits up."""
+    qweight, qzeros, scales = (tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros", "scales"))
+    N = scales.shape[1]
+    columns = np.arange(N).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
+    codes, zeros = np.empty((len(qweight), N), np.int64), np.empty(scales.shape, np.int64)
+    codes[:, columns], zeros[:, columns] = stream(qweight, 4, N), stream(qzeros, 4, N)
+    groups = np.arange(len(codes)) // (len(codes) // len(scales))
+    return (codes - zeros[groups]) * scales.astype(np.float64)[groups]
+
+
+def quantized(tensors: dict[str, torch.Tensor], layer: str) -> Float:
+    """W [K, N] of a layer with a qweight: AWQ's has an eighth of the columns that its scales have."""
+    packed_along_columns = tensors[f"{layer}.scales"].shape[1] == 8 * tensors[f"{layer}.qweight"].shape[1]
+    return (awq_gemm if packed_along_columns else gptq_v2)(tensors, layer)
+
+
 def read(folder: Path) -> dict[str, Float]:
     """Every quantized layer of a checkpoint, by name: W [K, N]."""
     tensors: dict[str, torch.Tensor] = {}
@@ -49,7 +76,9 @@ def read(folder: Path) -> dict[str, Float]:
         if file.name != "reference.safetensors":
             tensors |= load_file(file)
     names = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
-    return {name: compressed_tensors(tensors, name) for name in names}
+    others = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    found = {name: compressed_tensors(tensors, name) for name in names}
+    return found | {name: quantized(tensors, name) for name in others}
 
 
 def config(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Small GPTQ checkpoints made by AutoRound, with its own fake-quantized weights as references.
+"""Small checkpoints made by AutoRound, in GPTQ and other packings, with its own fake-quantized weights as references.
 
 python tools/quantizers/with_autoround.py OUT_DIR [NAME ...]
 """
@@ -15,23 +15,35 @@ from typing import Any
 import tiny
 import torch
 from auto_round import AutoRound
-from auto_round_extension.torch.qlinear_torch_zp import QuantLinear
+from auto_round.export.export_to_awq.utils import dequantize_gemm
+from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+EIGHT_BITS = {"model.layers.0.mlp.down_proj": {"bits": 8, "group_size": 64, "sym": True}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "autoround-g128": {"bits": 4, "group_size": 128, "sym": True},
     "autoround-g32-asym": {"bits": 4, "group_size": 32, "sym": False},
+    # In its own packings, and others'; see FORMATS.
+    "autoround-plain-g32": {"bits": 4, "group_size": 32, "sym": False, "layer_config": EIGHT_BITS},
+    "autoround-8bit-gptqmodel": {"bits": 8, "group_size": 64, "sym": True},
+    "awq-g128": {"bits": 4, "group_size": 128, "sym": False},
+}
+FORMATS = {
+    "autoround-plain-g32": "auto_round",
+    "autoround-8bit-gptqmodel": "auto_round:gptqmodel",
+    "awq-g128": "auto_awq",
 }
 ITERATIONS = 20
 
 
-def quantize(source: Path, folder: Path, settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], int]:
+def quantize(source: Path, folder: Path, name: str) -> tuple[dict[str, torch.Tensor], int]:
     """Write the checkpoint; return the weights, `[K, N]`, that AutoRound's own kernel reads from it.
 
     The number is how many of them differ from the rounded weights that AutoRound tuned: its packing stores a zero
     point of 0 as that of 1.
     """
+    settings = SETTINGS[name]
     autoround = AutoRound(
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
         AutoTokenizer.from_pretrained(source),
@@ -47,18 +59,24 @@ def quantize(source: Path, folder: Path, settings: dict[str, Any]) -> tuple[dict
     )
     model, _ = autoround.quantize()
     tuned = {name: m.weight.detach().T.half() for name, m in model.named_modules() if hasattr(m, "zp")}
-    autoround.save_quantized(str(folder), format="auto_gptq", inplace=True)
-    weights = {name: read_by_kernel(folder, name, settings) for name in tuned}
-    return weights, sum(int((weights[name] != tuned[name]).sum()) for name in tuned)
+    autoround.save_quantized(str(folder), format=FORMATS.get(name, "auto_gptq"), inplace=True)
+    weights = {layer: read(folder, layer, name) for layer in tuned}
+    return weights, sum(int((weights[layer] != tuned[layer]).sum()) for layer in tuned)
 
 
-def read_by_kernel(folder: Path, name: str, settings: dict[str, Any]) -> torch.Tensor:
-    """AutoRound's QuantLinear applied to the identity matrix, without its bias."""
+def read(folder: Path, layer: str, name: str) -> torch.Tensor:
+    """The layer's weight, `[K, N]`: AutoRound's QuantLinear applied to the identity matrix, without its bias; of AWQ's
+    packing, what its `dequantize_gemm` gives."""
     tensors = load_file(folder / "model.safetensors")
-    state = {kind: tensors[f"{name}.{kind}"] for kind in ("qweight", "qzeros", "scales")}
-    K, N = state["qweight"].shape[0] * 32 // settings["bits"], state["scales"].shape[1]
+    state = {kind: tensors[f"{layer}.{kind}"] for kind in ("qweight", "qzeros", "scales")}
+    settings = {**SETTINGS[name], **SETTINGS[name].get("layer_config", {}).get(layer, {})}
+    bits, size, packing = settings["bits"], settings["group_size"], FORMATS.get(name, "auto_gptq")
+    if packing == "auto_awq":
+        return dequantize_gemm(state["qweight"], state["qzeros"], state["scales"], bits, size)
+    K, N = state["qweight"].shape[0] * 32 // bits, state["scales"].shape[1]
     # Without g_idx, which says nothing new here: with it, the kernel cuts K columns where there are N.
-    linear = QuantLinear(settings["bits"], settings["group_size"], K, N, bias=False, g_idx=False)
+    kind = qlinear_torch_zp if packing == "auto_gptq" else qlinear_torch
+    linear = kind.QuantLinear(bits, size, K, N, bias=False, g_idx=False)
     linear.load_state_dict(state)
     return linear(torch.eye(K))
 
@@ -74,7 +92,7 @@ def main() -> None:
         for name in options.names or SETTINGS:
             folder = options.out_dir / name
             shutil.rmtree(folder, ignore_errors=True)
-            weights, changed = quantize(source, folder, SETTINGS[name])
+            weights, changed = quantize(source, folder, name)
             tiny.keep_only(folder)
             about = {
                 "tool": "AutoRound",

@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             r"-:.*\.o_proj": {},
         },
     },
+    "gptq_p-g32-asym": {"group_size": 32, "sym": False, "format": "gptq_p"},
 }
 
 

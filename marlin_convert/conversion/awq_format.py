@@ -1,0 +1,392 @@
+"""AWQ, as a source, in each of its layouts: gemm, gemv, and AutoAWQ's own for Marlin, which only has other names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.reader import Checkpoint, Tensor
+from ..checkpoint.writer import OutTensor, Shards
+from ..errors import SourceError
+from ..formats import awq
+from ..formats.gptq_config import AWQ_METHODS, GPTQSettings, parse_settings
+from ..formats.layout import TILE_K, TILE_N, pack_gptq_rows, permute_scales, unpermute_scales, zero_point
+from ..formats.stored import StoredLayer
+from ..native import cpu
+from ..options import ZeroPointReading
+from .blocks import Buffers
+from .inspect import SCALE_DTYPES, LayerInspection, rows_per_group
+from .layer import Layer
+from .restored import NUMPY, RestoredGroups, RestoredLayer
+from .source_format import Noted, SourceFormat, commonest
+from .source_layer import Kept, SourceLayer, Words, ZeroPoints
+
+
+@dataclass(frozen=True)
+class AWQLayer(SourceLayer):
+    """A layer of any layout."""
+
+    qweight: Tensor
+    qzeros: Tensor | None
+
+    #: The layout's name.
+    layout = ""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.qweight
+
+    @property
+    def order(self) -> Tensor | None:
+        return None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.qweight, self.scales, self.qzeros) if t is not None]
+
+    def damaged(self, error: ValueError) -> SourceError:
+        return SourceError(f"{self.name}: {error}; the checkpoint is damaged.")
+
+
+class GEMMLayer(AWQLayer):
+    """`qweight` [K, N/8], a row's codes together."""
+
+    layout = "gemm"
+
+    def rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> None:
+        cpu.awq_to_gptq(self._read(checkpoint, k0, len(words), buffers), words)
+
+    def columns(self, checkpoint: Checkpoint, n0: int, words: Words, buffers: Buffers) -> None:
+        read: Words = buffers.array("awq", (self.K, words.shape[1] // awq.PER_WORD), np.int32)
+        checkpoint.read_columns(self.qweight, read, n0 // awq.PER_WORD)
+        cpu.awq_to_gptq(read, words)
+
+    def defined_rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> None:
+        read = self._read(checkpoint, k0, len(words), buffers)
+        words[...] = pack_gptq_rows(awq.numbers(read), self.bits)
+
+    def _read(self, checkpoint: Checkpoint, k0: int, word_rows: int, buffers: Buffers) -> Words:
+        width = self.N // awq.PER_WORD
+        read: Words = buffers.array("awq", (word_rows * awq.PER_WORD, width), np.int32)
+        checkpoint.read_into(self.qweight, read, k0 * width * 4)
+        return read
+
+    def raw_scales(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> npt.NDArray[Any]:
+        return checkpoint.read_rows(self.scales, first, count)
+
+    def zeros(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> ZeroPoints | None:
+        return None if self.qzeros is None else awq.numbers(checkpoint.read_rows(self.qzeros, first, count))
+
+
+class GEMVLayer(AWQLayer):
+    """`qweight` [N, K/8], a column's codes together."""
+
+    layout = "gemv"
+    by_columns = True
+
+    def rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> None:
+        read: Words = buffers.array("awq", (self.N, len(words)), np.int32)
+        checkpoint.read_columns(self.qweight, read, k0 // awq.PER_WORD)
+        cpu.transpose(read, words)
+
+    def columns(self, checkpoint: Checkpoint, n0: int, words: Words, buffers: Buffers) -> None:
+        read: Words = buffers.array("awq", (words.shape[1], len(words)), np.int32)
+        checkpoint.read_into(self.qweight, read, n0 * len(words) * 4)
+        cpu.transpose(read, words)
+
+    def raw_scales(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> npt.NDArray[Any]:
+        if "scales" not in kept:
+            try:
+                kept["scales"] = awq.gemv_scales(checkpoint.read(self.scales), self.G)
+            except ValueError as error:
+                raise self.damaged(error) from None
+        return kept["scales"][first : first + count]
+
+    def zeros(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> ZeroPoints | None:
+        assert self.qzeros is not None
+        if "zeros" not in kept:
+            try:
+                kept["zeros"] = awq.gemv_zeros(checkpoint.read(self.qzeros), self.G)
+            except ValueError as error:
+                raise self.damaged(error) from None
+        return kept["zeros"][first : first + count]
+
+
+class TilesLayer(AWQLayer):
+    """`qweight` [K/16, 2N] is Marlin's `B`, `scales` its `s`."""
+
+    layout = "marlin"
+
+    def rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> None:
+        B: Words = buffers.array("awq", (len(words) * awq.PER_WORD // TILE_K, self.N * 2), np.int32)
+        checkpoint.read_into(self.qweight, B, k0 * self.N // 2)
+        cpu.unpack(B, out=words)
+
+    def columns(self, checkpoint: Checkpoint, n0: int, words: Words, buffers: Buffers) -> None:
+        B: Words = buffers.array("awq", (self.K // TILE_K, words.shape[1] * 2), np.int32)
+        checkpoint.read_columns(self.qweight, B, n0 * 2)
+        cpu.unpack(B, out=words)
+
+    def raw_scales(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> npt.NDArray[Any]:
+        return unpermute_scales(checkpoint.read_rows(self.scales, first, count), self.G)
+
+    def zeros(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> ZeroPoints | None:
+        return None
+
+
+def layout_of(tensors: Mapping[str, Tensor], name: str) -> type[AWQLayer] | None:
+    """The layout that the shapes of a layer's tensors are of; None for those of GPTQ, and what is none."""
+    qweight, scales, qzeros = (tensors.get(f"{name}.{part}") for part in ("qweight", "scales", "qzeros"))
+    if qweight is None or scales is None or len(qweight.shape) != 2 or len(scales.shape) != 2:
+        return None
+    (rows, width), (scale_rows, scale_width) = qweight.shape, scales.shape
+    if qweight.dtype != "I32" or scale_width == width:
+        return None
+    if scale_width == width * awq.PER_WORD:
+        return GEMMLayer
+    if qzeros is None:
+        return TilesLayer if width == 2 * scale_width else None
+    same = len(qzeros.shape) == 2 and qzeros.shape[0] == scale_rows == rows
+    return GEMVLayer if same and scale_width == qzeros.shape[1] * awq.PER_WORD else None
+
+
+class AWQFormat(SourceFormat):
+    """What AutoAWQ, GPTQModel and AutoRound (auto_awq) write."""
+
+    name, title = "awq", "AWQ"
+    parts = ("qweight", "scales", "qzeros")
+    dropped = ("qzeros",)
+    telling = ("qweight", "qzeros")
+
+    def layer_names(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        names = (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
+        return [name for name in names if layout_of(tensors, name)]
+
+    def claimed_by(self, config: Mapping[str, Any]) -> bool:
+        return str(config.get("quant_method", "")).lower() in AWQ_METHODS
+
+    def require_complete(self, tensors: Mapping[str, Tensor]) -> None:
+        for name in tensors:
+            layer, _, part = name.rpartition(".")
+            if part == "qzeros" and f"{layer}.qweight" not in tensors:
+                raise SourceError(f"{layer}: it has {part} and no qweight; the checkpoint is incomplete.")
+
+    def settings(self, configs: dict[str, dict[str, Any]], names: Sequence[str]) -> GPTQSettings:
+        return parse_settings(configs, awq=True)
+
+    def inspect(
+        self, checkpoint: Checkpoint, names: list[str], settings: GPTQSettings, reading: ZeroPointReading | None
+    ) -> list[LayerInspection]:
+        own = settings.for_layers(names)
+        return [AWQInspection(checkpoint, name, own[name]) for name in names]
+
+    def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:
+        own = [layer for layer in layers if isinstance(layer, AWQLayer)]
+        found: dict[str, Any] = {}
+        kinds: dict[str, dict[str, str | None]] = {
+            "scales_dtype": {x.name: x.scales.dtype for x in own},
+            "layout": {x.name: x.layout for x in own},
+            "zeros_width": {x.name: str(x.qzeros.shape[1]) if x.qzeros else None for x in own},
+        }
+        for key, values in kinds.items():
+            found[key], found[f"{key}s"] = commonest(values)
+        return found
+
+    def restored(self, stored: StoredLayer[Tensor], noted: Noted) -> RestoredLayer:
+        layout = noted.dtype(stored.name, "layout", tuple(_RESTORED))
+        width = noted.dtype(stored.name, "zeros_width", [str(i) for i in range(1, stored.K)])
+        found = _RESTORED[layout or "gemm"](
+            stored,
+            noted.dtype(stored.name, "scales_dtype", SCALE_DTYPES) or stored.scales.dtype,
+            0 if width is None else int(width),
+        )
+        if stored.perm is not None or stored.bits != awq.BITS or not found.fits():
+            raise SourceError(
+                f"{stored.name}: its tensors are none that an AWQ layer becomes; the checkpoint is damaged."
+            )
+        return found
+
+
+class AWQInspection(LayerInspection):
+    """An AWQ layer under examination."""
+
+    def measured(self) -> Layer | None:
+        qweight, scales, qzeros = self.part("qweight"), self.part("scales"), self.part("qzeros")
+        bias, kind = self.part("bias"), layout_of(self.checkpoint.tensors, self.name)
+        assert qweight is not None
+        assert scales is not None
+        assert kind is not None
+        if self.part("g_idx") is not None:
+            self.refusals.append("g_idx beside tensors packed as AWQ does it, which has no act-order")
+            return None
+        if scales.dtype not in SCALE_DTYPES:
+            self.refusals.append(f"scales are {scales.dtype}; F16, BF16 or F32 was expected")
+            return None
+        if qzeros is not None and qzeros.dtype != "I32":
+            self.refusals.append(f"qzeros are {qzeros.dtype}; only zero points packed in int32 words can be repacked")
+            return None
+        if self.settings.bits not in (None, awq.BITS):
+            self.refusals.append(f"AWQ tensors of {self.settings.bits} bits, by the config; AWQ's words hold 4")
+            return None
+        N, K, G = self._size(kind, qweight, scales, qzeros)
+        if not (N and K and G):
+            raise SourceError(
+                f"{self.name}: qweight {list(qweight.shape)}, scales {list(scales.shape)}: an empty layer."
+            )
+        if kind is GEMMLayer and qzeros is not None and qzeros.shape != (G, N // awq.PER_WORD):
+            raise SourceError(f"{self.name}: qzeros {list(qzeros.shape)} does not match {G} groups of N = {N}.")
+        if bias is not None and bias.shape != (N,):
+            raise SourceError(f"{self.name}: bias {list(bias.shape)} does not match N = {N}.")
+        if K % awq.PER_WORD or (kind is TilesLayer and N % TILE_N):
+            self.refusals.append(f"K = {K} or N = {N} does not fill whole words or tiles")
+        source = kind(self.name, K, N, G, awq.BITS, scales, qweight, qzeros)
+        return Layer(source, bias, rows_per_group(K, G, self.settings) or 0)
+
+    def _size(
+        self, kind: type[AWQLayer], qweight: Tensor, scales: Tensor, qzeros: Tensor | None
+    ) -> tuple[int, int, int]:
+        """(N, K, G)."""
+        rows, width = qweight.shape
+        if kind is GEMMLayer:
+            return scales.shape[1], rows, scales.shape[0]
+        if kind is TilesLayer:
+            return scales.shape[1], rows * TILE_K, scales.shape[0]
+        K, said = width * awq.PER_WORD, self.settings.group_size
+        if said is None:
+            raise SourceError(f"{self.name}: a layer of AWQ's gemv needs a config that tells its group size.")
+        G = 1 if said == -1 else -(-K // said) if said > 0 else 0
+        if not 0 < G <= scales.shape[1]:
+            raise SourceError(f"{self.name}: scales {list(scales.shape)} do not hold K = {K} in groups of {said}.")
+        return rows, K, G
+
+    def with_zero_points(self, layer: Layer) -> Layer:
+        source, sym = layer.source, self.settings.sym
+        assert isinstance(source, AWQLayer)
+        kept: Kept = {}
+        if isinstance(source, TilesLayer):
+            return layer
+        if source.qzeros is None:
+            self.refusals.append("no qzeros, without which AWQ's tensors tell no weight")
+            return layer
+        if isinstance(source, GEMVLayer) and not self.refusals:
+            source.raw_scales(self.checkpoint, 0, 1, kept)  # its padding is judged now
+        middle = zero_point(awq.BITS)
+        zeros = source.zeros(self.checkpoint, 0, layer.G, kept)
+        if zeros is None or (zeros == middle).all():
+            if sym is False:
+                self.notes.append(
+                    f"the config says asymmetric (zero_point true), and every zero point is {middle}; converted as "
+                    "symmetric"
+                )
+            return layer
+        claim = ", although the config says symmetric" if sym else ""
+        self.misfits.append(f"asymmetric (zero points are not all {middle}{claim})")
+        if sym:
+            self.extended_notes.append("the config says symmetric and zero points differ; converted as asymmetric")
+        return replace(layer, sym=False)
+
+
+@dataclass(frozen=True)
+class RestoredAWQ(RestoredLayer):
+    """A Marlin layer that becomes one of AWQ's; `width` is that of gemv's `qzeros`."""
+
+    width: int
+
+    def fits(self) -> bool:
+        """Whether the layout can hold the layer."""
+        return self.N % awq.PER_WORD == 0 and self.K % awq.PER_WORD == 0
+
+    @property
+    def out(self) -> dict[str, OutTensor]:
+        return {
+            "qweight": self.tensor("qweight", "I32", self.K, self.N // awq.PER_WORD),
+            "qzeros": self.tensor("qzeros", "I32", self.G, self.N // awq.PER_WORD),
+            "scales": self.tensor("scales", self.scales_dtype, self.G, self.N),
+        }
+
+    def write_rows(self, shards: Shards, k0: int, words: Words, buffers: Buffers) -> int:
+        shape = (len(words) * awq.PER_WORD, self.N // awq.PER_WORD)
+        own = cpu.gptq_to_awq(words, buffers.array("awq", shape, np.int32))
+        shards.write(f"{self.name}.qweight", own, k0 * own.shape[1] * 4)
+        return own.nbytes
+
+    def write_columns(self, shards: Shards, n0: int, words: Words, buffers: Buffers) -> int:
+        raise NotImplementedError("its rows are written")
+
+    def write_groups(self, shards: Shards, groups: Iterator[RestoredGroups]) -> int:
+        written = 0
+        for strip in groups:
+            for part, array in (("scales", strip.scales), ("qzeros", awq.words(strip.zeros))):
+                shards.write(f"{self.name}.{part}", array, strip.first * array.shape[1] * array.itemsize)
+                written += array.nbytes
+        return written
+
+    def write_order(self, shards: Shards, g_idx: npt.NDArray[np.int32]) -> int:
+        return 0
+
+
+class RestoredGEMV(RestoredAWQ):
+    """One of the layout gemv."""
+
+    by_columns = True
+
+    def fits(self) -> bool:
+        return self.K % awq.PER_WORD == 0 and self.width * awq.PER_WORD >= self.G
+
+    @property
+    def out(self) -> dict[str, OutTensor]:
+        return {
+            "qweight": self.tensor("qweight", "I32", self.N, self.K // awq.PER_WORD),
+            "qzeros": self.tensor("qzeros", "I32", self.N, self.width),
+            "scales": self.tensor("scales", self.scales_dtype, self.N, self.width * awq.PER_WORD),
+        }
+
+    def write_columns(self, shards: Shards, n0: int, words: Words, buffers: Buffers) -> int:
+        own: Words = buffers.array("awq", (words.shape[1], len(words)), np.int32)
+        shards.write(f"{self.name}.qweight", cpu.transpose(words, own), n0 * own.shape[1] * 4)
+        return own.nbytes
+
+    def write_groups(self, shards: Shards, groups: Iterator[RestoredGroups]) -> int:
+        scales = np.zeros((self.N, self.width * awq.PER_WORD), NUMPY[self.scales_dtype])
+        zeros = np.zeros((self.G, self.N), np.uint8)
+        for strip in groups:
+            scales[:, strip.first : strip.first + len(strip.scales)] = strip.scales.T
+            zeros[strip.first : strip.first + len(strip.zeros)] = strip.zeros
+        qzeros = awq.gemv_zero_words(zeros, self.width)
+        shards.write(f"{self.name}.scales", scales)
+        shards.write(f"{self.name}.qzeros", qzeros)
+        return scales.nbytes + qzeros.nbytes
+
+
+class RestoredTiles(RestoredAWQ):
+    """One of AutoAWQ's layout marlin."""
+
+    def fits(self) -> bool:
+        return self.K % TILE_K == 0 and self.N % TILE_N == 0 and self.stored.zeros is None
+
+    @property
+    def out(self) -> dict[str, OutTensor]:
+        return {
+            "qweight": self.tensor("qweight", "I32", self.K // TILE_K, self.N * 2),
+            "scales": self.tensor("scales", self.scales_dtype, self.G, self.N),
+        }
+
+    def write_rows(self, shards: Shards, k0: int, words: Words, buffers: Buffers) -> int:
+        B = cpu.pack(words)
+        shards.write(f"{self.name}.qweight", B, k0 * self.N // 2)
+        return B.nbytes
+
+    def write_groups(self, shards: Shards, groups: Iterator[RestoredGroups]) -> int:
+        written = 0
+        for strip in groups:
+            s = permute_scales(strip.scales, self.G)
+            shards.write(f"{self.name}.scales", s, strip.first * self.N * s.itemsize)
+            written += s.nbytes
+        return written
+
+
+_RESTORED: dict[str, type[RestoredAWQ]] = {"gemm": RestoredAWQ, "gemv": RestoredGEMV, "marlin": RestoredTiles}
