@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 // Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/_cpu_library.py.
-#define MARLIN_CPU_ABI_VERSION 3
+#define MARLIN_CPU_ABI_VERSION 4
 
 // The layout; the same names as in layout.py.
 #define MARLIN_BITS 4
@@ -87,6 +87,15 @@ MARLIN_EXPORT int marlin_cpu_compare_sorted(const int32_t* qweight, int64_t stri
                                             const uint8_t* fill, const int32_t* B, int64_t b_stride, int64_t k,
                                             int64_t n, int64_t rows, int64_t padded_n, int bits, int threads, int isa,
                                             int64_t* difference);
+
+// Words of another order. `out` [columns, rows] has the columns of `in` [rows, columns] as its rows, of any size.
+MARLIN_EXPORT int marlin_cpu_transpose(const int32_t* in, int32_t* out, int64_t rows, int64_t columns, int threads,
+                                       int isa);
+
+// 4 bits: AWQ's words [k, n/8], which hold columns 0, 2, 4, 6, 1, 3, 5, 7 of eight from the lowest bits up, -> GPTQ's
+// [k/8, n], and back. k and n are multiples of 8.
+MARLIN_EXPORT int marlin_cpu_awq_to_gptq(const int32_t* awq, int32_t* gptq, int64_t k, int64_t n, int threads, int isa);
+MARLIN_EXPORT int marlin_cpu_gptq_to_awq(const int32_t* gptq, int32_t* awq, int64_t k, int64_t n, int threads, int isa);
 
 // Index of the first element in which a[count] and b[count] differ, or -1.
 MARLIN_EXPORT int64_t marlin_cpu_first_difference(const int32_t* a, const int32_t* b, int64_t count);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <thread>
 #include <vector>
@@ -17,6 +18,11 @@
 #else
 #define MARLIN_X86 0
 #endif
+#endif
+
+#if MARLIN_X86
+#define MARLIN_AVX2 __attribute__((target("avx2")))
+#define MARLIN_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi")))
 #endif
 
 #if MARLIN_X86
@@ -55,6 +61,13 @@ inline int choose_isa(int isa) {
 inline bool whole_tiles(int64_t k, int64_t n) {
   return k > 0 && n > 0 && k % MARLIN_TILE_K == 0 && n % MARLIN_TILE_N == 0;
 }
+
+inline uint32_t load(const int32_t* p) {
+  uint32_t v;
+  std::memcpy(&v, p, sizeof v);  // no alignment is promised
+  return v;
+}
+inline void store(int32_t* p, uint32_t v) { std::memcpy(p, &v, sizeof v); }
 
 // Run work(begin, end) over [0, items), split evenly among at most `threads` threads of which this is one. No thread
 // gets fewer than `least` items: below some ten microseconds of work, starting a thread costs more than it saves.

@@ -42,13 +42,6 @@ constexpr uint32_t kLow = 0x0f0f0f0fu;
 // Least number of tiles for a thread: 64 KiB, about 10 us.
 constexpr int64_t kLeastTiles = 128;
 
-inline uint32_t load(const int32_t* p) {
-  uint32_t v;
-  std::memcpy(&v, p, sizeof v);  // no alignment is promised
-  return v;
-}
-inline void store(int32_t* p, uint32_t v) { std::memcpy(p, &v, sizeof v); }
-
 // ---- Plain C++ ----
 
 void pack_tile_plain(const int32_t* r0, const int32_t* r1, int32_t* tile) {
@@ -114,9 +107,6 @@ void unpack_tile8_plain(const int32_t* tile, int32_t* r, int64_t n) {
 #if MARLIN_X86
 
 // ---- AVX2: a register holds 8 columns, as two lanes of g = 0..3 and g = 4..7 ----
-
-#define MARLIN_AVX2 __attribute__((target("avx2")))
-#define MARLIN_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi")))
 
 MARLIN_AVX2 inline __m256i load256(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 MARLIN_AVX2 inline void store256(int32_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }

@@ -16,7 +16,7 @@ from ..errors import INSTALL, INSTALL_RUN, DeviceError, MissingPackageError
 
 _Prototype = tuple[Any, list[Any]]
 
-ABI_VERSION = 3  # MARLIN_CPU_ABI_VERSION of kernels/marlin.h
+ABI_VERSION = 4  # MARLIN_CPU_ABI_VERSION of kernels/marlin.h
 NO_NATIVE = "MARLIN_CONVERT_NO_NATIVE"
 HIGHEST_ISA = "MARLIN_CONVERT_ISA"
 MAX_THREADS = 1024
@@ -60,6 +60,7 @@ _ARRANGING: _Prototype = (_int_t, [*[_pointer_t] * 4, *[_size_t] * 5, *[_int_t] 
 _SORTED = [_pointer_t, _size_t, *[_pointer_t] * 3, *[_size_t] * 5, *[_int_t] * 3]
 _DEQUANTIZING: _Prototype = (_int_t, [*[_pointer_t] * 2, *[_int_t] * 2])
 _PRODUCT: _Prototype = (_int_t, [_pointer_t, *[_size_t] * 2, *[_pointer_t] * 2, *[_int_t] * 2])
+_EXCHANGING: _Prototype = (_int_t, [*[_pointer_t] * 2, *[_size_t] * 2, *[_int_t] * 2])
 PROTOTYPES: dict[str, _Prototype] = {
     "marlin_cpu_best_isa": (_int_t, []),
     "marlin_cpu_pack": _REPACKING,
@@ -67,6 +68,9 @@ PROTOTYPES: dict[str, _Prototype] = {
     "marlin_cpu_arrange": _ARRANGING,
     "marlin_cpu_pack_sorted": (_int_t, _SORTED),
     "marlin_cpu_compare_sorted": (_int_t, [*_SORTED, _pointer_t]),
+    "marlin_cpu_transpose": _EXCHANGING,
+    "marlin_cpu_awq_to_gptq": _EXCHANGING,
+    "marlin_cpu_gptq_to_awq": _EXCHANGING,
     "marlin_cpu_first_difference": (_size_t, [*[_pointer_t] * 2, _size_t]),
     "marlin_cpu_dequantize_gptq": _DEQUANTIZING,
     "marlin_cpu_dequantize_marlin": _DEQUANTIZING,

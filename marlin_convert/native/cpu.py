@@ -171,29 +171,43 @@ def arrange(
     return out
 
 
-def transpose(a: Int32Array, out: Int32Array) -> Int32Array:
+def transpose(a: Int32Array, out: Int32Array, *, threads: int = 1, isa: str | None = None) -> Int32Array:
     """Exchange the rows and columns of `a` int32 [rows, columns]: into `out` [columns, rows], which is returned."""
     check_array(a, "a", np.int32, 2)
-    output_array(out, (a.shape[1], a.shape[0]), a)
-    out[...] = a.T
+    out = output_array(out, (a.shape[1], a.shape[0]), a)
+    backend, isa_code = choose(threads, isa)
+    if isinstance(backend, Native) and a.size:
+        backend.call("marlin_cpu_transpose", pointer(a), pointer(out), *a.shape, threads, isa_code)
+    else:
+        out[...] = a.T
     return out
 
 
-def awq_to_gptq(words: Int32Array, out: Int32Array) -> Int32Array:
+def awq_to_gptq(words: Int32Array, out: Int32Array, *, threads: int = 1, isa: str | None = None) -> Int32Array:
     """AWQ's words int32 [K, N/8], of eight columns each, -> GPTQ's int32 [K/8, N], of eight rows: into `out`."""
     check_array(words, "words", np.int32, 2)
-    output_array(out, (words.shape[0] // 8, words.shape[1] * 8), words)
-    out[...] = layout.pack_gptq_rows(awq.numbers(words), 4)
+    out = output_array(out, (words.shape[0] // 8, words.shape[1] * 8), words)
+    backend, isa_code = choose(threads, isa)
+    if isinstance(backend, Native):
+        K, N = words.shape[0], out.shape[1]
+        backend.call("marlin_cpu_awq_to_gptq", pointer(words), pointer(out), K, N, threads, isa_code)
+    else:
+        out[...] = layout.pack_gptq_rows(awq.numbers(words), awq.BITS)
     return out
 
 
-def gptq_to_awq(words: Int32Array, out: Int32Array) -> Int32Array:
+def gptq_to_awq(words: Int32Array, out: Int32Array, *, threads: int = 1, isa: str | None = None) -> Int32Array:
     """GPTQ's words int32 [K/8, N], of eight rows each, -> AWQ's int32 [K, N/8]: the inverse of `awq_to_gptq`."""
     check_array(words, "words", np.int32, 2)
-    output_array(out, (words.shape[0] * 8, words.shape[1] // 8), words)
-    shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
-    codes = words.view(np.uint32)[:, None, :] >> shifts & np.uint32(15)
-    out[...] = awq.words(codes.astype(np.uint8).reshape(-1, words.shape[1]))
+    out = output_array(out, (words.shape[0] * 8, words.shape[1] // 8), words)
+    backend, isa_code = choose(threads, isa)
+    if isinstance(backend, Native):
+        K, N = out.shape[0], words.shape[1]
+        backend.call("marlin_cpu_gptq_to_awq", pointer(words), pointer(out), K, N, threads, isa_code)
+    else:
+        shifts = np.arange(0, 32, awq.BITS, dtype=np.uint32)[:, None]
+        codes = words.view(np.uint32)[:, None, :] >> shifts & np.uint32(15)
+        out[...] = awq.words(codes.astype(np.uint8).reshape(-1, words.shape[1]))
     return out
 
 

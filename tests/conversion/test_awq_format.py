@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion import blocks
-from marlin_convert.conversion.convert import convert, verify_pair
+from marlin_convert.conversion.convert import convert
+from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.conversion.plan import Plan, make_plan
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import SourceError, UnsupportedError

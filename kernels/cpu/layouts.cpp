@@ -1,0 +1,179 @@
+// layouts.cpp: the packings of other formats <-> GPTQ's words: rows and columns of words exchanged (compressed-tensors,
+// AWQ's gemv), and AWQ's gemm, whose words hold eight columns of a row where GPTQ's hold eight rows of a column.
+#include <cstring>
+
+#include "common.h"
+
+namespace marlin {
+namespace {
+
+// ---- Rows and columns exchanged ----
+
+constexpr int64_t kSquare = 16;  // words of a square that is exchanged as a whole: its rows are cache lines
+
+// `out` [columns, rows] of `in` [rows, columns], for rows [begin, end) of squares.
+inline __attribute__((always_inline)) void transpose_squares(const int32_t* in, int32_t* out, int64_t rows,
+                                                             int64_t columns, int64_t begin, int64_t end) {
+  for (int64_t c0 = begin * kSquare; c0 < std::min(columns, end * kSquare); c0 += kSquare) {
+    const int64_t width = std::min(kSquare, columns - c0);
+    for (int64_t r0 = 0; r0 < rows; r0 += kSquare) {
+      const int64_t height = std::min(kSquare, rows - r0);
+      if (height == kSquare && width == kSquare) {
+        uint32_t square[kSquare][kSquare];
+        for (int r = 0; r < kSquare; ++r) {
+          uint32_t row[kSquare];
+          std::memcpy(row, in + (r0 + r) * columns + c0, sizeof row);
+          for (int c = 0; c < kSquare; ++c) square[c][r] = row[c];
+        }
+        for (int c = 0; c < kSquare; ++c) std::memcpy(out + (c0 + c) * rows + r0, square[c], sizeof square[c]);
+      } else {
+        for (int64_t r = 0; r < height; ++r)
+          for (int64_t c = 0; c < width; ++c)
+            store(out + (c0 + c) * rows + r0 + r, load(in + (r0 + r) * columns + c0 + c));
+      }
+    }
+  }
+}
+
+// ---- AWQ's gemm ----
+
+constexpr int kCodes = 8;                                  // of 4 bits, in a word
+constexpr int kColumn[kCodes] = {0, 2, 4, 6, 1, 3, 5, 7};  // whose code stands in each place of AWQ's words
+constexpr int64_t kRun = 16;                               // words of a row that are worked on as one
+
+typedef uint32_t Run __attribute__((vector_size(4 * kRun)));  // registers of 128 bits do as well
+
+// The parts of `a` above and of `b` below `shift` in each stretch of 2 * shift bits change places.
+template <int shift>
+inline __attribute__((always_inline)) void exchange(Run& a, Run& b, uint32_t mask) {
+  const Run swapped = (a >> shift ^ b) & mask;
+  b ^= swapped;
+  a ^= swapped << shift;
+}
+
+// Nibble j of word i and nibble i of word j change places, in each of kRun columns of eight words.
+inline __attribute__((always_inline)) void exchange_nibbles(Run (&words)[kCodes]) {
+  for (int i = 0; i < 4; ++i) exchange<16>(words[i], words[i + 4], 0x0000ffff);
+  for (int i = 0; i < 2; ++i) {
+    exchange<8>(words[i], words[i + 2], 0x00ff00ff);
+    exchange<8>(words[i + 4], words[i + 6], 0x00ff00ff);
+  }
+  for (int i = 0; i < kCodes; i += 2) exchange<4>(words[i], words[i + 1], 0x0f0f0f0f);
+}
+
+// Rows [begin, end) of eight codes: `in` AWQ's words, `out` GPTQ's, of n columns.
+inline __attribute__((always_inline)) void awq_rows(const int32_t* in, int32_t* out, int64_t n, int64_t begin,
+                                                    int64_t end) {
+  const int64_t width = n / kCodes;
+  for (int64_t row = begin; row < end; ++row) {
+    const int32_t* from = in + row * kCodes * width;
+    int32_t* to = out + row * n;
+    for (int64_t c0 = 0; c0 < width; c0 += kRun) {
+      const int64_t count = std::min(kRun, width - c0);
+      Run words[kCodes] = {};
+      if (count == kRun) {
+        for (int i = 0; i < kCodes; ++i) std::memcpy(&words[i], from + i * width + c0, sizeof(Run));
+      } else {
+        for (int i = 0; i < kCodes; ++i) std::memcpy(&words[i], from + i * width + c0, sizeof(int32_t) * count);
+      }
+      exchange_nibbles(words);
+      uint32_t rows[kCodes][kRun], own[kRun][kCodes];
+      std::memcpy(rows, words, sizeof rows);
+      for (int64_t c = 0; c < kRun; ++c)
+        for (int i = 0; i < kCodes; ++i) own[c][kColumn[i]] = rows[i][c];
+      std::memcpy(to + c0 * kCodes, own, sizeof(int32_t) * kCodes * count);
+    }
+  }
+}
+
+// The inverse: `in` GPTQ's words, `out` AWQ's.
+inline __attribute__((always_inline)) void gptq_rows(const int32_t* in, int32_t* out, int64_t n, int64_t begin,
+                                                     int64_t end) {
+  const int64_t width = n / kCodes;
+  for (int64_t row = begin; row < end; ++row) {
+    const int32_t* from = in + row * n;
+    int32_t* to = out + row * kCodes * width;
+    for (int64_t c0 = 0; c0 < width; c0 += kRun) {
+      const int64_t count = std::min(kRun, width - c0);
+      uint32_t own[kRun][kCodes] = {}, rows[kCodes][kRun];
+      std::memcpy(own, from + c0 * kCodes, sizeof(int32_t) * kCodes * count);
+      for (int64_t c = 0; c < kRun; ++c)
+        for (int i = 0; i < kCodes; ++i) rows[i][c] = own[c][kColumn[i]];
+      Run words[kCodes];
+      std::memcpy(words, rows, sizeof words);
+      exchange_nibbles(words);
+      for (int i = 0; i < kCodes; ++i) std::memcpy(to + i * width + c0, &words[i], sizeof(int32_t) * count);
+    }
+  }
+}
+
+#define MARLIN_LAYOUTS(ISA, TARGET)                                                                                 \
+  TARGET void transpose_##ISA(const int32_t* in, int32_t* out, int64_t rows, int64_t columns, int64_t begin,        \
+                              int64_t end) {                                                                        \
+    transpose_squares(in, out, rows, columns, begin, end);                                                          \
+  }                                                                                                                 \
+  TARGET void awq_##ISA(const int32_t* in, int32_t* out, int64_t n, int64_t begin, int64_t end) {                   \
+    awq_rows(in, out, n, begin, end);                                                                               \
+  }                                                                                                                 \
+  TARGET void gptq_##ISA(const int32_t* in, int32_t* out, int64_t n, int64_t begin, int64_t end) {                  \
+    gptq_rows(in, out, n, begin, end);                                                                              \
+  }
+MARLIN_LAYOUTS(plain, )
+#if MARLIN_X86
+MARLIN_LAYOUTS(avx2, MARLIN_AVX2)
+MARLIN_LAYOUTS(avx512, MARLIN_AVX512)
+#endif
+
+using TransposeFunction = void (*)(const int32_t* in, int32_t* out, int64_t rows, int64_t columns, int64_t begin,
+                                   int64_t end);
+using RowsFunction = void (*)(const int32_t* in, int32_t* out, int64_t n, int64_t begin, int64_t end);
+#if MARLIN_X86
+constexpr TransposeFunction kTranspose[] = {nullptr, transpose_plain, transpose_avx2, transpose_avx512};
+constexpr RowsFunction kAwq[] = {nullptr, awq_plain, awq_avx2, awq_avx512};
+constexpr RowsFunction kGptq[] = {nullptr, gptq_plain, gptq_avx2, gptq_avx512};
+#else
+constexpr TransposeFunction kTranspose[] = {nullptr, transpose_plain};
+constexpr RowsFunction kAwq[] = {nullptr, awq_plain};
+constexpr RowsFunction kGptq[] = {nullptr, gptq_plain};
+#endif
+
+constexpr int64_t kLeastWords = 1 << 14;
+
+int convert_rows(const RowsFunction* functions, const int32_t* in, int32_t* out, int64_t k, int64_t n, int threads,
+                 int isa) {
+  if (in == nullptr || out == nullptr) return MARLIN_ERROR_NULL;
+  if (k <= 0 || n <= 0 || k % kCodes || n % kCodes) return MARLIN_ERROR_SHAPE;
+  const int chosen = choose_isa(isa);
+  if (chosen < 0) return MARLIN_ERROR_ISA;
+  const RowsFunction function = functions[chosen];
+  parallel(k / kCodes, kLeastWords / n + 1, threads,
+           [=](int64_t begin, int64_t end) { function(in, out, n, begin, end); });
+  return MARLIN_OK;
+}
+
+}  // namespace
+}  // namespace marlin
+
+extern "C" {
+
+int marlin_cpu_transpose(const int32_t* in, int32_t* out, int64_t rows, int64_t columns, int threads, int isa) {
+  using namespace marlin;
+  if (in == nullptr || out == nullptr) return MARLIN_ERROR_NULL;
+  if (rows <= 0 || columns <= 0) return MARLIN_ERROR_SHAPE;
+  const int chosen = choose_isa(isa);
+  if (chosen < 0) return MARLIN_ERROR_ISA;
+  const TransposeFunction function = kTranspose[chosen];
+  parallel((columns + kSquare - 1) / kSquare, kLeastWords / (rows * kSquare) + 1, threads,
+           [=](int64_t begin, int64_t end) { function(in, out, rows, columns, begin, end); });
+  return MARLIN_OK;
+}
+
+int marlin_cpu_awq_to_gptq(const int32_t* awq, int32_t* gptq, int64_t k, int64_t n, int threads, int isa) {
+  return marlin::convert_rows(marlin::kAwq, awq, gptq, k, n, threads, isa);
+}
+
+int marlin_cpu_gptq_to_awq(const int32_t* gptq, int32_t* awq, int64_t k, int64_t n, int threads, int isa) {
+  return marlin::convert_rows(marlin::kGptq, gptq, awq, k, n, threads, isa);
+}
+
+}  // extern "C"
