@@ -184,7 +184,7 @@ def test_a_change_of_one_code_is_found(tmp_path: Path, layout: str) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["layer.qweight"][5, 3] ^= 0x30  # gemm: row 5, column 8·3 + 2; gemv: column 5, row 8·3 + 1
     save_file(tensors, source / "model.safetensors")
-    (layer,) = verify_pair(source, tmp_path / "out", CPU).layers
+    (layer,) = verify_pair(source, tmp_path / "out", "cpu").layers
     assert not layer.exact
     assert layer.problem is not None
     place = "row 5, column 26" if layout == "gemm" else "row 25, column 5"
