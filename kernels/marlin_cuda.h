@@ -20,7 +20,7 @@
 #include "marlin.h"
 
 // Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/cuda_library.py.
-#define MARLIN_CUDA_ABI_VERSION 4
+#define MARLIN_CUDA_ABI_VERSION 5
 
 #define MARLIN_CUDA_K_MULTIPLE 64
 #define MARLIN_CUDA_N_MULTIPLE 64
@@ -47,6 +47,8 @@
 #define MARLIN_CUDA_ERROR_DEVICE (-8)     // no such device, or its compute capability is below 8.0
 #define MARLIN_CUDA_ERROR_VARIANT (-9)    // no such variant, or not for these weights, or too little shared memory
 #define MARLIN_CUDA_ERROR_BITS (-10)      // neither 4 nor 8 bits
+#define MARLIN_CUDA_ERROR_EXPERTS (-11)   // experts of a mixture do not fit together, or are more than 1024
+#define MARLIN_CUDA_ERROR_SCRATCH (-12)   // scratch_bytes is less than marlin_cuda_moe_layout says
 
 #ifdef __cplusplus
 extern "C" {
@@ -156,6 +158,85 @@ MARLIN_EXPORT size_t marlin_cuda_workspace_bytes(int device);
 
 // Which is expected to be faster for M rows: MARLIN_CUDA_USE_GEMM or MARLIN_CUDA_USE_DEQUANTIZE (or a negative code).
 MARLIN_EXPORT int marlin_cuda_choose(const marlin_cuda_weights_t* weights /* host */, int64_t M, int device);
+
+// ---- Mixtures of experts ----
+//
+// out[t] = the sum over j of weights[t, j] * expert ids[t, j] of x[t], for a block of experts that are each
+// down(up(x) * activation(gate(x))). Nothing waits for the device, and the grid depends on sizes alone, so the call can be
+// captured in a graph. Equal arguments on equal devices give equal bits.
+//
+// Experts stand in an order of their own, their positions. Those with the same settings are neighbours there, and the
+// tensors of such a set are stacked: the B of its first expert, of its second, and so on without gaps, likewise the rest.
+typedef struct {
+  marlin_cuda_weights_t weights;  // of the first expert
+  const void* bias;               // [experts, out_features], or null
+} marlin_cuda_stack_t;
+
+typedef struct {
+  marlin_cuda_stack_t gate, up, down;  // without up (its B null): `joined` of marlin_cuda_moe_t
+  int32_t first, last;                 // their positions: first .. last - 1
+} marlin_cuda_experts_t;
+
+// Activations: of the gate, at most `limit`. SILU: gate / (1 + exp(-alpha gate)).
+#define MARLIN_CUDA_SILU 0
+#define MARLIN_CUDA_GELU 1
+#define MARLIN_CUDA_GELU_TANH 2
+#define MARLIN_CUDA_RELU 3
+#define MARLIN_CUDA_RELU_SQUARED 4
+
+// Where the outputs of up are, when there is no matrix for it alone.
+#define MARLIN_CUDA_NOT_JOINED 0   // in a matrix of their own; or without it nowhere, the experts have no gate
+#define MARLIN_CUDA_JOINED 1       // second half of the outputs of `gate`
+#define MARLIN_CUDA_ALTERNATING 2  // every second output of `gate`, from the second on
+
+typedef struct {
+  const void* x;            // [tokens, ldx], of which in_features are read
+  const void* ids;          // [tokens, top_k] int32 or int64: the expert of each choice; others than 0 .. experts - 1: none
+  const float* weights;     // [tokens, top_k], or null: ones
+  const int32_t* position;  // [experts] the position of each, -1 if it is not here; or null: its number
+  void* out;                // [tokens, out_features of down]
+  void* scratch;            // marlin_cuda_moe_layout says how large
+  size_t scratch_bytes;
+  void* workspace;  // as of marlin_cuda_gemm
+  size_t workspace_bytes;
+  void* stream;
+  int64_t tokens, ldx;
+  int32_t top_k, experts, positions, wide_ids;  // wide_ids: ids are int64
+  int32_t dtype, device;                        // of x, biases and out
+  int32_t variant;                              // 0: the library's choice; others, for tests: MARLIN_CUDA_MOE_VARIANT
+  int32_t weights_on_input;                     // x is multiplied by the weights, rounded, instead of the result
+  int32_t activation, joined;
+  float limit, alpha, beta;  // up is clamped to -limit .. limit, then beta is added
+  int32_t unused;
+} marlin_cuda_moe_t;
+
+// block_m: 8, 16, 32, 64, 128 or 256 rows; block_n: 128 or 256 columns; split: MARLIN_CUDA_STREAM_K or
+// MARLIN_CUDA_DATA_PARALLEL; each 0: the library's choice. one_by_one: kernels do not overlap; portable: the
+// kernels for every GPU (16 or 64 rows, 256 columns).
+#define MARLIN_CUDA_MOE_VARIANT(block_m, block_n, split, one_by_one, portable) \
+  ((block_m) | (block_n) << 10 | (split) << 20 | (one_by_one) << 24 | (portable) << 25)
+
+// How a call would lay out its scratch memory: offsets in bytes, of what each step leaves behind. Rows are choices
+// (t * top_k + j) sorted by position, those of experts that are not here left out.
+typedef struct {
+  int64_t bytes;
+  int64_t rows, places, first_row;  // int32: [choices] the choice of each row; the row of each choice, or -1;
+                                    // [positions + 1] the first row of each position
+  int64_t gate, up;                 // [rows, out_features] outputs of the first product
+  int64_t hidden;                   // [rows, hidden_columns] inputs of the second,
+  int64_t down;                     // [rows, out_features] its outputs
+  int64_t gathered, gathered_up;    // [rows, gathered_columns] inputs of the first; `down` takes the same place later
+  int64_t gathered_columns, hidden_columns;
+  int32_t block_m;
+  int32_t rounds_weights;  // as of marlin_cuda_instance_t
+} marlin_cuda_moe_layout_t;
+
+// Pointers are not looked at, except whether they are null.
+MARLIN_EXPORT int marlin_cuda_moe_layout(const marlin_cuda_experts_t* sets /* host */, int count,
+                                         const marlin_cuda_moe_t* call /* host */,
+                                         marlin_cuda_moe_layout_t* layout /* host */);
+MARLIN_EXPORT int marlin_cuda_moe(const marlin_cuda_experts_t* sets /* host */, int count,
+                                  const marlin_cuda_moe_t* call /* host */);
 
 // out [M, K]: column k is column perm[k] of A (k without perm), and 0 from in_features on. lda is any number of
 // elements; A is aligned to 2 bytes, perm and out to 16.

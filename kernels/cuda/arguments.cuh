@@ -7,7 +7,13 @@
 
 namespace marlin {
 
+template <typename S>
+struct OutputTile;
+
 struct GemmArguments {
+  template <typename S>
+  using Tile = OutputTile<S>;  // what a block needs to know of an output tile (tile_scheduler.cuh)
+
   const void* A;      // [M, lda] activations
   const uint4* B;     // [K / 16, N / 64, 32 lanes] packed weights, for 8 bits [.., 64]
   const uint16_t* s;  // [G, N] permuted scales

@@ -108,6 +108,10 @@ const char* marlin_cuda_error_string(int code) {
       return "no such variant of the kernel on this device, or not for these weights";
     case MARLIN_CUDA_ERROR_BITS:
       return "weights have neither 4 nor 8 bits";
+    case MARLIN_CUDA_ERROR_EXPERTS:
+      return "the experts of a mixture do not fit together, or are more than 1024";
+    case MARLIN_CUDA_ERROR_SCRATCH:
+      return "the scratch memory is too small";
     default:
       return cudaGetErrorString(static_cast<cudaError_t>(code));
   }

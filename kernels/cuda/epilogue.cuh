@@ -20,22 +20,21 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
-// Four neighbouring outputs of a row of C, of which the first is one of its out_features.
+// Four neighbouring outputs of a row of C, of which the first is one of its out_features; `bias` [out_features] or null.
 template <typename T>
-__device__ __forceinline__ void store_outputs(const GemmArguments& p, int row, int column, float4 v) {
+__device__ __forceinline__ void store_outputs(const GemmArguments& p, const T* bias, int row, int column, float4 v) {
   T* const to = static_cast<T*>(p.C) + static_cast<int64_t>(row) * p.out_features + column;
   if (p.out_features % 4 != 0) {  // rows start anywhere, and the last four may be fewer
     const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       if (column + i >= p.out_features) break;
-      to[i] = from_float<T>(p.bias == nullptr ? values[i]
-                                              : values[i] + to_float(static_cast<const T*>(p.bias)[column + i]));
+      to[i] = from_float<T>(bias == nullptr ? values[i] : values[i] + to_float(bias[column + i]));
     }
     return;
   }
-  if (p.bias != nullptr) {
-    const T* bias = static_cast<const T*>(p.bias) + column;
+  if (bias != nullptr) {
+    bias += column;
     v.x += to_float(bias[0]);
     v.y += to_float(bias[1]);
     v.z += to_float(bias[2]);
@@ -60,12 +59,12 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
 // leaves the sums in the workspace and lets the last block of them write C. In rounds, through `sums`
 // [WK][kRoundRows][kSumPitch] in shared memory. `write_sums(round, sums)` puts a thread's share there, `synchronize`
 // is a barrier for the `S::kConsumers` threads that take part.
-template <typename T, typename S, typename WriteSums, typename Synchronize>
-__device__ __forceinline__ void finish_output_tile(const GemmArguments& p, float* sums, unsigned* is_last, int tile,
-                                                   int step_begin, int step_end, int tid, WriteSums write_sums,
+template <typename T, typename S, typename P, typename WriteSums, typename Synchronize>
+__device__ __forceinline__ void finish_output_tile(const P& p, float* sums, unsigned* is_last, int tile, int step_begin,
+                                                   int step_end, int tid, WriteSums write_sums,
                                                    Synchronize synchronize) {
-  const OutputTile<S> at(p, tile);
-  const int rows = min(S::kBlockM, p.M - at.row);
+  const typename P::template Tile<S> at(p, tile);
+  const int rows = at.rows(p);
   const int columns = min(S::kBlockN, p.out_features - at.column());
   const bool alone = step_begin == 0 && step_end == p.steps;
   const bool split_k = S::kSplitKInWorkspace && p.split_k > 0;
@@ -92,7 +91,7 @@ __device__ __forceinline__ void finish_output_tile(const GemmArguments& p, float
       for (int w = 1; w < S::WK; w++)
         v = v + *reinterpret_cast<const float4*>(sums + (w * S::kRoundRows + r) * S::kSumPitch + column);
       if (alone)
-        store_outputs<T>(p, at.row + row, at.column() + column, v);
+        store_outputs<T>(p, at.template bias<T>(p), at.row + row, at.column() + column, v);
       else
         __stcg(reinterpret_cast<float4*>(partial_of(blockIdx.x) + row * S::kBlockN + column), v);
     }
@@ -135,7 +134,7 @@ __device__ __forceinline__ void finish_output_tile(const GemmArguments& p, float
 #pragma unroll
     for (int n = 0; n < kItems; n++) {
       const int item = first + n * S::kConsumers;
-      if (stored(item)) store_outputs<T>(p, at.row + item / kFours, at.column() + item % kFours * 4, v[n]);
+      if (stored(item)) store_outputs<T>(p, at.template bias<T>(p), at.row + item / kFours, at.column() + item % kFours * 4, v[n]);
     }
   }
 }

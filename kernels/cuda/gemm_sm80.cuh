@@ -125,8 +125,30 @@ struct Sm80Fragments {
   uint32_t zeros[S::BITS / 4];
 };
 
-template <typename T, typename S>
-__global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArguments p) {
+// The output tile that copies are at. From one of a block to its next without a division.
+template <typename S>
+struct Sm80Cursor {
+  int n, m;
+  __device__ __forceinline__ Sm80Cursor(const GemmArguments& p, int tile) {
+    n = tile / p.tiles_m;
+    m = tile - n * p.tiles_m;
+  }
+  __device__ __forceinline__ void next(const GemmArguments& p) {
+    n += p.next_n;
+    m += p.next_m;
+    if (m >= p.tiles_m) {
+      m -= p.tiles_m;
+      n++;
+    }
+  }
+  __device__ __forceinline__ int row(const GemmArguments&) const { return m * S::kBlockM; }
+  __device__ __forceinline__ int rows(const GemmArguments& p) const { return min(p.M - m * S::kBlockM, S::kBlockM); }
+  __device__ __forceinline__ int first_tile_row(const GemmArguments&) const { return 0; }
+  __device__ __forceinline__ int64_t first_group(const GemmArguments&) const { return 0; }
+};
+
+template <typename T, typename S, typename Cursor = Sm80Cursor<S>, typename P>
+__device__ __forceinline__ void gemm_sm80(const P& p) {
   constexpr int MB = S::MB, WM = S::WM, WN = S::WN, WK = S::WK, KT = S::KT;
   constexpr int kLogKT = KT == 4 ? 2 : 1;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -161,32 +183,27 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArg
   int fill_left = schedule.end - schedule.begin;  // iterations
   int fill_step = schedule.begin % p.steps;
   int fill_slot = 0;
-  int fill_n, fill_m;                   // the output tile
   const char* fill_weights = nullptr;   // this lane's words in the warp's first tile
   const T* fill_activations = nullptr;  // this thread's piece of its first row
   int fill_tiles = 0;                   // tiles along K from the warp's first to the matrix's end; 0 beyond N
 
+  Cursor fill_at(p, TileScheduler::tile(p, schedule.begin));
   auto start_tile = [&]() {
-    const int tile_n = fill_n * WN + wn;
+    const int tile_n = fill_at.n * WN + wn;
     const int tile_k = (fill_step * WK + wk) * KT + wm;
-    fill_weights = reinterpret_cast<const char*>(p.B) + tile_k * weights_pitch +
+    fill_weights = reinterpret_cast<const char*>(p.B) + (fill_at.first_tile_row(p) + tile_k) * weights_pitch +
                    static_cast<int64_t>(tile_n) * S::kTileBytes + lane * 16;
     fill_tiles = tile_n < tiles_n ? tiles_k - tile_k : 0;
     fill_activations =
-        static_cast<const T*>(p.A) + (fill_m * S::kBlockM + first_row) * p.lda + fill_step * S::kBlockK + piece * 8;
+        static_cast<const T*>(p.A) + (fill_at.row(p) + first_row) * p.lda + fill_step * S::kBlockK + piece * 8;
   };
-  {
-    const int tile = TileScheduler::tile(p, schedule.begin);
-    fill_n = tile / p.tiles_m;
-    fill_m = tile - fill_n * p.tiles_m;
-    start_tile();
-  }
+  start_tile();
 
   // Of the activations of the next step to be copied, rows [FIRST, LAST) of kRowCopies; rows below M only (a row feeds
   // no other row's outputs), zeros beyond K.
   auto fill_rows = [&](int first, int last) {
     const uint32_t to = ring + fill_slot * S::kStageBytes + S::kWeightBytes + first_row * (S::kBlockK * 2);
-    const int rows = fill_left > 0 ? min(p.M - fill_m * S::kBlockM, S::kBlockM) : 0;
+    const int rows = fill_left > 0 ? fill_at.rows(p) : 0;
     const bool valid = fill_step * S::kBlockK + piece * 8 < p.in_features;
 #pragma unroll
     for (int i = first; i < last; i++) {
@@ -215,11 +232,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArg
     const uint32_t to = ring + fill_slot * S::kStageBytes + S::kWeightBytes + S::kActivationBytes;
     const auto group_of = [&](int of_wk, int sub) {
       const int k = (fill_step * WK + of_wk) * (KT * 16) + (16 * sub << sub_shift);
-      return static_cast<int64_t>(min(k >> p.group_shift, p.groups - 1)) * p.N;
+      return (fill_at.first_group(p) + min(k >> p.group_shift, p.groups - 1)) * p.N;
     };
     {
       const int row = tid / kScaleRow, sub = row / WK, of_wk = row % WK;
-      const int column = min(fill_n * S::kBlockN + tid % kScaleRow * 8, p.N - 8);
+      const int column = min(fill_at.n * S::kBlockN + tid % kScaleRow * 8, p.N - 8);
       cp_async16_if(fill_left > 0 && p.groups > 1 && sub < KT >> sub_shift,
                     to + (of_wk * S::kSubgroups + sub) * (S::kBlockN * 2) + tid % kScaleRow * 16,
                     p.s + group_of(of_wk, sub) + column);
@@ -227,7 +244,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArg
     if constexpr (S::kExtended) {
       constexpr int kColumns = 128 / S::BITS;  // in a piece
       const int row = tid / kZeroRow, sub = row / WK, of_wk = row % WK;
-      const int column = min(fill_n * S::kBlockN + tid % kZeroRow * kColumns, p.N - kColumns);
+      const int column = min(fill_at.n * S::kBlockN + tid % kZeroRow * kColumns, p.N - kColumns);
       cp_async16_if(
           fill_left > 0 && p.zeros != nullptr && sub < KT >> sub_shift,
           to + S::kScaleBytes + (of_wk * S::kSubgroups + sub) * (S::kBlockN * S::BITS / 8) + tid % kZeroRow * 16,
@@ -243,12 +260,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArg
     fill_activations += S::kBlockK;
     if (fill_step == p.steps && fill_left > 0) {
       fill_step = 0;
-      fill_n += p.next_n;
-      fill_m += p.next_m;
-      if (fill_m >= p.tiles_m) {
-        fill_m -= p.tiles_m;
-        fill_n++;
-      }
+      fill_at.next(p);
       start_tile();
     }
   };
@@ -429,13 +441,14 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArg
       }
     }
 
-    const OutputTile<S> at(p, tile);
+    const typename P::template Tile<S> at(p, tile);
     if (p.groups == 1) {
+      const uint16_t* const scales = p.s + at.first_group(p) * p.N;
       const int column = at.column() + wn * MARLIN_TILE_N;
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const float scale =
-            column < p.N ? scale_to_float(p.s[column + scale_index(g + 8 * i, true)], p.bf16_scales) : 0.0f;
+            column < p.N ? scale_to_float(scales[column + scale_index(g + 8 * i, true)], p.bf16_scales) : 0.0f;
 #pragma unroll
         for (int b = 0; b < MB; b++) {
           sum[i / 2][b][i % 2 * 2] *= scale;
@@ -462,6 +475,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArg
         [] { __syncthreads(); });
     iteration += step_end - step_begin;
   }
+}
+
+template <typename T, typename S>
+__global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArguments p) {
+  gemm_sm80<T, S>(p);
 }
 
 }  // namespace marlin

@@ -153,15 +153,15 @@ struct Ring {
 };
 
 // The producer: one thread fills stage after stage with the block's iterations, as far ahead as the ring is long.
-template <typename S>
-__device__ __forceinline__ void fill_ring(const GemmArguments& p, const TileScheduler& schedule, const Ring<S>& ring,
+template <typename S, typename P>
+__device__ __forceinline__ void fill_ring(const P& p, const TileScheduler& schedule, const Ring<S>& ring,
                                           const CUtensorMap* weights_map, const CUtensorMap* activations_map) {
   constexpr int KT = S::KT;
   int slot = 0;
   uint32_t parity = 1;  // the first pass over the ring waits for nothing
   int tile = TileScheduler::tile(p, schedule.begin);
   int step = schedule.begin % p.steps;
-  OutputTile<S> at(p, tile);
+  typename P::template Tile<S> at(p, tile);
   for (int iteration = schedule.begin; iteration < schedule.end; iteration++) {
     const uint32_t stage = ring.stages + slot * S::kStageBytes;
     const int columns = min(S::kBlockN, p.N - at.column());
@@ -169,7 +169,8 @@ __device__ __forceinline__ void fill_ring(const GemmArguments& p, const TileSche
     const uint32_t full = ring.full + 8 * slot;
     mbarrier_wait(ring.empty + 8 * slot, parity);
     mbarrier_expect(full, S::kActivationBytes + S::kWeightBytes + S::kSubgroups * (scale_bytes + zero_bytes));
-    copy_weights(stage + S::kActivationBytes, weights_map, at.column() / S::kLineColumns, step * KT, full);
+    copy_weights(stage + S::kActivationBytes, weights_map, at.column() / S::kLineColumns,
+                 at.first_tile_row(p) + step * KT, full);
     copy_box(stage, activations_map, step * S::kBlockK, at.row, full);
     copy_box(stage + S::kBoxBytes, activations_map, step * S::kBlockK + 64, at.row, full);
     const uint32_t scales = stage + S::kActivationBytes + S::kWeightBytes;
@@ -177,7 +178,7 @@ __device__ __forceinline__ void fill_ring(const GemmArguments& p, const TileSche
 #pragma unroll
     for (int i = 0; i < S::kSubgroups; i++) {
       // With one scale for each column there is group 0 alone; beyond K any group will do.
-      const int64_t group = min(step * S::kSubgroups + i, p.groups - 1);
+      const int64_t group = at.first_group(p) + min(step * S::kSubgroups + i, p.groups - 1);
       copy_bytes(scales + i * S::kScaleBytes, p.s + group * p.N + at.column(), scale_bytes, full);
       if (S::kExtended && p.zeros != nullptr)
         copy_bytes(zeros + i * S::kZeroBytes,
@@ -190,14 +191,14 @@ __device__ __forceinline__ void fill_ring(const GemmArguments& p, const TileSche
     if (++step == p.steps) {
       step = 0;
       tile = TileScheduler::tile(p, iteration + 1);
-      at = OutputTile<S>(p, tile);
+      at = typename P::template Tile<S>(p, tile);
     }
   }
 }
 
 // A consumer warpgroup: multiplies the iterations that are its own, and with the others of the block ends the tiles.
-template <typename T, typename S>
-__device__ __forceinline__ void multiply(const GemmArguments& p, const TileScheduler& schedule, const Ring<S>& ring,
+template <typename T, typename S, typename P>
+__device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedule, const Ring<S>& ring,
                                          int warp) {
   constexpr int MB = S::MB, J = S::J, WN = S::WN, WK = S::WK, KT = S::KT, BITS = S::BITS;
   const int tid = threadIdx.x, lane = tid % 32;
@@ -383,8 +384,8 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const TileSched
       float* const own = reinterpret_cast<float*>(ring.memory);
       write_sums(0, Constant<MB>(), own);
       cluster_synchronize();
-      const OutputTile<S> at(p, tile);
-      const int rows = min(S::kBlockM, p.M - at.row), columns = min(S::kBlockN, p.out_features - at.column());
+      const typename P::template Tile<S> at(p, tile);
+      const int rows = at.rows(p), columns = min(S::kBlockN, p.out_features - at.column());
       constexpr int kFours = S::kBlockN / 4;
       for (int item = blockIdx.x % p.split_k * S::kConsumers + tid; item < rows * kFours;
            item += p.split_k * S::kConsumers) {
@@ -396,7 +397,7 @@ __device__ __forceinline__ void multiply(const GemmArguments& p, const TileSched
 #pragma unroll
           for (int w = 0; w < WK; w++) v = v + load_cluster(theirs + w * (S::kBlockM * S::kSumPitch * 4));
         }
-        store_outputs<T>(p, at.row + row, at.column() + column, v);
+        store_outputs<T>(p, at.template bias<T>(p), at.row + row, at.column() + column, v);
       }
       cluster_synchronize();  // nobody leaves while its shared memory is read
     } else {

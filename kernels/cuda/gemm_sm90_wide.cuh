@@ -107,9 +107,21 @@ __device__ __forceinline__ void scaled_fragment(const uint32_t* q, uint32_t scal
 // ---- Which output tiles and steps ----
 
 // Groups of `raster` tiles along M; in a group M first, then N: what runs at the same time shares activations and
-// weights in L2.
+// weights in L2. What says nothing here is for products that have more than one matrix of weights (grouped.cuh).
 struct WidePlace {
   int m, n;
+  template <typename S>
+  __device__ __forceinline__ int row() const {
+    return m * S::kBlockM;
+  }
+  __device__ __forceinline__ int end_row(const WideArguments& p) const { return p.M; }
+  __device__ __forceinline__ int first_tile_row(const WideArguments&) const { return 0; }  // of 16 rows of K, in B
+  __device__ __forceinline__ int first_group(const WideArguments&) const { return 0; }
+  __device__ __forceinline__ const uint16_t* scales(const WideArguments& p) const { return p.s; }
+  __device__ __forceinline__ const void* bias(const WideArguments& p) const { return p.bias; }
+
+  template <typename S>
+  __device__ __forceinline__ static WidePlace of(const WideArguments& p, const WideParts& work);
   __device__ __forceinline__ WidePlace(const WideArguments& p, int tile) {
     const int group = p.by_group.quotient(tile), first = group * p.raster;
     const int rest = tile - group * p.by_group.divisor;
@@ -164,6 +176,11 @@ struct WideParts {
   int next_whole_;
 };
 
+template <typename S>
+__device__ __forceinline__ WidePlace WidePlace::of(const WideArguments& p, const WideParts& work) {
+  return WidePlace(p, work.tile);
+}
+
 // ---- Shared memory ----
 
 template <typename S>
@@ -181,24 +198,22 @@ struct WideMemory {
 
 // ---- Producers ----
 
-// One producer lane: calls copy(stage, full, row0, column0, step) for every step of the block, as far ahead as the ring
+// One producer lane: calls copy(stage, full, place, step) for every step of the block, as far ahead as the ring
 // is long. `copy` tells the barrier how many bytes will land, and starts their copies.
-template <typename S, typename Copy>
-__device__ __forceinline__ void produce(const WideArguments& p, WideParts work, const WideMemory<S>& memory,
-                                        Copy copy) {
+template <typename S, typename P, typename Copy>
+__device__ __forceinline__ void produce(const P& p, typename P::Parts work, const WideMemory<S>& memory, Copy copy) {
   int slot = 0;
   uint32_t parity = 1;  // the first pass over the ring waits for nothing
   const int parts = work.parts(p);
 #pragma unroll 1
   for (int part = 0; part < parts; part++) {
     work.next(p);
-    const WidePlace place(p, work.tile);
-    const int row0 = place.m * S::kBlockM, column0 = place.n * S::kBlockN;
+    const auto place = P::Place::template of<S>(p, work);
     const int last = work.begin + work.count;
 #pragma unroll 1
     for (int step = work.begin; step < last; step++) {
       mbarrier_wait(memory.vacant + 8 * slot, parity);
-      copy(memory.ring + slot * S::kStageBytes, memory.full + 8 * slot, row0, column0, step);
+      copy(memory.ring + slot * S::kStageBytes, memory.full + 8 * slot, place, step);
       if (++slot == p.stages) {
         slot = 0;
         parity ^= 1;
@@ -207,36 +222,36 @@ __device__ __forceinline__ void produce(const WideArguments& p, WideParts work, 
   }
 }
 
-template <typename S>
-__device__ __forceinline__ void produce_activations(const WideArguments& p, const WideParts& work,
+template <typename S, typename P>
+__device__ __forceinline__ void produce_activations(const P& p, const typename P::Parts& work,
                                                     const WideMemory<S>& memory, const CUtensorMap* map) {
-  produce<S>(p, work, memory, [&](uint32_t stage, uint32_t full, int row0, int, int step) {
+  produce<S>(p, work, memory, [&](uint32_t stage, uint32_t full, const auto& place, int step) {
     mbarrier_expect(full, S::kActivationBytes);
-    copy_box(stage, map, step * S::kBlockK, row0, full);
+    copy_box(stage, map, step * S::kBlockK, place.template row<S>(), full);
   });
 }
 
-template <typename S>
-__device__ __forceinline__ void produce_weights(const WideArguments& p, const WideParts& work,
-                                                const WideMemory<S>& memory, const CUtensorMap* map) {
+template <typename S, typename P>
+__device__ __forceinline__ void produce_weights(const P& p, const typename P::Parts& work, const WideMemory<S>& memory,
+                                                const CUtensorMap* map) {
   const uint64_t policy = p.weights_once ? kEvictFirst : kEvictNormal;
-  produce<S>(p, work, memory, [&](uint32_t stage, uint32_t full, int, int column0, int step) {
+  produce<S>(p, work, memory, [&](uint32_t stage, uint32_t full, const auto& place, int step) {
     mbarrier_expect(full, S::kWeightBytes);
-    copy_weights(stage + S::kActivationBytes, map, column0 / S::kLineColumns, step * S::KT, full, policy);
+    copy_weights(stage + S::kActivationBytes, map, place.n * S::kBlockN / S::kLineColumns,
+                 place.first_tile_row(p) + step * S::KT, full, policy);
   });
 }
 
 // Scales and zero points of all groups of a step: boxes too, since the copies of bytes (cp.async.bulk without a tensor
 // map) that would do cost all warps 30 to 110 cycles each.
-template <typename S>
-__device__ __forceinline__ void produce_scales(const WideArguments& p, const WideParts& work,
-                                               const WideMemory<S>& memory, const CUtensorMap* scales_map,
-                                               const CUtensorMap* zeros_map) {
+template <typename S, typename P>
+__device__ __forceinline__ void produce_scales(const P& p, const typename P::Parts& work, const WideMemory<S>& memory,
+                                               const CUtensorMap* scales_map, const CUtensorMap* zeros_map) {
   const int groups = p.step_groups;
   const int bytes = groups * S::kScaleBytes + (S::kZeros ? max(groups, 1) * S::kZeroBytes : 0);
-  produce<S>(p, work, memory, [&](uint32_t stage, uint32_t full, int, int column0, int step) {
+  produce<S>(p, work, memory, [&](uint32_t stage, uint32_t full, const auto& place, int step) {
     const uint32_t scales = stage + S::kActivationBytes + S::kWeightBytes;
-    const int group = step * groups >> p.group_shift;
+    const int column0 = place.n * S::kBlockN, group = place.first_group(p) + (step * groups >> p.group_shift);
     mbarrier_expect(full, bytes);
     if (groups > 0) copy_box(scales, scales_map, column0, group, full);
     if constexpr (S::kZeros)
@@ -403,13 +418,17 @@ __device__ __forceinline__ unsigned reduce_shared_tile(const WideArguments& p, f
 
 // Rounds and stores the slices of an output tile that `slices` names, of one warpgroup's 64 J columns. Sums pass through
 // shared memory, transposed by stmatrix: 16-byte piece c of a row r stands at c ^ (r % 8).
-template <typename T, typename S>
-__device__ __forceinline__ void store_tile(const WideArguments& p, const float (&sum)[S::J][S::MB][4], unsigned slices,
-                                           int row0, int column0, uint32_t out, int wg, int warp_of_group) {
+template <typename T, typename S, typename P>
+__device__ __forceinline__ void store_tile(const P& p, const typename P::Place& place,
+                                           const float (&sum)[S::J][S::MB][4], unsigned slices, int column0,
+                                           uint32_t out, int wg, int warp_of_group) {
   constexpr int MB = S::MB, J = S::J, kPieces = 8 * J;
   const int tid = threadIdx.x % 128, lane = tid % 32, g = lane / 4;
   const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + wg) : "memory"); };
 
+  const int row0 = place.template row<S>(), end_row = place.end_row(p);
+  const uint16_t* const scales = place.scales(p);
+  const void* const biases = place.bias(p);
   float scale[J][2], bias[J][2];
 #pragma unroll
   for (int j = 0; j < J; j++)
@@ -420,10 +439,10 @@ __device__ __forceinline__ void store_tile(const WideArguments& p, const float (
       scale[j][h] = 1.0f;
       bias[j][h] = 0.0f;
       if (p.step_groups == 0 && inside)
-        scale[j][h] = scale_to_float(p.s[column / 64 * 64 + scale_index(column % 64, true)], p.bf16_scales);
-      if (p.bias != nullptr && inside)
+        scale[j][h] = scale_to_float(scales[column / 64 * 64 + scale_index(column % 64, true)], p.bf16_scales);
+      if (biases != nullptr && inside)
         bias[j][h] =
-            scale_to_float(static_cast<const uint16_t*>(p.bias)[column], std::is_same<T, __nv_bfloat16>::value);
+            scale_to_float(static_cast<const uint16_t*>(biases)[column], std::is_same<T, __nv_bfloat16>::value);
     }
   const auto pair = [&](int j, int b, int h) {
     return round_pair(fmaf(sum[j][b][2 * h], scale[j][h], bias[j][h]),
@@ -455,7 +474,7 @@ __device__ __forceinline__ void store_tile(const WideArguments& p, const float (
       const int r = item * (128 / kPieces) + tid / kPieces, piece = tid % kPieces;
       const int row = row0 + i * S::kSliceRows + r, column = column0 + piece * 8;
       const uint4 v = load_shared16(stage + r * S::kOutPitch + (piece ^ (r % 8)) * 16);
-      if (i * S::kSliceRows + r >= S::kBlockM || row >= p.M || column >= p.out_features) continue;
+      if (i * S::kSliceRows + r >= S::kBlockM || row >= end_row || column >= p.out_features) continue;
       T* const to = static_cast<T*>(p.C) + static_cast<int64_t>(row) * p.out_features + column;
       if (p.out_features % 8 == 0) {
         *reinterpret_cast<uint4*>(to) = v;
@@ -470,8 +489,8 @@ __device__ __forceinline__ void store_tile(const WideArguments& p, const float (
   }
 }
 
-template <typename T, typename S>
-__device__ __forceinline__ void consume(const WideArguments& p, WideParts work, const WideMemory<S>& memory, int warp) {
+template <typename T, typename S, typename P>
+__device__ __forceinline__ void consume(const P& p, typename P::Parts work, const WideMemory<S>& memory, int warp) {
   constexpr int MB = S::MB, J = S::J, KT = S::KT, BITS = S::BITS, kDepth = S::kDepth, kWords = J * BITS / 4;
   const int lane = threadIdx.x % 32, wg = warp / 4, g = lane / 4;
   const int first_subtile = warp * J;  // of the J neighbouring sub-tiles that this warp decodes
@@ -570,21 +589,23 @@ __device__ __forceinline__ void consume(const WideArguments& p, WideParts work, 
     settle(sum);
 
     unsigned slices = (1 << S::kSlices) - 1;
-    if (count < p.steps)
-      slices =
-          reduce_shared_tile<S>(p, sum, work.tile - p.whole_tiles, work.at >= work.end, memory.found, wg, warp % 4);
-    if (slices == 0) continue;
-    const WidePlace place(p, work.tile);
-    store_tile<T, S>(p, sum, slices, place.m * S::kBlockM, place.n * S::kBlockN + wg * 64 * S::J,
+    if constexpr (P::kSplits) {
+      if (count < p.steps)
+        slices =
+            reduce_shared_tile<S>(p, sum, work.tile - p.whole_tiles, work.at >= work.end, memory.found, wg, warp % 4);
+      if (slices == 0) continue;
+    }
+    const auto place = P::Place::template of<S>(p, work);
+    store_tile<T, S>(p, place, sum, slices, place.n * S::kBlockN + wg * 64 * S::J,
                      memory.out + wg * 2 * S::kSliceBytes, wg, warp % 4);
   }
 }
 
 #endif  // sm_90a
 
-template <typename T, typename S>
+template <typename T, typename S, typename P = WideArguments>
 __global__ void __launch_bounds__(S::kThreads, 1)
-    gemm_sm90_wide_kernel(const __grid_constant__ WideArguments p, const __grid_constant__ CUtensorMap activations_map,
+    gemm_sm90_wide_kernel(const __grid_constant__ P p, const __grid_constant__ CUtensorMap activations_map,
                           const __grid_constant__ CUtensorMap weights_map,
                           const __grid_constant__ CUtensorMap scales_map,
                           const __grid_constant__ CUtensorMap zeros_map) {
@@ -610,7 +631,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     const uint32_t ones = round_pair(1.0f, 1.0f, T());
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(memory.ones + tid * 4), "r"(ones) : "memory");
   }
-  const WideParts work(p);
+  const typename P::Parts work(p);
   __syncthreads();
 
   // The exchange (with lane 0, of the same value) tells the compiler that `warp` is the same in all lanes.

@@ -27,7 +27,14 @@ struct Divisor {
 #endif
 };
 
+struct WidePlace;
+struct WideParts;
+
 struct WideArguments {
+  using Parts = WideParts;  // what a block does of the product, and where an output tile is (gemm_sm90_wide.cuh)
+  using Place = WidePlace;
+  static constexpr bool kSplits = true;  // blocks may share an output tile
+
   const uint16_t* s;   // [G, N] permuted scales
   const void* bias;    // [out_features] or null
   void* C;             // [M, out_features]

@@ -1,12 +1,11 @@
 // launch.cpp: a product is planned (plan.h) and launched; what the library says about its instances and plans.
-#include <cuda.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "arguments.cuh"
 #include "gemm_sm90_wide.h"
 #include "plan.h"
+#include "tensor_maps.h"
 
 namespace marlin {
 namespace {
@@ -14,64 +13,6 @@ namespace {
 int check_rows(int64_t M) {
   constexpr int64_t kLimit = int64_t{1} << 30;
   return M <= 0 || M > kLimit ? MARLIN_CUDA_ERROR_SHAPE : MARLIN_OK;
-}
-
-// A tensor as the copy engine sees it, the innermost dimension first, and the box that one copy takes.
-struct Layout {
-  CUtensorMapDataType type;
-  cuuint32_t rank;
-  cuuint64_t sizes[3];    // in elements
-  cuuint64_t pitches[2];  // bytes between neighbours of all dimensions but the innermost
-  cuuint32_t box[3];
-  CUtensorMapSwizzle swizzle;
-};
-
-int describe(CUtensorMap* map, const void* data, const Layout& layout) {
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  // Taken from the driver at run time, so that the library also loads where there is none.
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-  }();
-  if (encode == nullptr) return cudaErrorInsufficientDriver;
-  const cuuint32_t every[3] = {1, 1, 1};
-  const CUresult result = encode(map, layout.type, layout.rank, const_cast<void*>(data), layout.sizes, layout.pitches,
-                                 layout.box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, layout.swizzle,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? MARLIN_OK : cudaErrorInvalidValue;
-}
-
-// Rows of tiles of `bits` as lines, of elements of 8 bytes; what matters is that the order of bytes stays.
-int describe_weights(CUtensorMap* map, const Instance& instance, const marlin_cuda_weights_t& w) {
-  const auto line = static_cast<cuuint32_t>(instance.line_bytes), row_bytes = static_cast<cuuint32_t>(w.N * 2 * w.bits);
-  const Layout tiles = {CU_TENSOR_MAP_DATA_TYPE_INT64,
-                        3,
-                        {line / 8, row_bytes / line, static_cast<cuuint64_t>(w.K / MARLIN_TILE_K)},
-                        {line, row_bytes},
-                        {line / 8, static_cast<cuuint32_t>(instance.block_n * 2 * instance.bits) / line,
-                         static_cast<cuuint32_t>(instance.block_k / MARLIN_TILE_K)},
-                        line == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE};
-  return describe(map, w.B, tiles);
-}
-
-int describe_activations(CUtensorMap* map, const Instance& instance, const marlin_cuda_weights_t& w,
-                         const marlin_cuda_product_t& x) {
-  const Layout rows = {CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                       2,
-                       {static_cast<cuuint64_t>(w.in_features), static_cast<cuuint64_t>(x.M)},
-                       {static_cast<cuuint64_t>(x.lda * 2)},
-                       {64, static_cast<cuuint32_t>(instance.block_m)},
-                       CU_TENSOR_MAP_SWIZZLE_128B};
-  return describe(map, x.A, rows);
 }
 
 // A launch of gemm_sm90_wide.cuh.
@@ -112,29 +53,9 @@ int launch_wide(const Plan& plan, int kernel, const marlin_cuda_weights_t& w, co
   p.by_last_height = Divisor(std::max(1, s.tiles_m % kRaster));
 
   CUtensorMap activations_map, weights_map, scales_map = {}, zeros_map = {};
-  MARLIN_RETURN_IF_ERROR(describe_activations(&activations_map, instance, w, x));
-  MARLIN_RETURN_IF_ERROR(describe_weights(&weights_map, instance, w));
-  const auto groups = static_cast<cuuint64_t>(w.G), columns = static_cast<cuuint64_t>(w.N);
-  const auto box_rows = static_cast<cuuint32_t>(std::max(1, p.step_groups)),
-             box_columns = static_cast<cuuint32_t>(instance.block_n);
-  if (w.G > 1)
-    MARLIN_RETURN_IF_ERROR(describe(&scales_map, w.s,
-                                    {CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                                     2,
-                                     {columns, groups},
-                                     {columns * 2},
-                                     {box_columns, box_rows},
-                                     CU_TENSOR_MAP_SWIZZLE_NONE}));
-  if (w.zeros != nullptr) {
-    const auto words = static_cast<cuuint32_t>(32 / w.bits);  // columns in each
-    MARLIN_RETURN_IF_ERROR(describe(&zeros_map, w.zeros,
-                                    {CU_TENSOR_MAP_DATA_TYPE_INT32,
-                                     2,
-                                     {columns / words, groups},
-                                     {columns / words * 4},
-                                     {box_columns / words, box_rows},
-                                     CU_TENSOR_MAP_SWIZZLE_NONE}));
-  }
+  MARLIN_RETURN_IF_ERROR(describe_activations(&activations_map, instance, w, x.A, x.M, x.lda));
+  MARLIN_RETURN_IF_ERROR(describe_weights(&weights_map, instance, w, 1));
+  MARLIN_RETURN_IF_ERROR(describe_scales(&scales_map, &zeros_map, instance, w, 1, p.step_groups));
   void* parameters[] = {&p, &activations_map, &weights_map, &scales_map, &zeros_map};
   cudaLaunchConfig_t launch = {};
   launch.gridDim = dim3(s.blocks);
@@ -266,8 +187,8 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
 
   CUtensorMap weights_map, activations_map;
   if (instance.loop == MainLoop::kSm90) {
-    MARLIN_RETURN_IF_ERROR(describe_weights(&weights_map, instance, w));
-    MARLIN_RETURN_IF_ERROR(describe_activations(&activations_map, instance, w, x));
+    MARLIN_RETURN_IF_ERROR(describe_weights(&weights_map, instance, w, 1));
+    MARLIN_RETURN_IF_ERROR(describe_activations(&activations_map, instance, w, x.A, x.M, x.lda));
   }
   void* parameters[] = {&arguments, &weights_map, &activations_map};
   cudaLaunchConfig_t launch = {};

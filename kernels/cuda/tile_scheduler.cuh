@@ -28,7 +28,8 @@
 
 namespace marlin {
 
-// Where an output tile begins.
+// Where an output tile begins. The last four are there for products that have more than one matrix of weights
+// (grouped.cuh).
 template <typename S>
 struct OutputTile {
   int n, row;  // its number along N, its first row
@@ -38,6 +39,13 @@ struct OutputTile {
     row = (tile - n * p.tiles_m) * S::kBlockM;
   }
   __device__ __forceinline__ int column() const { return n * S::kBlockN; }
+  __device__ __forceinline__ int rows(const GemmArguments& p) const { return min(S::kBlockM, p.M - row); }
+  __device__ __forceinline__ int first_tile_row(const GemmArguments&) const { return 0; }  // of 16 rows of K, in B
+  __device__ __forceinline__ int64_t first_group(const GemmArguments&) const { return 0; }
+  template <typename T>
+  __device__ __forceinline__ const T* bias(const GemmArguments& p) const {
+    return static_cast<const T*>(p.bias);
+  }
 };
 
 // The iterations of one block, and which output tiles they belong to.

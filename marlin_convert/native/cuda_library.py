@@ -17,7 +17,7 @@ from ..errors import INSTALL, DeviceError
 LIBRARY = Path(os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "_cuda.so")
 
 # MARLIN_CUDA_* of kernels/marlin_cuda.h; a test compares them.
-ABI_VERSION = 4
+ABI_VERSION = 5
 K_MULTIPLE = 64
 N_MULTIPLE = 64
 GROUP_SIZE = 128
@@ -160,6 +160,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.marlin_cuda_unpack.argtypes = lib.marlin_cuda_repack.argtypes
     lib.marlin_cuda_dequantize.argtypes = (weights, pointer, integer, integer, pointer)
     lib.marlin_cuda_stream_read.argtypes = (pointer, i64, pointer, integer, pointer)
+    lib.marlin_cuda_moe.argtypes = (pointer, integer, pointer)  # pointers to structures of `moe`
+    lib.marlin_cuda_moe_layout.argtypes = (pointer, integer, pointer, pointer)
 
 
 def error_text(lib: ctypes.CDLL, status: int) -> str:

@@ -1,0 +1,421 @@
+"""Mixtures of experts on the GPU: every step of a call against float64, on the very bits that it was given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from marlin_convert.native import cuda, moe
+from tests.cuda.cuda_library import (
+    DATA_PARALLEL,
+    STREAM_K,
+    assert_close,
+    pack_marlin,
+    pack_marlin8,
+    pack_zeros,
+    permute_scales,
+)
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not cuda.available(), reason="needs an NVIDIA GPU of compute capability 8.0 and _cuda.so"),
+]
+
+
+USUAL = moe.Formula()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The settings of a layer of some experts; group -1: one group."""
+
+    bits: int = 4
+    group: int = 128
+    zeros: bool = False
+    order: bool = False
+    bias: bool = False
+    scale_dtype: torch.dtype = torch.float16
+
+
+class Layer:
+    """A random layer of E experts: what the operator takes, and its weights in float64, in the source's order."""
+
+    def __init__(self, E: int, inputs: int, outputs: int, kind: Kind, dtype: torch.dtype) -> None:
+        K, N = -(-inputs // 64) * 64, -(-outputs // 64) * 64
+        if kind.group == 128:
+            K = -(-K // 128) * 128
+        G = 1 if kind.group < 0 else K // kind.group
+        self.dtype, self.G, self.kind, self.inputs, self.outputs = dtype, G, kind, inputs, outputs
+        code = torch.randint(0, 1 << kind.bits, (E, K, N), dtype=torch.uint8, device="cuda")
+        scales = (torch.rand((E, G, N), device="cuda") * 0.02 + 0.001).to(kind.scale_dtype)
+        zeros = torch.randint(0, 1 << kind.bits, (E, G, N), dtype=torch.uint8, device="cuda") if kind.zeros else None
+        bias = torch.randn((E, outputs), device="cuda").to(dtype) if kind.bias else None
+        perm = None
+        if kind.order:
+            perm = torch.stack([torch.randperm(inputs, device="cuda", dtype=torch.int32) for _ in range(E)])
+        pack = pack_marlin if kind.bits == 4 else pack_marlin8
+        self.stack = moe.Stack(
+            pack(code.view(E * K, N)).view(E, K // 16, -1),
+            permute_scales(scales.view(E * G, N) if G > 1 else scales.view(1, E * N)).view(E, G, N),
+            bias,
+            None if zeros is None else pack_zeros(zeros.view(E * G, N), kind.bits).view(E, G, -1),
+            perm, kind.bits, inputs, outputs,
+        )  # fmt: skip
+        self.code, self.scales, self.zeros = code, scales, zeros
+
+    def weight(self, expert: int, rounds: bool) -> torch.Tensor:
+        """What a product multiplies with: exact, or rounded once to the activations' type."""
+        rows = self.code.shape[1] // self.G
+        scales = self.scales[expert].double().repeat_interleave(rows, 0)
+        zero: Any = 1 << (self.kind.bits - 1)
+        if self.zeros is not None:
+            zero = self.zeros[expert].double().repeat_interleave(rows, 0)
+        W = (self.code[expert].double() - zero) * scales
+        if rounds and self.G > 1:
+            W = W.float().to(self.dtype).double()
+        W = W[: self.inputs, : self.outputs]
+        if self.stack.perm is None:
+            return W
+        natural = torch.empty_like(W)
+        natural[self.stack.perm[expert].long()] = W
+        return natural
+
+    def bias(self, expert: int) -> torch.Tensor | None:
+        return None if self.stack.bias is None else self.stack.bias[expert]
+
+
+class Experts:
+    """A set of them."""
+
+    def __init__(
+        self, E: int, hidden: int, inner: int, first: Kind, second: Kind, dtype: torch.dtype, joined: int = 0,
+        gated: bool = True,
+    ) -> None:  # fmt: skip
+        self.gate = Layer(E, hidden, inner * (2 if joined else 1), first, dtype)
+        self.up = Layer(E, hidden, inner, first, dtype) if gated and not joined else None
+        self.down = Layer(E, inner, hidden, second, dtype)
+        self.set = moe.Set(self.gate.stack, None if self.up is None else self.up.stack, self.down.stack)
+
+
+def choices(T: int, k: int, E: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights, ids) of a router that likes some experts better than others, and one not at all."""
+    scores = torch.randn((T, E), device="cuda") + torch.linspace(0, 2, E, device="cuda")
+    if k < E:
+        scores[:, E // 2] = -math.inf
+    values, ids = torch.topk(scores, k)
+    return torch.softmax(values, -1).float(), ids.int()
+
+
+def run(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, sets: Sequence[Experts], formula: moe.Formula,
+    position: torch.Tensor | None = None, count: int | None = None, on_input: bool = False, variant: int = 0,
+) -> tuple[torch.Tensor, moe.Layout, dict[str, torch.Tensor]]:  # fmt: skip
+    """The output and what each step left in the scratch memory; both hold NaN where nothing was written."""
+    tensors, numbers = moe.flat([s.set for s in sets])
+    count = count or sum(s.set.count for s in sets)
+    mixture, call, out = moe._prepared(
+        x, weights, ids, position, tensors, numbers, count, formula.activation, formula.joined, formula.limit,
+        formula.alpha, formula.beta, on_input, variant,
+    )  # fmt: skip
+    layout = moe._layout(mixture, call)
+    scratch = torch.full((layout.bytes,), 0xFF, dtype=torch.uint8, device="cuda")
+    out.fill_(math.nan)
+    moe._launch(mixture, call, scratch)
+    torch.cuda.synchronize()
+
+    def part(at: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return scratch[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    n, gate, down = ids.numel(), sets[0].gate.outputs, sets[0].down
+    parts = {
+        "rows": part(layout.rows, torch.int32, n),
+        "places": part(layout.places, torch.int32, n),
+        "first_row": part(layout.first_row, torch.int32, mixture.positions + 1),
+        "gate": part(layout.gate, x.dtype, n, gate),
+        "up": part(layout.up, x.dtype, n, gate),
+        "hidden": part(layout.hidden, x.dtype, n, layout.hidden_columns),
+        "down": part(layout.down, x.dtype, n, down.outputs),
+    }
+    return out, layout, parts
+
+
+def check(
+    T: int, k: int, E: int, hidden: int, inner: int, first: Kind, second: Kind, dtype: torch.dtype,
+    formula: moe.Formula = USUAL, variant: int = 0, gated: bool = True, sets: Sequence[Experts] | None = None,
+    position: torch.Tensor | None = None, on_input: bool = False, wide: bool = False,
+    ids: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    sets = sets or [Experts(E, hidden, inner, first, second, dtype, formula.joined, gated)]
+    x = torch.randn((T, hidden), device="cuda").to(dtype)
+    weights, chosen = choices(T, k, E)
+    chosen = chosen if ids is None else ids
+    chosen = chosen.long() if wide else chosen
+    out, layout, parts = run(x, weights, chosen, sets, formula, position, E, on_input, variant)
+    positions = sum(s.set.count for s in sets)
+
+    # Sorted by position, in the order of the choices; those of no expert left out.
+    of_expert = torch.arange(E, device="cuda", dtype=torch.int32) if position is None else position
+    known = (chosen >= 0) & (chosen < E)
+    at = torch.where(known, of_expert[chosen.clamp(0, E - 1).long()], -1).flatten().long()
+    order = torch.argsort(torch.where(at < 0, positions, at), stable=True)[: int((at >= 0).sum())]
+    assert torch.equal(parts["rows"][: order.numel()].long(), order)
+    expected = torch.full_like(at, -1)
+    expected[order] = torch.arange(order.numel(), device="cuda")
+    assert torch.equal(parts["places"].long(), expected)
+    first_row = torch.zeros(positions + 1, dtype=torch.long, device="cuda")
+    first_row[1:] = torch.bincount(at[at >= 0], minlength=positions).cumsum(0)
+    assert torch.equal(parts["first_row"].long(), first_row)
+
+    rounds, start = bool(layout.rounds_weights), 0
+    digits = 11 if dtype == torch.float16 else 8
+    for experts in sets:
+        for number in range(experts.set.count):
+            begin, end = (int(first_row[start + number + i]) for i in (0, 1))
+            if begin == end:
+                continue
+            rows = slice(begin, end)
+            a = x[order[rows] // k]
+            if on_input:
+                a = (a.float() * weights.flatten()[order[rows], None]).to(dtype)
+            gate = parts["gate"][rows]
+            assert_close(gate, a, experts.gate.weight(number, rounds), experts.gate.bias(number))
+            up: torch.Tensor | None = None
+            if experts.up is not None:
+                up = parts["up"][rows]
+                assert_close(up, a, experts.up.weight(number, rounds), experts.up.bias(number))
+            elif formula.joined == moe.JOINED:
+                gate, up = gate.chunk(2, -1)
+            elif formula.joined == moe.ALTERNATING:
+                gate, up = gate[:, ::2], gate[:, 1::2]
+            want = moe.activate(gate.double(), None if up is None else up.double(), formula)
+            down, h = experts.down, parts["hidden"][rows]
+            assert not h[:, down.inputs :].any()
+            natural = h[:, : down.inputs].clone()
+            if down.stack.perm is not None:
+                natural[:, down.stack.perm[number].long()] = h[:, : down.inputs]
+            error = (natural.double() - want).abs()
+            assert bool((error <= want.abs() * (2.0**-digits * 1.01 + 1e-5) + 2.0**-24).all())
+            assert_close(parts["down"][rows], natural, down.weight(number, rounds), down.bias(number))
+        start += experts.set.count
+
+    y = torch.zeros((T, hidden), dtype=torch.float64, device="cuda")
+    size = torch.zeros_like(y)
+    factor = torch.ones_like(weights) if on_input else weights
+    for j in range(k):
+        row = expected.view(T, k)[:, j]
+        part = parts["down"][row.clamp(min=0)].double() * (row >= 0)[:, None] * factor[:, j, None].double()
+        part = torch.where((row >= 0)[:, None], part, 0.0)
+        y, size = y + part, size + part.abs()
+    assert bool(((out.double() - y).abs() <= y.abs() * 2.0**-digits * 1.01 + size * 1e-6 + 2.0**-25).all())
+    return out
+
+
+FP16, BF16 = torch.float16, torch.bfloat16
+PLAIN = Kind()
+KINDS = [
+    Kind(),
+    Kind(group=-1),
+    Kind(group=64),
+    Kind(group=32, zeros=True),
+    Kind(group=16),
+    Kind(zeros=True),
+    Kind(group=-1, zeros=True),
+    Kind(order=True, bias=True),
+    Kind(group=32, zeros=True, order=True, bias=True),
+    Kind(bits=8),
+    Kind(bits=8, group=-1, bias=True),
+    Kind(bits=8, group=64, zeros=True),
+    Kind(bits=8, group=32, order=True),
+    Kind(bits=8, group=16, zeros=True),
+    Kind(scale_dtype=torch.bfloat16),
+    Kind(group=64, zeros=True, scale_dtype=torch.bfloat16),
+]
+NAMES = [str(k).removeprefix("Kind(").replace("scale_dtype=torch.float16", "") for k in KINDS]
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_every_kind_of_weights(kind: Kind, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for T in (1, 9, 100, 700, 1500):
+        check(T, 2, 8, 384, 256, kind, kind, dtype)
+
+
+@pytest.mark.parametrize("kind", [Kind(), Kind(group=32), Kind(bits=8, zeros=True)], ids=["4", "4 group 32", "8 zeros"])
+@pytest.mark.parametrize("split", [STREAM_K, DATA_PARALLEL])
+@pytest.mark.parametrize("block_n", [128, 256])
+@pytest.mark.parametrize("block_m", [8, 16, 32, 64, 128, 256])
+def test_every_tile(block_m: int, block_n: int, split: int, kind: Kind) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("these instances need compute capability 9.0")
+    if block_n == 256 and block_m not in (64, 128):
+        pytest.skip("there is no such tile")
+    torch.manual_seed(1)
+    for T in (3, 200, 333):
+        check(T, 2, 5, 576, 320, kind, kind, FP16, variant=moe.variant(block_m, block_n, split))
+
+
+@pytest.mark.parametrize("kind", KINDS[:14], ids=NAMES[:14])
+@pytest.mark.parametrize("split", [STREAM_K, DATA_PARALLEL])
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_the_kernels_for_every_gpu(block_m: int, split: int, kind: Kind) -> None:
+    torch.manual_seed(2)
+    for T, dtype in ((3, BF16), (200, FP16)):
+        check(T, 2, 5, 576, 320, kind, kind, dtype, variant=moe.variant(block_m, 0, split, portable=True))
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 17, 64, 129, 1000, 4096])
+@pytest.mark.parametrize(("E", "k"), [(8, 1), (8, 2), (128, 8)])
+def test_tokens(T: int, E: int, k: int) -> None:
+    torch.manual_seed(3)
+    check(T, k, E, 256, 128, PLAIN, PLAIN, FP16, moe.Formula(joined=moe.JOINED))
+
+
+def test_a_split_of_few_tiles() -> None:
+    """Long K, few columns: blocks share tiles, without being asked to."""
+    torch.manual_seed(4)
+    for T in (1, 4, 40):
+        check(T, 2, 4, 512, 4096, PLAIN, PLAIN, FP16, moe.Formula(joined=moe.JOINED))
+
+
+def test_padding() -> None:
+    torch.manual_seed(5)
+    for T in (1, 30, 900):
+        check(T, 2, 6, 200, 72, Kind(group=64), Kind(group=32, zeros=True, bias=True), FP16)
+        check(T, 2, 6, 331, 75, Kind(group=16, order=True, bias=True), Kind(group=16, order=True), BF16)
+
+
+GPT_OSS = moe.Formula("silu", moe.ALTERNATING, 7.0, 1.702, 1.0)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        GPT_OSS,
+        replace(GPT_OSS, joined=moe.JOINED),
+        moe.Formula("silu", limit=1.5),
+        moe.Formula("gelu"),
+        moe.Formula("gelu_tanh", moe.JOINED),
+        moe.Formula("relu"),
+    ],
+)
+def test_formulas(formula: moe.Formula) -> None:
+    torch.manual_seed(6)
+    for T in (2, 50):
+        check(T, 2, 4, 256, 128, Kind(bias=True), Kind(bias=True, order=True), FP16, formula)
+
+
+@pytest.mark.parametrize("name", ["relu_squared", "gelu", "silu"])
+def test_experts_without_a_gate(name: str) -> None:
+    torch.manual_seed(7)
+    check(20, 2, 4, 256, 128, PLAIN, PLAIN, FP16, moe.Formula(name), gated=False)
+
+
+def test_experts_elsewhere_and_no_experts() -> None:
+    """Half of the experts are here, in another order; some choices name none at all, and one token has none."""
+    torch.manual_seed(8)
+    position = torch.full((8,), -1, dtype=torch.int32, device="cuda")
+    position[torch.tensor([5, 0, 3, 6], device="cuda")] = torch.arange(4, dtype=torch.int32, device="cuda")
+    sets = [Experts(4, 256, 128, PLAIN, PLAIN, FP16)]
+    for T in (1, 60, 800):
+        _, ids = choices(T, 2, 8)
+        ids[0, 0], ids[-1, 1] = -1, 8
+        ids[T // 2] = torch.tensor([1, 2], device="cuda")
+        out = check(
+            T, 2, 8, 256, 128, PLAIN, PLAIN, FP16, sets=sets, position=position, ids=ids, wide=T == 60, on_input=T == 1
+        )
+        assert not out[T // 2].any()
+
+
+def test_settings_that_differ() -> None:
+    torch.manual_seed(9)
+    kinds = [(PLAIN, Kind(bits=8)), (Kind(group=32, zeros=True), PLAIN), (Kind(bits=8, order=True), Kind(group=-1))]
+    sets = [Experts(E, 256, 128, *kind, FP16) for E, kind in zip((3, 1, 4), kinds, strict=True)]
+    position = torch.tensor([7, 0, 3, 1, 5, 6, 2, 4], dtype=torch.int32, device="cuda")
+    for T in (1, 33, 600):
+        check(T, 2, 8, 256, 128, PLAIN, PLAIN, FP16, sets=sets, position=position)
+
+
+def test_many_experts() -> None:
+    torch.manual_seed(10)
+    for T in (1, 300):
+        check(T, 6, 700, 128, 64, Kind(group=64), Kind(group=64), FP16)
+
+
+def test_equal_bits_every_time() -> None:
+    torch.manual_seed(11)
+    experts = Experts(8, 1024, 2048, PLAIN, PLAIN, FP16, moe.JOINED)
+    for T in (1, 16, 200, 1500):
+        x = torch.randn((T, 1024), device="cuda").half()
+        weights, ids = choices(T, 2, 8)
+        results = [
+            moe.experts(x, weights, ids, [experts.set], moe.Formula(joined=moe.JOINED), variant=v)
+            for v in (0, 0, moe.variant(one_by_one=True)) * 10
+        ]
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_cuda_graph() -> None:
+    """Captured once, replayed with other tokens and other experts; two blocks in one graph."""
+    torch.manual_seed(12)
+    sets = [Experts(8, 256, 128, PLAIN, PLAIN, FP16).set]
+    for T in (4, 900):
+        x = torch.randn((T, 256), device="cuda").half()
+        weights, ids = choices(T, 2, 8)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            first = moe.experts(x, weights, ids, sets)
+            second = moe.experts(first, weights, ids, sets)
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            new_weights, new_ids = choices(T, 2, 8)
+            weights.copy_(new_weights)
+            ids.copy_(new_ids)
+            first.fill_(math.nan)
+            second.fill_(math.nan)
+            graph.replay()
+            torch.cuda.synchronize()
+            want = moe.experts(x, weights, ids, sets)
+            assert torch.equal(first, want)
+            assert torch.equal(second, moe.experts(want, weights, ids, sets))
+
+
+def test_a_view_of_tokens_and_none_of_them() -> None:
+    torch.manual_seed(13)
+    sets = [Experts(4, 256, 128, PLAIN, PLAIN, FP16).set]
+    wide = torch.randn((7, 600), device="cuda").half()
+    weights, ids = choices(7, 2, 4)
+    for start in (0, 8, 3):
+        x = wide[:, start : start + 256]
+        assert torch.equal(moe.experts(x, weights, ids, sets), moe.experts(x.contiguous(), weights, ids, sets))
+    assert moe.experts(wide[:0, :256], weights[:0], ids[:0], sets).shape == (0, 256)
+
+
+def test_compiled() -> None:
+    sets = [Experts(4, 256, 128, PLAIN, PLAIN, FP16).set]
+    x = torch.randn((5, 256), device="cuda").half()
+    weights, ids = choices(5, 2, 4)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return moe.experts(x * 2, weights, ids, sets) + x
+
+    compiled: Any = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), block(x))
+
+
+def test_what_does_not_fit() -> None:
+    experts = Experts(4, 256, 128, PLAIN, PLAIN, FP16)
+    x, (weights, ids) = torch.randn((5, 256), device="cuda").half(), choices(5, 2, 4)
+    with pytest.raises(TypeError, match="x is float32"):
+        moe.experts(x.float(), weights, ids, [experts.set])
+    with pytest.raises(ValueError, match=r"x has shape \(5, 128\)"):
+        moe.experts(x[:, :128], weights, ids, [experts.set])
+    with pytest.raises(ValueError, match="weights has shape"):
+        moe.experts(x, weights[:, :1], ids, [experts.set])
+    with pytest.raises(RuntimeError, match="no such variant"):
+        moe.experts(x, weights, ids, [experts.set], variant=moe.variant(24))
