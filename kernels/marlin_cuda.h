@@ -210,11 +210,11 @@ typedef struct {
   int32_t unused;
 } marlin_cuda_moe_t;
 
-// block_m: 8, 16, 32, 64, 128 or 256 rows; block_n: 128 or 256 columns; split: MARLIN_CUDA_STREAM_K or
+// block_m: 8, 16, 32, 64 or 128 rows; block_n: 128 or 256 columns; split: MARLIN_CUDA_STREAM_K or
 // MARLIN_CUDA_DATA_PARALLEL; each 0: the library's choice. one_by_one: kernels do not overlap; portable: the
-// kernels for every GPU (16 or 64 rows, 256 columns).
-#define MARLIN_CUDA_MOE_VARIANT(block_m, block_n, split, one_by_one, portable) \
-  ((block_m) | (block_n) << 10 | (split) << 20 | (one_by_one) << 24 | (portable) << 25)
+// kernels for every GPU (16 or 64 rows, 256 columns); rounding: with 64 rows, those that round weights.
+#define MARLIN_CUDA_MOE_VARIANT(block_m, block_n, split, one_by_one, portable, rounding) \
+  ((block_m) | (block_n) << 10 | (split) << 20 | (one_by_one) << 24 | (portable) << 25 | (rounding) << 26)
 
 // How a call would lay out its scratch memory: offsets in bytes, of what each step leaves behind. Rows are choices
 // (t * top_k + j) sorted by position, those of experts that are not here left out.

@@ -12,7 +12,8 @@ struct OutputTile;
 
 struct GemmArguments {
   template <typename S>
-  using Tile = OutputTile<S>;  // what a block needs to know of an output tile (tile_scheduler.cuh)
+  using Tile = OutputTile<S>;           // what a block needs to know of an output tile (tile_scheduler.cuh)
+  static constexpr bool kEarly = false;  // weights may be copied before activations are there
 
   const void* A;      // [M, lda] activations
   const uint4* B;     // [K / 16, N / 64, 32 lanes] packed weights, for 8 bits [.., 64]

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     grouped_sm80_kernel(const __grid_constant__ GroupedArguments given) {
   wait_for_kernel_before();
   let_next_kernel_begin();
-  const GroupedArguments p = lay_out(given);
+  const GroupedArguments p = lay_out(given);  // `early` is false
   if (p.tiles == 0) return;
   gemm_sm80<T, S, GroupedCursor<S>>(p);
 }

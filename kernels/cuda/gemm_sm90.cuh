@@ -153,6 +153,8 @@ struct Ring {
 };
 
 // The producer: one thread fills stage after stage with the block's iterations, as far ahead as the ring is long.
+// Where activations may come later than weights (P::kEarly), the first pass over the ring copies weights, then waits,
+// then copies activations.
 template <typename S, typename P>
 __device__ __forceinline__ void fill_ring(const P& p, const TileScheduler& schedule, const Ring<S>& ring,
                                           const CUtensorMap* weights_map, const CUtensorMap* activations_map) {
@@ -162,6 +164,11 @@ __device__ __forceinline__ void fill_ring(const P& p, const TileScheduler& sched
   int tile = TileScheduler::tile(p, schedule.begin);
   int step = schedule.begin % p.steps;
   typename P::template Tile<S> at(p, tile);
+  const auto copy_activations = [&](uint32_t stage, int of_step, int row, uint32_t full) {
+    copy_box(stage, activations_map, of_step * S::kBlockK, row, full);
+    copy_box(stage + S::kBoxBytes, activations_map, of_step * S::kBlockK + 64, row, full);
+  };
+  const int weights_alone = P::kEarly ? min(schedule.end, schedule.begin + p.stages) : schedule.begin;
   for (int iteration = schedule.begin; iteration < schedule.end; iteration++) {
     const uint32_t stage = ring.stages + slot * S::kStageBytes;
     const int columns = min(S::kBlockN, p.N - at.column());
@@ -171,8 +178,7 @@ __device__ __forceinline__ void fill_ring(const P& p, const TileScheduler& sched
     mbarrier_expect(full, S::kActivationBytes + S::kWeightBytes + S::kSubgroups * (scale_bytes + zero_bytes));
     copy_weights(stage + S::kActivationBytes, weights_map, at.column() / S::kLineColumns,
                  at.first_tile_row(p) + step * KT, full);
-    copy_box(stage, activations_map, step * S::kBlockK, at.row, full);
-    copy_box(stage + S::kBoxBytes, activations_map, step * S::kBlockK + 64, at.row, full);
+    if (!P::kEarly || iteration >= weights_alone) copy_activations(stage, step, at.row, full);
     const uint32_t scales = stage + S::kActivationBytes + S::kWeightBytes;
     const uint32_t zeros = scales + S::kSubgroups * S::kScaleBytes;
 #pragma unroll
@@ -192,6 +198,18 @@ __device__ __forceinline__ void fill_ring(const P& p, const TileScheduler& sched
       step = 0;
       tile = TileScheduler::tile(p, iteration + 1);
       at = typename P::template Tile<S>(p, tile);
+    }
+    if (P::kEarly && iteration + 1 == weights_alone) {
+      wait_for_activations(p);
+      int of_step = schedule.begin % p.steps;
+      typename P::template Tile<S> of(p, TileScheduler::tile(p, schedule.begin));
+      for (int i = 0; i < weights_alone - schedule.begin; i++) {
+        copy_activations(ring.stages + i * S::kStageBytes, of_step, of.row, ring.full + 8 * i);
+        if (++of_step == p.steps) {
+          of_step = 0;
+          of = typename P::template Tile<S>(p, TileScheduler::tile(p, schedule.begin + i + 1));
+        }
+      }
     }
   }
 }

@@ -26,10 +26,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  wait_for_kernel_before();
+  if (!given.early) wait_for_kernel_before();
   let_next_kernel_begin();
   const GroupedArguments p = lay_out(given);
-  if (p.tiles == 0) return;
+  if (p.tiles == 0) {
+    wait_for_activations(p);
+    return;
+  }
   const TileScheduler schedule(p);
 
   // The exchange (with lane 0, of the same value) tells the compiler that `warp` is the same in all lanes.
@@ -39,6 +42,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (tid == S::kConsumers) fill_ring<S>(p, schedule, ring, &weights_map, &activations_map);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kConsumerRegisters));
+    wait_for_activations(p);
     multiply<T, S>(p, schedule, ring, warp);
   }
 }
@@ -51,7 +55,7 @@ struct GroupedWideParts {
   int list_begin;
 
   __device__ __forceinline__ explicit GroupedWideParts(const GroupedWideArguments& p) : begin(0), count(p.steps) {
-    wait_for_kernel_before();
+    if (!p.early) wait_for_kernel_before();
     let_next_kernel_begin();
     list_begin = __ldcg(p.list.first_block + p.list.first);
     const int tiles = (__ldcg(p.list.first_block + p.list.last) - list_begin) * p.tiles_n, blocks = gridDim.x;
@@ -154,6 +158,6 @@ Instance grouped_wide_instance(int id, const char* name) {
 #define MARLIN_GROUPED_WIDE(ID, SUFFIX, BITS, ZEROS)                                       \
   grouped_wide_instance<16, 1, 2, BITS, ZEROS>(ID + 0, "moe90_wide_m128n128_" SUFFIX),     \
       grouped_wide_instance<16, 2, 2, BITS, ZEROS>(ID + 1, "moe90_wide_m128n256_" SUFFIX), \
-      grouped_wide_instance<32, 1, 2, BITS, ZEROS>(ID + 2, "moe90_wide_m256n128_" SUFFIX)
+      grouped_wide_instance<8, 2, 2, BITS, ZEROS>(ID + 2, "moe90_wide_m64n256_" SUFFIX)
 
 }  // namespace marlin

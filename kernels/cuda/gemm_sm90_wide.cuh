@@ -198,6 +198,8 @@ struct WideMemory {
 
 // ---- Producers ----
 
+__device__ __forceinline__ void wait_for_activations(const WideArguments&) {}
+
 // One producer lane: calls copy(stage, full, place, step) for every step of the block, as far ahead as the ring
 // is long. `copy` tells the barrier how many bytes will land, and starts their copies.
 template <typename S, typename P, typename Copy>
@@ -225,6 +227,7 @@ __device__ __forceinline__ void produce(const P& p, typename P::Parts work, cons
 template <typename S, typename P>
 __device__ __forceinline__ void produce_activations(const P& p, const typename P::Parts& work,
                                                     const WideMemory<S>& memory, const CUtensorMap* map) {
+  wait_for_activations(p);
   produce<S>(p, work, memory, [&](uint32_t stage, uint32_t full, const auto& place, int step) {
     mbarrier_expect(full, S::kActivationBytes);
     copy_box(stage, map, step * S::kBlockK, place.template row<S>(), full);
@@ -643,6 +646,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (copies_scales) produce_scales<S>(p, work, memory, &scales_map, &zeros_map);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kConsumerRegisters));
+    wait_for_activations(p);
     consume<T, S>(p, work, memory, warp);
   }
 #endif

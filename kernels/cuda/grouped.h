@@ -34,8 +34,10 @@ struct GroupedWideParts;
 struct GroupedArguments : GemmArguments {
   template <typename S>
   using Tile = GroupedTile<S>;
+  static constexpr bool kEarly = true;
   RowList list;
   int tiles_n;
+  bool early;       // weights and the list are there before the kernel before this one has ended
   int exchange;     // steps that are as long as the exchange of sums where blocks share tiles: kWhole, kShared or between
   int list_begin;   // made by the kernel: the first block of rows,
   int tiles;        //   and how many output tiles there are
@@ -48,6 +50,7 @@ struct GroupedWideArguments : WideArguments {
   using Place = GroupedWidePlace;
   static constexpr bool kSplits = false;
   RowList list;
+  bool early;  // as above
   int tiles_n, N;
   int tile_rows, groups;  // of one expert: K / 16, G
 };

@@ -17,13 +17,14 @@ namespace {
 
 struct MoeVariant {
   int block_m, block_n, split;
-  bool one_by_one, portable;
+  bool one_by_one, portable, rounding;
   explicit MoeVariant(int v)
       : block_m(v & 0x3ff),
         block_n(v >> 10 & 0x3ff),
         split(v >> 20 & 0xf),
         one_by_one(v >> 24 & 1),
-        portable(v >> 25 & 1) {}
+        portable(v >> 25 & 1),
+        rounding(v >> 26 & 1) {}
 };
 
 constexpr int kMostInstances = 128;
@@ -92,7 +93,7 @@ int choose_block_m(const marlin_cuda_moe_t& x, bool sm90) {
   if (rows <= 5) return 8;
   if (rows <= 12) return 16;
   if (rows <= 27) return 32;
-  return rows <= 160 ? 64 : rows <= 1600 ? 128 : 256;
+  return rows <= 45 ? 64 : 128;
 }
 
 int check_stack(const marlin_cuda_stack_t& stack, bool pointers) {
@@ -152,7 +153,7 @@ int make_moe_plan(const marlin_cuda_experts_t* sets, int count, const marlin_cud
   marlin_cuda_moe_layout_t& layout = plan->layout;
   std::memset(&layout, 0, sizeof(layout));
   layout.block_m = wanted.block_m != 0 ? wanted.block_m : choose_block_m(x, sm90);
-  layout.rounds_weights = sm90 ? layout.block_m > 64 : layout.block_m > 16;
+  layout.rounds_weights = sm90 ? layout.block_m > 64 || wanted.rounding : layout.block_m > 16;
   layout.gathered_columns = gathered;
   layout.hidden_columns = hidden;
   const int64_t n = plan->choices;
@@ -185,6 +186,7 @@ struct Product {
   const void* A;
   int64_t lda;
   void* C;
+  bool early;
 };
 
 // Of the instances for these weights and rows, the widest that still fills the device.
@@ -198,13 +200,14 @@ int choose_instance(const Product& product, const MoePlan& plan, const marlin_cu
   *chosen = nullptr;
   double least = std::numeric_limits<double>::infinity();
   for (const Instance& i : moe_instances()) {
-    if (!runs(i, facts) || !fits(i, w) || i.block_m != block_m || (wanted.block_n != 0 && i.block_n != wanted.block_n) ||
+    if (!runs(i, facts) || !fits(i, w) || i.block_m != block_m ||
+        i.rounds_weights != (plan.layout.rounds_weights != 0) || (wanted.block_n != 0 && i.block_n != wanted.block_n) ||
         (plan.few == MainLoop::kSm80) != (i.loop == MainLoop::kSm80))
       continue;
     const double tiles = active * std::ceil(rows / block_m) * std::ceil(static_cast<double>(w.N) / i.block_n);
     const double waves = i.loop == MainLoop::kSm90Wide ? std::ceil(tiles / facts.multiprocessors)
                                                        : std::max(1.0, tiles / facts.multiprocessors);
-    const double time = waves * (i.block_n + 32);
+    const double time = waves * (i.block_n + 90);
     if (time < least) {
       least = time;
       *chosen = &i;
@@ -246,6 +249,7 @@ int launch_product(const Product& product, const MoePlan& plan, const marlin_cud
     p.steps = static_cast<int>(w.K / kWideStep);
     p.stages = stages;
     p.list = list;
+    p.early = product.early && launcher.early;
     p.tiles_n = tiles_n;
     p.N = static_cast<int>(w.N);
     p.tile_rows = static_cast<int>(w.K / MARLIN_TILE_K);
@@ -277,6 +281,7 @@ int launch_product(const Product& product, const MoePlan& plan, const marlin_cud
   p.steps = static_cast<int>((w.K + i.block_k - 1) / i.block_k);
   p.stages = stages;
   p.list = list;
+  p.early = product.early && launcher.early;
   p.tiles_n = tiles_n;
   constexpr int kExchange = 10;  // steps
   p.exchange = wanted.split == kStreamK        ? GroupedArguments::kShared
@@ -374,14 +379,14 @@ int marlin_cuda_moe(const marlin_cuda_experts_t* sets, int count, const marlin_c
     }
   }
   const auto multiply = [&](const marlin_cuda_experts_t& set, const marlin_cuda_stack_t& stack, int64_t from,
-                            int64_t lda, int64_t to) {
-    return launch_product({&stack, set.first, set.last, scratch + from, lda, scratch + to}, plan, x, list, facts,
+                            int64_t lda, int64_t to, bool early) {
+    return launch_product({&stack, set.first, set.last, scratch + from, lda, scratch + to, early}, plan, x, list, facts,
                           launcher);
   };
   for (int i = 0; i < count; i++) {
-    MARLIN_RETURN_IF_ERROR(multiply(sets[i], sets[i].gate, layout.gathered, layout.gathered_columns, layout.gate));
+    MARLIN_RETURN_IF_ERROR(multiply(sets[i], sets[i].gate, layout.gathered, layout.gathered_columns, layout.gate, false));
     if (two)
-      MARLIN_RETURN_IF_ERROR(multiply(sets[i], sets[i].up, layout.gathered_up, layout.gathered_columns, layout.up));
+      MARLIN_RETURN_IF_ERROR(multiply(sets[i], sets[i].up, layout.gathered_up, layout.gathered_columns, layout.up, false));
   }
   for (int i = 0; i < count; i++) {
     const marlin_cuda_weights_t& down = sets[i].down.weights;
@@ -407,8 +412,9 @@ int marlin_cuda_moe(const marlin_cuda_experts_t* sets, int count, const marlin_c
     a.vectors = a.step == 1 && a.in_features % 8 == 0 && a.pitch % 8 == 0;
     MARLIN_RETURN_IF_ERROR(launch_activate(launcher, routing, a, x.dtype));
   }
+  // The list has been there since before the first product, which had ended when the activation began.
   for (int i = 0; i < count; i++)
-    MARLIN_RETURN_IF_ERROR(multiply(sets[i], sets[i].down, layout.hidden, layout.hidden_columns, layout.down));
+    MARLIN_RETURN_IF_ERROR(multiply(sets[i], sets[i].down, layout.hidden, layout.hidden_columns, layout.down, true));
   Sum sum = {};
   sum.Y = scratch + layout.down;
   sum.weights = x.weights_on_input ? nullptr : x.weights;

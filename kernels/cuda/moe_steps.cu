@@ -41,7 +41,7 @@ __device__ __forceinline__ RouteMemory route_memory(int* shared, int warps, int 
 }
 
 // A stable counting sort by one block. Each warp takes neighbouring choices, 32 at a time; lanes with the same expert
-// find each other, and the lowest counts for all. `keeps`: rows stay in shared memory. `writes`: results go to memory.
+// find each other, and the lowest counts on for all. `keeps`: rows stay in shared memory. `writes`: results go to memory.
 __device__ __forceinline__ void sort_choices(const Routing& p, const RouteMemory& m, bool keeps, bool writes) {
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, threads = blockDim.x, warps = threads / 32;
   const int P = p.positions;
@@ -50,11 +50,22 @@ __device__ __forceinline__ void sort_choices(const Routing& p, const RouteMemory
   for (int i = tid; i < warps * P; i += threads) m.counts[i] = 0;
   __syncthreads();
   int* const mine = m.counts + warp * P;
-  for (int at = begin; at < end; at += 32) {
-    const int c = at + lane, position = c < end ? position_of(p, c) : -1;
-    const unsigned same = __match_any_sync(kAll, position);
-    if (position >= 0 && lane == __ffs(same) - 1) mine[position] += __popc(same);
-    __syncwarp();
+  // Many at a time: a choice and its expert's position come from L2.
+  constexpr int kAtOnce = 8;
+  int position[kAtOnce];
+  const auto load = [&](int at) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      const int c = at + 32 * i + lane;
+      position[i] = c < end ? position_of(p, c) : -1;
+    }
+  };
+  const bool once = each <= 32 * kAtOnce;  // what is loaded stays
+  for (int at = begin; at < end; at += 32 * kAtOnce) {
+    load(at);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++)
+      if (position[i] >= 0) atomicAdd(mine + position[i], 1);
   }
   __syncthreads();
   for (int i = tid; i < P; i += threads) {
@@ -92,19 +103,24 @@ __device__ __forceinline__ void sort_choices(const Routing& p, const RouteMemory
     }
   }
   __syncthreads();
-  for (int at = begin; at < end; at += 32) {
-    const int c = at + lane, position = c < end ? position_of(p, c) : -1;
-    const unsigned same = __match_any_sync(kAll, position);
-    int row = -1;
-    if (position >= 0) row = m.first_row[position] + mine[position] + __popc(same & ((1u << lane) - 1));
-    __syncwarp();
-    if (position >= 0 && lane == __ffs(same) - 1) mine[position] += __popc(same);
-    __syncwarp();
-    if (c < end) {
-      if (writes) p.places[c] = row;
-      if (row >= 0) {
-        if (keeps) m.rows[row] = c;
-        if (writes) p.rows[row] = c;
+  for (int at = begin; at < end; at += 32 * kAtOnce) {
+    if (!once) load(at);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      if (at + 32 * i >= end) break;
+      const int c = at + 32 * i + lane, expert = position[i];
+      const unsigned same = __match_any_sync(kAll, expert);
+      int row = -1;
+      if (expert >= 0) row = m.first_row[expert] + mine[expert] + __popc(same & ((1u << lane) - 1));
+      __syncwarp();
+      if (expert >= 0 && lane == __ffs(same) - 1) mine[expert] += __popc(same);
+      __syncwarp();
+      if (c < end) {
+        if (writes) p.places[c] = row;
+        if (row >= 0) {
+          if (keeps) m.rows[row] = c;
+          if (writes) p.rows[row] = c;
+        }
       }
     }
   }
@@ -181,8 +197,28 @@ __global__ void __launch_bounds__(kThreads)
     gather_kernel(const __grid_constant__ Routing p, const __grid_constant__ Gather g) {
   wait_for_kernel_before();
   let_next_kernel_begin();
-  const int end = __ldcg(p.first_row + g.last);
-  for (int row = __ldcg(p.first_row + g.first) + blockIdx.x; row < end; row += gridDim.x) {
+  const int begin = __ldcg(p.first_row + g.first), end = __ldcg(p.first_row + g.last);
+  if (g.vectors && g.perm == nullptr && g.scale == nullptr) {
+    constexpr int kAtOnce = 4;  // rows whose loads are under way together
+    for (int row = begin + blockIdx.x * kAtOnce; row < end; row += gridDim.x * kAtOnce) {
+      const T* from[kAtOnce];
+#pragma unroll
+      for (int r = 0; r < kAtOnce; r++)
+        from[r] = static_cast<const T*>(g.x) + __ldcg(p.rows + min(row + r, end - 1)) / p.top_k * g.pitch;
+      for (int i = threadIdx.x; i < g.K / 8; i += kThreads) {
+        uint4 v[kAtOnce];
+#pragma unroll
+        for (int r = 0; r < kAtOnce; r++)
+          v[r] = i * 8 < g.in_features ? reinterpret_cast<const uint4*>(from[r])[i] : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int r = 0; r < kAtOnce; r++)
+          if (row + r < end)
+            reinterpret_cast<uint4*>(static_cast<T*>(g.A) + static_cast<int64_t>(row + r) * g.K)[i] = v[r];
+      }
+    }
+    return;
+  }
+  for (int row = begin + blockIdx.x; row < end; row += gridDim.x) {
     const int choice = __ldcg(p.rows + row);
     gather_row<T>(g, p.top_k, row, choice, g.perm == nullptr ? 0 : position_of(p, choice));
   }
@@ -195,7 +231,7 @@ __device__ __forceinline__ float activated(const Activate& a, float gate, float 
   float v;
   switch (a.kind) {
     case MARLIN_CUDA_SILU:
-      v = gate / (1.0f + __expf(-a.alpha * gate));
+      v = __fdividef(gate, 1.0f + __expf(-a.alpha * gate));  // a quotient by infinity is 0
       break;
     case MARLIN_CUDA_GELU:
       v = 0.5f * gate * (1.0f + erff(gate * 0.70710678f));
@@ -227,40 +263,57 @@ __global__ void __launch_bounds__(kThreads)
     T value[8];
     uint4 bits;
   };
-  // A block has a row and 8 * kThreads of its columns: gridDim.y parts of a row.
-  for (int row = begin + blockIdx.x; row < end; row += gridDim.x) {
-    const T* const gate = static_cast<const T*>(a.gate) + row * a.pitch;
-    const T* const up = a.up == nullptr ? gate : static_cast<const T*>(a.up) + row * a.pitch;
+  // A thread has eight columns and every so many rows: blocks have several rows where these are short.
+  const int together = max(1, kThreads / pieces), mine = threadIdx.x / pieces;
+  const int i = blockIdx.y * kThreads + threadIdx.x - (together > 1 ? mine * pieces : 0);
+  if (i >= pieces || mine >= together) return;
+  const bool inside = i * 8 < a.in_features;
+  const int stride = gridDim.x * together;
+  const auto at = [&](const void* matrix, int row) { return static_cast<const T*>(matrix) + row * a.pitch; };
+  const auto store = [&](int row, const Eight& v) {
+    reinterpret_cast<uint4*>(static_cast<T*>(a.H) + static_cast<int64_t>(row) * a.K)[i] = v.bits;
+  };
+  int row = begin + blockIdx.x * together + (together > 1 ? mine : 0);
+  if (a.vectors && a.perm == nullptr) {
+    constexpr int kAtOnce = 2;  // rows whose loads are under way together
+    for (; row < end; row += kAtOnce * stride) {
+      Eight g[kAtOnce], u[kAtOnce];
+#pragma unroll
+      for (int r = 0; r < kAtOnce; r++) {
+        g[r].bits = u[r].bits = make_uint4(0, 0, 0, 0);
+        if (!inside || row + r * stride >= end) continue;
+        g[r].bits = __ldcg(reinterpret_cast<const uint4*>(at(a.gate, row + r * stride)) + i);
+        if (a.up != nullptr) u[r].bits = __ldcg(reinterpret_cast<const uint4*>(at(a.up, row + r * stride)) + i);
+      }
+#pragma unroll
+      for (int r = 0; r < kAtOnce; r++) {
+        if (row + r * stride >= end) break;
+        Eight v;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+          v.value[j] = from_float<T>(inside ? activated(a, to_float(g[r].value[j]), to_float(u[r].value[j])) : 0.0f);
+        store(row + r * stride, v);
+      }
+    }
+    return;
+  }
+  for (; row < end; row += stride) {
+    const T *const gate = at(a.gate, row), *const up = a.up == nullptr ? gate : at(a.up, row);
     const int32_t* perm = nullptr;
     if (a.perm != nullptr)
       perm = a.perm + static_cast<int64_t>(position_of(p, __ldcg(p.rows + row)) - a.first) * a.in_features;
-    for (int i = blockIdx.y * kThreads + threadIdx.x; i < pieces; i += gridDim.y * kThreads) {
-      Eight v;
-      if (a.vectors && perm == nullptr) {
-        Eight g, u;
-        g.bits = u.bits = make_uint4(0, 0, 0, 0);
-        if (i * 8 < a.in_features) {
-          g.bits = __ldcg(reinterpret_cast<const uint4*>(gate) + i);
-          u.bits = __ldcg(reinterpret_cast<const uint4*>(up) + i);
-        }
+    Eight v;
 #pragma unroll
-        for (int j = 0; j < 8; j++)
-          v.value[j] =
-              from_float<T>(i * 8 < a.in_features ? activated(a, to_float(g.value[j]), to_float(u.value[j])) : 0.0f);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          const int k = i * 8 + j;
-          float f = 0.0f;
-          if (k < a.in_features) {
-            const int64_t column = static_cast<int64_t>(perm == nullptr ? k : perm[k]) * a.step;
-            f = activated(a, to_float(gate[column]), to_float(up[column]));
-          }
-          v.value[j] = from_float<T>(f);
-        }
+    for (int j = 0; j < 8; j++) {
+      const int k = i * 8 + j;
+      float f = 0.0f;
+      if (k < a.in_features) {
+        const int64_t column = static_cast<int64_t>(perm == nullptr ? k : perm[k]) * a.step;
+        f = activated(a, to_float(gate[column]), to_float(up[column]));
       }
-      reinterpret_cast<uint4*>(static_cast<T*>(a.H) + static_cast<int64_t>(row) * a.K)[i] = v.bits;
+      v.value[j] = from_float<T>(f);
     }
+    store(row, v);
   }
 }
 
@@ -276,23 +329,39 @@ __global__ void __launch_bounds__(kThreads)
   for (int token = blockIdx.x; token < s.tokens; token += gridDim.x) {
     for (int i = blockIdx.y * kThreads + threadIdx.x; i < pieces; i += gridDim.y * kThreads) {
       float sum[8] = {};
-      for (int j = 0; j < p.top_k; j++) {
-        const int choice = token * p.top_k + j, row = __ldcg(p.places + choice);
-        if (row < 0) continue;
-        const float weight = s.weights == nullptr ? 1.0f : s.weights[choice];
-        const T* const from = static_cast<const T*>(s.Y) + static_cast<int64_t>(row) * s.columns + i * 8;
+      // Some choices at a time, their loads under way together.
+      constexpr int kAtOnce = 4;
+      for (int first = 0; first < p.top_k; first += kAtOnce) {
+        int row[kAtOnce];
+        float weight[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+          const int choice = token * p.top_k + first + j;
+          const bool is = first + j < p.top_k;
+          row[j] = is ? __ldcg(p.places + choice) : -1;
+          weight[j] = s.weights == nullptr || !is ? 1.0f : s.weights[choice];
+        }
         union {
           T value[8];
           uint4 bits;
-        } v;
-        if (vectors) {
-          v.bits = __ldcg(reinterpret_cast<const uint4*>(from));
-        } else {
+        } v[kAtOnce];
 #pragma unroll
-          for (int c = 0; c < 8; c++) v.value[c] = i * 8 + c < s.columns ? from[c] : from_float<T>(0.0f);
+        for (int j = 0; j < kAtOnce; j++) {
+          const T* const from = static_cast<const T*>(s.Y) + static_cast<int64_t>(row[j]) * s.columns + i * 8;
+          if (row[j] < 0) continue;
+          if (vectors) {
+            v[j].bits = __ldcg(reinterpret_cast<const uint4*>(from));
+          } else {
+#pragma unroll
+            for (int c = 0; c < 8; c++) v[j].value[c] = i * 8 + c < s.columns ? from[c] : from_float<T>(0.0f);
+          }
         }
 #pragma unroll
-        for (int c = 0; c < 8; c++) sum[c] = fmaf(weight, to_float(v.value[c]), sum[c]);
+        for (int j = 0; j < kAtOnce; j++) {
+          if (row[j] < 0) continue;
+#pragma unroll
+          for (int c = 0; c < 8; c++) sum[c] = fmaf(weight[j], to_float(v[j].value[c]), sum[c]);
+        }
       }
       T* const to = static_cast<T*>(s.out) + static_cast<int64_t>(token) * s.columns + i * 8;
       if (vectors) {

@@ -48,6 +48,8 @@ struct OutputTile {
   }
 };
 
+__device__ __forceinline__ void wait_for_activations(const GemmArguments&) {}
+
 // The iterations of one block, and which output tiles they belong to.
 struct TileScheduler {
   int begin, end;  // data-parallel: numbered from 0 in each block

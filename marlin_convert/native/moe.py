@@ -78,10 +78,11 @@ class Layout(ctypes.Structure):
 
 
 def variant(
-    block_m: int = 0, block_n: int = 0, split: int = 0, one_by_one: bool = False, portable: bool = False
+    block_m: int = 0, block_n: int = 0, split: int = 0, one_by_one: bool = False, portable: bool = False,
+    rounding: bool = False,
 ) -> int:
     """MARLIN_CUDA_MOE_VARIANT, for tests and measurements."""
-    return block_m | block_n << 10 | split << 20 | one_by_one << 24 | portable << 25
+    return block_m | block_n << 10 | split << 20 | one_by_one << 24 | portable << 25 | rounding << 26
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The operator for a block of experts where there is no GPU: its reference, shapes, and its contract with the header."""
+"""The operator for a block of experts where there is no GPU: its reference, shapes, its contract with the header."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ def test_constants_and_structures_are_those_of_the_header() -> None:
     defined = dict(re.findall(r"^#define MARLIN_CUDA_(\w+) (\d+)", header, re.MULTILINE))
     for name, number in moe.ACTIVATIONS.items():
         assert int(defined[name.upper()]) == number
-    assert (moe.NOT_JOINED, moe.JOINED, moe.ALTERNATING) == tuple(
-        int(defined[name]) for name in ("NOT_JOINED", "JOINED", "ALTERNATING")
-    )
+    joined = {"NOT_JOINED": moe.NOT_JOINED, "JOINED": moe.JOINED, "ALTERNATING": moe.ALTERNATING}
+    assert all(int(defined[name]) == number for name, number in joined.items())
     pointer, i32, i64 = 8, 4, 8
     assert ctypes.sizeof(cuda_library.Weights) == 4 * pointer + 5 * i64 + 2 * i32
     assert ctypes.sizeof(moe._Set) == 3 * (ctypes.sizeof(cuda_library.Weights) + pointer) + 2 * i32
     assert ctypes.sizeof(moe._Call) == 10 * pointer + 2 * i64 + 10 * i32 + 3 * 4 + i32
     assert ctypes.sizeof(moe.Layout) == 12 * i64 + 2 * i32
-    assert moe.variant(128, 256, 10, one_by_one=True, portable=True) == 128 | 256 << 10 | 10 << 20 | 1 << 24 | 1 << 25
+    assert moe.variant(64, 256, 10, True, True, True) == 64 | 256 << 10 | 10 << 20 | 7 << 24
 
 
 def stack(
