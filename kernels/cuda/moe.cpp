@@ -106,6 +106,11 @@ int check_stack(const marlin_cuda_stack_t& stack, bool pointers) {
   return MARLIN_OK;
 }
 
+// Columns of what the second product reads, before they are brought into the order of stored rows.
+int64_t inner_features(const marlin_cuda_experts_t& set, const marlin_cuda_moe_t& x) {
+  return set.gate.weights.out_features / (x.joined == MARLIN_CUDA_NOT_JOINED ? 1 : 2);
+}
+
 int64_t up_to(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 int make_moe_plan(const marlin_cuda_experts_t* sets, int count, const marlin_cuda_moe_t& x, const Device& facts,
@@ -128,11 +133,12 @@ int make_moe_plan(const marlin_cuda_experts_t* sets, int count, const marlin_cud
     const marlin_cuda_weights_t &gate = set.gate.weights, &up = set.up.weights, &down = set.down.weights;
     MARLIN_RETURN_IF_ERROR(check_stack(set.gate, false));
     MARLIN_RETURN_IF_ERROR(check_stack(set.down, false));
+    const int64_t inner = inner_features(set, x);
     if (two) MARLIN_RETURN_IF_ERROR(check_stack(set.up, false));
     if (set.first != at || set.last <= set.first || has(set.up) != two ||
         gate.in_features != like.gate.weights.in_features || gate.out_features != like.gate.weights.out_features ||
-        down.in_features != like.down.weights.in_features || down.out_features != like.down.weights.out_features ||
-        down.in_features * (x.joined == MARLIN_CUDA_NOT_JOINED ? 1 : 2) != gate.out_features)
+        down.out_features != like.down.weights.out_features ||
+        (down.perm == nullptr && down.in_features != inner) || gate.out_features % (x.joined == 0 ? 1 : 2) != 0)
       return MARLIN_CUDA_ERROR_EXPERTS;
     if (two && (up.in_features != gate.in_features || up.out_features != gate.out_features))
       return MARLIN_CUDA_ERROR_EXPERTS;
@@ -396,7 +402,7 @@ int marlin_cuda_moe(const marlin_cuda_experts_t* sets, int count, const marlin_c
     a.pitch = sets[i].gate.weights.out_features;
     a.step = x.joined == MARLIN_CUDA_ALTERNATING ? 2 : 1;
     a.up = two                                ? scratch + layout.up
-           : x.joined == MARLIN_CUDA_JOINED      ? static_cast<const void*>(gate + down.in_features)
+           : x.joined == MARLIN_CUDA_JOINED      ? static_cast<const void*>(gate + inner_features(sets[i], x))
            : x.joined == MARLIN_CUDA_ALTERNATING ? gate + 1
                                                  : nullptr;
     a.perm = static_cast<const int32_t*>(down.perm);

@@ -24,6 +24,7 @@ from ..checkpoint.reader import Tensor
 from ..errors import SourceError, UnsupportedError
 from ..formats.stored import StoredLayer
 from ..options import Format
+from .grouped_experts import GroupedExperts, formula_of
 from .linear import DequantizedWeight, MarlinLinear
 
 if TYPE_CHECKING:
@@ -285,6 +286,24 @@ class MarlinExperts(nn.Module):
         self._identity = hasattr(fused, "identity_expert")  # of those that come after the others
         self._interleaved = not getattr(fused, "is_concatenated", True)
         self._norm = bool(getattr(fused, "has_post_expert_norm", False))
+        self._grouped: GroupedExperts | None = None
+        self._loops = False  # one expert after the other: something of them is no part of the operator
+
+    def _in_one(self) -> GroupedExperts | None:
+        """All experts as one operator; None for those that it does not compute."""
+        if self._grouped is not None and self._grouped.current():
+            return self._grouped
+        if self._loops:
+            return None
+        experts: Any = [expert.children() for expert in (self._modules[str(n)] for n in range(self._count))]  # type: ignore[union-attr]
+        layers = [tuple(parts) for parts in experts]
+        formula = None
+        if not (self._identity or self._norm) and all(isinstance(x, MarlinLinear) for parts in layers for x in parts):
+            limit = getattr(self, "limit", getattr(self, "swiglu_limit", None))
+            formula = formula_of(self._activation, len(layers[0]) == 3, alpha=getattr(self, "alpha", None), limit=limit)
+        self._loops = formula is None
+        self._grouped = None if formula is None else GroupedExperts(layers, formula)
+        return self._grouped
 
     def _activation(self, *parts: torch.Tensor) -> torch.Tensor:
         """The block's own activation of (gate, up), or of up alone."""
@@ -309,6 +328,9 @@ class MarlinExperts(nn.Module):
             rows = hidden_states.view(self._count, -1, hidden_states.shape[-1])
             return torch.cat([self._computed(number, x) for number, x in enumerate(rows)])
         index, weights = choice
+        gradient = hidden_states.requires_grad and torch.is_grad_enabled()  # layers say that they have none
+        if hidden_states.is_cuda and not gradient and (together := self._in_one()) is not None:
+            return together(hidden_states, index, weights)
         result = torch.zeros_like(hidden_states)
         for number in torch.unique(index).tolist():
             if number >= self._count and not self._identity:  # Transformers' mark for "no expert"

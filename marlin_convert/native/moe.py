@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
 import torch
@@ -78,7 +78,11 @@ class Layout(ctypes.Structure):
 
 
 def variant(
-    block_m: int = 0, block_n: int = 0, split: int = 0, one_by_one: bool = False, portable: bool = False,
+    block_m: int = 0,
+    block_n: int = 0,
+    split: int = 0,
+    one_by_one: bool = False,
+    portable: bool = False,
     rounding: bool = False,
 ) -> int:
     """MARLIN_CUDA_MOE_VARIANT, for tests and measurements."""
@@ -91,6 +95,8 @@ class Stack:
 
     B int32 [E, K/16, N bits/2], s [E, G, N], zeros int32 [E, G, N bits/32], perm int32 [E, in_features], bias
     [E, out_features] of the activations' dtype. K and N are stored sizes, in_features and out_features without padding.
+    A perm of `down` may name a column several times, and in_features be more than its inputs: rows of zeros between
+    others.
     """
 
     B: T
@@ -109,6 +115,10 @@ class Stack:
     @property
     def numbers(self) -> list[int]:
         return [self.bits, self.in_features, self.out_features]
+
+    def with_bias(self, dtype: torch.dtype) -> Stack:
+        """The same, its bias cast."""
+        return self if self.bias is None else replace(self, bias=self.bias.to(dtype))
 
     def check(self, name: str, dtype: torch.dtype) -> None:
         """Raises TypeError or ValueError for tensors that do not fit."""
@@ -129,14 +139,17 @@ class Stack:
         if any(tensor is not None and tensor.shape[0] != count for tensor in (self.s, self.zeros, self.perm)):
             raise ValueError(f"{name}: its tensors are of different numbers of experts")
 
-    def expert(self, number: int, dtype: torch.dtype) -> tuple[T, T | None]:
-        """W [in_features, out_features] of one of them, rounded once to `dtype`, and its bias."""
-        parts = [None if tensor is None else tensor[number] for tensor in (self.zeros, self.perm, self.bias)]
+    def product(self, number: int, a: T) -> T:
+        """a · W + bias of one of them, in a's dtype; weights are rounded to it once."""
+        zeros, perm, bias = (
+            None if tensor is None else tensor[number] for tensor in (self.zeros, self.perm, self.bias)
+        )
         W = twin.dequantize_layer(
-            self.B[number], self.s[number], parts[0], parts[1], bits=self.bits, in_features=self.in_features,
-            out_features=self.out_features, dtype=dtype,
+            self.B[number], self.s[number], zeros, bits=self.bits, in_features=self.in_features,
+            out_features=self.out_features, dtype=a.dtype,
         )  # fmt: skip
-        return W, parts[2]
+        y = (a if perm is None else a[:, perm.long()]).float() @ W.float()
+        return (y if bias is None else y + bias.float()).to(a.dtype)
 
 
 @dataclass(frozen=True)
@@ -389,22 +402,17 @@ def _reference(
 
 
 def _expert(group: Set, number: int, rows: T, formula: Formula) -> T:
-    def product(stack: Stack, a: T) -> T:
-        W, bias = stack.expert(number, a.dtype)
-        y = a.float() @ W.float()
-        return (y if bias is None else y + bias.float()).to(a.dtype)
-
-    gate: T = product(group.gate, rows)
+    gate: T = group.gate.product(number, rows)
     up: T | None
     if group.up is not None:
-        up = product(group.up, rows)
+        up = group.up.product(number, rows)
     elif formula.joined == JOINED:
         gate, up = gate.chunk(2, -1)
     elif formula.joined == ALTERNATING:
         gate, up = gate[:, ::2], gate[:, 1::2]
     else:
         up = None
-    return product(group.down, activate(gate, up, formula).to(rows.dtype))
+    return group.down.product(number, activate(gate, up, formula).to(rows.dtype))
 
 
 def activate(gate: T, up: T | None, formula: Formula) -> T:

@@ -163,6 +163,20 @@ def test_a_quantized_head_is_not_tied_whatever_the_config_says(tmp_path: Path) -
     same_logits(from_pretrained(tmp_path / "saved"), pair.reference())
 
 
+def as_one_operator(experts: Any) -> bool:
+    """Whether a block has an operator for all of its experts, which computes what the loop over them does."""
+    grouped = experts._in_one()
+    if grouped is None:
+        return False
+    x, weights = (
+        torch.randn(5, experts._modules["0"]._modules[experts._modules["0"]._parts[0]].in_features),
+        torch.rand(5, 2),
+    )
+    ids = torch.rand(5, experts._count).argsort(1)[:, :2]
+    want, found = experts(x.half(), ids, weights), grouped(x.half(), ids, weights)
+    return bool((found - want).float().norm() <= 5e-3 * want.float().norm())
+
+
 @pytest.mark.parametrize("config", [mixtral, qwen3_moe])
 def test_mixtures_of_experts(tmp_path: Path, config: Callable[[], Any]) -> None:
     """Transformers fuses the experts into two tensors; a checkpoint has each by itself."""
@@ -171,6 +185,8 @@ def test_mixtures_of_experts(tmp_path: Path, config: Callable[[], Any]) -> None:
     model, info = from_pretrained(pair.out, output_loading_info=True)
     assert len(marlin_layers(model)) == len(pair.layers)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    same_logits(model, pair.reference())
+    assert all(as_one_operator(layer.mlp.experts) for layer in model.model.layers)  # as on a GPU
     same_logits(model, pair.reference())
     model.save_pretrained(tmp_path / "saved")
     saved, stored = load_file(tmp_path / "saved" / "model.safetensors"), pair.tensors()

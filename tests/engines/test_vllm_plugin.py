@@ -441,13 +441,12 @@ def test_experts_get_a_method_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("config", "block", "message"),
     [
-        (experts_config(group=64, order=True), {}, "does not run experts with act-order; load the GPTQ checkpoint"),
+        (experts_config(group=64, order=True), {}, "experts with act-order, and marlin-convert's kernels are not used"),
         (experts_config({EXPERTS[3]: {"group": 32}}, group=64), {}, "experts of different settings in one block"),
         (experts_config(group=64, K=200), {}, "experts that are stored padded"),
         (experts_config(bits=8, group=64, asym=True), {}, "no 8-bit codes with zero points"),
         (experts_config(group=16), {}, "no groups of 16"),
         (experts_config(), {"all2all": True}, "experts spread over data-parallel ranks"),
-        (experts_config(), {"is_act_and_mul": False}, "experts without a gate, or with a limit on it"),
         (experts_config(), {"swiglu_limit": 7.0}, "experts without a gate, or with a limit on it"),
         (experts_config(), {"num_logical_experts": 3}, "mlp.experts.2.down_proj is not quantized"),
         (experts_config(), {"num_logical_experts": 1}, "mlp.experts.1.down_proj is not one of them"),
