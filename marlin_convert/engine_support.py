@@ -19,7 +19,7 @@ VLLM = "vLLM 0.26 to 0.33"
 VLLM_GROUP_SIZES = (-1, 32, 64, 128)
 VLLM_KINDS = ((4, False), (8, False), (4, True))  # bits, and whether there are zero points
 
-# What vLLM's fused product of experts cannot compute, in words.
+# What vLLM's own fused product of experts cannot compute, in words.
 DIFFERENT = "experts of different settings in one block"
 SORTED = "experts with act-order"
 PADDED = "experts that are stored padded"
@@ -63,7 +63,7 @@ def kernel_lacks(bits: int, zeros: bool, group_size: int) -> str | None:
 
 
 def expert_faults(layers: Iterable[LayerFacts]) -> dict[str, list[str]]:
-    """Return why vLLM cannot compute the `layers` of one block's experts → the layers that are so."""
+    """Return why vLLM's own product cannot compute the `layers` of one block's experts → the layers that are so."""
     layers = list(layers)
     kinds = {replace(x, name="", bias=False, K=0, N=0) for x in layers}
     found: dict[str, list[str]] = {}
@@ -78,26 +78,18 @@ def expert_faults(layers: Iterable[LayerFacts]) -> dict[str, list[str]]:
     return found
 
 
-def vllm_refuses(layers: Sequence[LayerFacts]) -> dict[str, list[str]]:
-    """Return what vLLM with the plugin does not compute → the layers that have it."""
+def vllm_needs_our_kernels(layers: Sequence[LayerFacts]) -> dict[str, list[str]]:
+    """Return what vLLM computes only where marlin-convert's CUDA kernels are built → the layers that have it."""
     blocks: dict[str, list[LayerFacts]] = {}
+    found: dict[str, list[str]] = {}
     for x in layers:
         if match := EXPERTS.match(x.name):
             blocks.setdefault(match[0], []).append(x)
-    found: dict[str, list[str]] = {}
+        elif lacking := kernel_lacks(x.bits, x.zeros, x.group_size):
+            found.setdefault(lacking, []).append(x.name)
     for block in blocks.values():
         for fault, names in expert_faults(block).items():
             found.setdefault(fault, []).extend(names)
-    return found
-
-
-def vllm_needs_our_kernels(layers: Sequence[LayerFacts]) -> dict[str, list[str]]:
-    """Return what vLLM computes only where marlin-convert's CUDA kernels are built → the layers that have it."""
-    found: dict[str, list[str]] = {}
-    for x in layers:
-        lacking = None if EXPERTS.match(x.name) else kernel_lacks(x.bits, x.zeros, x.group_size)
-        if lacking:
-            found.setdefault(lacking, []).append(x.name)
     return found
 
 
@@ -136,7 +128,7 @@ ENGINES = (
         VLLM,
         "yes", "yes, but for [what it refuses](docs/guides/vllm.md#what-is-refused)",
         "`vllm serve {repo}`",
-        lambda result: not vllm_refuses(result.layers),
+        lambda result: True,
         with_plugin=True,
         beside=" with marlin-convert installed",
     ),

@@ -51,8 +51,8 @@ def test_who_reads_experts() -> None:
     first, second = LayerFacts("l.experts.0.up", 4, 128), LayerFacts("l.experts.1.up", 4, 64)
     extended = {"format": Format.MARLIN_EXT}
     assert names(result(first, **extended)) == BESIDE
-    assert names(result(first, second, **extended)) == ["Transformers 5"]
-    assert engines.vllm_refuses([first, second]) == {engines.DIFFERENT: ["l.experts.0.up", "l.experts.1.up"]}
+    assert names(result(first, second, **extended)) == BESIDE
+    assert engines.vllm_needs_our_kernels([first, second]) == {engines.DIFFERENT: ["l.experts.0.up", "l.experts.1.up"]}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,6 @@ def test_who_reads_experts() -> None:
     ids=str,
 )
 def test_what_vllm_lacks(layer: LayerFacts, fault: str | None) -> None:
-    assert engines.vllm_refuses([layer]) == {}
     assert engines.vllm_needs_our_kernels([layer]) == ({} if fault is None else {fault: ["x"]})
 
 

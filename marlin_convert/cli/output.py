@@ -21,7 +21,7 @@ from rich.text import Text
 from ..checkpoint.writer import shard_names
 from ..conversion.names import span
 from ..conversion.plan import Plan, plan_as_dict
-from ..engine_support import VLLM, ResultFacts, readers, vllm_needs_our_kernels, vllm_refuses
+from ..engine_support import VLLM, ResultFacts, readers, vllm_needs_our_kernels
 from ..formats.cuts import tensor_parallel_cuts
 from ..hub import client as hub
 from ..options import Options
@@ -158,8 +158,7 @@ class Screen:
             return
         facts = plan.layer_facts
         cuts = tensor_parallel_cuts(facts, ranks)
-        refused = {name for names in vllm_refuses(facts).values() for name in names}
-        refused |= {name for cut in cuts if cut.refused for name in cut.layers}
+        refused = {name for cut in cuts if cut.refused for name in cut.layers}
         rest = f"refuses {len(refused)} of {len(facts)} layers" if refused else "takes every layer"
         self._say(f"{VLLM} with marlin-convert, {ranks} rank{'' if ranks == 1 else 's'}: {rest}")
         for cut in cuts:
@@ -175,8 +174,6 @@ class Screen:
         beside, alone = ([engine.name for engine in readers(facts, with_plugin=x)] for x in (True, False))
         read = " and ".join(beside) + " with marlin-convert" + (f", and {', '.join(alone)}" if alone else "")
         self._say(f"format: {FORMAT_NAMES[plan.format]}, which {read} {'read' if len(beside + alone) > 1 else 'reads'}")
-        for what, names in vllm_refuses(facts.layers).items():
-            self._say(f"  vLLM refuses {what}: {self._names(names)}")
         for what, names in vllm_needs_our_kernels(facts.layers).items():
             self._say(f"  vLLM computes {what} where marlin-convert's CUDA kernels are built: {self._names(names)}")
         for reason, names in plan.misfits.items() if plan.extended else ():
@@ -255,11 +252,7 @@ class Screen:
             self._note(f"no prompt was continued: {missing}")
         files = ", ".join(report.files) if len(report.files) < 3 else f"{len(report.files)} weight files"
         self._say(f"where: {report.out} ({files})")
-        where = str(report.out)
-        if vllm_refuses(facts.layers):
-            self._say(f"load:  marlin_convert.load({where!r})   (Transformers 5)")
-        else:
-            self._say(f"load:  vllm serve {where}   ({VLLM}, with marlin-convert installed)")
+        self._say(f"load:  vllm serve {report.out}   ({VLLM}, with marlin-convert installed)")
         if report.pushed:
             self._say(f"hub:   {report.pushed}")
         if report.remark:

@@ -16,7 +16,7 @@ from .._version import __version__
 from ..checkpoint.bounded import read_file
 from ..checkpoint.output_folder import write_file
 from ..checkpoint.reader import Checkpoint
-from ..engine_support import VLLM, readers, vllm_refuses
+from ..engine_support import VLLM, readers
 from ..hub.open import Source
 from ..options import CARD_FILE, QuantMethod
 from .plan import Plan
@@ -254,11 +254,11 @@ def _use(plan: Plan, made: Made) -> list[str]:
     """How to run this very result, in blocks that run as they stand."""
     repo, facts = made.repo_id or _SOME_REPOSITORY, plan.result_facts(made.quant_method, made.weight_files)
     where = "" if made.repo_id else f" `{_SOME_REPOSITORY}` stands for its id, or for a folder that holds it."
-    refused = vllm_refuses(facts.layers)
     sections = [
         f'With marlin-convert {__version__} or newer, installed from its checkout by `pip install ".[run]"`.{where}',
-        f"In {VLLM}, in the same environment:" if not refused else f"{VLLM} refuses it: {', '.join(refused)}.",
-        *([] if refused else [_SERVE.replace("{repo}", repo), _LLM.replace("{repo}", repo)]),
+        f"In {VLLM}, in the same environment:",
+        _SERVE.replace("{repo}", repo),
+        _LLM.replace("{repo}", repo),
         "In Transformers 5:",
         _TRANSFORMERS.replace("{repo}", repo),
     ]

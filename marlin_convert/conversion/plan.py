@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, require_unique
-from ..engine_support import LayerFacts, ResultFacts, vllm_needs_our_kernels, vllm_refuses
+from ..engine_support import LayerFacts, ResultFacts, vllm_needs_our_kernels
 from ..errors import SourceError, UnsupportedError
 from ..formats.gptq_config import GPTQSettings, find_configs
 from ..formats.layout import (
@@ -308,7 +308,6 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "group_size": None if plan.extended else plan.group_size,
         "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
         if plan.extended else [],
-        "vllm_refuses": [{"what": what, "layers": names} for what, names in vllm_refuses(facts).items()],
         "vllm_needs_our_kernels": [
             {"what": what, "layers": names} for what, names in vllm_needs_our_kernels(facts).items()
         ],

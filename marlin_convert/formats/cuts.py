@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..engine_support import EXPERTS, LayerFacts
+from ..engine_support import LayerFacts
 from .layout import EXT_K, EXT_N
 
 #: Linears whose rows tensor-parallel ranks share out; of all others it is the columns.
@@ -42,18 +42,18 @@ def tensor_parallel_cuts(layers: Iterable[LayerFacts], ranks: int) -> list[Cut]:
     """
     found: dict[tuple[str, str, bool], list[str]] = {}
     for x in layers:
-        by_rows, expert = _BY_ROWS.search(x.name) is not None, EXPERTS.match(x.name) is not None
+        by_rows = _BY_ROWS.search(x.name) is not None
         size = x.K if by_rows else x.N
         if ranks == 1 or x.name.endswith(_NOT_SHARED_EVENLY):
             continue
         if size % ranks:
             kind = (f"{'rows' if by_rows else 'columns'} that {ranks} ranks cannot share out evenly", REFUSED, True)
         elif by_rows and (x.act_order or not whole_groups(0, size // ranks, x.group_size)):
-            if x.group_size == -1 and not expert:
+            if x.group_size == -1:
                 kind = ("rows of one group in another order", "exact; they are packed anew while they load", False)
             else:
                 why = "act-order" if x.act_order else "cuts through groups"
-                kind = (f"{why} in rows that {ranks} ranks share out", REFUSED if expert else REGROUPED, expert)
+                kind = (f"{why} in rows that {ranks} ranks share out", REGROUPED, False)
         elif not by_rows and size // ranks % EXT_N:
             kind = (f"columns that {ranks} ranks take out of their tiles", "exact; packed anew while they load", False)
         else:

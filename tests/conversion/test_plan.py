@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.plan import make_plan, plan_as_dict
-from marlin_convert.engine_support import vllm_needs_our_kernels, vllm_refuses
+from marlin_convert.engine_support import vllm_needs_our_kernels
 from tests.support.gptq_checkpoints import (
     GPTQLayer,
     Source,
@@ -247,8 +247,8 @@ def test_plan_of_a_70b_model_reads_zero_points_and_the_scales_of_what_it_convert
 # ---- Engines ----
 
 
-def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
-    """The same as its plugin refuses when it loads (test_vllm.py)."""
+def test_what_vllm_lacks_is_said(tmp_path: Path) -> None:
+    """The same as its plugin asks for when it loads (test_vllm_plugin.py)."""
     order = np.random.default_rng(0).permutation(np.arange(256) // 128)
     layers = {
         "l.0.experts.0.up_proj": GPTQLayer(),
@@ -269,18 +269,16 @@ def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
     with Checkpoint(tmp_path / "m") as checkpoint:
         plan = make_plan(checkpoint)
     assert {x.name for x in plan.layers} == layers.keys()
-    refused = vllm_refuses(plan.layer_facts)
-    assert refused == {
-        "groups of 16": ["l.4.experts.0.up_proj"],
+    needed = {
+        "groups of 16": ["a", "b", "l.4.experts.0.up_proj"],
+        "8 bits with zero points": ["c"],
         "experts of different settings in one block": ["l.1.experts.0.up_proj", "l.1.experts.1.up_proj"],
         "experts with act-order": ["l.2.experts.0.up_proj"],
         "experts with biases": ["l.2.experts.0.up_proj"],
         "experts that are stored padded": ["l.3.experts.0.up_proj"],
     }
-    needed = {"groups of 16": ["a", "b"], "8 bits with zero points": ["c"]}
     assert vllm_needs_our_kernels(plan.layer_facts) == needed
     document = plan_as_dict(plan, "s")
-    assert {x["what"]: x["layers"] for x in document["vllm_refuses"]} == refused
     assert {x["what"]: x["layers"] for x in document["vllm_needs_our_kernels"]} == needed
 
 
@@ -305,7 +303,6 @@ def test_plan_as_dict(tmp_path: Path) -> None:
              "action": "convert"}
         ],
         "why_extended": [],
-        "vllm_refuses": [],
         "vllm_needs_our_kernels": [],
         "refused": [{"reason": "8-bit weights; the original format has 4 bits only", "layers": ["b"]}],
         "notes": [

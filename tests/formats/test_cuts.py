@@ -25,12 +25,12 @@ SPLIT = [
         (1, {}),
         (2, {
             "act-order in rows that 2 ranks share out": (["l.o_proj"], False),
-            "cuts through groups in rows that 2 ranks share out": (["l.down_proj", "l.experts.0.down_proj"], None),
+            "cuts through groups in rows that 2 ranks share out": (["l.down_proj", "l.experts.0.down_proj"], False),
             "rows of one group in another order": (["l.out_proj"], False),
         }),
         (4, {
             "act-order in rows that 4 ranks share out": (["l.o_proj"], False),
-            "cuts through groups in rows that 4 ranks share out": (["l.down_proj", "l.experts.0.down_proj"], None),
+            "cuts through groups in rows that 4 ranks share out": (["l.down_proj", "l.experts.0.down_proj"], False),
             "columns that 4 ranks take out of their tiles": (["l.up_proj"], False),
             "rows of one group in another order": (["l.out_proj"], False),
         }),
@@ -42,12 +42,11 @@ SPLIT = [
         }),
     ],
 )  # fmt: skip
-def test_what_tensor_parallelism_cuts(ranks: int, expected: dict[str, tuple[list[str], bool | None]]) -> None:
-    """None: refused for experts, whose fused product takes whole groups, and exact for others."""
+def test_what_tensor_parallelism_cuts(ranks: int, expected: dict[str, tuple[list[str], bool]]) -> None:
     found: dict[str, list[str]] = {}
     for cut in cuts.tensor_parallel_cuts(SPLIT, ranks):
         found.setdefault(cut.what, []).extend(cut.layers)
         refused = expected[cut.what][1]
-        assert cut.refused == (all("experts" in name for name in cut.layers) if refused is None else refused)
+        assert cut.refused == refused
         assert (cut.effect.partition(":")[0] == "refused") == cut.refused
     assert {what: sorted(names) for what, names in found.items()} == {k: sorted(v[0]) for k, v in expected.items()}
