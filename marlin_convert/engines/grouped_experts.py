@@ -71,7 +71,7 @@ def _stack(layers: Sequence[MarlinLinear]) -> moe.Stack:
         assert tensor is not None
         result = tensor.new_empty((len(layers), *tensor.shape))
         for row, layer in zip(result, layers, strict=True):
-            row.copy_(layer._buffers[name])  # type: ignore[arg-type]
+            row.copy_(layer._buffers[name])
             if views:  # rows of the others may start anywhere, and kernels want 16 bytes
                 layer._buffers[name] = row
         return result

@@ -216,8 +216,8 @@ def _sets(tensors: Sequence[T | None], numbers: Sequence[int]) -> list[Set]:
     """The inverse of `flat`."""
 
     def stack(at: int) -> Stack | None:
-        B, s, *rest = tensors[5 * at : 5 * at + 5]
-        return None if B is None or s is None else Stack(B, s, *rest, *numbers[3 * at : 3 * at + 3])
+        B, s, bias, zeros, perm = tensors[5 * at : 5 * at + 5]
+        return None if B is None or s is None else Stack(B, s, bias, zeros, perm, *numbers[3 * at : 3 * at + 3])
 
     if not tensors or len(tensors) % 15 or len(numbers) * 5 != len(tensors) * 3:
         raise ValueError(f"{len(tensors)} tensors and {len(numbers)} numbers; each set has 15 and 9")

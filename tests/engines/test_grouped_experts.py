@@ -48,7 +48,7 @@ def by_turns(experts: list[tuple[MarlinLinear, ...]], x: Any, ids: Any, weights:
     return y
 
 
-CASES = {
+CASES: dict[str, list[dict[str, Any]]] = {
     "plain": [{}] * E,
     "act-order": [{"group": 64, "order": True, "bias": True}] * E,
     "different": [{}, {"bits": 8, "group": 32, "asym": True}, {}, {"group": 64}],
