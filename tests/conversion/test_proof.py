@@ -205,7 +205,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "quantization": (settings("quantize_config.json", lambda c: c.update(bits=8)),
                      "quantize_config.json: bits is 8, not 4"),
     "card": (text("README.md", "license: mit", "license: gpl"), "README.md: line 4 is 'license: gpl', not"),
-    "card's verdict": (text("README.md", "2 of 2 layers", "3 of 3 layers"), "README.md: line"),
+    "card's verdict": (text("README.md", "equal | 2 of 2", "equal | 3 of 3"), "README.md: line"),
     "tokenizer": (text("tokenizer.json", "1", "2"), "tokenizer.json: it differs from the source's"),
     "code beside": (text("code/model.py", "1", "2"), "code/model.py: it differs from the source's"),
     "one more file": (lambda out: (out / "modeling.py").write_text("x"),
