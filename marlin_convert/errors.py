@@ -92,6 +92,8 @@ class MissingPackageError(MarlinConvertError, ImportError):
 #: How to install it, from what there is today: a checkout, or the file of a wheel that `make wheels` has built. It is
 #: on no package index yet, and a name that nobody holds must not be given to pip.
 INSTALL, INSTALL_WHEEL = "pip install .", "pip install ./marlin_convert-*.whl"
+#: In a checkout, with what running models needs.
+INSTALL_AND_RUN = 'pip install ".[run]"'
 #: What brings the packages of the extras `run`, `plot` and `ray`, by their own names.
 INSTALL_RUN = 'pip install "torch>=2.6" "transformers>=5.0"'
 INSTALL_PLOT, INSTALL_RAY = "pip install matplotlib", 'pip install "ray>=2.40"'

@@ -17,6 +17,7 @@ from ..checkpoint.bounded import read_file
 from ..checkpoint.output_folder import write_file
 from ..checkpoint.reader import Checkpoint
 from ..engine_support import VLLM, readers
+from ..errors import INSTALL_AND_RUN
 from ..hub.open import Source
 from ..options import CARD_FILE, QuantMethod
 from .plan import Plan
@@ -255,7 +256,7 @@ def _use(plan: Plan, made: Made) -> list[str]:
     repo, facts = made.repo_id or _SOME_REPOSITORY, plan.result_facts(made.quant_method, made.weight_files)
     where = "" if made.repo_id else f" `{_SOME_REPOSITORY}` stands for its id, or for a folder that holds it."
     sections = [
-        f'With marlin-convert {__version__} or newer, installed from its checkout by `pip install ".[run]"`.{where}',
+        f"With marlin-convert {__version__} or newer, installed from its checkout by `{INSTALL_AND_RUN}`.{where}",
         f"In {VLLM}, in the same environment:",
         _SERVE.replace("{repo}", repo),
         _LLM.replace("{repo}", repo),
