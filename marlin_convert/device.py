@@ -44,7 +44,7 @@ CPU = Device("cpu")
 
 
 def cuda_devices() -> list[Device]:
-    """The GPUs that the driver shows (CUDA_VISIBLE_DEVICES counts). Raises DeviceError if there are none."""
+    """Return the GPUs that the driver shows (CUDA_VISIBLE_DEVICES counts). Raises DeviceError if there are none."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -83,7 +83,7 @@ def pick_device(request: str) -> Device:
     """
     match = REQUEST.fullmatch(request)
     if not match:
-        raise DeviceError(f"{request!r} is no device; give auto, cpu, cuda or cuda:N.")
+        raise DeviceError(f"{request!r} is not a device; give auto, cpu, cuda or cuda:N.")
     if request == "cpu":
         return CPU
     try:

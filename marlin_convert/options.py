@@ -137,5 +137,5 @@ def shard_size(value: int | str) -> int | str:
     else:
         fits = type(value) is int and value > 0
     if not fits:
-        raise OptionError(f"{shortened(value)} is no size; write it like 5GB or 500MB.")
+        raise OptionError(f"{shortened(value)} is not a size; write it like 5GB or 500MB.")
     return value

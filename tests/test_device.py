@@ -215,7 +215,7 @@ def test_a_gpu_asked_for_by_name_is_not_replaced(machine: Callable[..., Run], tm
 
 @pytest.mark.parametrize("request_", ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "cuda:99999", "cpu "])
 def test_what_is_no_device(request_: str) -> None:
-    with pytest.raises(DeviceError, match="is no device; give auto, cpu, cuda or cuda:N"):
+    with pytest.raises(DeviceError, match="is not a device; give auto, cpu, cuda or cuda:N"):
         pick_device(request_)
 
 

@@ -34,10 +34,10 @@ def test_words_are_their_spelling() -> None:
         ("format", None, "format is None; choose auto, marlin, marlin_ext."),
         ("zero_points", "x", "zero_points is 'x'; choose nibble, word."),
         ("quant_method", "awq", "quant_method is 'awq'; choose gptq, marlin."),
-        ("max_shard_size", "many", "'many' is no size; write it like 5GB or 500MB."),
-        ("max_shard_size", "0GB", "'0GB' is no size; write it like 5GB or 500MB."),
-        ("max_shard_size", 0, "0 is no size; write it like 5GB or 500MB."),
-        ("max_shard_size", True, "True is no size; write it like 5GB or 500MB."),
+        ("max_shard_size", "many", "'many' is not a size; write it like 5GB or 500MB."),
+        ("max_shard_size", "0GB", "'0GB' is not a size; write it like 5GB or 500MB."),
+        ("max_shard_size", 0, "0 is not a size; write it like 5GB or 500MB."),
+        ("max_shard_size", True, "True is not a size; write it like 5GB or 500MB."),
     ],
 )
 def test_a_wrong_word_is_refused_with_the_choices(option: str, value: Any, message: str) -> None:

@@ -42,7 +42,7 @@ class GraphTimer:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, calls: Calls) -> float:
-        """The median time of one call, in µs."""
+        """Return the median time of one call, in µs."""
         import torch
 
         torch.cuda.synchronize(self.stream.device)  # the tensors come from another stream
@@ -79,7 +79,7 @@ def _run_all(calls: Calls) -> None:
 
 
 def cuda_rig(device: Device) -> Rig:
-    """The rig of a GPU. Raises DeviceError when the kernels cannot run there."""
+    """Return the rig of a GPU. Raises DeviceError when the kernels cannot run there."""
     import torch
 
     from ..native import cuda
@@ -126,7 +126,7 @@ def cuda_rig(device: Device) -> Rig:
 
 
 def described(versions: dict[str, str]) -> Machine:
-    """The GPU that torch takes first, with no kernel of ours, and the `versions` of what runs on it."""
+    """Return the GPU that torch takes first, with no kernel of ours, and the `versions` of what runs on it."""
     import torch
 
     index = torch.cuda.current_device()
@@ -172,7 +172,7 @@ _SMI_FIELDS = {
 
 
 def nvidia_smi(uuid: str | None) -> dict[str, str] | None:
-    """What nvidia-smi says of a GPU now; None where it is missing, fails, or the GPU cannot be named to it."""
+    """Return what nvidia-smi says of a GPU now; None where it is missing, fails, or the GPU cannot be named to it."""
     if uuid is None:
         return None
     command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
@@ -187,7 +187,7 @@ def nvidia_smi(uuid: str | None) -> dict[str, str] | None:
 
 
 def _number(text: str) -> float | None:
-    """A number of nvidia-smi's; None for its "[N/A]"."""
+    """Return a number of nvidia-smi's; None for its "[N/A]"."""
     try:
         return float(text)
     except ValueError:

@@ -75,7 +75,7 @@ class Peer:
 
 
 def copies(nbytes: int, l2_bytes: int) -> int:
-    """How many copies of weights of `nbytes` to rotate through."""
+    """Return how many copies of weights of `nbytes` to rotate through."""
     return max(2, min(MAX_COPIES, -(-ROTATE * l2_bytes // nbytes)))
 
 
@@ -108,7 +108,7 @@ def bytes_needed(shape: Shape, M: int, rig: Rig, peers: Sequence[Peer] = ()) -> 
 
 
 def measure_limits(rig: Rig) -> tuple[Limits, Machine]:
-    """The two rates that bound every product, and the machine as it is while it works."""
+    """Return the two rates that bound every product, and the machine as it is while it works."""
     import torch
 
     words = min(rig.copy_bytes, rig.free_bytes() // 8) // 4
@@ -167,7 +167,7 @@ def _note(report: Report, text: str, where: str) -> None:
 
 
 def _fitting(shape: Shape, batch: Sequence[int], rig: Rig, peers: Sequence[Peer], report: Report) -> list[int]:
-    """The batch sizes whose measurement fits the memory that is free; notes about the others."""
+    """Return the batch sizes whose measurement fits the memory that is free; notes about the others."""
     free = rig.free_bytes()
     fitting = [M for M in batch if bytes_needed(shape, M, rig, peers) <= free]
     for M in batch:
@@ -183,7 +183,7 @@ def _fitting(shape: Shape, batch: Sequence[int], rig: Rig, peers: Sequence[Peer]
 def _measure_layer(
     shape: Shape, batch: Sequence[int], rig: Rig, peers: Sequence[Peer], report: Report, progress: Progress
 ) -> list[Cell]:
-    """All of one layer's cells. Its tensors live in this function only."""
+    """Return all of one layer's cells. Its tensors live in this function only."""
     import torch
 
     cells: list[Cell] = []
@@ -289,7 +289,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def find_peers() -> tuple[list[Peer], Notes]:
-    """The peers that are installed here, and why the others do not take part."""
+    """Return the peers that are installed here, and why the others do not take part."""
     peers: list[Peer] = []
     notes: Notes = {}
     for name, module, package, find in (

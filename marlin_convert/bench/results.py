@@ -160,7 +160,7 @@ class Report:
     notes: Notes = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for `--json`. Times are in µs, rates in 1e9 bytes and 1e12 operations a second."""
+        """Return everything, for `--json`. Times are in µs, rates in 1e9 bytes and 1e12 operations a second."""
         return {
             "ok": True,
             "title": self.title,

@@ -108,7 +108,7 @@ class Report:
         return rows
 
     def method(self) -> str:
-        """What was measured, in words."""
+        """Return what was measured, in words."""
         return (
             f"tokens of all sequences together, a second; decoding: {NEW} tokens behind prompts of {PROMPT}; each side "
             "in a process of its own with caches that start empty"
@@ -124,7 +124,7 @@ class Report:
         return {LABELS[name]: list(self.sides[name].decode.items()) for name in names}
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for `--json`."""
+        """Return everything, for `--json`."""
         return {
             "ok": True,
             "engine": "vllm",
@@ -137,7 +137,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
-        """The report that `as_dict` was made of."""
+        """Return the report that `as_dict` was made of."""
         sides = {name: Side.from_dict(side) for name, side in values["sides"].items()}
         notes = {x["note"]: x["where"] for x in values["notes"]}
         return cls(values["title"], Machine(**values["machine"]), sides, notes)
@@ -297,7 +297,7 @@ def bench(
 
 
 def _visible(index: int) -> str:
-    """What CUDA_VISIBLE_DEVICES is for the GPU that the driver shows this process as number `index`."""
+    """Return what CUDA_VISIBLE_DEVICES is for the GPU that the driver shows this process as number `index`."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     return shown.split(",")[index] if shown else str(index)
 
@@ -309,7 +309,7 @@ def _access(access: HubAccess) -> dict[str, str]:
 
 
 def _longest(folder: str | Path) -> int:
-    """The most tokens that the model in a folder takes, as its config says; LENGTH if that says nothing."""
+    """Return the most tokens that the model in a folder takes, as its config says; LENGTH if that says nothing."""
     try:
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         limit = config.get("text_config", config).get("max_position_embeddings", LENGTH)

@@ -94,13 +94,13 @@ def measure(request: Request, on_step: Callable[[str], object]) -> tuple[Side, d
 
 
 def _in_short(error: Exception) -> str:
-    """An error on one line: vLLM wraps its own in several."""
+    """Return an error on one line: vLLM wraps its own in several."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= LONGEST else text[: LONGEST - 1] + '…'}"
 
 
 def _unquantized(config: Any) -> Any:
-    """The model's configuration, as if its weights were plain."""
+    """Return the model's configuration, as if its weights were plain."""
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
@@ -108,7 +108,7 @@ def _unquantized(config: Any) -> Any:
 
 
 def _kernels(model: Any) -> list[str]:
-    """What computes the quantized linear layers of a model of vLLM."""
+    """Return what computes the quantized linear layers of a model of vLLM."""
     found: set[str] = set()
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)

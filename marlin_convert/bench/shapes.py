@@ -63,7 +63,7 @@ class Shape:
 
 
 def _preset(hidden: int, qkv: int, intermediate: int, blocks: int) -> tuple[Shape, ...]:
-    """The linears of a block, q, k, v and gate, up fused as engines run them."""
+    """Return the linears of a block, q, k, v and gate, up fused as engines run them."""
     sizes = {
         "qkv": (hidden, qkv), "o": (hidden, hidden), "gate_up": (hidden, 2 * intermediate),
         "down": (intermediate, hidden),

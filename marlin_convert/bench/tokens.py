@@ -78,7 +78,7 @@ class Report:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for `--json`. Rates are tokens of all sequences together, a second."""
+        """Return everything, for `--json`. Rates are tokens of all sequences together, a second."""
         return {
             "ok": True,
             "title": self.title,

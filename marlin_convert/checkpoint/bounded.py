@@ -32,7 +32,7 @@ def open_regular(path: Path, label: str | None = None) -> int:
         raise SourceError(f"{label}: cannot be opened: {getattr(error, 'strerror', error)}.") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise SourceError(f"{label}: it is no regular file; remove it, or put the file itself there.")
+        raise SourceError(f"{label}: it is not a regular file; remove it, or put the file itself there.")
     return fd
 
 
@@ -60,7 +60,7 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES, label: str | None = None)
 
 
 def read_bytes(fd: int, start: int, count: int) -> bytes:
-    """Bytes `start` to `start + count` of an open file, fewer where it ends. Raises OSError."""
+    """Return bytes `start` to `start + count` of an open file, fewer where it ends. Raises OSError."""
     parts: list[bytes] = []
     piece = max(1 << 20, os.fstat(fd).st_size - start + 1)  # in general all of it, which then is there once only
     while count and (part := os.pread(fd, min(count, piece), start)):

@@ -102,7 +102,9 @@ class CheckpointFiles(ABC):
         """Raise SourceError for a file on this disk that may not be read."""
         for name in names:
             if name in self._states and not os.access(self.path(name), os.R_OK):
-                raise SourceError(f"{self.called(name)}: it cannot be read: Permission denied; remove or mend it.")
+                raise SourceError(
+                    f"{self.called(name)}: it cannot be read: Permission denied; remove it, or fix its permissions."
+                )
 
     def require_unchanged(self) -> None:
         """Raise SourceError if any file is not what it was when it was found."""
@@ -114,7 +116,7 @@ class CheckpointFiles(ABC):
             if now != state:
                 raise SourceError(
                     f"{self.called(name)}: it {'changed' if now else 'went away'} while the folder was read, which "
-                    "would give a mixture; run it again when nothing writes there any more."
+                    "would give a mixture of old and new; run it again when nothing is writing there."
                 )
 
     @abstractmethod
@@ -158,11 +160,11 @@ class Folder(CheckpointFiles):
             try:
                 self.note(name, path)
             except OSError as error:
-                self._unfit[name] = f"it cannot be read: {error.strerror}; remove or mend it."
+                self._unfit[name] = f"it cannot be read: {error.strerror}; remove it, or fix its permissions."
                 yield name
                 continue
             if not stat.S_ISREG(path.stat().st_mode):
-                self._unfit[name] = "it cannot be read: no regular file (a pipe, a device, a linked folder); remove it."
+                self._unfit[name] = "it is not a regular file (a pipe, a device, a linked folder); remove it."
                 if path.is_dir():
                     continue
             elif path.is_symlink():

@@ -55,7 +55,7 @@ def _split(tensors: Sequence[OutTensor], max_shard_size: int | str) -> Any:
 
 
 def shard_names(tensors: Sequence[OutTensor], max_shard_size: int | str) -> list[str]:
-    """The files that `Shards` would write."""
+    """Return the files that `Shards` would write."""
     return list(_split(tensors, max_shard_size).filename_to_tensors)
 
 

@@ -39,9 +39,9 @@ def _shard(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     """Read 2/8: the second of eight parts."""
     index, _, count = (value or "1/1").partition("/")
     if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit()):
-        raise click.BadParameter(f"{value!r} is no part; write it like 2/8.")
+        raise click.BadParameter(f"{value!r} is not a part; write it like 2/8.")
     if not 1 <= int(index) <= int(count) <= 1_000_000:
-        raise click.BadParameter(f"{value!r} is no part; of 8, there are 1/8 to 8/8.")
+        raise click.BadParameter(f"{value!r} is not a part; of 8, there are 1/8 to 8/8.")
     return int(index), int(count)
 
 

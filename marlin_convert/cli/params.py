@@ -114,7 +114,7 @@ def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
     from ..device import REQUEST
 
     if not REQUEST.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is no device; give auto, cpu, cuda or cuda:N.")
+        raise click.BadParameter(f"{value!r} is not a device; give auto, cpu, cuda or cuda:N.")
     return value
 
 
@@ -134,7 +134,9 @@ def batch_sizes(ctx: click.Context, parameter: click.Parameter, value: str | Non
     except ValueError:
         sizes = (0,)
     if sizes[0] < 1 or sizes[-1] > MAX_BATCH:
-        raise click.BadParameter(f"{value!r} is no list of batch sizes; write it like 1,16,256 (at most {MAX_BATCH}).")
+        raise click.BadParameter(
+            f"{value!r} is not a list of batch sizes; write it like 1,16,256 (at most {MAX_BATCH})."
+        )
     return sizes
 
 

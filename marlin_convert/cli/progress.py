@@ -130,12 +130,12 @@ class Bars(Progress):
         self._bars.start()
         come = 0
 
-        def hear(nbytes: int) -> None:
+        def on_bytes(nbytes: int) -> None:
             nonlocal come
             come += nbytes
             self._bars.update(task, advance=nbytes, visible=come < total_bytes)
 
-        return hear
+        return on_bytes
 
     @contextlib.contextmanager
     def waiting(self, label: str) -> Iterator[None]:
@@ -192,7 +192,7 @@ class PlainLines(Progress):
         come = 0
         self._print(f"{label}: {self._amount(total_bytes)}")
 
-        def hear(nbytes: int) -> None:
+        def on_bytes(nbytes: int) -> None:
             nonlocal come, last
             come, now = come + nbytes, time.monotonic()
             if come >= total_bytes:
@@ -204,7 +204,7 @@ class PlainLines(Progress):
                     f"{self._amount(rate)}/s, {(total_bytes - come) / rate:.0f} s left"
                 )
 
-        return hear
+        return on_bytes
 
     def waiting(self, label: str) -> contextlib.AbstractContextManager[None]:
         return waiting(self._console, label, at_once=False)

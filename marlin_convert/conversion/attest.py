@@ -22,7 +22,7 @@ BUILD_TYPE, BUILDER = "urn:marlin-convert:conversion:v1", "urn:marlin-convert"
 
 
 def statement(noted: dict[str, Any], report_digest: str) -> dict[str, Any]:
-    """The statement about a result whose report is `noted`, with every SHA-256 known, and has the SHA-256
+    """Return the statement about a result whose report is `noted`, with every SHA-256 known, and has the SHA-256
     `report_digest`."""
     source, commit = noted["source"], noted["source_commit"]
     base = f"pkg:huggingface/{quote(source)}@{commit}" if commit else None

@@ -103,7 +103,7 @@ class Buffers(threading.local):
         self._arrays: dict[str, npt.NDArray[np.uint8]] = {}
 
     def array(self, role: str, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """An uninitialised C-contiguous array; the next call for the same role hands out the same memory."""
+        """Return an uninitialised C-contiguous array; the next call for the same role hands out the same memory."""
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         memory = self._arrays.get(role)
         if memory is None or memory.nbytes < nbytes:

@@ -22,24 +22,24 @@ _CHUNK = 1 << 20
 
 
 def is_large(name: str) -> bool:
-    """Whether a file holds weights: hashing it takes about as long as reading it from a disk."""
+    """Tell whether a file holds weights: hashing it takes about as long as reading it from a disk."""
     return name.endswith(WEIGHT_SUFFIXES) and not name.endswith(".json")
 
 
 def known_digests(origin: Source) -> dict[str, str]:
-    """What the Hub says: the SHA-256 of the files that it keeps as LFS objects, as it does with weights."""
+    """Return what the Hub says: the SHA-256 of the files that it keeps as LFS objects, as it does with weights."""
     files = {} if origin.hub is None else origin.hub.remote.files
     return {name: file.oid for name, file in files.items() if len(file.oid) == 64}
 
 
-def digest(path: Path, hear: Callable[[int], None] = lambda nbytes: None) -> str:
-    """The SHA-256 of a regular file, in hexadecimal. Raises SourceError when it cannot be read."""
+def digest(path: Path, on_bytes: Callable[[int], None] = lambda nbytes: None) -> str:
+    """Return the SHA-256 of a regular file, in hexadecimal. Raises SourceError when it cannot be read."""
     hashed = hashlib.sha256()
     with opened(path) as fd:
         try:
             while block := os.read(fd, _CHUNK):
                 hashed.update(block)
-                hear(len(block))
+                on_bytes(len(block))
         except OSError as error:
             raise SourceError(f"{path}: reading failed: {error.strerror}.") from None
     return hashed.hexdigest()
@@ -56,18 +56,18 @@ def digests(
     for them. `meanwhile` shows how far it is, as `Progress.meanwhile` does."""
     missing = [name for name in paths if name not in known and (large or not is_large(name))]
     total = sum(paths[name].stat().st_size for name in missing if is_large(name))
-    hear = meanwhile("hashing", total) if total else lambda nbytes: None
+    on_bytes = meanwhile("hashing", total) if total else lambda nbytes: None
     found: dict[str, str] = {}
 
     def compute(name: str) -> None:
-        found[name] = digest(paths[name], hear if is_large(name) else lambda nbytes: None)
+        found[name] = digest(paths[name], on_bytes if is_large(name) else lambda nbytes: None)
 
     run_all(partial(compute, name) for name in missing)
     return {name: known.get(name) or found.get(name) for name in sorted(paths)}
 
 
 def files_below(folder: Path, leave_out: Iterable[str] = ()) -> dict[str, Path]:
-    """Every file of a result's folder by its name, but for those in `leave_out`."""
+    """Return every file of a result's folder by its name, but for those in `leave_out`."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: path for name, path in paths.items() if name not in set(leave_out)}
 
@@ -84,7 +84,7 @@ def complete_report(out: Path) -> None:
 
 
 def report_with(changed: dict[str, bytes], out: Path) -> dict[str, bytes]:
-    """The report of the result `out`, saying the SHA-256 of files that have changed; {} where it says none."""
+    """Return the report of the result `out`, saying the SHA-256 of files that have changed; {} where it says none."""
     noted = _report_of(out)
     if not noted:
         return {}
@@ -94,7 +94,7 @@ def report_with(changed: dict[str, bytes], out: Path) -> dict[str, bytes]:
 
 
 def _report_of(out: Path) -> dict[str, Any]:
-    """The report of the result `out`, if it is one that says the SHA-256 of files; else {}."""
+    """Return the report of the result `out`, if it is one that says the SHA-256 of files; else {}."""
     with contextlib.suppress(SourceError):  # it is damaged, or there is none
         noted = read_json(out / REPORT_FILE)
         if isinstance(noted.get("result_files"), dict):

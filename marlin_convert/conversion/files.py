@@ -19,12 +19,12 @@ _CHUNK = 1 << 20
 
 
 def copied_files(checkpoint: Checkpoint) -> dict[str, int]:
-    """What is copied as it is: name → bytes."""
+    """Return what is copied as it is: name → bytes."""
     return {name: checkpoint.nbytes(name) for name in checkpoint.extra_files if name not in OWN_FILES}
 
 
 def needs_index(checkpoint: Checkpoint) -> bool:
-    """Whether the result needs an index that tells its own weights from others beside them, as its source has one:
+    """Tell whether the result needs an index that tells its own weights from others beside them, as its source has one:
     engines that find none read every safetensors file that lies there."""
     return checkpoint.indexed and any(n.endswith(".safetensors") and "/" not in n for n in checkpoint.weights_beside)
 
@@ -41,9 +41,9 @@ def require_free_names(checkpoint: Checkpoint, weights: Collection[str]) -> None
             )
 
 
-def copy_files(checkpoint: Checkpoint, folder: Path, hear: Callable[[int], None] = lambda nbytes: None) -> None:
-    """Copy them into the new `folder`; `hear` is told of bytes. Raises SourceError when one of them cannot be read, or
-    is not what it was."""
+def copy_files(checkpoint: Checkpoint, folder: Path, on_bytes: Callable[[int], None] = lambda nbytes: None) -> None:
+    """Copy them into the new `folder`; `on_bytes` is told of bytes. Raises SourceError when one of them cannot be read,
+    or is not what it was."""
     for name in copied_files(checkpoint):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def copy_files(checkpoint: Checkpoint, folder: Path, hear: Callable[[int], None]
         with file, checkpoint.open_extra(name) as fd:
             while block := _read(fd, checkpoint.called(name)):
                 file.write(block)
-                hear(len(block))
+                on_bytes(len(block))
 
 
 def _read(fd: int, label: str) -> bytes:

@@ -50,7 +50,7 @@ class LayerInspection(ABC):
 
     @abstractmethod
     def with_zero_points(self, layer: Layer) -> Layer:
-        """The layer, knowing whether it is symmetric, and where its zero points are."""
+        """Return the layer, knowing whether it is symmetric, and where its zero points are."""
 
     def part(self, part: str) -> Tensor | None:
         return self.checkpoint.tensors.get(f"{self.name}.{part}")
@@ -95,7 +95,7 @@ class LayerInspection(ABC):
         self.notes.append(f"the config says group_size {said}, the tensors have {found}; the tensors count")
 
     def _check_order(self, layer: Layer) -> bool:
-        """Whether the layer has act-order."""
+        """Tell whether the layer has act-order."""
         claimed = self.settings.desc_act
         g_idx = layer.source.read_order(self.checkpoint)
         if g_idx is None:

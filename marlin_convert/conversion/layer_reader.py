@@ -196,7 +196,7 @@ def code_difference(unpacked: Words, words: Words, k0: int, bits: int = 4) -> st
 
 
 def order_difference(B: Words, qweight: Words, order: Order, bits: int, n0: int = 0) -> str | None:
-    """Where columns n0 … of a layer as stored, `B` [K'/16, columns bits/2], first differ from the source's rows
+    """Return where columns n0 … of a layer as stored, `B` [K'/16, columns bits/2], first differ from the source's rows
     `qweight` [K bits/32, columns] in that order; None if nowhere."""
     tile_rows = order.rows // TILE_K
     place = cpu.sorted_difference(B[:tile_rows], qweight, bits=bits, perm=order.perm, fill=order.fill)

@@ -9,7 +9,7 @@ _NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]*)(?![0-9])")
 
 
 def span(names: list[str]) -> str:
-    """All of `names` in a few words: `64 layers, layers.{0-31}.mlp.up_proj, layers.{0-31}.mlp.down_proj`."""
+    """Return all of `names` in a few words: `64 layers, layers.{0-31}.mlp.up_proj, layers.{0-31}.mlp.down_proj`."""
     if len(names) == 1:
         return names[0]
     numbers: dict[tuple[str, ...], set[tuple[int, ...]]] = {}  # texts between the numbers → the numbers

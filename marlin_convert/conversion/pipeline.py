@@ -25,7 +25,7 @@ Piece: TypeAlias = "Callable[[], int]"
 
 
 def went_wrong(layer: str, what: str) -> MarlinConvertError:
-    """The error for a check that failed: it never should."""
+    """Return the error for a check that failed: it never should."""
     return MarlinConvertError(f"{layer}: {what}; this is a bug or faulty memory, nothing was kept.")
 
 
@@ -41,7 +41,7 @@ class TensorStream:
         self.buffers = Buffers()
 
     def copying(self, tensor: Tensor) -> list[Piece]:
-        """The pieces of a tensor that is copied as it is."""
+        """Return the pieces of a tensor that is copied as it is."""
         return [partial(self._copy, tensor, start, length) for start, length in byte_blocks(tensor.nbytes)]
 
     def _copy(self, tensor: Tensor, start: int, length: int) -> int:
@@ -81,7 +81,7 @@ class MarlinWriter(TensorStream):
         self.packer = packer
 
     def pieces(self, item: Layer | Tensor) -> list[Piece]:
-        """All of the work on a layer, or on a tensor that is copied."""
+        """Return all of the work on a layer, or on a tensor that is copied."""
         if isinstance(item, Tensor):
             return self.copying(item)
         reader = LayerReader(self.checkpoint, item)

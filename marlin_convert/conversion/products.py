@@ -60,7 +60,7 @@ def product_for(device: Device, layer: Layer, groups: LayerGroups, g_idx: I32 | 
 
 
 def product_device(device: Device) -> str:
-    """Where `product_for` computes, as the report names it."""
+    """Return where `product_for` computes, as the report names it."""
     return str(device) if device.kind == "cpu" else f"{device} ({device.name})"
 
 

@@ -143,11 +143,11 @@ class _Side:
         return set(self.checkpoint.names)
 
     def content(self, name: str) -> bytes:
-        """All of a small file."""
+        """Return all of a small file."""
         return read_file(self.checkpoint.path(name))
 
     def digest(self, name: str) -> str | None:
-        """The SHA-256 of a file; None for weights on the Hub that it does not keep by theirs."""
+        """Return the SHA-256 of a file; None for weights on the Hub that it does not keep by theirs."""
         if name in self._known:
             return self._known[name]
         if self.origin.hub is not None and is_large(name):
@@ -156,7 +156,7 @@ class _Side:
         return self._known[name]
 
     def header(self, name: str) -> bytes | None:
-        """The bytes before the first tensor of a weight file; None if it is none of the model's."""
+        """Return the bytes before the first tensor of a weight file; None if it is none of the model's."""
         return self.checkpoint.raw_header(name) if name in self.checkpoint.weight_files else None
 
 
@@ -168,7 +168,7 @@ def _opened(name: str, access: HubAccess, progress: Progress) -> Iterator[_Side]
 
 
 def _noted(result: _Side) -> dict[str, Any]:
-    """The result's report, as far as it says what is needed."""
+    """Return the result's report, as far as it says what is needed."""
     label = result.origin.label
     if REPORT_FILE not in result.names:
         raise SourceError(
@@ -236,7 +236,7 @@ def _prove(result: _Side, source: _Side, noted: dict[str, Any], device: Device, 
 
 
 def _compared(result: _Side, source: _Side, plan: Plan, device: Device, progress: Progress) -> Verification:
-    """Every tensor, compared while it is there."""
+    """Compare every tensor while it is at hand."""
     verifier = Verifier(source.checkpoint, plan, result.checkpoint, device, progress)
 
     def check(item: Layer | Tensor) -> None:
@@ -298,7 +298,7 @@ class _Files:
             if name not in self.result.names:
                 found[name] = "it is missing"
             elif name not in expected:
-                found[name] = "it is no file of the conversion"
+                found[name] = "it is not a file that the conversion writes"
             elif name in weights:
                 found[name] = self._weights(scratch / name, name)
             elif name in (*CONFIG_FILES, INDEX_FILE) and (scratch / name).exists():
@@ -361,7 +361,7 @@ class _Files:
         return report
 
     def _against_report(self, report: Report) -> str | None:
-        """What the report says otherwise than it would be written now."""
+        """Return what the report says otherwise than it would be written now."""
         expected = json.loads(json_bytes(report.as_file()))
         for key in ("source_files", "result_files"):
             known, said = expected[key], self.noted.get(key)
@@ -381,14 +381,14 @@ class _Files:
 
 
 def _header(path: Path) -> bytes:
-    """The bytes before the first tensor of a weight file that was just written."""
+    """Return the bytes before the first tensor of a weight file that was just written."""
     with path.open("rb") as file:
         prefix = file.read(8)
         return prefix + file.read(int.from_bytes(prefix, "little"))
 
 
 def _error(value: Any) -> float | None:
-    """The size of an error, as verify.json has it."""
+    """Return the size of an error, as verify.json has it."""
     if value is None or (type(value) is float and value >= 0):
         return value
     raise ValueError(value)
@@ -399,7 +399,7 @@ def _error(value: Any) -> float | None:
 
 
 def difference(expected: bytes, found: bytes) -> str | None:
-    """Where a file first differs from what is expected: a setting, or a line; None if nowhere."""
+    """Return where a file first differs from what is expected: a setting, or a line; None if nowhere."""
     if expected == found:
         return None
     with contextlib.suppress(ValueError, RecursionError):
@@ -414,7 +414,7 @@ def difference(expected: bytes, found: bytes) -> str | None:
 
 
 def _where(expected: Any, found: Any, path: str = "") -> str | None:
-    """The first place where two JSON values differ."""
+    """Return the first place where two JSON values differ."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in [*expected, *found]:
             place = f"{path}.{key}" if path else str(key)

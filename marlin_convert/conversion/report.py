@@ -71,7 +71,7 @@ class Report:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for `--json`."""
+        """Return everything, for `--json`."""
         return {
             "ok": True,
             **self.as_file(),
@@ -87,7 +87,7 @@ class Report:
 
 
 def source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """What only the source's files tell, for `to-gptq`: its settings, and the types of what was converted."""
+    """Return what only the source's files tell, for `to-gptq`: its settings, and the types of what was converted."""
     main = checkpoint.configs.get("config.json", {})
     return {
         "source_format": plan.source_format.name,
@@ -99,7 +99,7 @@ def source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
 
 
 def made(report: Report, options: Options) -> Made:
-    """What the model card tells, beside the plan. Only options that shape the result are named in it."""
+    """Return what the model card tells, beside the plan. Only options that shape the result are named in it."""
     named = []
     if options.max_shard_size != DEFAULT_SHARD_SIZE:
         named += ["--max-shard-size", str(options.max_shard_size)]

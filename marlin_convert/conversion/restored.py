@@ -75,7 +75,7 @@ class RestoredLayer(ABC):
         return -(-self.K // self.group_size)
 
     def tensor(self, part: str, dtype: str, *shape: int) -> OutTensor:
-        """A tensor of this layer."""
+        """Return a tensor of this layer."""
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(NUMPY[dtype]).itemsize
         return OutTensor(f"{self.name}.{part}", dtype, shape, nbytes)
 
@@ -105,7 +105,7 @@ class RestoringWriter(TensorStream):
     """Writes a source's layers from Marlin ones; each block is packed again and compared before it is written."""
 
     def pieces(self, layer: RestoredLayer) -> list[Piece]:
-        """All of the work on a layer."""
+        """Return all of the work on a layer."""
         stored = layer.stored
         order = None if stored.perm is None else _Order.read(self.checkpoint, stored)
         groups: list[Piece] = [partial(self._write_groups, layer, order)]
@@ -168,7 +168,7 @@ class _Order:
 
     @staticmethod
     def unchanged(stored: StoredLayer[Tensor]) -> _Order:
-        """The order of a layer whose rows are stored as they are."""
+        """Return the order of a layer whose rows are stored as they are."""
         rows = np.arange(stored.stored_K, dtype=np.int32)
         return _Order(rows[: stored.K], rows)
 
@@ -184,7 +184,7 @@ class _Order:
 
 
 def restored_groups(checkpoint: Checkpoint, layer: RestoredLayer, first: int, count: int) -> RestoredGroups:
-    """The source's groups `first` … of a Marlin layer."""
+    """Return the source's groups `first` … of a Marlin layer."""
     stored = layer.stored
     step = 1 if stored.G == 1 else max(1, layer.group_size // stored.group_size)
     used = -(-layer.K // stored.group_size) if stored.G > 1 else 1

@@ -36,7 +36,7 @@ class Noted:
         return str(self.values.get("source_format", "gptq"))
 
     def dtype(self, layer: str, key: str, allowed: Collection[str]) -> str | None:
-        """What `key` says of a layer (see `commonest`), if it is one of those `allowed`."""
+        """Return what `key` says of a layer (see `commonest`), if it is one of those `allowed`."""
         found = (self.values.get(f"{key}s") or {}).get(layer, self.values.get(key))
         return found if found in allowed else None
 
@@ -54,10 +54,10 @@ class SourceFormat(ABC):
 
     @abstractmethod
     def layer_names(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """The layers of this format among `tensors`, in their order."""
+        """Return the layers of this format among `tensors`, in their order."""
 
     def claimed_by(self, config: Mapping[str, Any]) -> bool:
-        """Whether a quantization config says that its checkpoint has this format."""
+        """Tell whether a quantization config says that its checkpoint has this format."""
         return False
 
     @abstractmethod
@@ -66,7 +66,7 @@ class SourceFormat(ABC):
 
     @abstractmethod
     def settings(self, configs: dict[str, dict[str, Any]], names: Sequence[str]) -> GPTQSettings:
-        """What the parsed configs of a checkpoint with layers `names` say.
+        """Return what the parsed configs of a checkpoint with layers `names` say.
 
         Raises UnsupportedError where they tell of something that no result can be, SourceError where they are no
         configs of this format.
@@ -80,15 +80,15 @@ class SourceFormat(ABC):
 
     @abstractmethod
     def restored(self, stored: StoredLayer[Tensor], noted: Noted) -> RestoredLayer:
-        """What a Marlin layer becomes, by what was noted of its source."""
+        """Return what a Marlin layer becomes, by what was noted of its source."""
 
     @abstractmethod
     def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:
-        """What only the source tells of its `layers`, for restoring them: goes into `marlin_convert.json`."""
+        """Return what only the source tells of its `layers`, for restoring them: goes into `marlin_convert.json`."""
 
 
 def commonest(values: Mapping[str, str | None]) -> tuple[str | None, dict[str, str | None]]:
-    """The value that most of the layers have, and the others' values by name."""
+    """Return the value that most of the layers have, and the others' values by name."""
     found = list(values.values())
     common = max(dict.fromkeys(found), key=found.count)
     return common, {name: value for name, value in values.items() if value != common}

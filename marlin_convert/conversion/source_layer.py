@@ -80,5 +80,5 @@ class SourceLayer(ABC):
         """Zero points [count, N] of groups `first` …; None if the source stores none."""
 
     def read_order(self, checkpoint: Checkpoint) -> npt.NDArray[Any] | None:
-        """The group of each row, int [K]; None where there is nothing that tells it."""
+        """Return the group of each row, int [K]; None where there is nothing that tells it."""
         return None if self.order is None else checkpoint.read(self.order)

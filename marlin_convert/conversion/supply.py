@@ -24,22 +24,22 @@ Item: TypeAlias = "Layer | Tensor"
 
 
 def files_of(item: Item) -> set[str]:
-    """The weight files that hold what is read of `item`."""
+    """Return the weight files that hold what is read of `item`."""
     if isinstance(item, Tensor):
         return {item.file}
     return {tensor.file for tensor in item.source.tensors}
 
 
 def items(plan: Plan) -> list[Item]:
-    """All layers, then all tensors that are copied."""
+    """Return all layers, then all tensors that are copied."""
     return [*plan.layers, *plan.copies]
 
 
 def check_room(result: int, checkpoint: Checkpoint, remote: Remote | None, out: Path, *, low_disk: bool) -> None:
     """Raise OutputError unless the disks have room for the result, of `result` bytes at `out`, and for what is to be
     fetched from `remote` beside it."""
-    coming = [] if remote is None else [remote.to_come(file) for file in checkpoint.weight_files]
-    beside = 0 if remote is None else sum(map(remote.to_come, checkpoint.weights_beside))
+    coming = [] if remote is None else [remote.missing_bytes(file) for file in checkpoint.weight_files]
+    beside = 0 if remote is None else sum(map(remote.missing_bytes, checkpoint.weights_beside))
     if remote is None or not (any(coming) or beside):
         check_space(out.parent, result)
         return
@@ -81,9 +81,9 @@ def prefetching(
         limit, used = (plan.bytes_out + largest, shards.written) if one_disk else (2 * largest, 0)
         return held + nbytes + used <= limit
 
-    hear = progress.meanwhile("downloading", sum(map(remote.to_come, checkpoint.weight_files)))
+    on_bytes = progress.meanwhile("downloading", sum(map(remote.missing_bytes, checkpoint.weight_files)))
     together = [files_of(item) for item in items(plan)]
-    with Prefetch(remote, files, together, hear, room if low_disk else None) as prefetch:
+    with Prefetch(remote, files, together, on_bytes, room if low_disk else None) as prefetch:
         yield prefetch.stop
 
 

@@ -225,7 +225,7 @@ def _check_layer(
 
 
 def _order_problem(reader: LayerReader, result: Checkpoint, buffers: Buffers) -> str | None:
-    """Where the codes of a layer that is compared column by column first differ; None if nowhere."""
+    """Return where the codes of a layer that is compared column by column first differ; None if nowhere."""
     layer, order = reader.layer, reader.order
     for n0, columns in column_panels(layer):
         qweight = reader.columns(n0, columns, buffers)
@@ -246,7 +246,7 @@ def _result_groups(result: Checkpoint, layer: Layer, first: int, count: int) -> 
 
 
 def _groups_difference(reader: LayerReader, groups: LayerGroups) -> str | None:
-    """Where scales or zero points first differ; None if nowhere."""
+    """Return where scales or zero points first differ; None if nowhere."""
     layer = reader.layer
     for first, count in group_strips(layer.stored_G, layer.stored_N):
         stored, expected = groups.stored(first, count), reader.stored_groups(first, count)
@@ -264,7 +264,7 @@ def _groups_difference(reader: LayerReader, groups: LayerGroups) -> str | None:
 
 
 def _perm_difference(stored: I32 | None, expected: I32 | None) -> str | None:
-    """Where the order of rows first differs; None if nowhere."""
+    """Return where the order of rows first differs; None if nowhere."""
     if stored is None or expected is None or np.array_equal(stored, expected):
         return None
     row = int(np.argmax(stored != expected))

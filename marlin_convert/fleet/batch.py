@@ -41,7 +41,7 @@ class Plan:
     token: str | None = field(default=None, repr=False)
 
     def job(self, line: Line, found: str, state: State) -> Job:
-        """What is to be done for a line whose source is `found` now."""
+        """Return what is to be done for a line whose source is `found` now."""
         publish = None if self.owner is None else f"{self.owner}/{line.target}"
         folder = state.path.with_name(f"{state.path.name}.work") if self.out is None else self.out
         source = str(Path(line.source).expanduser().resolve()) if is_folder(line.source) else line.source
@@ -125,7 +125,7 @@ def run(lines: Iterable[Line], plan: Plan, state: State, watcher: Watcher, runne
 def _one(
     line: Line, plan: Plan, state: State, watcher: Watcher, runner: Runner, stop: threading.Event
 ) -> dict[str, Any] | None:
-    """The outcome of a line; None while another run works on it."""
+    """Return the outcome of a line; None while another run works on it."""
     with state.locked(line.target) as held:
         if held is None:
             return None

@@ -28,7 +28,7 @@ from ..conversion.publish import push_result
 from ..conversion.report import shaping
 from ..errors import BUG, AlreadyMarlin, MarlinConvertError, UnsupportedError
 from ..hub.answers import describe, files_of
-from ..hub.client import checked_token, explained, interruptible, is_folder, quiet
+from ..hub.client import checked_token, explaining, interruptible, is_folder, quiet
 from ..hub.repository import Remote
 from ..interrupts import Interrupted, raise_on_signals
 from ..options import REPORT_FILE, HubAccess, Options, PublishTarget
@@ -80,7 +80,7 @@ class Job:
 def identity(source: str, revision: str | None, token: str | None) -> str:
     """The commit that a revision of a Hub source is now; of a folder, a hash of its files' names, sizes and times."""
     if not is_folder(source):
-        with explained(source, revision):
+        with explaining(source, revision):
             return describe(source, revision, checked_token(token)).commit
     if revision:
         raise MarlinConvertError(f"{source} is a folder; a revision applies to a Hub id only.")
@@ -159,7 +159,7 @@ def _report(out: Path) -> dict[str, Any] | None:
 
 
 def _same(report: dict[str, Any], job: Job) -> bool:
-    """Whether a report is that of what this job makes."""
+    """Tell whether a report is that of what this job makes."""
     label = job.source if job.commit else Path(job.source).expanduser().resolve().name
     return (
         report.get("marlin_convert") == __version__
@@ -173,7 +173,7 @@ def _published(job: Job) -> bool:
     from huggingface_hub import errors
 
     repo_id, token = str(job.publish), checked_token(job.token)
-    with explained(repo_id, None):
+    with explaining(repo_id, None):
         try:
             commit = describe(repo_id, None, token).commit
         except errors.RepositoryNotFoundError:
@@ -240,7 +240,7 @@ def _end_with_the_starter() -> None:
 
 
 def as_line(job: Job) -> str:
-    """A job, as the program reads it."""
+    """Return a job, as the program reads it."""
     return json.dumps(asdict(job)) + "\n"
 
 

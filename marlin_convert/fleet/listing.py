@@ -45,7 +45,7 @@ class Line:
 
 
 def read_list(path: Path, defaults: dict[str, Any]) -> list[Line]:
-    """The lines of a list; `defaults` are the options of those that do not say otherwise.
+    """Return the lines of a list; `defaults` are the options of those that do not say otherwise.
 
     Raises SourceError when it cannot be read, OptionError for a line that is none, or for two with one target.
     """
@@ -101,7 +101,7 @@ def _text_lines(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _takes(before: list[str]) -> bool:
-    """Whether the word before takes this one as its value."""
+    """Tell whether the word before takes this one as its value."""
     name = before[0].removeprefix("--").replace("-", "_") if before and before[0].startswith("--") else ""
     return name in (*VALUES, "revision")
 
@@ -154,7 +154,7 @@ def _line(number: int, found: dict[str, Any], defaults: dict[str, Any]) -> Line:
 
 
 def _options(said: Any) -> dict[str, Any]:
-    """What a line says about the conversion: words as on the command line, or an object."""
+    """Return what a line says about the conversion: words as on the command line, or an object."""
     if said is None:
         return {}
     if isinstance(said, dict):
@@ -176,7 +176,7 @@ def _options(said: Any) -> dict[str, Any]:
         elif name in VALUES:
             found[name] = value if given else next(rest, "")
         else:
-            raise OptionError(f"{shortened(word)} is no option of a line, which may have {_known()}.")
+            raise OptionError(f"{shortened(word)} is not an option of a line, which may have {_known()}.")
     return found
 
 

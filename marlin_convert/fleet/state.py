@@ -57,7 +57,7 @@ class State:
             raise OutputError(f"{self.path}: the state file cannot be written: {error.strerror}.") from None
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines, in their order, but for torn ones. Raises SourceError when the file is none of these."""
+        """Return all lines, in their order, but for torn ones. Raises SourceError when the file is none of these."""
         try:
             lines = self.path.read_bytes().split(b"\n")
         except OSError as error:
@@ -70,20 +70,20 @@ class State:
                 torn += 1
                 continue
             if not isinstance(record, dict) or not isinstance(record.get("job"), str):
-                raise SourceError(f"{self.path}: it is no state file of a batch; give another name.")
+                raise SourceError(f"{self.path}: it is not a state file of `batch`; give another name.")
             found.append(record)
         if torn > len(found) + 1:
-            raise SourceError(f"{self.path}: it is no state file of a batch; give another name.")
+            raise SourceError(f"{self.path}: it is not a state file of `batch`; give another name.")
         self.torn = torn
         return found
 
     def settled(self, job: str) -> dict[str, Any] | None:
-        """The line that says that a job needs nothing more."""
+        """Return the line that says that a job needs nothing more."""
         lines = [r for r in self.records() if r["job"] == job and r.get("status") in SETTLED]
         return lines[-1] if lines else None
 
     def started(self, job: str) -> bool:
-        """Whether a run has begun a job."""
+        """Tell whether a run has begun a job."""
         return any(r["job"] == job and r.get("status") == "started" for r in self.records())
 
     @contextlib.contextmanager

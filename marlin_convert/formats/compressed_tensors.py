@@ -48,7 +48,7 @@ _INSTEAD = "vLLM runs it as it is, and Marlin holds integer weights of 4 and 8 b
 
 
 def packed_bits(K: int, words: int) -> list[int]:
-    """The bits, of 1 to 8, for which codes of K inputs take so many words."""
+    """Return the bits, of 1 to 8, for which codes of K inputs take so many words."""
     return [bits for bits in range(1, 9) if -(-K * bits // 32) == words]
 
 

@@ -139,7 +139,7 @@ def pack_factor(bits: int) -> int:
 
 
 def zero_point(bits: int) -> int:
-    """The code of weight 0 in symmetric quantization: 8 or 128."""
+    """Return the code of weight 0 in symmetric quantization: 8 or 128."""
     return int(1 << (bits - 1))
 
 
@@ -201,7 +201,7 @@ def s_shape(K: int, N: int, group_size: int) -> tuple[int, int]:
 
 
 def scale_permutation(G: int) -> tuple[int, ...]:
-    """The permutation that applies to a layer with G groups (see SCALE_PERMUTATION)."""
+    """Return the permutation that applies to a layer with G groups (see SCALE_PERMUTATION)."""
     if G <= 0:
         raise ValueError(f"G is {G}; a layer has at least one group")
     return SCALE_PERMUTATION_SINGLE if G == 1 else SCALE_PERMUTATION
@@ -229,7 +229,7 @@ def padded_size(K: int, N: int) -> tuple[int, int]:
 
 
 def stored_group_size(group_size: int) -> int | None:
-    """The group size that the extended format stores for a source's (-1 is all of K): the largest of
+    """Return the group size that the extended format stores for a source's (-1 is all of K): the largest of
     EXT_GROUP_SIZES that divides it; None if none does."""
     if group_size == -1:
         return -1

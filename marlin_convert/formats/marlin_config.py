@@ -18,7 +18,7 @@ from .layout import EXT_BITS, EXT_GROUP_SIZES
 def marlin_settings(
     source: GPTQSettings, *, group_size: int, lm_head: bool, quant_method: QuantMethod
 ) -> dict[str, Any]:
-    """The quantization config of an original-format Marlin checkpoint (the same in both of its files).
+    """Return the quantization config of an original-format Marlin checkpoint (the same in both of its files).
 
     `group_size` is 128 or -1; `lm_head` tells whether the head is quantized.
     """
@@ -60,7 +60,7 @@ def ties(config: dict[str, Any]) -> dict[str, Any]:
 def marlin_model_config(
     config: dict[str, Any], quantization: dict[str, Any], *, float16: bool = True, own_head: bool = False
 ) -> dict[str, Any]:
-    """The source's config.json with `quantization` in place of its GPTQ settings.
+    """Return the source's config.json with `quantization` in place of its GPTQ settings.
 
     With `float16`, both spellings of the model's dtype say so: Marlin's original kernel computes in float16 only. With
     `own_head`, the head is a quantized layer, and not the embedding: engines leave it out where the config ties them.
@@ -115,12 +115,12 @@ class MarlinSettings:
     lm_head: bool = False
 
     def layer(self, name: str) -> LayerSettings:
-        """The settings of the quantized layer `name` (its module's name in the checkpoint)."""
+        """Return the settings of the quantized layer `name` (its module's name in the checkpoint)."""
         return self.layers.get(name, self.default)
 
 
 def is_marlin(quantization: Mapping[str, Any]) -> bool:
-    """Whether a quantization config describes a Marlin checkpoint, of either format, whoever made it."""
+    """Tell whether a quantization config describes a Marlin checkpoint, of either format, whoever made it."""
     said = str(quantization.get("checkpoint_format") or quantization.get("format") or "").lower()
     return (
         said in (Format.MARLIN, Format.MARLIN_EXT)

@@ -46,12 +46,12 @@ H = TypeVar("H", bound=Header)
 
 
 def tensor_names(format: Format) -> dict[str, str]:
-    """What a layer's tensors are → what `format` calls them: keys weight, scales, zeros, perm."""
+    """Return what a layer's tensors are → what `format` calls them: keys weight, scales, zeros, perm."""
     return EXTENDED_NAMES if format is Format.MARLIN_EXT else ORIGINAL_NAMES
 
 
 def needed(settings: LayerSettings) -> set[str]:
-    """The tensors that a layer of these settings has, by what they are."""
+    """Return the tensors that a layer of these settings has, by what they are."""
     extras = {"zeros": not settings.sym, "perm": settings.desc_act}
     return {"weight", "scales"} | {what for what, wanted in extras.items() if wanted}
 
@@ -157,7 +157,7 @@ class StoredLayer(Generic[H]):
 
 
 def is_marlin_part(tensors: Mapping[str, Header], name: str) -> bool:
-    """Whether a reader of either Marlin format takes tensor `name` for a part of a quantized layer.
+    """Tell whether a reader of either Marlin format takes tensor `name` for a part of a quantized layer.
 
     `B` and `s` are words that others use too: they count where both are there, and B holds words.
     """
@@ -171,7 +171,7 @@ def is_marlin_part(tensors: Mapping[str, Header], name: str) -> bool:
 
 
 def layer_names(tensors: Mapping[str, Header], format: Format) -> list[str]:
-    """The layers for which `tensors` holds weights of `format`, in the order of the tensors."""
+    """Return the layers for which `tensors` holds weights of `format`, in the order of the tensors."""
     ending = f".{tensor_names(format)['weight']}"
     return [name.removesuffix(ending) for name in tensors if name.endswith(ending) and is_marlin_part(tensors, name)]
 

@@ -18,7 +18,7 @@ _WITH_REVISION = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)[@:](?P<revision>[^\s:@]+
 
 
 def repository(source: str, revision: str | None) -> tuple[str, str | None]:
-    """The source as the rest of the program takes it, a folder or a Hub id, and the revision that is meant.
+    """Return the source as the rest of the program takes it, a folder or a Hub id, and the revision that is meant.
 
     Raises SourceError for an address that is no model's, and where it names another revision than `revision`.
     """

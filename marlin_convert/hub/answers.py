@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 
 from ..errors import HubError
 from ..text import shortened
-from .client import no_hub, patiently
+from .client import not_a_hub, with_retries
 
 #: Bounds of what is read: bytes of one answer; files of a repository (the Hub advises at most 100 000); bytes of a
 #: file (the largest that common file systems hold); and of a name and its parts, as file systems have them.
@@ -65,12 +65,12 @@ def describe(repo_id: str, revision: str | None, token: str | None, *, unreachab
     answer, _ = _ask(repo_id, address, token, unreachable=unreachable)
     commit = answer.get("sha") if isinstance(answer, dict) else None
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-        raise no_hub(repo_id, f"it names the commit {shortened(commit)}")
+        raise not_a_hub(repo_id, f"it names the commit {shortened(commit)}")
     return Described(commit, answer.get("private") is True)
 
 
 def account_of(who: object) -> Account:
-    """What `HfApi.whoami` returned; raises TypeError or LookupError when it is nothing like it."""
+    """Return what `HfApi.whoami` returned; raises TypeError or LookupError when it is nothing like it."""
 
     def text(value: object) -> str | None:
         if value is not None and not isinstance(value, str):
@@ -85,16 +85,16 @@ def account_of(who: object) -> Account:
 
 
 def files_of(repo_id: str, commit: str, token: str | None) -> dict[str, RemoteFile]:
-    """All files of a repository at a commit, by their names."""
+    """Return all files of a repository at a commit, by their names."""
     files: dict[str, RemoteFile] = {}
     for entry in _entries(repo_id, commit, token):
         if not isinstance(entry, dict) or entry.get("type") not in ("file", "directory"):
-            raise no_hub(repo_id, f"it lists {shortened(entry)}")
+            raise not_a_hub(repo_id, f"it lists {shortened(entry)}")
         if entry["type"] == "directory":
             continue
         file = _file(repo_id, entry)
         if file.name in files:
-            raise no_hub(repo_id, f"it lists {file.name} twice")
+            raise not_a_hub(repo_id, f"it lists {file.name} twice")
         if len(files) == MAX_FILES:
             raise HubError(f"{repo_id}: it has more than {MAX_FILES} files, which no checkpoint has.")
         files[file.name] = file
@@ -102,30 +102,30 @@ def files_of(repo_id: str, commit: str, token: str | None) -> dict[str, RemoteFi
         parts = name.split("/")
         above = ["/".join(parts[:n]) for n in range(1, len(parts))]
         if taken := next((folder for folder in above if folder in files), None):
-            raise no_hub(repo_id, f"it lists {taken} as a file and as a folder")
+            raise not_a_hub(repo_id, f"it lists {taken} as a file and as a folder")
     return files
 
 
 def _file(repo_id: str, entry: dict[str, Any]) -> RemoteFile:
     name, size, lfs = entry.get("path"), entry.get("size"), entry.get("lfs")
     if not isinstance(name, str) or not _is_inside(name):
-        raise no_hub(repo_id, f"it lists a file {shortened(name)}")
+        raise not_a_hub(repo_id, f"it lists a file {shortened(name)}")
     if type(size) is not int or not 0 <= size <= MAX_FILE_BYTES:
-        raise no_hub(repo_id, f"it gives {name} a size of {shortened(size)}")
+        raise not_a_hub(repo_id, f"it gives {name} a size of {shortened(size)}")
     if lfs is None:
         oid, pattern = entry.get("oid"), _COMMIT  # git names contents as it names commits
     else:
         oid, pattern = lfs.get("oid") if isinstance(lfs, dict) else None, _SHA256
     if not isinstance(oid, str) or not pattern.fullmatch(oid):
-        raise no_hub(repo_id, f"it gives {name} a hash of {shortened(oid)}")
+        raise not_a_hub(repo_id, f"it gives {name} a hash of {shortened(oid)}")
     xet = entry.get("xetHash")
     if xet is not None and (not isinstance(xet, str) or not _SHA256.fullmatch(xet)):
-        raise no_hub(repo_id, f"it gives {name} a Xet hash of {shortened(xet)}")
+        raise not_a_hub(repo_id, f"it gives {name} a Xet hash of {shortened(xet)}")
     return RemoteFile(name, size, oid, xet)
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name is one of a file below a folder, on any file system, and can be shown."""
+    """Tell whether a name is one of a file below a folder, on any file system, and can be shown."""
     parts = name.split("/")
     return (
         name.isprintable()  # neither control characters nor halves of UTF-16 pairs
@@ -152,14 +152,14 @@ def _entries(repo_id: str, commit: str, token: str | None) -> Iterator[Any]:
     while address is not None:
         answer, address = _ask(repo_id, address, token)
         if not isinstance(answer, list):
-            raise no_hub(repo_id, f"it lists {shortened(answer)}")
+            raise not_a_hub(repo_id, f"it lists {shortened(answer)}")
         if address is not None and not answer:
-            raise no_hub(repo_id, "its list goes on without an end")
+            raise not_a_hub(repo_id, "its list goes on without an end")
         yield from answer
 
 
 def _ask(repo_id: str, address: str, token: str | None, *, unreachable: bool = True) -> tuple[Any, str | None]:
-    """The JSON that an address answers, and the address of its next part if it has one."""
+    """Return the JSON that an address answers, and the address of its next part if it has one."""
     from huggingface_hub import constants
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         build_hf_headers,
@@ -180,11 +180,11 @@ def _ask(repo_id: str, address: str, token: str | None, *, unreachable: bool = T
             for piece in response.iter_bytes():
                 content += piece
                 if len(content) > MAX_ANSWER_BYTES:
-                    raise no_hub(repo_id, f"its answer is longer than {MAX_ANSWER_BYTES} bytes")
+                    raise not_a_hub(repo_id, f"its answer is longer than {MAX_ANSWER_BYTES} bytes")
             return content, response.links.get("next", {}).get("url")
 
-    content, following = patiently(ask, unreachable=unreachable)
+    content, following = with_retries(ask, unreachable=unreachable)
     try:
         return json.loads(content), following
     except (ValueError, RecursionError):
-        raise no_hub(repo_id) from None
+        raise not_a_hub(repo_id) from None

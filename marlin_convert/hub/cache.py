@@ -25,7 +25,7 @@ from pathlib import Path
 
 from .answers import RemoteFile
 
-_PARTIAL, _PASSING, _IN_USE = ".marlin-convert.incomplete", ".marlin-convert.passing", ".marlin-convert.lock"
+_PARTIAL, _TEMPORARY, _IN_USE = ".marlin-convert.incomplete", ".marlin-convert.passing", ".marlin-convert.lock"
 
 #: Seconds for which a content stays at least.
 _GRACE = 0.5
@@ -43,7 +43,7 @@ class Cache:
         self._locks = cache / ".locks" / self.folder.name
 
     def snapshot(self, commit: str) -> Path:
-        """The folder that holds the links to a commit's files."""
+        """Return the folder that holds the links to a commit's files."""
         return self.folder / "snapshots" / commit
 
     def blob(self, file: RemoteFile) -> Path:
@@ -53,15 +53,15 @@ class Cache:
         return self.folder / "blobs" / f"{file.oid}{_PARTIAL}"
 
     def _note(self, file: RemoteFile) -> Path:
-        return self.folder / "blobs" / f"{file.oid}{_PASSING}"
+        return self.folder / "blobs" / f"{file.oid}{_TEMPORARY}"
 
     def find(self, file: RemoteFile, commit: str) -> Path | None:
-        """Where the content of a commit's file is, if it is there."""
+        """Return where the content of a commit's file is, if it is there."""
         places = (self.snapshot(commit) / file.name, self.blob(file))
         return next((place.resolve() for place in places if place.exists()), None)
 
-    def to_come(self, file: RemoteFile, commit: str) -> int:
-        """Bytes of a file that are not there yet."""
+    def missing_bytes(self, file: RemoteFile, commit: str) -> int:
+        """Return bytes of a file that are not there yet."""
         if self.find(file, commit) is not None:
             return 0
         with contextlib.suppress(OSError):
@@ -117,11 +117,11 @@ class Cache:
         """Announce that a file is needed; it is not removed before this has ended."""
         return Use(self._locks / f"{file.oid}{_IN_USE}")
 
-    def passes(self, file: RemoteFile) -> bool:
-        """Whether a file's content, or half of it, is there only to be converted and removed."""
+    def is_temporary(self, file: RemoteFile) -> bool:
+        """Tell whether a file's content, or half of it, is there only to be converted and removed."""
         return self._note(file).exists()
 
-    def let_pass(self, file: RemoteFile) -> None:
+    def mark_temporary(self, file: RemoteFile) -> None:
         """Note that a file, which is not there yet, will come only to be converted and removed."""
         note = self._note(file)
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ class Cache:
         from filelock import FileLock, Timeout
 
         with contextlib.closing(use):
-            if not (use.only_one() and self.passes(file)):
+            if not (use.only_one() and self.is_temporary(file)):
                 return
             # Whoever waits for the content, in another program, asks for its lock several times in a second.
             with contextlib.suppress(OSError):
@@ -147,7 +147,7 @@ class Cache:
                 self.keep(file)
 
     def _linked(self, file: RemoteFile) -> bool:
-        """Whether any commit's files have a link to a content."""
+        """Tell whether any commit's files have a link to a content."""
         for parent, _, names in os.walk(self.folder / "snapshots"):
             for path in (Path(parent, name) for name in names):
                 with contextlib.suppress(OSError):
@@ -167,7 +167,7 @@ class Use:
             fcntl.flock(self._fd, fcntl.LOCK_SH)
 
     def only_one(self) -> bool:
-        """Whether nobody else uses it; nobody then can before this is closed."""
+        """Tell whether nobody else uses it; nobody then can before this is closed."""
         if self._fd is None:
             return False
         try:
@@ -183,5 +183,5 @@ class Use:
 
 
 def commit_of_snapshot(folder: Path) -> str | None:
-    """The commit whose files a folder of the cache holds."""
+    """Return the commit whose files a folder of the cache holds."""
     return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None

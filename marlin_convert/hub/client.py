@@ -41,7 +41,7 @@ _PASSING = (408, 429, 500, 502, 503, 504)
 
 
 def is_folder(source: str) -> bool:
-    """Whether `source` is a folder (True) or may be a Hub id (False); raises SourceError when it is neither."""
+    """Tell whether `source` is a folder (True) or may be a Hub id (False); raises SourceError when it is neither."""
     try:
         mode = Path(source).expanduser().stat().st_mode if source else 0
     except (FileNotFoundError, NotADirectoryError):
@@ -62,11 +62,11 @@ def is_folder(source: str) -> bool:
 def checked_token(token: str | None) -> str | None:
     token = (token or "").strip() or None
     if token and not (token.isascii() and token.isprintable()):
-        raise HubError("the token is none: it holds characters that no token has.")
+        raise HubError("the token is not valid: it holds characters that no token has.")
     return token
 
 
-def patiently(
+def with_retries(
     call: Callable[[], T],
     *,
     unreachable: bool = True,
@@ -106,7 +106,7 @@ def _may_pass(error: Exception, unreachable: bool) -> bool:
 
 
 def _folder_meant(source: str) -> str | None:
-    """A folder that exists and may have been meant by `source`, which does not."""
+    """Return a folder that exists and may have been meant by `source`, which does not."""
     path = Path(source).expanduser()
     if "/" in source and not source.startswith((".", "/", "~")) and Path(path.name).is_dir():
         return f"./{path.name}"
@@ -119,7 +119,7 @@ def _folder_meant(source: str) -> str | None:
 
 
 def _or_a_folder(repo_id: str) -> str:
-    """The end of a sentence that the Hub does not give `repo_id`: what folder may have been meant."""
+    """Return the end of a sentence that the Hub does not give `repo_id`: what folder may have been meant."""
     if meant := _folder_meant(repo_id):
         return f"; did you mean the folder {meant}?"
     return "." if "/" in repo_id else f"; if you mean a folder, there is none named {repo_id} here."
@@ -139,7 +139,7 @@ def errors_only() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(repo_id: str, revision: str | None, *, doing: str = "download") -> Iterator[None]:
+def explaining(repo_id: str, revision: str | None, *, doing: str = "download") -> Iterator[None]:
     """Turn whatever huggingface_hub raises into one sentence that says what to do."""
     from huggingface_hub import constants, errors
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the httpx that it is built on
@@ -166,23 +166,23 @@ def explained(repo_id: str, revision: str | None, *, doing: str = "download") ->
             raise HubError(f"{repo_id}: the Hub has no such names; write it like your-name/model-marlin.") from None
         raise SourceError(f"{repo_id}: neither a folder nor a Hub id.") from None
     except (json.JSONDecodeError, errors.FileMetadataError):
-        raise no_hub(repo_id) from None
+        raise not_a_hub(repo_id) from None
     except (errors.LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise HubError(f"{repo_id}: {_why(error, doing, repo_id)}") from None
     except ValueError as error:  # what create_commit raises for a card that the Hub does not take
         if doing != "upload":
             if not _raised_by_client(error):
                 raise
-            raise no_hub(repo_id) from None
+            raise not_a_hub(repo_id) from None
         raise HubError(f"{repo_id}: the Hub does not take it: {' '.join(str(error).split())}") from None
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         if not _raised_by_client(error):
             raise
-        raise no_hub(repo_id) from None  # its answers have other types than a Hub's
+        raise not_a_hub(repo_id) from None  # its answers have other types than a Hub's
 
 
 def _raised_by_client(error: BaseException) -> bool:
-    """Whether an error comes from huggingface_hub, or from what that calls."""
+    """Tell whether an error comes from huggingface_hub, or from what that calls."""
     trace, names = error.__traceback__, []
     while trace is not None:
         names.append(str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0])
@@ -191,12 +191,12 @@ def _raised_by_client(error: BaseException) -> bool:
     return "huggingface_hub" in names[max((i for i, name in enumerate(names) if name == own), default=0) :]
 
 
-def no_hub(repo_id: str, what: str | None = None) -> HubError:
-    """That what answers is no Hub; `what` it answers, if that is clear."""
+def not_a_hub(repo_id: str, what: str | None = None) -> HubError:
+    """Return the error that what answers is not a Hub; `what` it answers, if that is clear."""
     from huggingface_hub import constants
 
     return HubError(
-        f"{repo_id}: what answers at {constants.ENDPOINT} is no Hub{f' ({what})' if what else ''}; "
+        f"{repo_id}: what answers at {constants.ENDPOINT} is not a Hugging Face Hub{f' ({what})' if what else ''}; "
         "check the proxy settings, and HF_ENDPOINT."
     )
 

@@ -19,16 +19,16 @@ from typing import Any, TypeAlias
 from ..errors import HubError
 from .answers import RemoteFile
 from .cache import Cache
-from .client import patiently
+from .client import with_retries
 
 #: Hears of bytes that have come: how many more (fewer, where some must come again).
-Hear: TypeAlias = Callable[[int], None]
+OnBytes: TypeAlias = Callable[[int], None]
 
 
-def download(repo_id: str, file: RemoteFile, commit: str, token: str | None, cache: Cache, hear: Hear) -> None:
+def download(repo_id: str, file: RemoteFile, commit: str, token: str | None, cache: Cache, on_bytes: OnBytes) -> None:
     """Bring the content of a file into the cache, unless it is there, going on where an earlier run ended.
 
-    Raises what `client.explained` explains, or HubError when the content is not what the Hub says.
+    Raises what `client.explaining` explains, or HubError when the content is not what the Hub says.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -38,11 +38,11 @@ def download(repo_id: str, file: RemoteFile, commit: str, token: str | None, cac
     url, headers = hf_hub_url(repo_id, file.name, revision=commit), build_hf_headers(token=token)
 
     def stream() -> bool:
-        with _Hashed(partial, file, hear) as into:
-            patiently(
+        with _Hashed(partial, file, on_bytes) as into:
+            with_retries(
                 lambda: http_get(
                     url, into, resume_size=into.tell(), headers=headers, expected_size=file.size,  # type: ignore[arg-type]
-                    tqdm_class=_hearing(lambda _: None), _nb_retries=0,
+                    tqdm_class=_passing_bar(lambda _: None), _nb_retries=0,
                 ),
                 progress=into.tell,
             )  # fmt: skip
@@ -53,21 +53,23 @@ def download(repo_id: str, file: RemoteFile, commit: str, token: str | None, cac
             if blob.exists():
                 return
             if file.xet and _xet():
-                _through_xet(repo_id, file, commit, headers, blob, hear)
+                _through_xet(repo_id, file, commit, headers, blob, on_bytes)
                 return
             if stream():
                 partial.replace(blob)
                 return
             partial.unlink()
             if not last:
-                hear(-file.size)
+                on_bytes(-file.size)
     raise HubError(
         f"{repo_id}: what comes as {file.name} is not what the Hub describes (its hash is another), twice; "
         "nothing of it was kept. Try again later, or without a proxy in between."
     )
 
 
-def _through_xet(repo_id: str, file: RemoteFile, commit: str, headers: dict[str, str], blob: Path, hear: Hear) -> None:
+def _through_xet(
+    repo_id: str, file: RemoteFile, commit: str, headers: dict[str, str], blob: Path, on_bytes: OnBytes
+) -> None:
     from huggingface_hub import constants
     from huggingface_hub.file_download import xet_get
     from huggingface_hub.utils import XetFileData  # type: ignore[attr-defined]
@@ -76,10 +78,10 @@ def _through_xet(repo_id: str, file: RemoteFile, commit: str, headers: dict[str,
     new = blob.with_name(f"{blob.name}.{uuid.uuid4().hex[:8]}.incomplete")
     try:
         new.touch()
-        patiently(
+        with_retries(
             lambda: xet_get(
                 incomplete_path=new, xet_file_data=data, headers=headers, expected_size=file.size,
-                displayed_filename=file.name, tqdm_class=_hearing(hear),
+                displayed_filename=file.name, tqdm_class=_passing_bar(on_bytes),
             )
         )  # fmt: skip
         if new.stat().st_size != file.size:
@@ -129,7 +131,7 @@ def read_range(
                 )
             return bytes(content)
 
-    return patiently(read, progress=progress)
+    return with_retries(read, progress=progress)
 
 
 class _Hashed:
@@ -138,8 +140,8 @@ class _Hashed:
     The hash is computed on a thread of its own, while the next piece comes.
     """
 
-    def __init__(self, path: Path, file: RemoteFile, hear: Hear) -> None:
-        self._of, self._hear = file, hear
+    def __init__(self, path: Path, file: RemoteFile, on_bytes: OnBytes) -> None:
+        self._of, self._on_bytes = file, on_bytes
         self._file, self._digest = path.open("a+b"), self._begun()
         self._hasher = ThreadPoolExecutor(1)
         self._hashed: Future[None] | None = None
@@ -150,7 +152,7 @@ class _Hashed:
             self._digest.update(block)
 
     def _begun(self) -> Any:
-        """A digest that nothing of the file has gone into."""
+        """Return a digest that nothing of the file has gone into."""
         return hashlib.sha256() if len(self._of.oid) == 64 else hashlib.sha1(b"blob %d\0" % self._of.size)
 
     @property
@@ -167,7 +169,7 @@ class _Hashed:
         self._file.write(data)
         self._wait()
         self._hashed = self._hasher.submit(self._digest.update, data)
-        self._hear(len(data))
+        self._on_bytes(len(data))
         return len(data)
 
     def _wait(self) -> None:
@@ -181,7 +183,7 @@ class _Hashed:
         """`http_get` goes back to the beginning when the server does not know where to go on."""
         self._wait()
         position = self._file.tell()
-        self._hear(position - os.fstat(self._file.fileno()).st_size)
+        self._on_bytes(position - os.fstat(self._file.fileno()).st_size)
         self._file.truncate(position)
         self._file.seek(0)
         self._digest = self._begun()
@@ -203,17 +205,17 @@ def _xet() -> bool:
     return bool(is_xet_available())
 
 
-def _hearing(hear: Hear) -> type[Any]:
-    """A progress bar for huggingface_hub that draws nothing and passes on what it is told."""
+def _passing_bar(on_bytes: OnBytes) -> type[Any]:
+    """Return a progress bar for huggingface_hub that draws nothing and passes on what it is told."""
     from tqdm import tqdm
 
-    class Hearing(tqdm):  # type: ignore[misc]
+    class PassingBar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)
             super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> bool | None:
-            hear(int(n or 0))
+            on_bytes(int(n or 0))
             return None
 
         def update_transfer(self, n: float | None = 1) -> None:
@@ -222,4 +224,4 @@ def _hearing(hear: Hear) -> type[Any]:
         def set_transfer_postfix_str(self, *_: Any, **__: Any) -> None:
             """Nothing is drawn."""
 
-    return Hearing
+    return PassingBar

@@ -15,8 +15,8 @@ from ..errors import HubError, SourceError
 from ..options import HubAccess
 from .address import repository
 from .cache import commit_of_snapshot
-from .client import checked_token, explained, interruptible, is_folder, unreachable
-from .download import Hear
+from .client import checked_token, explaining, interruptible, is_folder, unreachable
+from .download import OnBytes
 from .repository import Remote
 from .weights import HubFiles, Meanwhile
 
@@ -45,20 +45,20 @@ class Source:
         return self.hub or Folder(self.folder, self.label if self.on_hub else None)
 
 
-def _bar(label: str, total_bytes: int) -> Hear:
-    """A bar as huggingface_hub draws them, where it would; for whoever has no other way to show progress."""
+def _bar(label: str, total_bytes: int) -> OnBytes:
+    """Return a bar as huggingface_hub draws them, where it would; for whoever has no other way to show progress."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     if not total_bytes:
         return lambda nbytes: None
     bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label)  # type: ignore[no-untyped-call]
 
-    def hear(nbytes: int) -> None:
+    def on_bytes(nbytes: int) -> None:
         bar.update(nbytes)
         if bar.n >= total_bytes:
             bar.close()
 
-    return hear
+    return on_bytes
 
 
 def fetch(
@@ -70,7 +70,7 @@ def fetch(
     meanwhile: Meanwhile = _bar,
     everything: bool = False,
 ) -> Source:
-    """The source's folder: itself, when it is one, else downloaded to (or found in) the shared Hub cache.
+    """Return the source's folder: itself, when it is one, else downloaded to (or found in) the shared Hub cache.
 
     Only the weights that make up the checkpoint are downloaded, and the small files beside them, or `everything`;
     `meanwhile` shows it, as `Progress.meanwhile` does. Raises SourceError when a folder is missing, HubError when the
@@ -89,12 +89,12 @@ def fetch(
         folder = remote.fetch_small()
         if everything:
             weights += remote.weights_beside(weights)
-        hear = meanwhile("downloading", sum(map(remote.to_come, weights)))
+        on_bytes = meanwhile("downloading", sum(map(remote.missing_bytes, weights)))
         for name in weights:
-            remote.fetch(name, hear)
+            remote.fetch(name, on_bytes)
         return Source(folder, source, remote.commit)
 
-    with explained(source, revision):
+    with explaining(source, revision):
         return interruptible(work) or _cached(source, revision, cache_dir)
 
 
@@ -130,7 +130,7 @@ def opened_whole(
 
 
 def _looked_into(source: str, access: HubAccess, meanwhile: Meanwhile) -> Source:
-    with explained(source, access.revision):
+    with explaining(source, access.revision):
         remote = interruptible(
             lambda: Remote.find(source, access.revision, checked_token(access.token), access.cache_dir)
         )
@@ -148,7 +148,7 @@ def _folder(source: str, revision: str | None) -> Source:
 
 
 def _cached(source: str, revision: str | None, cache_dir: Path | None) -> Source:
-    """The source from the cache alone; raises what huggingface_hub raises where it holds only a part."""
+    """Return the source from the cache alone; raises what huggingface_hub raises where it holds only a part."""
     from huggingface_hub import snapshot_download
 
     configs = list(CONFIG_FILES)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import HubError
 from .cache import Use
 from .client import DOWNLOAD_THREAD, errors_only
-from .download import Hear
+from .download import OnBytes
 from .repository import Remote
 from .weights import RemoteWeightFile
 
@@ -19,7 +19,7 @@ from .weights import RemoteWeightFile
 class Prefetch:
     """Fetches weight files of a repository in order, in the background; whoever needs one waits for it.
 
-        with Prefetch(remote, files, together, hear):
+        with Prefetch(remote, files, together, on_bytes):
             for file in files:
                 file.wait()
                 ...
@@ -31,10 +31,10 @@ class Prefetch:
     """
 
     def __init__(
-        self, remote: Remote, files: list[RemoteWeightFile], together: Iterable[set[str]], hear: Hear,
+        self, remote: Remote, files: list[RemoteWeightFile], together: Iterable[set[str]], on_bytes: OnBytes,
         room: Callable[[int, int], bool] | None = None,
     ) -> None:  # fmt: skip
-        self._remote, self._files, self._hear, self._room = remote, files, hear, room
+        self._remote, self._files, self._on_bytes, self._room = remote, files, on_bytes, room
         order = {file.name: i for i, file in enumerate(files)}
         #: The number of the last file that must have arrived before a file can be dropped.
         self._until = dict(order)
@@ -67,25 +67,25 @@ class Prefetch:
 
     def _fetch(self, name: str) -> Path:
         if self._room is None:
-            return self._remote.fetch(name, self._heard)
+            return self._remote.fetch(name, self._count)
         with self._lock:
             self._held[name] = self._remote.files[name].size
-        path, passing, use = self._remote.fetch_passing(name, self._heard)
+        path, temporary, use = self._remote.fetch_temporarily(name, self._count)
         with self._lock:
             self._uses[name] = use
-            if not passing:
+            if not temporary:
                 self._held[name] = 0
         return path
 
-    def _heard(self, nbytes: int) -> None:
+    def _count(self, nbytes: int) -> None:
         if self._stopped:
             raise HubError("the download was stopped.")  # nobody waits for it any more
-        self._hear(nbytes)
+        self._on_bytes(nbytes)
 
     def _has_room(self, number: int) -> bool:
         with self._lock:
             held = dict(self._held)
-        if self._room is None or self._room(self._remote.to_come(self._files[number].name), sum(held.values())):
+        if self._room is None or self._room(self._remote.missing_bytes(self._files[number].name), sum(held.values())):
             return True
         return all(self._until[name] >= number for name in held)
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from .client import explained, interruptible
-from .download import Hear, read_range
+from .client import explaining, interruptible
+from .download import OnBytes, read_range
 from .repository import Remote
 
 #: Bytes of a file's beginning that come first: most headers are shorter, and one request then is enough.
@@ -96,15 +96,15 @@ class RangeReader:
             Part(file, at, min(at + _MOST, end)) for file, start, end in gaps for at in range(start, end, _MOST)
         ]  # fmt: skip
 
-    def fetch(self, parts: Iterable[Part], hear: Hear = lambda nbytes: None) -> None:
-        """Fetch what is not kept yet of `parts`; `hear` is told of its bytes. Raises HubError."""
+    def fetch(self, parts: Iterable[Part], on_bytes: OnBytes = lambda nbytes: None) -> None:
+        """Fetch what is not kept yet of `parts`; `on_bytes` is told of its bytes. Raises HubError."""
         with self._fetching:
             pieces = self.missing(parts)
             if pieces:
-                with explained(self._remote.repo_id, self._remote.revision):
-                    interruptible(lambda: self._request_all(pieces, hear))
+                with explaining(self._remote.repo_id, self._remote.revision):
+                    interruptible(lambda: self._request_all(pieces, on_bytes))
 
-    def _request_all(self, pieces: list[Part], hear: Hear) -> None:
+    def _request_all(self, pieces: list[Part], on_bytes: OnBytes) -> None:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -115,7 +115,7 @@ class RangeReader:
             url = hf_hub_url(remote.repo_id, piece.file, revision=remote.commit)
             content = read_range(remote.repo_id, url, headers, piece.start, piece.end, lambda: self._answers)
             self._keep(piece, content)
-            hear(len(content))
+            on_bytes(len(content))
 
         with ThreadPoolExecutor(min(_REQUESTS, len(pieces))) as pool:
             try:

@@ -12,7 +12,7 @@ from ..checkpoint.index import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from ..checkpoint.reader import CONFIG_FILES
 from .answers import RemoteFile, describe, files_of
 from .cache import Cache, Use
-from .download import Hear, download
+from .download import OnBytes, download
 
 _SMALL_FILES = 8  # at a time
 
@@ -30,7 +30,7 @@ class Remote:
 
     @staticmethod
     def find(repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None) -> Remote | None:
-        """The repository, or None when the Hub cannot be reached."""
+        """Return the repository, or None when the Hub cannot be reached."""
         from huggingface_hub import constants
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
@@ -77,31 +77,31 @@ class Remote:
         self.cache.name(self.revision, self.commit)
         return self.cache.snapshot(self.commit)
 
-    def to_come(self, name: str) -> int:
-        """Bytes of a file that the cache does not have yet."""
-        return self.cache.to_come(self.files[name], self.commit)
+    def missing_bytes(self, name: str) -> int:
+        """Return bytes of a file that the cache does not have yet."""
+        return self.cache.missing_bytes(self.files[name], self.commit)
 
-    def fetch(self, name: str, hear: Hear) -> Path:
-        """Fetch a file, unless the cache has it, to stay there; its path. `hear` is told of every byte to come.
+    def fetch(self, name: str, on_bytes: OnBytes) -> Path:
+        """Fetch a file, unless the cache has it, to stay there; its path. `on_bytes` is told of every byte to come.
 
-        Raises what `explained` explains, or HubError when its content is not what the Hub says.
+        Raises what `explaining` explains, or HubError when its content is not what the Hub says.
         """
         file, cache = self.files[name], self.cache
         link = cache.snapshot(self.commit) / name
-        if link.exists() and not cache.passes(file):  # also in a cache that cannot be written to
+        if link.exists() and not cache.is_temporary(file):  # also in a cache that cannot be written to
             return link
         use = cache.use(file)
         try:
             cache.keep(file)
             if cache.find(file, self.commit) is None:
-                download(self.repo_id, file, self.commit, self.token, cache, hear)
+                download(self.repo_id, file, self.commit, self.token, cache, on_bytes)
             link = cache.link(file, self.commit)
             cache.keep(file)  # whoever waited for it meanwhile may have noted something else
         finally:
             use.close()
         return link
 
-    def fetch_passing(self, name: str, hear: Hear) -> tuple[Path, bool, Use]:
+    def fetch_temporarily(self, name: str, on_bytes: OnBytes) -> tuple[Path, bool, Use]:
         """Fetch a file, unless the cache has it, for as long as it is used: its path, whether it goes away then, and
         the use, which `Cache.give_up` ends."""
         file, cache = self.files[name], self.cache
@@ -109,9 +109,9 @@ class Remote:
         try:
             there = cache.find(file, self.commit)
             if there is None:
-                cache.let_pass(file)
-                download(self.repo_id, file, self.commit, self.token, cache, hear)
-            return there or cache.blob(file), cache.passes(file), use
+                cache.mark_temporary(file)
+                download(self.repo_id, file, self.commit, self.token, cache, on_bytes)
+            return there or cache.blob(file), cache.is_temporary(file), use
         except BaseException:
             use.close()
             raise

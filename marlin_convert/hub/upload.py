@@ -12,7 +12,7 @@ from ..checkpoint.index import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from ..errors import HubError
 from ..options import PublishTarget
 from .answers import account_of, describe, files_of
-from .client import checked_token, explained, interruptible, no_hub, patiently
+from .client import checked_token, explaining, interruptible, not_a_hub, with_retries
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -32,7 +32,7 @@ def check_target(target: PublishTarget, *, token: str | None, force: bool) -> Pu
     Raises HubError when the user may not, or, without `force`, when weights that are there would be overwritten.
     """
     token = checked_token(token)
-    with explained(target.repo_id, target.branch, doing="upload"):
+    with explaining(target.repo_id, target.branch, doing="upload"):
         from huggingface_hub import HfApi, constants, get_token
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -54,11 +54,11 @@ def check_target(target: PublishTarget, *, token: str | None, force: bool) -> Pu
 
 def create_repository(target: PublishTarget, *, token: str | None) -> None:
     """Create the repository, unless it is there."""
-    with explained(target.repo_id, target.branch, doing="upload"):
+    with explaining(target.repo_id, target.branch, doing="upload"):
         from huggingface_hub import HfApi
 
         api = HfApi(token=checked_token(token))
-        patiently(lambda: api.create_repo(target.repo_id, private=target.private or None, exist_ok=True))
+        with_retries(lambda: api.create_repo(target.repo_id, private=target.private or None, exist_ok=True))
 
 
 def push(folder: Path, target: PublishTarget, *, token: str | None, force: bool) -> str:
@@ -69,7 +69,7 @@ def push(folder: Path, target: PublishTarget, *, token: str | None, force: bool)
     token = checked_token(token)
     target = check_target(target, token=token, force=True)
     create_repository(target, token=token)
-    with explained(target.repo_id, target.branch, doing="upload"):
+    with explaining(target.repo_id, target.branch, doing="upload"):
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
         api = HfApi(token=token)
@@ -84,14 +84,14 @@ def push(folder: Path, target: PublishTarget, *, token: str | None, force: bool)
                     raise HubError(_other_weights(target))
         if head is None and target.branch:
             branch = target.branch
-            patiently(lambda: api.create_branch(target.repo_id, branch=branch, exist_ok=True))
+            with_retries(lambda: api.create_branch(target.repo_id, branch=branch, exist_ok=True))
             head = _head(target, token)
         # Weights of another result beside these would be read with them.
         there = _weights_there(target, head, token)
         stale = [CommitOperationDelete(n) for n in there if n not in added and n.endswith(_READ) and "/" not in n]
         message = target.commit_message or f"Marlin checkpoint, by marlin-convert {__version__}"
         done = interruptible(
-            lambda: patiently(
+            lambda: with_retries(
                 lambda: api.create_commit(
                     target.repo_id, [*added.values(), *stale], commit_message=message, create_pr=target.create_pr,
                     revision=target.branch, parent_commit=head,  # refused if somebody else has committed since
@@ -105,9 +105,9 @@ def push(folder: Path, target: PublishTarget, *, token: str | None, force: bool)
 def _own(api: HfApi, target: PublishTarget) -> PublishTarget:
     """The target with its owner's name; raises HubError when whose token it is may not write there."""
     try:
-        who = account_of(patiently(api.whoami))
+        who = account_of(with_retries(api.whoami))
     except (AttributeError, LookupError, TypeError):
-        raise no_hub(target.repo_id, "it does not say whose the token is") from None
+        raise not_a_hub(target.repo_id, "it does not say whose the token is") from None
     if who.role == "read":
         raise HubError(f"{target.repo_id}: the token may only read; give one that may write.")
     if "/" not in target.repo_id:
@@ -132,7 +132,7 @@ def _exists(api: HfApi, target: PublishTarget, token: str | None) -> bool:
         raise HubError(f"{target.repo_id}: it exists and is public; make it private first, or leave --private out.")
     # Asks how a file would be uploaded, which only who may write is told; a small one is not uploaded by it.
     card = CommitOperationAdd("README.md", b"-")
-    patiently(lambda: api.preupload_lfs_files(target.repo_id, [card], create_pr=target.create_pr))
+    with_retries(lambda: api.preupload_lfs_files(target.repo_id, [card], create_pr=target.create_pr))
     return True
 
 

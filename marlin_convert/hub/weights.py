@@ -12,13 +12,13 @@ from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.header import Tensor, read_header
 from ..checkpoint.weight_file import LocalWeightFile
 from ..errors import SourceError
-from .client import explained, interruptible
-from .download import Hear
+from .client import explaining, interruptible
+from .download import OnBytes
 from .ranges import Part, RangeReader
 from .repository import Remote
 
 #: Makes what hears of bytes, from a label and how many there will be, as `Progress.meanwhile` does.
-Meanwhile: TypeAlias = Callable[[str, int], Hear]
+Meanwhile: TypeAlias = Callable[[str, int], OnBytes]
 
 
 class HubFiles(CheckpointFiles):
@@ -32,7 +32,7 @@ class HubFiles(CheckpointFiles):
         self.names = sorted(remote.files)
         self._ranges = RangeReader(remote)
         self.weights: dict[str, RemoteWeightFile] = {}
-        with explained(remote.repo_id, remote.revision):
+        with explaining(remote.repo_id, remote.revision):
             cached = interruptible(lambda: remote.fetch_small(remote.configs))
         for name in remote.configs:
             self.arrived(name, cached / name)
@@ -55,10 +55,10 @@ class HubFiles(CheckpointFiles):
         """Bring files beside the weights into the cache: all small ones, and the weights among `names`."""
         remote = self.remote
         large = sorted(set(names) - set(remote.small_files) - set(remote.configs))
-        with explained(remote.repo_id, remote.revision):
+        with explaining(remote.repo_id, remote.revision):
             cached = interruptible(remote.fetch_small)
-            hear = meanwhile("downloading other files", sum(map(remote.to_come, large)))
-            interruptible(lambda: [remote.fetch(name, hear) for name in large])
+            on_bytes = meanwhile("downloading other files", sum(map(remote.missing_bytes, large)))
+            interruptible(lambda: [remote.fetch(name, on_bytes) for name in large])
         for name in names:
             self.arrived(name, cached / name)
 
@@ -84,7 +84,7 @@ class HubFiles(CheckpointFiles):
     def cached(self, name: str) -> Path | None:
         """Return where the cache has a file to stay; what another run may remove does not count."""
         file, cache = self.remote.files[name], self.remote.cache
-        return None if cache.passes(file) else cache.find(file, self.remote.commit)
+        return None if cache.is_temporary(file) else cache.find(file, self.remote.commit)
 
     def close(self) -> None:
         self._ranges.close()
@@ -148,7 +148,7 @@ class RemoteWeightFile:
         """Wait until the file has arrived; return False if it was stopped. Raises what stopped the download, or
         SourceError where what arrived is another file than the one whose header was read."""
         remote = self._files.remote
-        with explained(remote.repo_id, remote.revision):
+        with explaining(remote.repo_id, remote.revision):
             arrival = self._arrival.result()
         if arrival is None:
             return False

@@ -19,7 +19,7 @@ Words = npt.NDArray[np.int32]
 
 
 def usable_device(request: str, *, computes: bool) -> tuple[Device, str | None]:
-    """The device of `request`, its kernels loaded if they will be used, and a remark for the user.
+    """Return the device of `request`, its kernels loaded if they will be used, and a remark for the user.
 
     `computes` says that products will be computed there; repacking alone, the CPU does unless a GPU is asked for by
     name. Raises DeviceError when it was asked for by name and cannot be used. With "auto", a GPU whose kernels are not
@@ -87,7 +87,7 @@ class CUDAPacker:
 
 
 def packer(device: Device, request: str) -> Packer:
-    """What repacks: the CPU, which keeps up with any disk, unless a GPU was asked for by name."""
+    """Return what repacks: the CPU, which keeps up with any disk, unless a GPU was asked for by name."""
     if device.kind == "cpu" or request == "auto":
         return CPUPacker()
     from . import cuda

@@ -190,7 +190,7 @@ def matmul_gptq(x: Tensor, qweight: Tensor, scales: Tensor) -> Tensor:
 
 
 def matmul_marlin(x: Tensor, B: Tensor, s: Tensor) -> Tensor:
-    """The same as `matmul_gptq` of a Marlin layer."""
+    """Return the same as `matmul_gptq` of a Marlin layer."""
     return matmul(x, dequantize_marlin(B, s))
 
 

@@ -57,7 +57,7 @@ def test_a_listed_name_that_leads_outside(
         hub.say = listing(lambda entries, name=name: [*entries, entry(path=name)])  # type: ignore[misc]
         message = refusal(online(REPO, *given))
         assert message == (
-            f"{REPO}: what answers at {hub.url} is no Hub (it lists a file {shown(name)}); "
+            f"{REPO}: what answers at {hub.url} is not a Hugging Face Hub (it lists a file {shown(name)}); "
             "check the proxy settings, and HF_ENDPOINT."
         )
     assert everything(tmp_path) == before
@@ -83,7 +83,7 @@ def test_a_commit_or_a_hash_that_leads_outside(
     for wrong in (str(tmp_path / "pwn"), "../../../../pwn"):
         for say in (commit(wrong), hashes(wrong)):
             hub.say = say
-            assert "is no Hub" in refusal(online(REPO, tmp_path / "out", *arguments))
+            assert "is not a Hugging Face Hub" in refusal(online(REPO, tmp_path / "out", *arguments))
     assert everything(tmp_path) == before
 
 
@@ -131,7 +131,7 @@ def test_what_a_hub_lists(listed: Callable[..., dict[str, answers.RemoteFile]]) 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_names_that_no_file_of_a_repository_has(listed: Callable[..., object], name: object) -> None:
-    with pytest.raises(HubError, match="is no Hub"):
+    with pytest.raises(HubError, match="is not a Hugging Face Hub"):
         listed(entry(), entry(path=name))
 
 
@@ -147,19 +147,19 @@ def test_names_that_no_file_of_a_repository_has(listed: Callable[..., object], n
     ids=ascii,
 )  # fmt: skip
 def test_sizes_hashes_and_types_that_no_hub_gives(listed: Callable[..., object], wrong: dict[str, Any]) -> None:
-    with pytest.raises(HubError, match="is no Hub"):
+    with pytest.raises(HubError, match="is not a Hugging Face Hub"):
         listed(entry(**wrong))
 
 
 @pytest.mark.parametrize("wrong", [5, None, "more.txt", [], [entry()], {}], ids=ascii)
 def test_entries_that_are_none(listed: Callable[..., object], wrong: object) -> None:
-    with pytest.raises(HubError, match="is no Hub"):
+    with pytest.raises(HubError, match="is not a Hugging Face Hub"):
         listed(wrong)
 
 
 def test_names_that_exclude_each_other(listed: Callable[..., object]) -> None:
     for names in (("a", "a"), ("a", "a/b"), ("a/b/c/d", "a/b")):
-        with pytest.raises(HubError, match="is no Hub"):
+        with pytest.raises(HubError, match="is not a Hugging Face Hub"):
             listed(*(entry(path=name) for name in names))
 
 
@@ -188,7 +188,7 @@ def test_answers_of_other_kinds(hub: Hub, online: Callable[..., Run], where: str
         if (where, said) == ("/tree/", b"[]"):  # a repository of no files
             assert online(REPO, "--dry-run").code == 3
         else:
-            assert "is no Hub" in refusal(online(REPO, "--dry-run"))
+            assert "is not a Hugging Face Hub" in refusal(online(REPO, "--dry-run"))
 
 
 @pytest.mark.usefixtures("repository")
@@ -233,7 +233,7 @@ def test_an_account_that_is_none(
     hub.accounts[SECRET] = Account("me")
     hub.say = lambda request, answer: who if "whoami" in request.path else answer
     result = online(source.folder, tmp_path / "out", "--push-to-hub", "me/x", "--token", SECRET)
-    assert "is no Hub" in refusal(result)
+    assert "is not a Hugging Face Hub" in refusal(result)
     assert not (tmp_path / "out").exists()
 
 

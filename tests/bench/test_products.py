@@ -691,9 +691,9 @@ def test_the_options_arrive(main: Any) -> None:
     [
         (["--preset", "gpt-5"], "'gpt-5' is not one of 'mistral-7b', 'llama-3-8b', 'llama-70b'."),
         (["folder", "--preset", "llama-70b"], "Give a SOURCE or --preset, not both."),
-        (["--device", "gpu"], "'gpu' is no device"),
+        (["--device", "gpu"], "'gpu' is not a device"),
         *(
-            (["--batch", value], f"{value!r} is no list of batch sizes")
+            (["--batch", value], f"{value!r} is not a list of batch sizes")
             for value in ("", "0", "1,", "a", "-4", "9999999")
         ),
     ],

@@ -185,11 +185,17 @@ BAD_ARGUMENTS = {
     "unknown option": (["source", "out", "--bits", "4"], "No such option"),
     "too many arguments": (["source", "out", "extra"], "unexpected extra argument"),
     "quant method": (["source", "out", "--quant-method", "awq"], "'awq' is not one of 'gptq', 'marlin'"),
-    "device": (["source", "out", "--device", "nonsense"], "'nonsense' is no device; give auto, cpu, cuda or cuda:N."),
-    "device of verify": (["verify", "source", "out", "--device", "cuda:"], "'cuda:' is no device"),
-    "device of demo": (["demo", "--device", "gpu"], "'gpu' is no device"),
+    "device": (
+        ["source", "out", "--device", "nonsense"],
+        "'nonsense' is not a device; give auto, cpu, cuda or cuda:N.",
+    ),
+    "device of verify": (["verify", "source", "out", "--device", "cuda:"], "'cuda:' is not a device"),
+    "device of demo": (["demo", "--device", "gpu"], "'gpu' is not a device"),
     **{
-        f"shard size {size!r}": (["source", "out", "--max-shard-size", size], f"{size!r} is no size; write it like 5GB")
+        f"shard size {size!r}": (
+            ["source", "out", "--max-shard-size", size],
+            f"{size!r} is not a size; write it like 5GB",
+        )
         for size in ("huge", "5", "GB", "0GB", "-1GB", "5 apples", "1e3GB", "")
     },
 }
@@ -287,7 +293,8 @@ def test_3_a_small_file_that_cannot_be_copied(
         tokenizer.symlink_to("nowhere")
     result = main(source.folder, tmp_path / "out")
     assert result.code == 3
-    assert one_line(result).startswith(f"{tokenizer}: it cannot be read")
+    why = "it is not a regular file" if kind == "pipe" else "it cannot be read"
+    assert one_line(result).startswith(f"{tokenizer}: {why}")
 
 
 def test_4_unsupported(run: Callable[..., Run], tmp_path: Path) -> None:
@@ -448,7 +455,7 @@ def test_json_of_a_verification(main: Callable[..., Run], source: Source, tmp_pa
     ("args", "code", "kind", "text"),
     [
         (["nowhere/at/all", "out"], 3, "SourceError", "nowhere/at/all: no such folder."),
-        (["source", "out", "--device", "x"], 2, "BadParameter", "Invalid value for '--device': 'x' is no device"),
+        (["source", "out", "--device", "x"], 2, "BadParameter", "Invalid value for '--device': 'x' is not a device"),
         (["source"], 2, "UsageError", "Missing argument 'OUT'"),
         (["source", "source", "--device", "cpu"], 6, "OutputError", "source: it exists already"),
         (["source", "x", "--device", "cuda:99"], 5, "DeviceError", "--device cuda:99: "),

@@ -267,7 +267,7 @@ def test_a_source_that_changes_while_it_is_read(
         convert(source.folder, tmp_path / "out", Options(device="cpu", verify=True))
     assert str(error.value) == (
         f"{source.folder / name}: it {'went away' if change is remove else 'changed'} while the folder was read, which "
-        "would give a mixture; run it again when nothing writes there any more."
+        "would give a mixture of old and new; run it again when nothing is writing there."
     )
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 

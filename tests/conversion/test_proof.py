@@ -209,7 +209,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer": (text("tokenizer.json", "1", "2"), "tokenizer.json: it differs from the source's"),
     "code beside": (text("code/model.py", "1", "2"), "code/model.py: it differs from the source's"),
     "one more file": (lambda out: (out / "modeling.py").write_text("x"),
-                      "modeling.py: it is no file of the conversion"),
+                      "modeling.py: it is not a file that the conversion writes"),
     "one file less": (lambda out: (out / "LICENSE").unlink(), "LICENSE: it is missing"),
     "report": (note(lambda n: n.update(bytes_in=7)), "marlin_convert.json: bytes_in is 7, not"),
     "report's hash": (note(forged_hash), "marlin_convert.json: result_files.README.md is '0000"),

@@ -260,7 +260,7 @@ def test_wrong_arguments(main: Callable[..., Run], tmp_path: Path) -> None:
     for words, said in (
         (("batch", lines, *state), "Give --out DIR or --push-to-hub ORG."),
         (("batch", lines, *state, "--out", "o", "--push-to-hub", "x"), "Give --out DIR or --push-to-hub ORG."),
-        (("batch", lines, *state, "--out", "o", "--shard", "3/2"), "is no part"),
+        (("batch", lines, *state, "--out", "o", "--shard", "3/2"), "is not a part"),
         (("batch", lines, *state, "--out", "o", "--private"), "--private needs --push-to-hub."),
         (("batch", lines, "--out", "o"), "Missing option '--state'"),
         (("batch", listed(tmp_path, "a", "a", name="twice"), *state, "--out", "o"), "has the target a-marlin too"),

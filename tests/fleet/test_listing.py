@@ -67,7 +67,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "an unknown option": (
         "org/a --fast\n",
         "l.txt",
-        "line 1: '--fast' is no option of a line, which may have",
+        "line 1: '--fast' is not an option of a line, which may have",
     ),
     "a wrong word": ("org/a --format int4\n", "l.txt", "line 1: format is 'int4'; choose auto, marlin, marlin_ext"),
     "open quotes": ("'org/a\n", "l.txt", "line 1: no closing quotation"),

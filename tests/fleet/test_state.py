@@ -108,7 +108,7 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     for content in ('{"a": 1}\n', "[]\n", "a text\nof lines\n"):
         path = tmp_path / "other"
         path.write_text(content)
-        with pytest.raises(SourceError, match="no state file"):
+        with pytest.raises(SourceError, match="is not a state file"):
             State(path).records()
         assert path.read_text() == content
 

@@ -28,7 +28,7 @@ FILE = RemoteFile("model.safetensors", len(CONTENT), hashlib.sha256(CONTENT).hex
 def cache(tmp_path: Path) -> Cache:
     """A cache that holds a file, brought by a run that will remove it."""
     cache = Cache(REPO, tmp_path)
-    cache.let_pass(FILE)
+    cache.mark_temporary(FILE)
     cache.blob(FILE).write_bytes(CONTENT)
     return cache
 
@@ -55,7 +55,7 @@ def test_what_somebody_linked_to_stays(cache: Cache) -> None:
     link.symlink_to(f"../../../blobs/{FILE.oid}")
     cache.give_up(FILE, use)
     assert link.read_bytes() == CONTENT
-    assert not cache.passes(FILE)
+    assert not cache.is_temporary(FILE)
 
 
 def test_what_another_program_is_linking_to_stays(cache: Cache, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_a_token_with_a_line_end(
         assert result.code == 0, result.err
         assert {r.token for r in hub.requests if "/resolve/" in r.path} == {SECRET}
     else:
-        assert refusal(result) == "the token is none: it holds characters that no token has."
+        assert refusal(result) == "the token is not valid: it holds characters that no token has."
         assert hub.requests == []
 
 
@@ -290,7 +290,7 @@ def test_a_server_that_is_no_hub(hub: Hub, online: Callable[..., Run], tmp_path:
     """As a network that wants a login first: it answers everything, with something else."""
     hub.fault = lambda _: 200
     assert refusal(online(REPO, tmp_path / "out")) == (
-        f"{REPO}: what answers at {hub.url} is no Hub; check the proxy settings, and HF_ENDPOINT."
+        f"{REPO}: what answers at {hub.url} is not a Hugging Face Hub; check the proxy settings, and HF_ENDPOINT."
     )
 
 
@@ -399,7 +399,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch, each: float, calls: int,
         raise HTTPError("no connection")
 
     with pytest.raises(HTTPError):
-        client.patiently(call)
+        client.with_retries(call)
     assert (len(made), clock.now) == (calls, ends)
 
 
@@ -416,7 +416,7 @@ def test_patience_begins_anew_with_progress(monkeypatch: pytest.MonkeyPatch) -> 
             raise HTTPError("broken")
         return "all"
 
-    assert client.patiently(call, progress=lambda: came[0]) == "all"
+    assert client.with_retries(call, progress=lambda: came[0]) == "all"
 
 
 def test_a_redirect_to_nowhere(
