@@ -20,7 +20,7 @@
 #include "marlin.h"
 
 // Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/cuda_library.py.
-#define MARLIN_CUDA_ABI_VERSION 5
+#define MARLIN_CUDA_ABI_VERSION 6
 
 #define MARLIN_CUDA_K_MULTIPLE 64
 #define MARLIN_CUDA_N_MULTIPLE 64
@@ -124,6 +124,11 @@ MARLIN_EXPORT int marlin_cuda_gemm(const marlin_cuda_weights_t* weights /* host 
 #define MARLIN_CUDA_STREAM_K 9        // equal ranges of all steps of all tiles
 #define MARLIN_CUDA_DATA_PARALLEL 10  // whole tiles
 
+// As a variant, alone: how K is cut, and the order of every sum, depend on the weights and the GPU, not on M. Row i of
+// any A has the bits that it has alone. On compute capability 9.0 weights then enter as exact integers for any M,
+// elsewhere they are rounded for any M, except with one group of scales.
+#define MARLIN_CUDA_BATCH_INVARIANT (1 << 20)
+
 // An instance of the kernels: a size of output tiles, for some kinds of weights.
 typedef struct {
   int32_t id;
@@ -145,6 +150,8 @@ MARLIN_EXPORT int marlin_cuda_instance(int index, marlin_cuda_instance_t* instan
 typedef struct {
   int32_t instance;  // its id
   int32_t stages, split, blocks;
+  int32_t parts;    // batch-invariant: into which K is cut, by the split or within a block; else 0
+  int32_t rows;     //   of a launch; there may be several, one after the other; else M
   double us;        // orders the candidates
   double gemm_us;   // at least what the tensor cores need: compared with
   double dense_us;  //   dequantizing and a 16-bit product
@@ -190,8 +197,8 @@ typedef struct {
 #define MARLIN_CUDA_ALTERNATING 2  // every second output of `gate`, from the second on
 
 typedef struct {
-  const void* x;            // [tokens, ldx], of which in_features are read
-  const void* ids;          // [tokens, top_k] int32 or int64: the expert of each choice; others than 0 .. experts - 1: none
+  const void* x;    // [tokens, ldx], of which in_features are read
+  const void* ids;  // [tokens, top_k] int32 or int64: the expert of each choice; others than 0 .. experts - 1: none
   const float* weights;     // [tokens, top_k], or null: ones
   const int32_t* position;  // [experts] the position of each, -1 if it is not here; or null: its number
   void* out;                // [tokens, out_features of down]

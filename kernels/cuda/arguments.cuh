@@ -12,7 +12,7 @@ struct OutputTile;
 
 struct GemmArguments {
   template <typename S>
-  using Tile = OutputTile<S>;           // what a block needs to know of an output tile (tile_scheduler.cuh)
+  using Tile = OutputTile<S>;            // what a block needs to know of an output tile (tile_scheduler.cuh)
   static constexpr bool kEarly = false;  // weights may be copied before activations are there
 
   const void* A;      // [M, lda] activations
@@ -36,7 +36,9 @@ struct GemmArguments {
                              // 0: data-parallel, block b takes the output tiles b, b + blocks, ...
   int stages;                // of the pipeline in shared memory
   int split_k;               // blocks that split an output tile along K, in equal parts; 0: none, as above
-  int next_n, next_m;        // gemm_sm80: from one output tile of a block to its next, along N and (modulo tiles_m) M
+  int parts;  // data-parallel, gemm_sm90 (parts_in_turn): whole tiles are done in so many parts along K, and these added
+              // up, as a cluster of so many blocks would; else 1
+  int next_n, next_m;  // gemm_sm80: from one output tile of a block to its next, along N and (modulo tiles_m) M
 };
 
 }  // namespace marlin

@@ -30,7 +30,7 @@ CostModel sm90_on_h100() {
   m.misaligned = 1.3;
   m.misaligned_kb = 0.19;
   m.product_flops = 540e6;  // with groups of 128
-  m.dense_launches = 4.0;
+  m.dense_launches = 5.0;
   m.dense_memory = 2.45e6;
   m.dense_flops = 690e6;
   return m;

@@ -35,6 +35,19 @@ __device__ __forceinline__ uint32_t fma_bfloat2(uint32_t a, uint32_t b, uint32_t
   return d;
 }
 
+// The lower or the upper half of a register, twice. As a move of halves, which nvcc makes a part of the instruction that
+// takes it (R0.H0_H0), unlike a permutation of bytes.
+__device__ __forceinline__ uint32_t lower_twice(uint32_t v) {
+  uint32_t d;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(d) : "r"(v));
+  return d;
+}
+__device__ __forceinline__ uint32_t upper_twice(uint32_t v) {
+  uint32_t d;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(d) : "r"(v));
+  return d;
+}
+
 // One word of a tile: the 16x16 sub-tile's share of one lane, eight codes. With g = lane / 4 and t = lane % 4:
 //
 //   nibble    7     6     5     4     3     2     1     0
@@ -45,8 +58,9 @@ __device__ __forceinline__ uint32_t fma_bfloat2(uint32_t a, uint32_t b, uint32_t
 // the same), (row g, columns 2t+8, 2t+9), (row g+8, the same). Read the word transposed, N as the operand's rows, and
 // the pairs are nibbles (0, 4), (2, 6), (1, 5), (3, 7): sixteen bits apart, so one mask takes a pair.
 //
-// Decoder<T, BITS>::word(words, fragment) takes 4-bit codes whose zero point is 8 everywhere; with two more arguments,
-// registers made by `zero(z)`, each column has a zero point of its own.
+// Decoder<T, BITS>::word(words, fragment) takes 4-bit codes whose zero point is 8 everywhere; with one more argument, a
+// register made by `zeros`, columns g and g + 8 have zero points of their own, which `zeros` takes at bits 0 and 16
+// (zeros_of).
 //
 // A zero point is subtracted before the product, where |code - zero| <= 255 is exact in both types; the register that
 // takes the offset away takes it away as well:
@@ -73,8 +87,9 @@ struct Decoder<__half, 4> {
     a[2] = fma_half2(and_or<0x00f000f0, 0x64006400>(q[0]), kSixteenth, kMinus72);
     a[3] = fma_half2(and_or<0x00f000f0, 0x64006400>(upper), kSixteenth, kMinus72);
   }
-  static __device__ __forceinline__ uint32_t zero(uint32_t z) { return (0xe400u | z) * 0x10001u; }
-  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
+  static __device__ __forceinline__ uint32_t zeros(uint32_t packed) { return and_or<0x000f000f, 0xe400e400>(packed); }
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t zeros, uint32_t (&a)[4]) {
+    const uint32_t z0 = lower_twice(zeros), z1 = upper_twice(zeros);
     constexpr uint32_t kSixteenth = 0x2c002c00;  // 1 / 16
     constexpr uint32_t k960 = 0x63806380;        // -(1024 + zero) + 960 = -(1024 / 16 + zero)
     const uint32_t upper = q[0] >> 8;
@@ -95,8 +110,9 @@ struct Decoder<__nv_bfloat16, 4> {
     a[2] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0] >> 4), kOne, kMinus136);
     a[3] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0] >> 12), kOne, kMinus136);
   }
-  static __device__ __forceinline__ uint32_t zero(uint32_t z) { return (0xc300u | z) * 0x10001u; }
-  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
+  static __device__ __forceinline__ uint32_t zeros(uint32_t packed) { return and_or<0x000f000f, 0xc300c300>(packed); }
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t zeros, uint32_t (&a)[4]) {
+    const uint32_t z0 = lower_twice(zeros), z1 = upper_twice(zeros);
     constexpr uint32_t kOne = 0x3f803f80;
     a[0] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0]), kOne, z0);
     a[1] = fma_bfloat2(and_or<0x000f000f, 0x43004300>(q[0] >> 8), kOne, z1);
@@ -107,8 +123,9 @@ struct Decoder<__nv_bfloat16, 4> {
 
 template <>
 struct Decoder<__half, 8> {
-  static __device__ __forceinline__ uint32_t zero(uint32_t z) { return (0xe400u | z) * 0x10001u; }
-  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
+  static __device__ __forceinline__ uint32_t zeros(uint32_t packed) { return and_or<0x00ff00ff, 0xe400e400>(packed); }
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t zeros, uint32_t (&a)[4]) {
+    const uint32_t z0 = lower_twice(zeros), z1 = upper_twice(zeros);
     a[0] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[0]), z0);
     a[1] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[1]), z1);
     a[2] = add_half2(__byte_perm(q[0], 0x64646464, 0x4341), z0);
@@ -118,9 +135,11 @@ struct Decoder<__half, 8> {
 
 template <>
 struct Decoder<__nv_bfloat16, 8> {
-  static __device__ __forceinline__ uint32_t zero(uint32_t z) {
-    const float left = 8388736.0f - __uint_as_float(0x4b000000u | z);  // (2^23 + 128) - (2^23 + z), exact
-    return __byte_perm(__float_as_uint(left), 0, 0x3232);
+  static __device__ __forceinline__ uint32_t zeros(uint32_t packed) {
+    const auto left = [](uint32_t z) {  // (2^23 + 128) - (2^23 + z), exact
+      return __float_as_uint(8388736.0f - __uint_as_float(0x4b000000u | z));
+    };
+    return __byte_perm(left(packed & 0xff), left(packed >> 16 & 0xff), 0x7632);
   }
   // Bytes 0 and 2 of q.
   static __device__ __forceinline__ uint32_t pair(uint32_t q, uint32_t z) {
@@ -129,7 +148,8 @@ struct Decoder<__nv_bfloat16, 8> {
     asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(minus) : "r"(q), "n"(0x00800080), "n"(0xc380c380));  // (q & b) ^ c
     return fma_bfloat2(fma_bfloat2(and_or<0x007f007f, 0x43004300>(q), kOne, minus), kOne, z);
   }
-  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t z0, uint32_t z1, uint32_t (&a)[4]) {
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t zeros, uint32_t (&a)[4]) {
+    const uint32_t z0 = lower_twice(zeros), z1 = upper_twice(zeros);
     a[0] = pair(q[0], z0);
     a[1] = pair(q[1], z1);
     a[2] = pair(q[0] >> 8, z0);
@@ -138,13 +158,12 @@ struct Decoder<__nv_bfloat16, 8> {
 };
 
 // A row of zero points is permuted like one of grouped scales, so that the eight of a lane's columns g + 8 i stand
-// together, in 4 (4 bits) or 8 bytes at 4 g or 8 g, and then interleaved within a word. The zero point of column
-// g + 8 i, from the lane's words:
+// together, in 4 (4 bits) or 8 bytes at 4 g or 8 g, and then interleaved within a word: of 4 bits in the order i = 0, 2, 4,
+// 6, 1, 3, 5, 7, of 8 bits 0, 2, 1, 3. So those of sub-tile j, i = 2 j and 2 j + 1, are 16 bits apart. From the lane's
+// words, at bits 0 and 16, other bits in between:
 template <int BITS>
-__device__ __forceinline__ uint32_t zero_of(const uint32_t* words, int i) {
-  if (BITS == 4) return words[0] >> ((i >> 1) + 4 * (i & 1)) * 4 & 0xf;  // packed[i] = new[(0, 2, 4, 6, 1, 3, 5, 7)[i]]
-  constexpr uint32_t kPlace = 0x3120;                                    // packed[i] = new[(0, 2, 1, 3)[i]]
-  return words[i >> 2] >> (kPlace >> (i & 3) * 4 & 3) * 8 & 0xff;
+__device__ __forceinline__ uint32_t zeros_of(const uint32_t* words, int j) {
+  return BITS == 4 ? words[0] >> 4 * j : words[j / 2] >> j % 2 * 8;
 }
 
 // A scale from its 16 bits.
@@ -196,7 +215,7 @@ __device__ __forceinline__ void scale_fragment(uint32_t (&a)[4], uint32_t scales
     for (int i = 0; i < 4; i++)
       a[i] = round_pair(__uint_as_float(a[i] << 16) * s[i % 2], __uint_as_float(a[i] & 0xffff0000) * s[i % 2], T());
   } else {
-    const uint32_t s[2] = {__byte_perm(scales, 0, 0x1010), __byte_perm(scales, 0, 0x3232)};
+    const uint32_t s[2] = {lower_twice(scales), upper_twice(scales)};
 #pragma unroll
     for (int i = 0; i < 4; i++) a[i] = times<T>(a[i], s[i % 2]);
   }

@@ -134,7 +134,8 @@ __device__ __forceinline__ void finish_output_tile(const P& p, float* sums, unsi
 #pragma unroll
     for (int n = 0; n < kItems; n++) {
       const int item = first + n * S::kConsumers;
-      if (stored(item)) store_outputs<T>(p, at.template bias<T>(p), at.row + item / kFours, at.column() + item % kFours * 4, v[n]);
+      if (stored(item))
+        store_outputs<T>(p, at.template bias<T>(p), at.row + item / kFours, at.column() + item % kFours * 4, v[n]);
     }
   }
 }

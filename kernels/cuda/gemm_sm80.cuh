@@ -353,14 +353,14 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
     }
   };
 
-  // Extended: what takes the zero points of the columns g + 8 i away.
-  uint32_t zero[S::kExtended ? 8 : 1];
+  // Extended: what takes the zero points of the sub-tiles' columns g and g + 8 away.
+  uint32_t zero[S::kExtended ? 4 : 1];
   if constexpr (S::kExtended) {
 #pragma unroll
     for (int i = 0; i < S::BITS / 4; i++)
       fragments[0].zeros[i] = fragments[1].zeros[i] = S::BITS == 4 ? 0x88888888 : 0x80808080;
 #pragma unroll
-    for (int i = 0; i < 8; i++) zero[i] = Decoder<ScaledFrom<T, S::kMixed>, S::BITS>::zero(1 << (S::BITS - 1));
+    for (int j = 0; j < 4; j++) zero[j] = Decoder<ScaledFrom<T, S::kMixed>, S::BITS>::zeros(0x10001 << (S::BITS - 1));
   }
 
   using Integer = ScaledFrom<T, S::kMixed>;  // what codes are decoded to
@@ -368,18 +368,16 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
     if constexpr (S::kExtended && !S::kScaled) {
       if (p.zeros != nullptr && (kt & ((1 << sub_shift) - 1)) == 0) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) zero[i] = Decoder<Integer, S::BITS>::zero(zero_of<S::BITS>(f.zeros, i));
+        for (int j = 0; j < 4; j++) zero[j] = Decoder<Integer, S::BITS>::zeros(zeros_of<S::BITS>(f.zeros, j));
       }
     }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       uint32_t a[4];
-      if constexpr (S::kExtended && S::kScaled) {  // registers are scarce: made anew
-        zero[2 * j] = Decoder<Integer, S::BITS>::zero(zero_of<S::BITS>(f.zeros, 2 * j));
-        zero[2 * j + 1] = Decoder<Integer, S::BITS>::zero(zero_of<S::BITS>(f.zeros, 2 * j + 1));
-      }
+      if constexpr (S::kExtended && S::kScaled)  // registers are scarce: made anew
+        zero[j] = Decoder<Integer, S::BITS>::zeros(zeros_of<S::BITS>(f.zeros, j));
       if constexpr (S::kExtended)
-        Decoder<Integer, S::BITS>::word(f.words + j * (S::BITS / 4), zero[2 * j], zero[2 * j + 1], a);
+        Decoder<Integer, S::BITS>::word(f.words + j * (S::BITS / 4), zero[j], a);
       else
         Decoder<Integer, S::BITS>::word(f.words + j, a);
       if constexpr (S::kScaled) scale_fragment<T, S::kMixed>(a, f.scales[j]);

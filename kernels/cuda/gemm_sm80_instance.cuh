@@ -26,6 +26,7 @@ Instance sm80_instance(int id, const char* name) {
   i.group_size = S::kAnyGroups ? 0 : 128;
   i.zero_points = S::kExtended ? kEither : kNever;
   i.rounds_weights = S::kScaled;
+  i.invariant = S::kScaled && S::WK == 2 && S::KT == 4;
   i.threads = S::kThreads;
   i.block_m = S::kBlockM;
   i.block_n = S::kBlockN;

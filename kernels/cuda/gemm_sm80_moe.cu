@@ -27,8 +27,7 @@ struct GroupedCursor {
 };
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(S::kThreads, 1)
-    grouped_sm80_kernel(const __grid_constant__ GroupedArguments given) {
+__global__ void __launch_bounds__(S::kThreads, 1) grouped_sm80_kernel(const __grid_constant__ GroupedArguments given) {
   wait_for_kernel_before();
   let_next_kernel_begin();
   const GroupedArguments p = lay_out(given);  // `early` is false

@@ -69,6 +69,8 @@ struct Sm90Shape {
   // With many rows the tensor cores are the limit and a warp prepares the next step before the last wgmmas of this one
   // end; with few, memory is, and a stage is better given back at once.
   static constexpr bool kAhead = MB >= 8;
+  // Whole tiles can be done in parts (GemmArguments::parts): there are many only with many rows, in the largest tiles.
+  static constexpr bool kPartsInTurn = WK == 2 && MB == 8;
 
   // Sets of sums of a group: with two, a group's are scaled while the next group is multiplied. And tiles along K under
   // way at once, each with registers of its own for the decoded words; more than the sets of sums allow are of no use,
@@ -216,8 +218,7 @@ __device__ __forceinline__ void fill_ring(const P& p, const TileScheduler& sched
 
 // A consumer warpgroup: multiplies the iterations that are its own, and with the others of the block ends the tiles.
 template <typename T, typename S, typename P>
-__device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedule, const Ring<S>& ring,
-                                         int warp) {
+__device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedule, const Ring<S>& ring, int warp) {
   constexpr int MB = S::MB, J = S::J, WN = S::WN, WK = S::WK, KT = S::KT, BITS = S::BITS;
   const int tid = threadIdx.x, lane = tid % 32;
   const int wn = warp / 4 % WN, wk = warp / (4 * WN);
@@ -233,10 +234,10 @@ __device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedu
 
   float sum[J][MB][4];              // outputs: [sub-tile][8-row block][register of the fragment]
   float part[S::kParts][J][MB][4];  // the same, of a group, not yet scaled
-  uint32_t zero[2 * J];             // extended: takes the zero points of the columns g + 8 i of the sub-tiles away
+  uint32_t zero[J];                 // extended: takes the zero points of the sub-tiles' columns g and g + 8 away
   if constexpr (S::kExtended) {
 #pragma unroll
-    for (int i = 0; i < 2 * J; i++) zero[i] = Decoder<T, BITS>::zero(1 << (BITS - 1));
+    for (int j = 0; j < J; j++) zero[j] = Decoder<T, BITS>::zeros(0x10001 << (BITS - 1));
   }
   // The warpgroups along K take turns. The number of stages is a multiple of WK, so a slot belongs to one warpgroup,
   // which must be: a parity tells one pass over the ring from the next only, and copies may land out of order, so a
@@ -245,11 +246,13 @@ __device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedu
   uint32_t parity = 0;
   int mine = schedule.begin + wk;  // this warpgroup's next iteration
 
-  int iteration = schedule.begin;
-  while (iteration < schedule.end) {
+  int iteration = schedule.begin, tile_part = 0;
+  if (iteration >= schedule.end && p.split_k == 0) return;
+  do {  // once also for a part of a cluster's tile that has no steps
     const int tile = TileScheduler::tile(p, iteration);
     const int step_begin = iteration % p.steps;
-    const int step_end = min(p.steps, step_begin + schedule.end - iteration);
+    const int step_end = min(S::kPartsInTurn ? TileScheduler::part_begin(p, tile_part + 1, p.parts) : p.steps,
+                             step_begin + schedule.end - iteration);
     const int end = iteration + step_end - step_begin;
 #pragma unroll
     for (int j = 0; j < J; j++)
@@ -272,7 +275,7 @@ __device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedu
         load_words<kZeroWords>(packed, from_slot * S::kStageBytes + zeros_at + sub * S::kZeroBytes);
         if (J < 4) packed[0] >>= BITS == 4 ? subtile * 4 : subtile % 2 * 8;
 #pragma unroll
-        for (int i = 0; i < 2 * J; i++) zero[i] = Decoder<T, BITS>::zero(zero_of<BITS>(packed, i));
+        for (int j = 0; j < J; j++) zero[j] = Decoder<T, BITS>::zeros(zeros_of<BITS>(packed, j));
       }
     };
     const auto decode = [&](int kt) {
@@ -280,7 +283,7 @@ __device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedu
 #pragma unroll
       for (int j = 0; j < J; j++) {
         if constexpr (S::kExtended)
-          Decoder<T, BITS>::word(from + j * (BITS / 4), zero[2 * j], zero[2 * j + 1], a[kt % S::kDepth][j]);
+          Decoder<T, BITS>::word(from + j * (BITS / 4), zero[j], a[kt % S::kDepth][j]);
         else
           Decoder<T, 4>::word(from + j, a[kt % S::kDepth][j]);
       }
@@ -380,6 +383,30 @@ __device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedu
       parity = next_parity;
     }
 
+    iteration = end;
+    if (S::kPartsInTurn && p.parts > 1) {
+      // What the parts before add up to waits in the block's workspace, as it lies in registers.
+      float4* const kept = reinterpret_cast<float4*>(p.partials) +
+                           static_cast<int64_t>(blockIdx.x) * (2 * S::kBlockM * S::kBlockN / 4) + tid;
+      static_assert(S::kConsumers * J * MB * 4 <= 2 * S::kBlockM * S::kBlockN, "there is room for all sums");
+      const bool last = tile_part + 1 == p.parts;  // which is never empty
+#pragma unroll
+      for (int j = 0; j < J; j++)
+#pragma unroll
+        for (int b = 0; b < MB; b++) {
+          float4* const at = kept + (j * MB + b) * S::kConsumers;
+          float4 v = make_float4(sum[j][b][0], sum[j][b][1], sum[j][b][2], sum[j][b][3]);
+          if (tile_part > 0) v = __ldcg(at) + v;
+          if (!last) __stcg(at, v);
+          sum[j][b][0] = v.x;
+          sum[j][b][1] = v.y;
+          sum[j][b][2] = v.z;
+          sum[j][b][3] = v.w;
+        }
+      tile_part = last ? 0 : tile_part + 1;
+      if (!last) continue;
+    }
+
     const auto synchronize = [] { asm volatile("bar.sync 1, %0;" ::"n"(S::kConsumers) : "memory"); };
     // Puts this thread's sums of the 8-row blocks from `first` to `first + COUNT` into to[WK][8 COUNT][kSumPitch].
     const auto write_sums = [&](int first, auto count, float* to) {
@@ -409,22 +436,28 @@ __device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedu
            item += p.split_k * S::kConsumers) {
         const int row = item / kFours, column = item % kFours * 4;
         if (column >= columns) continue;
-        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        // Apart for even and odd steps of the tile, which two warpgroups along K take in turn: so it is for whole tiles.
+        float4 v[WK];
+#pragma unroll
+        for (int w = 0; w < WK; w++) v[w] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         for (int rank = 0; rank < p.split_k; rank++) {
           const uint32_t theirs = shared_of_rank(ring.stages + (row * S::kSumPitch + column) * 4, rank);
+          const int first = TileScheduler::part_begin(p, rank, p.split_k) % WK;  // that the first of them has
 #pragma unroll
-          for (int w = 0; w < WK; w++) v = v + load_cluster(theirs + w * (S::kBlockM * S::kSumPitch * 4));
+          for (int w = 0; w < WK; w++)
+            v[w] = v[w] + load_cluster(theirs + (w ^ first) * (S::kBlockM * S::kSumPitch * 4));
         }
-        store_outputs<T>(p, at.template bias<T>(p), at.row + row, at.column() + column, v);
+#pragma unroll
+        for (int w = 1; w < WK; w++) v[0] = v[0] + v[w];
+        store_outputs<T>(p, at.template bias<T>(p), at.row + row, at.column() + column, v[0]);
       }
       cluster_synchronize();  // nobody leaves while its shared memory is read
     } else {
       finish_output_tile<T, S>(
-          p, ring.sums, ring.is_last, tile, step_begin, step_end, tid,
+          p, ring.sums, ring.is_last, tile, S::kPartsInTurn && p.parts > 1 ? 0 : step_begin, step_end, tid,
           [&](int round, float* to) { write_sums(round * S::kRoundMB, Constant<S::kRoundMB>(), to); }, synchronize);
     }
-    iteration = end;
-  }
+  } while (iteration < schedule.end);
 }
 
 template <typename T, typename S>

@@ -18,6 +18,8 @@ Instance sm90_instance(int id, const char* name) {
   i.bits = S::BITS;
   i.group_size = S::GROUP;
   i.zero_points = S::kExtended ? kEither : kNever;
+  i.invariant = S::WK == 2;
+  i.parts_in_turn = S::kPartsInTurn;
   i.threads = S::kThreads;
   i.block_m = S::kBlockM;
   i.block_n = S::kBlockN;

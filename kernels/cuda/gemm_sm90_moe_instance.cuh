@@ -147,8 +147,8 @@ Instance grouped_wide_instance(int id, const char* name) {
 }
 
 // Few rows of each expert: the weights of BITS and GROUP, numbered from ID.
-#define MARLIN_GROUPED(ID, SUFFIX, ...)                                               \
-  grouped_instance<Sm90Shape<1, 2, 1, 2, __VA_ARGS__>>(ID + 0, "moe90_m8n128_" SUFFIX),     \
+#define MARLIN_GROUPED(ID, SUFFIX, ...)                                                      \
+  grouped_instance<Sm90Shape<1, 2, 1, 2, __VA_ARGS__>>(ID + 0, "moe90_m8n128_" SUFFIX),      \
       grouped_instance<Sm90Shape<2, 2, 1, 2, __VA_ARGS__>>(ID + 1, "moe90_m16n128_" SUFFIX), \
       grouped_instance<Sm90Shape<4, 2, 1, 2, __VA_ARGS__>>(ID + 2, "moe90_m32n128_" SUFFIX), \
       grouped_instance<Sm90Shape<8, 2, 1, 2, __VA_ARGS__>>(ID + 3, "moe90_m64n128_" SUFFIX), \

@@ -90,14 +90,14 @@ struct WideShape {
 // ---- Operands ----
 
 // The fragment of a sub-tile, scaled. `q`: the lane's word (8 bits: two); `scales`: those of its columns g and g + 8;
-// `zero0`, `zero1`: the zero points of these. Decoded integers are exact, and a product is rounded once.
+// `zeros`: the zero points of these, at bits 0 and 16. Decoded integers are exact, and a product is rounded once.
 template <typename T, typename S>
-__device__ __forceinline__ void scaled_fragment(const uint32_t* q, uint32_t scales, uint32_t zero0, uint32_t zero1,
-                                                uint32_t (&a)[4]) {
+__device__ __forceinline__ void scaled_fragment(const uint32_t* q, uint32_t scales, uint32_t zeros, uint32_t (&a)[4]) {
   using Decode = Decoder<ScaledFrom<T, S::kMixed>, S::BITS>;
-  if constexpr (S::kZeros || S::BITS == 8) {
-    constexpr uint32_t kMiddle = 1 << (S::BITS - 1);
-    Decode::word(q, Decode::zero(S::kZeros ? zero0 : kMiddle), Decode::zero(S::kZeros ? zero1 : kMiddle), a);
+  if constexpr (S::kZeros) {
+    Decode::word(q, Decode::zeros(zeros), a);
+  } else if constexpr (S::BITS == 8) {
+    Decode::word(q, Decode::zeros(0x10001 << (S::BITS - 1)), a);
   } else {
     Decode::word(q, a);
   }
@@ -525,12 +525,8 @@ __device__ __forceinline__ void consume(const P& p, typename P::Parts work, cons
   const auto decode = [&](int kt) {
 #pragma unroll
     for (int j = 0; j < J; j++) {
-      uint32_t zero[2] = {0, 0};
-      if constexpr (S::kZeros) {
-        zero[0] = zero_of<BITS>(&zeros[kt], 2 * j);
-        zero[1] = zero_of<BITS>(&zeros[kt], 2 * j + 1);
-      }
-      scaled_fragment<T, S>(words[kt] + j * (BITS / 4), scales[kt][j], zero[0], zero[1], a[kt % kDepth][j]);
+      const uint32_t zero = S::kZeros ? zeros_of<BITS>(&zeros[kt], j) : 0;
+      scaled_fragment<T, S>(words[kt] + j * (BITS / 4), scales[kt][j], zero, a[kt % kDepth][j]);
     }
   };
   // One lane of each warp gives a stage back.
@@ -599,8 +595,8 @@ __device__ __forceinline__ void consume(const P& p, typename P::Parts work, cons
       if (slices == 0) continue;
     }
     const auto place = P::Place::template of<S>(p, work);
-    store_tile<T, S>(p, place, sum, slices, place.n * S::kBlockN + wg * 64 * S::J,
-                     memory.out + wg * 2 * S::kSliceBytes, wg, warp % 4);
+    store_tile<T, S>(p, place, sum, slices, place.n * S::kBlockN + wg * 64 * S::J, memory.out + wg * 2 * S::kSliceBytes,
+                     wg, warp % 4);
   }
 }
 

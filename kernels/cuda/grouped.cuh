@@ -89,6 +89,7 @@ __device__ __forceinline__ GroupedArguments lay_out(const GroupedArguments& give
   // And blocks that are apart in K share less in L2: steps take some 6% longer.
   p.iterations_per_block = shared + shared / 16 + p.exchange < whole ? shared : 0;
   p.split_k = 0;
+  p.parts = 1;
   return p;
 }
 

@@ -37,10 +37,10 @@ struct GroupedArguments : GemmArguments {
   static constexpr bool kEarly = true;
   RowList list;
   int tiles_n;
-  bool early;       // weights and the list are there before the kernel before this one has ended
-  int exchange;     // steps that are as long as the exchange of sums where blocks share tiles: kWhole, kShared or between
-  int list_begin;   // made by the kernel: the first block of rows,
-  int tiles;        //   and how many output tiles there are
+  bool early;    // weights and the list are there before the kernel before this one has ended
+  int exchange;  // steps that are as long as the exchange of sums where blocks share tiles: kWhole, kShared or between
+  int list_begin;  // made by the kernel: the first block of rows,
+  int tiles;       //   and how many output tiles there are
   static constexpr int kShared = -(1 << 24), kWhole = 1 << 24;
 };
 

@@ -21,6 +21,8 @@ struct Instance {
   int group_size;  // rows that share a scale; 128 is also for G == 1; 0: any number
   ZeroPoints zero_points;
   bool rounds_weights;  // to the activations' type, scaled, before they are multiplied
+  bool invariant;       // one of those that add up a row's products in the same order, if K is cut into the same parts
+  bool parts_in_turn;   // a block can do these parts of a whole tile in turn
   int threads, block_m, block_n, block_k;
   // Shared memory: bytes of each pipeline stage and beside the stages; how many stages, and a multiple of what.
   int stage_bytes, extra_bytes, max_stages, stage_multiple;

@@ -65,6 +65,59 @@ int launch_wide(const Plan& plan, int kernel, const marlin_cuda_weights_t& w, co
   return cudaLaunchKernelExC(&launch, instance.kernels[kernel], parameters);
 }
 
+// A launch of gemm_sm80.cuh or gemm_sm90.cuh.
+int launch_few(const Plan& plan, int kernel, const marlin_cuda_weights_t& w, const marlin_cuda_product_t& x) {
+  const Instance& instance = *plan.instance;
+  const Schedule& s = plan.schedule;
+  const int group_size = static_cast<int>(w.K / w.G);
+  GemmArguments arguments;
+  arguments.A = x.A;
+  arguments.B = static_cast<const uint4*>(w.B);
+  arguments.s = static_cast<const uint16_t*>(w.s);
+  arguments.zeros = w.zeros;
+  arguments.bias = x.bias;
+  arguments.C = x.C;
+  arguments.arrived = static_cast<unsigned*>(x.workspace);
+  arguments.partials = reinterpret_cast<float*>(static_cast<char*>(x.workspace) + MARLIN_CUDA_COUNTER_BYTES);
+  arguments.M = static_cast<int>(x.M);
+  arguments.N = static_cast<int>(w.N);
+  arguments.K = static_cast<int>(w.K);
+  arguments.in_features = static_cast<int>(w.in_features);
+  arguments.out_features = static_cast<int>(w.out_features);
+  arguments.bf16_scales = w.scale_dtype == MARLIN_CUDA_BF16;
+  arguments.lda = x.lda;
+  arguments.groups = static_cast<int>(w.G);
+  arguments.group_shift = 31;
+  if (w.G > 1)
+    for (arguments.group_shift = 4; 1 << arguments.group_shift < group_size;) arguments.group_shift++;
+  arguments.steps = s.steps;
+  arguments.tiles_m = s.tiles_m;
+  arguments.iterations = s.iterations;
+  arguments.iterations_per_block = s.iterations_per_block;
+  const int next = s.iterations_per_block == 0 ? s.blocks : 1;  // tiles
+  arguments.next_n = next / s.tiles_m;
+  arguments.next_m = next % s.tiles_m;
+  arguments.stages = plan.stages;
+  arguments.split_k = s.split <= kMostSplitK ? s.split : 0;
+  arguments.parts = plan.parts;
+
+  CUtensorMap weights_map, activations_map;
+  if (instance.loop == MainLoop::kSm90) {
+    MARLIN_RETURN_IF_ERROR(describe_weights(&weights_map, instance, w, 1));
+    MARLIN_RETURN_IF_ERROR(describe_activations(&activations_map, instance, w, x.A, x.M, x.lda));
+  }
+  void* parameters[] = {&arguments, &weights_map, &activations_map};
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(s.blocks);
+  launch.blockDim = dim3(instance.threads);
+  launch.dynamicSmemBytes = shared_bytes(instance, plan.stages);
+  launch.stream = static_cast<cudaStream_t>(x.stream);
+  cudaLaunchAttribute attribute = {};
+  if (instance.loop == MainLoop::kSm90 && s.split <= kMostSplitK && s.split > 1)
+    set_cluster(&launch, &attribute, s.split);
+  return cudaLaunchKernelExC(&launch, instance.kernels[kernel], parameters);
+}
+
 }  // namespace
 }  // namespace marlin
 
@@ -114,6 +167,8 @@ int marlin_cuda_plan(const marlin_cuda_weights_t* weights, int64_t M, int device
   found->stages = plan.stages;
   found->split = plan.schedule.split;
   found->blocks = plan.schedule.blocks;
+  found->parts = plan.cut;
+  found->rows = static_cast<int32_t>(plan.rows);
   found->us = plan.prediction.us;
   found->gemm_us = predict_gemm(model, problem, plan.prediction);
   found->dense_us = predict_dense(model, problem, weights->bits);
@@ -148,56 +203,18 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
   MARLIN_RETURN_IF_ERROR(guard.error());
   Plan plan;
   MARLIN_RETURN_IF_ERROR(find_plan(x.M, w, facts, device, x.variant, &plan));
-  const Instance& instance = *plan.instance;
-  const Schedule& s = plan.schedule;
-  // With one group scales are not multiplied before the end, where any type will do.
-  const int kernel = dtype + (instance.rounds_weights && w.G > 1 && w.scale_dtype != dtype ? 2 : 0);
-  MARLIN_RETURN_IF_ERROR(allow_shared_memory(instance, kernel, facts, device));
-  if (instance.loop == MainLoop::kSm90Wide) return launch_wide(plan, kernel, w, x);
-  const int group_size = static_cast<int>(w.K / w.G);
-  GemmArguments arguments;
-  arguments.A = x.A;
-  arguments.B = static_cast<const uint4*>(w.B);
-  arguments.s = static_cast<const uint16_t*>(w.s);
-  arguments.zeros = w.zeros;
-  arguments.bias = x.bias;
-  arguments.C = x.C;
-  arguments.arrived = static_cast<unsigned*>(x.workspace);
-  arguments.partials = reinterpret_cast<float*>(static_cast<char*>(x.workspace) + MARLIN_CUDA_COUNTER_BYTES);
-  arguments.M = static_cast<int>(x.M);
-  arguments.N = static_cast<int>(w.N);
-  arguments.K = static_cast<int>(w.K);
-  arguments.in_features = static_cast<int>(w.in_features);
-  arguments.out_features = static_cast<int>(w.out_features);
-  arguments.bf16_scales = w.scale_dtype == MARLIN_CUDA_BF16;
-  arguments.lda = x.lda;
-  arguments.groups = static_cast<int>(w.G);
-  arguments.group_shift = 31;
-  if (w.G > 1)
-    for (arguments.group_shift = 4; 1 << arguments.group_shift < group_size;) arguments.group_shift++;
-  arguments.steps = s.steps;
-  arguments.tiles_m = s.tiles_m;
-  arguments.iterations = s.iterations;
-  arguments.iterations_per_block = s.iterations_per_block;
-  const int next = s.iterations_per_block == 0 ? s.blocks : 1;  // tiles
-  arguments.next_n = next / s.tiles_m;
-  arguments.next_m = next % s.tiles_m;
-  arguments.stages = plan.stages;
-  arguments.split_k = s.split <= kMostSplitK ? s.split : 0;
-
-  CUtensorMap weights_map, activations_map;
-  if (instance.loop == MainLoop::kSm90) {
-    MARLIN_RETURN_IF_ERROR(describe_weights(&weights_map, instance, w, 1));
-    MARLIN_RETURN_IF_ERROR(describe_activations(&activations_map, instance, w, x.A, x.M, x.lda));
+  marlin_cuda_product_t piece = x;  // the rows of a launch; but in some batch-invariant products all of them
+  for (int64_t first = 0; first < x.M; first += plan.rows) {
+    if (x.M - first < plan.rows) MARLIN_RETURN_IF_ERROR(find_plan(x.M - first, w, facts, device, x.variant, &plan));
+    piece.M = plan.rows;
+    piece.A = static_cast<const uint16_t*>(x.A) + first * x.lda;
+    piece.C = static_cast<uint16_t*>(x.C) + first * w.out_features;
+    const Instance& instance = *plan.instance;
+    // With one group scales are not multiplied before the end, where any type will do.
+    const int kernel = dtype + (instance.rounds_weights && w.G > 1 && w.scale_dtype != dtype ? 2 : 0);
+    MARLIN_RETURN_IF_ERROR(allow_shared_memory(instance, kernel, facts, device));
+    const auto launch = instance.loop == MainLoop::kSm90Wide ? launch_wide : launch_few;
+    MARLIN_RETURN_IF_ERROR(launch(plan, kernel, w, piece));
   }
-  void* parameters[] = {&arguments, &weights_map, &activations_map};
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(s.blocks);
-  launch.blockDim = dim3(instance.threads);
-  launch.dynamicSmemBytes = shared_bytes(instance, plan.stages);
-  launch.stream = static_cast<cudaStream_t>(x.stream);
-  cudaLaunchAttribute attribute = {};
-  if (instance.loop == MainLoop::kSm90 && s.split <= kMostSplitK && s.split > 1)
-    set_cluster(&launch, &attribute, s.split);
-  return cudaLaunchKernelExC(&launch, instance.kernels[kernel], parameters);
+  return MARLIN_OK;
 }

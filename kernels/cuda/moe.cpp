@@ -1,5 +1,7 @@
 // moe.cpp: a mixture of experts: which instances run its grouped products, where what is in between goes, and the
 // launches (moe_steps.h).
+#include "moe.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -8,7 +10,6 @@
 
 #include "cost_model.h"
 #include "device.h"
-#include "moe.h"
 #include "moe_steps.h"
 #include "tensor_maps.h"
 
@@ -73,7 +74,7 @@ struct MoePlan {
   marlin_cuda_moe_layout_t layout;
   int64_t first_block, blocks;  // offsets, as in the layout
   int choices;
-  MainLoop few;   // the loop of this device
+  MainLoop few;     // the loop of this device
   bool one_gather;  // gate and up read the same rows
 };
 
@@ -137,8 +138,8 @@ int make_moe_plan(const marlin_cuda_experts_t* sets, int count, const marlin_cud
     if (two) MARLIN_RETURN_IF_ERROR(check_stack(set.up, false));
     if (set.first != at || set.last <= set.first || has(set.up) != two ||
         gate.in_features != like.gate.weights.in_features || gate.out_features != like.gate.weights.out_features ||
-        down.out_features != like.down.weights.out_features ||
-        (down.perm == nullptr && down.in_features != inner) || gate.out_features % (x.joined == 0 ? 1 : 2) != 0)
+        down.out_features != like.down.weights.out_features || (down.perm == nullptr && down.in_features != inner) ||
+        gate.out_features % (x.joined == 0 ? 1 : 2) != 0)
       return MARLIN_CUDA_ERROR_EXPERTS;
     if (two && (up.in_features != gate.in_features || up.out_features != gate.out_features))
       return MARLIN_CUDA_ERROR_EXPERTS;
@@ -150,9 +151,9 @@ int make_moe_plan(const marlin_cuda_experts_t* sets, int count, const marlin_cud
   if (at != x.positions || x.ldx < like.gate.weights.in_features) return MARLIN_CUDA_ERROR_EXPERTS;
 
   const MoeVariant wanted(x.variant);
-  const bool sm90 = !wanted.portable && std::any_of(moe_instances().begin(), moe_instances().end(), [&](const Instance& i) {
-    return i.loop == MainLoop::kSm90 && runs(i, facts);
-  });
+  const bool sm90 =
+      !wanted.portable && std::any_of(moe_instances().begin(), moe_instances().end(),
+                                      [&](const Instance& i) { return i.loop == MainLoop::kSm90 && runs(i, facts); });
   plan->few = sm90 ? MainLoop::kSm90 : MainLoop::kSm80;
   plan->choices = static_cast<int>(x.tokens * x.top_k);
   plan->one_gather = one_gather;
@@ -390,9 +391,11 @@ int marlin_cuda_moe(const marlin_cuda_experts_t* sets, int count, const marlin_c
                           launcher);
   };
   for (int i = 0; i < count; i++) {
-    MARLIN_RETURN_IF_ERROR(multiply(sets[i], sets[i].gate, layout.gathered, layout.gathered_columns, layout.gate, false));
+    MARLIN_RETURN_IF_ERROR(
+        multiply(sets[i], sets[i].gate, layout.gathered, layout.gathered_columns, layout.gate, false));
     if (two)
-      MARLIN_RETURN_IF_ERROR(multiply(sets[i], sets[i].up, layout.gathered_up, layout.gathered_columns, layout.up, false));
+      MARLIN_RETURN_IF_ERROR(
+          multiply(sets[i], sets[i].up, layout.gathered_up, layout.gathered_columns, layout.up, false));
   }
   for (int i = 0; i < count; i++) {
     const marlin_cuda_weights_t& down = sets[i].down.weights;
@@ -401,7 +404,7 @@ int marlin_cuda_moe(const marlin_cuda_experts_t* sets, int count, const marlin_c
     a.gate = gate;
     a.pitch = sets[i].gate.weights.out_features;
     a.step = x.joined == MARLIN_CUDA_ALTERNATING ? 2 : 1;
-    a.up = two                                ? scratch + layout.up
+    a.up = two                                   ? scratch + layout.up
            : x.joined == MARLIN_CUDA_JOINED      ? static_cast<const void*>(gate + inner_features(sets[i], x))
            : x.joined == MARLIN_CUDA_ALTERNATING ? gate + 1
                                                  : nullptr;

@@ -1,11 +1,10 @@
 // moe_steps.cu: the steps of a mixture of experts around its two grouped products (moe_steps.h).
-#include "moe_steps.h"
-
 #include <algorithm>
 
 #include "device.h"
 #include "epilogue.cuh"
 #include "grouped.cuh"
+#include "moe_steps.h"
 
 namespace marlin {
 namespace {
@@ -26,9 +25,9 @@ __device__ __forceinline__ int position_of(const Routing& p, int c) {
 
 // In shared memory, all of a block's.
 struct RouteMemory {
-  int* counts;                    // [warps][positions] choices, of the warp; then what stands before the warp's first
-  int *first_row, *first_block;   // [positions + 1]
-  int* rows;                      // [kMostFused], where every block sorts
+  int* counts;                   // [warps][positions] choices, of the warp; then what stands before the warp's first
+  int *first_row, *first_block;  // [positions + 1]
+  int* rows;                     // [kMostFused], where every block sorts
 };
 
 __device__ __forceinline__ RouteMemory route_memory(int* shared, int warps, int positions) {

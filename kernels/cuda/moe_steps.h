@@ -29,31 +29,31 @@ struct Routing {
   bool wide_ids;
   int choices, top_k;
   int block_m;
-  int32_t *rows, *places;             // [choices]
-  int32_t *first_row, *first_block;   // [positions + 1]
+  int32_t *rows, *places;            // [choices]
+  int32_t *first_row, *first_block;  // [positions + 1]
   RowBlock* blocks;
 };
 
 struct Gather {
-  const void* x;        // [tokens, pitch]
+  const void* x;  // [tokens, pitch]
   int64_t pitch;
   const int32_t* perm;  // [experts of the set, in_features] or null
   const float* scale;   // [choices] what a row is multiplied by, or null
   void* A;              // [choices, K]
   int in_features, K;
-  int first, last;      // positions whose rows are gathered
-  bool vectors;         // rows of x can be read 16 bytes at a time
+  int first, last;  // positions whose rows are gathered
+  bool vectors;     // rows of x can be read 16 bytes at a time
 };
 
 struct Activate {
   const void *gate, *up;  // [choices, pitch]; up is null for experts without a gate
   int64_t pitch;
-  int step;               // from one column to the next
-  const int32_t* perm;    // [experts of the set, in_features] or null
-  void* H;                // [choices, K]
+  int step;             // from one column to the next
+  const int32_t* perm;  // [experts of the set, in_features] or null
+  void* H;              // [choices, K]
   int in_features, K;
   int first, last;
-  int kind;               // MARLIN_CUDA_SILU and so on
+  int kind;  // MARLIN_CUDA_SILU and so on
   float limit, alpha, beta;
   bool vectors;
 };

@@ -84,12 +84,100 @@ bool lay_out(const Instance& i, int split, bool forced, const Problem& problem, 
   if (!make_schedule(tile, problem, split, forced, facts.multiprocessors,
                      cluster ? resident_clusters(i, split, facts, device) : facts.multiprocessors / split, &schedule))
     return false;
-  *plan = {&i, schedule, most_stages(i, facts), predict(cost_model(i.loop, facts), tile, problem, schedule)};
+  *plan = {&i, schedule, most_stages(i, facts), predict(cost_model(i.loop, facts), tile, problem, schedule), problem.M,
+           1,  0};
   return true;
+}
+
+// Whether an instance takes these weights.
+bool takes(const Instance& i, const marlin_cuda_weights_t& w, const Device& facts) {
+  const int64_t group = w.G == 1 ? MARLIN_CUDA_GROUP_SIZE : w.K / w.G;
+  const bool zeros = w.zeros != nullptr;
+  return runs(i, facts) && i.bits == w.bits && (i.group_size == 0 || i.group_size == group) &&
+         (i.zero_points == kEither || (i.zero_points == kAlways) == zeros);
+}
+
+// The rows of the smallest tile, of the candidates, that holds M; or of the largest.
+template <typename Candidate>
+int block_rows(int64_t M, Candidate candidate) {
+  int least = 0, most = 0;
+  for (const Instance& i : all_instances())
+    if (candidate(i)) {
+      if (i.block_m >= M && (least == 0 || i.block_m < least)) least = i.block_m;
+      most = std::max(most, i.block_m);
+    }
+  return least != 0 ? least : most;
+}
+
+int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& facts, int device, int variant,
+              Plan* best);
+
+// ---- Batch-invariant products ----
+
+// The fastest way that cuts K into `parts`. All instances that are `invariant` add up a row's products in the same order
+// then, in gemm_sm90 whether a cluster shares a tile or a block does one part after the other. In gemm_sm80 blocks leave
+// their sums in the workspace, so no more tiles can be shared than run at the same time: further rows take further
+// launches.
+bool cut_into(int parts, int64_t M, const marlin_cuda_weights_t& weights, const Device& facts, int device, Plan* best) {
+  constexpr double kPartEnd = 4.5;  // us: a part's sums go to L2 and come back (4096 x 4096, 512 rows, on an H100)
+  const MainLoop loop = has_sm90(facts) ? MainLoop::kSm90 : MainLoop::kSm80;
+  const auto candidate = [&](const Instance& i) { return i.invariant && i.loop == loop && takes(i, weights, facts); };
+  const int block_m = block_rows(M, candidate);
+  bool found = false;
+  for (const Instance& i : all_instances()) {
+    if (!candidate(i) || (i.block_m != block_m && loop == MainLoop::kSm90)) continue;
+    const auto offer = [&](int split, int64_t rows, int parts_in_turn) {
+      const Problem problem = {rows, weights.N, weights.K, weights.G, weights.zeros != nullptr};
+      Plan plan;
+      if (!lay_out(i, split, true, problem, facts, device, &plan)) return;
+      plan.cut = parts;
+      plan.parts = parts_in_turn;
+      plan.prediction.us +=
+          kPartEnd * static_cast<double>((parts_in_turn - 1) * plan.schedule.busiest / plan.schedule.steps);
+      plan.prediction.us *= static_cast<double>((M + rows - 1) / rows);
+      if (!found || plan.prediction.us < best->prediction.us) *best = plan;
+      found = true;
+    };
+    if (loop == MainLoop::kSm90) {
+      offer(parts, M, 1);  // a cluster for each tile
+      if (parts == 1 || i.parts_in_turn) offer(kDataParallel, M, parts);
+    } else if (parts == 1) {
+      offer(kDataParallel, M, 1);
+    } else {
+      const int64_t tiles_n = (weights.N + i.block_n - 1) / i.block_n;
+      const int64_t rows = facts.multiprocessors / (tiles_n * parts) * i.block_m;
+      if (rows > 0) offer(parts, std::min(M, rows), 1);
+    }
+  }
+  return found;
+}
+
+// K is cut into the number of parts that loses least, at the worst of some numbers of rows up to 64, on what would be
+// chosen freely. It depends on the weights' sizes and kind, and on the GPU.
+int make_invariant_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& facts, int device, Plan* best) {
+  int parts = 0;
+  double least = 0;
+  for (int tried = 1; tried <= kMostSplitK; tried++) {
+    double worst = 0;
+    for (const int64_t rows : {1, 16, 32, 64}) {
+      Plan cut, freely;
+      if (!cut_into(tried, rows, weights, facts, device, &cut)) {
+        worst = -1;
+        break;
+      }
+      MARLIN_RETURN_IF_ERROR(make_plan(rows, weights, facts, device, 0, &freely));
+      worst = std::max(worst, cut.prediction.us / freely.prediction.us);
+    }
+    if (worst < 0 || (parts != 0 && worst >= least)) continue;
+    parts = tried;
+    least = worst;
+  }
+  return parts != 0 && cut_into(parts, M, weights, facts, device, best) ? MARLIN_OK : MARLIN_CUDA_ERROR_VARIANT;
 }
 
 int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& facts, int device, int variant,
               Plan* best) {
+  if (variant == MARLIN_CUDA_BATCH_INVARIANT) return make_invariant_plan(M, weights, facts, device, best);
   const Variant wanted(variant);
   if (variant < 0 || variant >> 20 != 0 || wanted.split >= kSplits) return MARLIN_CUDA_ERROR_VARIANT;
   // Up to so many rows memory is the limit, and codes stay exact integers.
@@ -98,19 +186,9 @@ int make_plan(int64_t M, const marlin_cuda_weights_t& weights, const Device& fac
   const bool zeros = weights.zeros != nullptr;
   const Problem problem = {M, weights.N, weights.K, weights.G, zeros};
   // Of those that fit the weights, the candidates; a variant may also ask for the others.
-  const int64_t group = weights.G == 1 ? MARLIN_CUDA_GROUP_SIZE : weights.K / weights.G;
-  const auto fits = [&](const Instance& i) {
-    return runs(i, facts) && i.bits == weights.bits && (i.group_size == 0 || i.group_size == group) &&
-           (i.zero_points == kEither || (i.zero_points == kAlways) == zeros);
-  };
+  const auto fits = [&](const Instance& i) { return takes(i, weights, facts); };
   const auto candidate = [&](const Instance& i) { return fits(i) && i.loop == loop; };
-  int least = 0, most = 0;  // rows: the smallest tile that takes all of them, the largest; sm90 takes those alone
-  for (const Instance& i : all_instances())
-    if (candidate(i)) {
-      if (i.block_m >= M && (least == 0 || i.block_m < least)) least = i.block_m;
-      most = std::max(most, i.block_m);
-    }
-  const int block_m = least != 0 ? least : most;
+  const int block_m = block_rows(M, candidate);  // sm90 takes these alone
   bool found = false;
   for (const Instance& i : all_instances()) {
     if (wanted.id == 0 ? !candidate(i) || (i.block_m != block_m && loop == MainLoop::kSm90)
@@ -142,8 +220,10 @@ void print_plan(int64_t M, const marlin_cuda_weights_t& w, const Plan& plan) {
   }();
   if (!wanted) return;
   const Schedule& s = plan.schedule;
-  char split[32];
-  if (s.split <= kMostSplitK)
+  char split[64];
+  if (plan.parts > 1)
+    std::snprintf(split, sizeof(split), "data-parallel, K in %d parts", plan.parts);
+  else if (s.split <= kMostSplitK)
     std::snprintf(split, sizeof(split), "split-K by %d", s.split);
   else
     std::snprintf(split, sizeof(split), "%s", s.split == kStreamK ? "stream-K" : "data-parallel");

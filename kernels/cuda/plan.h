@@ -12,10 +12,13 @@ struct Plan {
   Schedule schedule;
   int stages;
   Prediction prediction;
+  int64_t rows;  // of each launch: M, or fewer
+  int parts;     // as in GemmArguments
+  int cut;       // batch-invariant: the parts of K, in either way; else 0
 };
 
 // `variant` of marlin_cuda_product_t: bits 0 .. 11 the instance's id, 12 .. 15 the stages, 16 .. 19 the Split; 0:
-// choose.
+// choose. Or MARLIN_CUDA_BATCH_INVARIANT.
 struct Variant {
   int id, stages, split;
   explicit Variant(int v) : id(v & 0xfff), stages(v >> 12 & 0xf), split(v >> 16 & 0xf) {}

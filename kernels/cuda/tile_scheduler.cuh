@@ -22,6 +22,10 @@
 //
 //   Cluster split-K (gemm_sm90). Where there are few tiles, the blocks of a cluster share one, each an equal part of
 //   its steps, and add up through distributed shared memory.
+//
+// Batch-invariant products. A row's bits do not depend on the rows beside it where the order of its sums does not: K
+// is cut into the same parts for any number of rows, in turn with cluster split-K by as many blocks or, where there are
+// many tiles, data-parallel with `parts`: a block does a whole tile a part at a time and adds these up likewise.
 #pragma once
 
 #include "arguments.cuh"
@@ -64,11 +68,16 @@ struct TileScheduler {
       end = min(begin + p.iterations_per_block, p.iterations);
     }
   }
+  // The first step of a part of a tile, of `parts` about equal ones. A part may be empty where they are many; the last
+  // is not.
+  __device__ __forceinline__ static int part_begin(const GemmArguments& p, int part, int parts) {
+    return part * p.steps / parts;
+  }
   // The block's part of the tile that it shares.
   __device__ __forceinline__ void split_tile(const GemmArguments& p) {
-    const int tile = blockIdx.x / p.split_k, rank = blockIdx.x % p.split_k;
-    begin = tile * p.steps + rank * p.steps / p.split_k;
-    end = tile * p.steps + (rank + 1) * p.steps / p.split_k;
+    const int first = blockIdx.x / p.split_k * p.steps, rank = blockIdx.x % p.split_k;
+    begin = first + part_begin(p, rank, p.split_k);
+    end = first + part_begin(p, rank + 1, p.split_k);
   }
   __device__ __forceinline__ static int tile(const GemmArguments& p, int iteration) {
     const int n = iteration / p.steps;

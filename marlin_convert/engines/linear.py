@@ -50,7 +50,9 @@ class MarlinLinear(nn.Module):
     `extended` chooses the names: `marlin_qweight`, `marlin_scales`, …, or the original `B` and `s`, which hold only
     4-bit symmetric layers without act-order and padding. Scales keep `scale_dtype` (float16 or bfloat16) whatever the
     module is cast to; `bias` has `dtype`. The activations decide the dtype of the product: float16 or bfloat16 on a
-    GPU, any floating point elsewhere. Raises ValueError for settings that the format does not have.
+    GPU, any floating point elsewhere. `batch_invariant=True` gives each row the bits that it has alone, whatever rows
+    are beside it (`cuda.gemm`); None: as MARLIN_BATCH_INVARIANT in the environment says. Raises ValueError for settings
+    that the format does not have.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class MarlinLinear(nn.Module):
         scale_dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        batch_invariant: bool | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -75,6 +78,7 @@ class MarlinLinear(nn.Module):
         self._dtype = dtype or torch.get_default_dtype()
         self.bits, self.group_size, self.sym, self.desc_act, self.extended = bits, group_size, sym, desc_act, extended
         self.scale_dtype = scale_dtype
+        self.batch_invariant = batch_invariant
         self._check(scale_dtype)
         K, N, G = self._stored()
         words: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -122,7 +126,7 @@ class MarlinLinear(nn.Module):
             bias = bias.to(x.dtype)
         layer = (
             self._tensor("weight"), self._tensor("scales"), bias, self._tensor("zeros"), self._tensor("perm"),
-            self.bits, self.in_features, self.out_features,
+            self.bits, self.in_features, self.out_features, self.batch_invariant,
         )  # fmt: skip
         if torch.compiler.is_compiling():
             result: Tensor = torch.ops.marlin_convert.linear(x, *layer)
@@ -228,23 +232,25 @@ class DequantizedWeight(Tensor):
 
 def _linear(
     x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, zeros: Tensor | None, perm: Tensor | None,
-    bits: int, in_features: int, out_features: int,
+    bits: int, in_features: int, out_features: int, batch_invariant: bool | None = None,
 ) -> Tensor:  # fmt: skip
     if x.device.type == "cuda":
         whole = (in_features, out_features) == (B.shape[0] * TILE_K, s.shape[1])  # no padding
         if zeros is None and perm is None and bits == 4 and whole:
-            return cuda.matmul(x, B, s, bias)
+            return cuda.matmul(x, B, s, bias, batch_invariant=batch_invariant)
         product: Any = cuda.matmul
         result: Tensor = product(
-            x, B, s, bias, zeros, perm, bits=bits, in_features=in_features, out_features=out_features
-        )
+            x, B, s, bias, zeros, perm, bits=bits, in_features=in_features, out_features=out_features,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
         return result
-    return _reference(x, B, s, bias, zeros, perm, bits, in_features, out_features)
+    fixed = cuda.INVARIANT if batch_invariant is None else batch_invariant
+    return _reference(x, B, s, bias, zeros, perm, bits, in_features, out_features, fixed)
 
 
 def _reference(
     x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, zeros: Tensor | None, perm: Tensor | None,
-    bits: int, in_features: int, out_features: int,
+    bits: int, in_features: int, out_features: int, row_by_row: bool = False,
 ) -> Tensor:  # fmt: skip
     """x · W + bias with W dequantized in x's dtype, rounded once, BLOCK_COLUMNS of it at a time.
 
@@ -260,7 +266,12 @@ def _reference(
         W = _weight(B[:, n0 * bits // 2 : n1 * bits // 2], s[:, n0:n1], block_zeros, bits, x.dtype)
         W = W[:in_features, : end - n0]
         W = (W if natural is None else W[natural]).t().contiguous()  # as nn.Linear has it: the sums are the same
-        blocks.append(nn.functional.linear(x, W, None if bias is None else bias[n0:end]))
+        own = None if bias is None else bias[n0:end]
+        if row_by_row:
+            rows = [nn.functional.linear(row, W, own) for row in x.reshape(-1, 1, x.shape[-1])]
+            blocks.append(torch.cat(rows or [x.new_empty(0, end - n0)]).view(*x.shape[:-1], end - n0))
+        else:
+            blocks.append(nn.functional.linear(x, W, own))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
@@ -300,7 +311,7 @@ class _Forward(torch.autograd.Function):
 _library = torch_library.Library("marlin_convert", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "linear(Tensor x, Tensor B, Tensor s, Tensor? bias, Tensor? zeros, Tensor? perm, int bits, int in_features, "
-    "int out_features) -> Tensor"
+    "int out_features, bool? batch_invariant=None) -> Tensor"
 )
 _library.impl("linear", _linear, "CUDA")  # type: ignore[no-untyped-call]
 _library.impl("linear", _linear, "CPU")  # type: ignore[no-untyped-call]
@@ -309,6 +320,6 @@ _library.impl("linear", _linear, "CPU")  # type: ignore[no-untyped-call]
 @torch_library.register_fake("marlin_convert::linear", lib=_library)  # type: ignore[untyped-decorator]
 def _(
     x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, zeros: Tensor | None, perm: Tensor | None,
-    bits: int, in_features: int, out_features: int,
+    bits: int, in_features: int, out_features: int, batch_invariant: bool | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], out_features))

@@ -107,12 +107,18 @@ def piece_is_ours(name: str, piece: Piece) -> bool:
     return is_ours(name, piece.bits, piece.zeros is not None, -1 if piece.G == 1 else piece.stored_K // piece.G)
 
 
-def check_invariance(name: str) -> None:
-    """Raise ValueError where vLLM promises what no kernel here gives."""
-    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+def batch_invariant() -> bool:
+    """Whether vLLM promises results that do not depend on the number of rows."""
+    return bool(getattr(envs, "VLLM_BATCH_INVARIANT", False))
+
+
+def check_invariance(name: str, experts: bool = False) -> None:
+    """Raise ValueError where vLLM promises what the kernels that compute this layer do not give."""
+    if batch_invariant() and (experts or not kernel().ours):
+        which = "those for experts" if experts else f"vLLM's for Marlin checkpoints ({kernel().why})"
         raise ValueError(
-            f"{name}: VLLM_BATCH_INVARIANT=1 asks for results that do not depend on the number of rows; the kernels "
-            "for Marlin checkpoints do not give them. Start vLLM without it"
+            f"{name}: VLLM_BATCH_INVARIANT=1 asks for results that do not depend on the number of rows; of the "
+            f"kernels, {which} do not give them. Start vLLM without it"
         )
 
 

@@ -161,8 +161,9 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         if product.spread:
             x, perm, K = x.index_select(-1, perm), None, product.stored_K
         y: Tensor = torch.ops.marlin_convert.linear(
-            x, weight, scales, bias if add_bias else None, zeros, perm, product.bits, K, product.N
-        )
+            x, weight, scales, bias if add_bias else None, zeros, perm, product.bits, K, product.N,
+            choice.batch_invariant() or None,
+        )  # fmt: skip
         return y
 
     def _product(self, layer: Any, x: Tensor, product: _Product, add_bias: bool) -> Tensor:

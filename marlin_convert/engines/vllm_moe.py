@@ -53,7 +53,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             raise ValueError(f"{prefix}: vLLM computes its experts as one layer, and {odd} {why}")
         if self.moe.moe_parallel_config.use_all2all_kernels:
             raise ValueError(f"{prefix}: this plugin does not run experts spread over data-parallel ranks")
-        choice.check_invariance(prefix)
+        choice.check_invariance(prefix, experts=True)
         self.biases = sorted(names & config.biases)
         lacking = self._what_vllm_lacks(layer, sorted(names))
         if lacking and choice.not_ours():

@@ -9,6 +9,10 @@ A layer is given by its stored tensors, of either format (docs/concepts/format.m
 marlin_scales, marlin_qzeros (`zeros`) and marlin_perm (`perm`); `bits`, and in_features and out_features where these
 are less than the stored, padded sizes.
 
+batch_invariant=True fixes the bits of a row: how K is split and the order of every sum depend on the layer and the GPU
+alone, one way for all numbers of rows, without dequantizing for cuBLAS. MARLIN_BATCH_INVARIANT=1 in the environment
+makes that the default.
+
 All but `matmul` are also torch operators (`torch.ops.marlin_convert.…`) with fake implementations, so that
 torch.compile and CUDA graphs take them; on eager paths the Python functions are quicker. Arguments are checked here,
 a layer's tensors only when they are new; messages name the argument, what it is and what it should be.
@@ -17,6 +21,7 @@ a layer's tensors only when they are new; messages name the argument, what it is
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from typing import TypeAlias
 
@@ -27,6 +32,7 @@ from ..formats.layout import TILE_K, pack_factor
 from ._cuda_checks import check_activations, check_memory, dtype_name, layer_sizes, stored_size
 from .cuda_library import (
     ABI_VERSION,
+    BATCH_INVARIANT,
     COUNTER_BYTES,
     DTYPES,
     GROUP_SIZE,
@@ -49,6 +55,9 @@ __all__ = [
 ]  # fmt: skip
 
 T: TypeAlias = torch.Tensor
+
+#: Whether products are batch-invariant that do not say.
+INVARIANT = os.environ.get("MARLIN_BATCH_INVARIANT", "") not in ("", "0")
 
 
 class _Layer:
@@ -144,24 +153,35 @@ def _driver() -> ctypes.CDLL:
 def gemm(
     a: T, B: T, s: T, bias: T | None = None, zeros: T | None = None, perm: T | None = None, *,
     bits: int = 4, in_features: int | None = None, out_features: int | None = None, variant: int = 0,
+    batch_invariant: bool | None = None,
 ) -> T:  # fmt: skip
     """a [..., in_features] · W + bias → [..., out_features], in a's dtype (float16 or bfloat16), accumulated in fp32.
 
     `a`'s rows may be a strided view (a slice of columns) as long as their stride is a multiple of 8 elements; other
     layouts are copied first, as are the activations of a layer with act-order, in another order of columns. With many
     rows, on Hopper from 65 on, weights are rounded to a's dtype once, as `dequantize` does, unless they have one group
-    of scales; with few rows they are not rounded. The same inputs give the same bits on every run. Raises TypeError and
-    ValueError for arguments that do not fit, DeviceError when the kernels cannot run.
+    of scales; with few rows they are not rounded. The same inputs give the same bits on every run.
+
+    `batch_invariant` (default: whether MARLIN_BATCH_INVARIANT=1): a row has the bits that it has alone, whatever rows
+    are beside it; docs/kernels/results.md has what that costs. On Hopper no weights are rounded then, elsewhere all
+    are, with any number of rows. `variant`, for tests and tuning, asks for a kernel, and comes before it.
+
+    Raises TypeError and ValueError for arguments that do not fit, DeviceError when the kernels cannot run.
     """
-    return _product(_layer(B, s, zeros, perm, bits, in_features, out_features), a, bias, variant)
+    layer = _layer(B, s, zeros, perm, bits, in_features, out_features)
+    return _product(layer, a, bias, variant or _fixed(batch_invariant))
 
 
 def matmul(
     a: T, B: T, s: T, bias: T | None = None, zeros: T | None = None, perm: T | None = None, *,
     bits: int = 4, in_features: int | None = None, out_features: int | None = None,
+    batch_invariant: bool | None = None,
 ) -> T:  # fmt: skip
-    """The faster of `gemm` and dequantize + torch.matmul, chosen by shape."""
+    """The faster of `gemm` and dequantize + torch.matmul, chosen by shape; `batch_invariant`: `gemm`."""
     layer = _layer(B, s, zeros, perm, bits, in_features, out_features)
+    fixed = _fixed(batch_invariant)
+    if fixed:
+        return _product(layer, a, bias, fixed)
     M = a.numel() // layer.in_features
     pays = layer.dequantizing_pays.get(M)
     if pays is None:
@@ -176,6 +196,11 @@ def matmul(
     if bias is None:
         return torch.matmul(a, W)
     return torch.addmm(bias, a.reshape(-1, layer.in_features), W).view(*a.shape[:-1], layer.out_features)
+
+
+def _fixed(batch_invariant: bool | None) -> int:
+    """The variant of a product: batch-invariant, or whatever is fastest."""
+    return BATCH_INVARIANT if (INVARIANT if batch_invariant is None else batch_invariant) else 0
 
 
 def _product(layer: _Layer, a: T, bias: T | None, variant: int) -> T:
@@ -294,8 +319,9 @@ def _dequantize(layer: _Layer, dtype: torch.dtype) -> T:
 
 _operators = torch_library.Library("marlin_convert", "DEF")  # type: ignore[no-untyped-call]
 _LAYER = "Tensor? zeros=None, Tensor? perm=None, *, int bits=4, int? in_features=None, int? out_features=None"
+_FIXED = "bool? batch_invariant=None"
 for _signature in (
-    f"gemm(Tensor a, Tensor B, Tensor s, Tensor? bias=None, {_LAYER}, int variant=0) -> Tensor",
+    f"gemm(Tensor a, Tensor B, Tensor s, Tensor? bias=None, {_LAYER}, int variant=0, {_FIXED}) -> Tensor",
     "repack(Tensor qweight, *, int bits=4) -> Tensor",
     "unpack(Tensor B, *, int bits=4) -> Tensor",
     f"dequantize(Tensor B, Tensor s, ScalarType dtype, {_LAYER}) -> Tensor",
@@ -311,6 +337,7 @@ _operators.impl("dequantize", dequantize, "CUDA")  # type: ignore[no-untyped-cal
 def _(
     a: T, B: T, s: T, bias: T | None = None, zeros: T | None = None, perm: T | None = None, *,
     bits: int = 4, in_features: int | None = None, out_features: int | None = None, variant: int = 0,
+    batch_invariant: bool | None = None,
 ) -> T:  # fmt: skip
     _, _, _, rows, columns = layer_sizes(B, s, zeros, perm, bits, in_features, out_features)
     check_activations(a, bias, rows, columns)

@@ -17,13 +17,14 @@ from ..errors import INSTALL, DeviceError
 LIBRARY = Path(os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "_cuda.so")
 
 # MARLIN_CUDA_* of kernels/marlin_cuda.h; a test compares them.
-ABI_VERSION = 5
+ABI_VERSION = 6
 K_MULTIPLE = 64
 N_MULTIPLE = 64
 GROUP_SIZE = 128
 COUNTER_BYTES = 8192
 USE_GEMM, USE_DEQUANTIZE = 0, 1
 MOST_CLUSTER, STREAM_K, DATA_PARALLEL = 8, 9, 10  # splits of `variant`
+BATCH_INVARIANT = 1 << 20  # a variant
 #: Numbers of the types that activations, results and scales may have.
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 GROUP_SIZES = (16, 32, 64, GROUP_SIZE)
@@ -79,7 +80,7 @@ class Plan(ctypes.Structure):
     """marlin_cuda_plan_t: what `gemm` would launch; times in microseconds, predicted."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("instance", "stages", "split", "blocks")),
+        *((name, ctypes.c_int32) for name in ("instance", "stages", "split", "blocks", "parts", "rows")),
         *((name, ctypes.c_double) for name in ("us", "gemm_us", "dense_us")),
     )
 

@@ -13,6 +13,7 @@ import torch
 PATH = Path(os.environ.get("MARLIN_CUDA_LIBRARY", Path(__file__).parents[2] / "marlin_convert" / "_cuda.so"))
 GROUP_SIZE = 128
 COUNTER_BYTES = 8192  # MARLIN_CUDA_COUNTER_BYTES
+BATCH_INVARIANT = 1 << 20  # MARLIN_CUDA_BATCH_INVARIANT
 CLUSTERS, STREAM_K, DATA_PARALLEL = range(1, 9), 9, 10  # MARLIN_CUDA_MOST_CLUSTER and so on
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 
@@ -46,7 +47,7 @@ class Plan(ctypes.Structure):
     """marlin_cuda_plan_t"""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("instance", "stages", "split", "blocks")),
+        *((name, ctypes.c_int32) for name in ("instance", "stages", "split", "blocks", "parts", "rows")),
         *((name, ctypes.c_double) for name in ("us", "gemm_us", "dense_us")),
     )
 

@@ -10,6 +10,7 @@ import torch
 
 from . import cuda_library
 from .cuda_library import (
+    BATCH_INVARIANT,
     CLUSTERS,
     COUNTER_BYTES,
     DATA_PARALLEL,
@@ -364,14 +365,18 @@ def test_padded(library: Library, size: int, bits: int, dtype: torch.dtype) -> N
                     assert (buffer[-around:] == 7).all()
 
 
-@pytest.mark.parametrize("m", [1, 3, 1000])
+@pytest.mark.parametrize("m", [1, 3, 63, 64, 101, 303, 1001])
 def test_gather(library: Library, m: int) -> None:
-    for rows, k in ((640, 640), (637, 640), (1, 128), (4001, 4096)):
-        a = torch.randn(m, rows + 3, device="cuda").half()[:, :rows]  # rows that start anywhere
-        for perm in (None, torch.randperm(rows, device="cuda").int()):
-            out = library.gather(a, perm, k)
-            assert torch.equal(out[:, :rows], a if perm is None else a[:, perm.long()])
-            assert (out[:, rows:] == 0).all()
+    """By rows in shared memory from 64 rows on, one, two or four a block; 120000 columns do not fit there."""
+    for rows, k in ((640, 640), (637, 640), (1, 128), (4001, 4096), (14336, 14336), (60001, 60032), (120000, 120064)):
+        if m * rows > 1 << 25:
+            continue
+        for pitch in (rows + 3, (rows + 15) // 8 * 8):  # rows that start anywhere, or at multiples of 16 bytes
+            a = torch.randn(m, pitch, device="cuda").half()[:, :rows]
+            for perm in (None, torch.randperm(rows, device="cuda").int()):
+                out = library.gather(a, perm, k)
+                assert torch.equal(out[:, :rows], a if perm is None else a[:, perm.long()])
+                assert (out[:, rows:] == 0).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -458,7 +463,7 @@ def test_in_a_graph(library: Library) -> None:
 
 
 def test_version_and_device(library: Library) -> None:
-    assert library.lib.marlin_cuda_abi_version() == 4
+    assert library.lib.marlin_cuda_abi_version() == 6
     count = ctypes.c_int()
     library.check(library.lib.marlin_cuda_device_count(ctypes.byref(count)))
     assert count.value == torch.cuda.device_count()
@@ -513,7 +518,8 @@ def test_errors(library: Library) -> None:
         (-4, {"lda": 255}), (-4, {"lda": 260}), (-4, {"in_features": 250}),
         (-5, {"A": x["A"] + 2}), (-5, {"C": x["C"] + 8}), (-5, {"bias": x["C"] + 4}), (-5, {"zeros": x["C"] + 4}),
         (-6, {"dtype": 2}), (-6, {"scale_dtype": 2}), (-7, {"workspace_bytes": 1000}), (-8, {"device": 99}),
-        (-8, {"device": -1}), (-9, {"variant": 4000}), (-9, {"variant": -1}), (-9, {"variant": 1 << 20}),
+        (-8, {"device": -1}), (-9, {"variant": 4000}), (-9, {"variant": -1}), (-9, {"variant": 1 << 21}),
+        (-9, {"variant": BATCH_INVARIANT | 1}),
         (-9, {"variant": variant("sm80_m8n256_b4_g128", 0, 1)}), (-9, {"variant": variant("sm80_m8n256_b4_g128", 15)}),
         (-9, {"variant": variant("sm80_m8n256_b8_gany")}), (-10, {"bits": 3}),
         (-9, {"variant": variant("sm80_m8n256_b4_g128"), "zeros": x["C"]}),

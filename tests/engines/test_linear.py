@@ -197,6 +197,34 @@ def test_compiled_and_as_an_operator() -> None:
     torch_library.opcheck(torch.ops.marlin_convert.linear.default, arguments)
 
 
+def test_batch_invariant_rows_are_computed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the GPU too: each row by itself; also compiled, and when the environment asks for it."""
+    module, x = exact(5)
+    alone = torch.cat([module(x[i : i + 1]) for i in range(5)])
+    rows: list[int] = []
+    plain = torch.nn.functional.linear
+
+    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(x))
+        return plain(x, *rest)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    module.batch_invariant = True
+    assert torch.equal(module(x), alone)
+    assert torch.equal(module(x.view(1, 5, -1)), alone.view(1, 5, -1))
+    assert module(x[:0]).shape == (0, alone.shape[1])
+    assert set(rows) == {1}
+    module.batch_invariant = None
+    monkeypatch.setattr(cuda, "INVARIANT", True)
+    assert torch.equal(module(x), alone)
+    assert set(rows) == {1}
+    module.batch_invariant = False
+    assert torch.equal(module(x), alone)  # whole numbers: exact in any order
+    assert 5 in rows
+    arguments = (x, module.B, module.s, None, None, None, 4, 384, 512, True)
+    torch_library.opcheck(torch.ops.marlin_convert.linear.default, arguments)
+
+
 def test_no_gradient_rather_than_a_wrong_one() -> None:
     module, x = exact(2)
     y = module(x.float().requires_grad_())

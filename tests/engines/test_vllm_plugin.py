@@ -327,14 +327,31 @@ def test_our_kernel(monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]) -> No
     check(method.apply(linear, x, linear.bias), x, W, linear.bias.data)
 
 
-@pytest.mark.parametrize("kernel", ["ours", "vllm"])
-def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    choose(monkeypatch, kernel)
+def test_batch_invariance_is_refused_without_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, "vllm")
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(
         ValueError, match=r"^x: VLLM_BATCH_INVARIANT=1 asks for results that do not depend on the number"
     ):
         plugin.MarlinCheckpointMethod(config_of({}, False), "x")
+
+
+@pytest.mark.parametrize("asked", ["1", "0"])
+def test_our_kernels_are_batch_invariant_when_vllm_promises_it(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    choose(monkeypatch, "ours")
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", asked)
+    pieces: dict[str, Any] = {"a": (*random_layer(256, 64), {})}
+    linear = Linear(0)
+    method = load(config_of(pieces, False), ["a"], pieces, linear, (256, [64], 256, 64), [None], False)
+    passed: list[bool | None] = []
+
+    def product(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passed.append(rest[8])
+        return x.new_zeros(*x.shape[:-1], rest[7])
+
+    monkeypatch.setattr(torch.ops.marlin_convert, "linear", product)
+    method.apply(linear, torch.randn(3, 256).half())
+    assert passed == [True if asked == "1" else None]
 
 
 def test_what_the_kernel_lacks_is_refused() -> None:

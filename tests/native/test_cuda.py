@@ -117,6 +117,8 @@ def test_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: 
 def test_what_the_driver_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, text: str) -> None:
     functions = [
         "gemm",
+        "moe",
+        "moe_layout",
         "workspace_bytes",
         "choose",
         "instance",
