@@ -163,54 +163,90 @@ def make_plan(
 
     judged = source.inspect(checkpoint, names, settings, reading)
     group_size = _one_group_size(judged)
-    misfits = _gathered((layer.misfits, layer.name) for layer in judged)
-    extended = format is Format.MARLIN_EXT or (
-        format is Format.AUTO and (bool(misfits) or any(layer.refusals for layer in judged))
-    )
-    layers, refusals = _convertible(judged, extended)
-    fits = _fitted_scales(checkpoint, layers, extended)
-    unfit = _gathered(([fit.problem] if fit.problem else [], name) for name, fit in fits.items())
-    if unfit and format is Format.AUTO and not extended:
-        misfits = {f"{problem}, which is the original format's type": found for problem, found in unfit.items()}
-        extended = True
-        layers, refusals = _convertible(judged, extended)
-        fits = _fitted_scales(checkpoint, layers, extended)
-        unfit = _gathered(([fit.problem] if fit.problem else [], name) for name, fit in fits.items())
-    refusals |= unfit
-    for layer in judged:
-        for note in layer.notes + (layer.extended_notes if extended else []):
-            notes.setdefault(note, []).append(layer.name)
+    chosen = _choose(checkpoint, judged, format)
     owned = {f"{name}.{part}" for name in names for part in source.parts}
-    without = [x.name for x in layers if fits[x.name].zero]
+    plan = Plan(
+        settings,
+        source,
+        layers=chosen.convertible,
+        copies=[tensor for tensor in tensors.values() if tensor.name not in owned],
+        dropped=[t for t in tensors.values() if t.name in owned and t.name.rpartition(".")[2] in source.dropped],
+        refusals=chosen.refusals | chosen.unfit,
+        notes=notes | _notes(checkpoint, settings, judged, chosen),
+        misfits=chosen.misfits,
+        format=Format.MARLIN_EXT if chosen.extended else Format.MARLIN,
+        group_size=group_size,
+        layers_found=len(names),
+        weights_beside=checkpoint.weights_beside,
+        bytes_in=bytes_in,
+        scale_rounding=max((fit.rounding for fit in chosen.fits.values()), default=0.0),
+    )
+    require_unique(plan.out_tensors)
+    return plan
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The format of the result, and what becomes of the layers in it: `layers` that it can hold, but for their scales,
+    what becomes of those (`fits`), and why it cannot hold the others (`refusals`)."""
+
+    extended: bool
+    misfits: Reasons
+    layers: list[Layer]
+    refusals: Reasons
+    fits: dict[str, LayerFit]
+
+    @property
+    def unfit(self) -> Reasons:
+        """Why scales cannot be stored."""
+        return _gathered(([fit.problem] if fit.problem else [], name) for name, fit in self.fits.items())
+
+    @property
+    def convertible(self) -> list[Layer]:
+        """The layers that the format can hold, scales included."""
+        fits = self.fits
+        return [replace(x, stored_scales=fits[x.name].dtype) for x in self.layers if not fits[x.name].problem]
+
+
+def _choose(checkpoint: Checkpoint, judged: list[LayerInspection], format: Format) -> _Chosen:
+    """Choose the result's format: with AUTO the original one, unless a layer, or its scales, do not fit it."""
+
+    def chosen(misfits: Reasons, extended: bool) -> _Chosen:
+        layers, refusals = _convertible(judged, extended)
+        return _Chosen(extended, misfits, layers, refusals, _fitted_scales(checkpoint, layers, extended))
+
+    misfits = _gathered((layer.misfits, layer.name) for layer in judged)
+    found = chosen(
+        misfits,
+        format is Format.MARLIN_EXT
+        or (format is Format.AUTO and (bool(misfits) or any(layer.refusals for layer in judged))),
+    )
+    if not found.unfit or format is not Format.AUTO or found.extended:
+        return found
+    return chosen(
+        {f"{problem}, which is the original format's type": names for problem, names in found.unfit.items()}, True
+    )
+
+
+def _notes(checkpoint: Checkpoint, settings: GPTQSettings, judged: list[LayerInspection], chosen: _Chosen) -> Reasons:
+    """Return what the plan says of layers, and of the checkpoint."""
+    notes: Reasons = {}
+    for layer in judged:
+        for note in layer.notes + (layer.extended_notes if chosen.extended else []):
+            notes.setdefault(note, []).append(layer.name)
+    without = [x.name for x in chosen.layers if chosen.fits[x.name].zero]
     if without:
         notes["every scale is 0, and so is every weight: the layer was not quantized rightly, or never filled"] = (
             without
         )
     main = checkpoint.configs.get("config.json", {})
-    if any(_is_head(x.name) for x in layers) and any(ties(main).values()):
+    if any(_is_head(x.name) for x in chosen.layers) and any(ties(main).values()):
         notes["the head is quantized, and the config ties it to the embedding: the result's config does not"] = []
     if "config.json" not in checkpoint.configs:
         notes["the source has no config.json, so the result has none: no engine can load it without"] = []
     for key, text in settings.conflicts.items():
         notes[f"the source's configs disagree on {key} ({text}); the tensors decided"] = []
-    plan = Plan(
-        settings,
-        source,
-        layers=[replace(x, stored_scales=fits[x.name].dtype) for x in layers if not fits[x.name].problem],
-        copies=[tensor for tensor in tensors.values() if tensor.name not in owned],
-        dropped=[t for t in tensors.values() if t.name in owned and t.name.rpartition(".")[2] in source.dropped],
-        refusals=refusals,
-        notes=notes,
-        misfits=misfits,
-        format=Format.MARLIN_EXT if extended else Format.MARLIN,
-        group_size=group_size,
-        layers_found=len(names),
-        weights_beside=checkpoint.weights_beside,
-        bytes_in=bytes_in,
-        scale_rounding=max((fit.rounding for fit in fits.values()), default=0.0),
-    )
-    require_unique(plan.out_tensors)
-    return plan
+    return notes
 
 
 def _gathered(found: Iterable[tuple[list[str], str]]) -> Reasons:

@@ -304,7 +304,8 @@ def test_restoring_what_changes(
 ) -> None:
     convert(source.folder, tmp_path / "out", CPU)
     monkeypatch.setattr(
-        "marlin_convert.conversion.restore._write_configs", lambda *_: change(tmp_path / "out" / "model.safetensors")
+        "marlin_convert.conversion.restore._write_configs",
+        lambda *_, **__: change(tmp_path / "out" / "model.safetensors"),
     )
     with pytest.raises(SourceError, match=r"model\.safetensors: it (changed|went away) while"):
         restore(tmp_path / "out", tmp_path / "back")
