@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from marlin_convert._version import __version__
 from marlin_convert.conversion.proof import difference
+from tests.support.awq_checkpoints import AWQLayer, awq_config, write_awq
 from tests.support.cli import SECRET, Run
+from tests.support.ct_checkpoints import CTLayer, ct_config, write_ct
 from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, shuffled, two_layers, write_source
 from tests.support.hub_server import Hub, Repository
 
@@ -88,6 +90,22 @@ def test_both_on_the_hub(hub: Hub, online: Callable[..., Run], tmp_path: Path, c
     stored = sum(path.stat().st_size for path in home.rglob("*") if path.is_file() and not path.is_symlink())
     assert stored < 40_000  # the card, configs and the like
     assert done.json()["bytes_read"] > 100_000
+
+
+@pytest.mark.parametrize("kind", ["compressed-tensors", "compressed-tensors, act-order", "awq", "awq, gemv"])
+def test_sources_of_other_formats(hub: Hub, online: Callable[..., Run], tmp_path: Path, kind: str) -> None:
+    """What a source's layer is read from is brought, whatever its tensors are called."""
+    if kind.startswith("compressed-tensors"):
+        g_idx = shuffled(256) if kind.endswith("act-order") else None
+        write_ct(tmp_path / "source", CTLayer(g_idx=g_idx, bias=True), ct_config())
+    else:
+        layout = "gemv" if kind.endswith("gemv") else "gemm"
+        write_awq(tmp_path / "source", AWQLayer(layout=layout, bias=True), awq_config(version=layout))
+    hub.add("org/source", tmp_path / "source")
+    assert online("org/source", tmp_path / "out", "--device", "cpu").code == 0
+    hub.add("me/marlin", tmp_path / "out")
+    done = online("verify", "me/marlin", "--device", "cpu", env={"HF_HOME": str(tmp_path / "fresh")})
+    assert done.code == 0, done.out + done.err
 
 
 def test_a_published_result(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
