@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -39,6 +40,25 @@ class BytesOnly(Progress):
 
     def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
         self._progress.advance(nbytes, layer)
+
+
+class StageTimes(Progress):
+    """Passes everything on, and notes how long each stage took: (label, bytes, seconds)."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.stages: list[tuple[str, int, float]] = []
+        self.meanwhile = progress.meanwhile  # type: ignore[method-assign]
+        self.waiting = progress.waiting  # type: ignore[method-assign]
+        self.advance = progress.advance  # type: ignore[method-assign]
+
+    def stage(self, label: str, total_bytes: int, layers: int) -> None:
+        self._now, self._started = (label, total_bytes), time.monotonic()
+        self._progress.stage(label, total_bytes, layers)
+
+    def end(self) -> None:
+        self._progress.end()
+        self.stages.append((*self._now, time.monotonic() - self._started))
 
 
 # ---- For callers of the library ----

@@ -176,9 +176,7 @@ def test_a_driver_without_gpus(machine: Callable[..., Run], tmp_path: Path) -> N
     )
     result = machine()
     assert result.code == 0
-    assert (
-        "converted on the CPU; running the result needs an NVIDIA GPU of compute capability 8.0 or newer" in result.out
-    )
+    assert "(on this CPU, slowly)" in result.out
 
 
 def test_a_library_that_is_no_driver(run: Callable[..., Run], source: Source, tmp_path: Path) -> None:
@@ -194,9 +192,7 @@ def test_a_library_that_is_no_driver(run: Callable[..., Run], source: Source, tm
     )
     result = run(source.folder, tmp_path / "out", env=env)
     assert result.code == 0
-    assert (
-        "converted on the CPU; running the result needs an NVIDIA GPU of compute capability 8.0 or newer" in result.out
-    )
+    assert "(on this CPU, slowly)" in result.out
 
 
 def test_a_gpu_is_only_said_to_have_computed_what_it_did(machine: Callable[..., Run]) -> None:

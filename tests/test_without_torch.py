@@ -43,7 +43,7 @@ def test_conversion_both_ways_and_verification(
 def test_the_demo_leaves_its_prompt_out(tmp_path: Path, run: Callable[..., Run], bare: dict[str, str]) -> None:
     done = run("demo", tmp_path / "out", env=bare)
     assert done.code == 0, done.err
-    assert "verified 56 of 56 layers" in done.out
+    assert "verified  56 of 56 layers" in done.out
     assert f"no prompt was continued: this needs torch and transformers: {ADVICE}" in done.out, done.out + done.err
 
 

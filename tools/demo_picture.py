@@ -19,23 +19,18 @@ PICTURE = Path(__file__).parents[1] / "docs" / "images" / "demo.svg"
 #: Columns of the picture; longer lines are folded.
 WIDTH = 110
 
-#: What the picture leaves out of the table: all but the first layers.
-LAYERS = 3
-
 
 def run_demo(folder: Path) -> str:
     """What the demo prints on standard output, with a terminal's colours."""
-    env = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "200"}
+    env = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH)}
     command = [sys.executable, "-m", "marlin_convert.cli", "demo", "demo-out", "--device", "cpu", "--force"]
     done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout
 
 
 def end_of(output: str) -> list[str]:
-    """The lines of the picture: the table's first layers, and everything after the table."""
-    lines = output.rstrip().splitlines()
-    last = next(number for number, line in enumerate(lines) if re.search(r"more layers", line))
-    return [*lines[: 1 + LAYERS], "…", *lines[last + 1 :]]
+    """The lines of the picture."""
+    return output.rstrip().splitlines()
 
 
 def draw(lines: list[str]) -> None:

@@ -14,6 +14,7 @@ from .._version import __version__
 from ..errors import AlreadyMarlin, HubError, MarlinConvertError, VerificationError, require
 from ..interrupts import ignore_signals
 from ..options import HubAccess, Options, PublishTarget
+from ..progress import StageTimes
 from .batch import batch
 from .bench import bench
 from .params import (
@@ -305,25 +306,26 @@ def _convert(
     screen.start()
     try:
         with screen.progress() as progress, _way_on(options.force):
-            report = convert(source, out, options, progress, access=access)
+            timed = StageTimes(progress)
+            report = convert(source, out, options, timed, access=access)
             if prompt is None:
                 ignore_signals()  # the result is complete
     except AlreadyMarlin as nothing:
         screen.already_marlin(nothing.message)
         return
     if prompt is None:
-        screen.report(report)
+        screen.report(report, timed.stages)
         return
     from ..engines.generate import compare
 
     try:
         require("torch", "transformers")
-        with screen.doing("continuing a prompt with the source and with the result, on torch and Transformers"):
+        with screen.doing("continuing a prompt with source and result"):
             texts = compare(Path(source), out, prompt, DEMO_TOKENS, str(report.device))
     except MarlinConvertError as error:  # the conversion is done, whatever runs here
-        screen.report(report, missing=error.message)
+        screen.report(report, timed.stages, missing=error.message)
     else:
-        screen.report(report, texts)
+        screen.report(report, timed.stages, texts)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,13 +172,16 @@ class Screen:
 
     def _format(self, plan: Plan, facts: ResultFacts) -> None:
         """Which format, why, and who reads it."""
-        beside, alone = ([engine.name for engine in readers(facts, with_plugin=x)] for x in (True, False))
-        read = " and ".join(beside) + " with marlin-convert" + (f", and {', '.join(alone)}" if alone else "")
-        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {read} {'read' if len(beside + alone) > 1 else 'reads'}")
+        several = len(readers(facts, with_plugin=True) + readers(facts, with_plugin=False)) > 1
+        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {_readers(facts)} {'read' if several else 'reads'}")
+        self._caveats(plan, facts)
+
+    def _caveats(self, plan: Plan, facts: ResultFacts) -> None:
+        """What of the result vLLM takes only here; why it is extended."""
         for what, names in vllm_needs_our_kernels(facts.layers).items():
             self._say(f"  vLLM computes {what} where marlin-convert's CUDA kernels are built: {self._names(names)}")
         for reason, names in plan.misfits.items() if plan.extended else ():
-            self._say(f"  because {reason}: {self._names(names)}")
+            self._say(f"  extended, because {reason}: {self._names(names)}")
 
     def _names(self, names: list[str]) -> str:
         return ", ".join(names) if self.verbose else span(names)
@@ -225,42 +229,62 @@ class Screen:
         if done.note:
             self.err.print(_labelled(done.note, "note", "yellow"), soft_wrap=True)
 
-    def report(self, report: Report, texts: Comparison | None = None, missing: str | None = None) -> None:
-        """The summary at the end of a conversion. `texts`: what source and result made of a prompt, or why nothing."""
+    def report(
+        self, report: Report, stages: Sequence[tuple[str, int, float]] = (), texts: Comparison | None = None,
+        missing: str | None = None,
+    ) -> None:  # fmt: skip
+        """The end of a conversion, in five lines. `stages`: how long each took; `texts`: what source and result made of
+        a prompt, or why nothing."""
         said = {} if texts is None and missing is None else {"continuation": texts and texts.as_dict()}
         self._json({**report.as_dict(), **said})
-        if report.verification:
+        if report.verification and (self.verbose or not report.verification.ok):
             self._verification_table(report.verification)
         plan = report.plan
-        self._beside(plan)
         facts = plan.result_facts(report.options.quant_method, len(report.files))
-        self._format(plan, facts)
+        self._beside(plan)
+        self._caveats(plan, facts)
         self._notes(plan)
         if plan.scale_rounding:
             self._note(f"scales rounded, by at most {plan.scale_rounding:.2e} of their value")
-        self._say(
-            f"{len(plan.layers)} layers converted, {len(plan.copies)} tensors copied; "
-            f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out, {report.seconds:.1f} s, "
-            f"{report.gigabytes_per_second:.2f} GB/s, {report.codec}",
-            "done", "green",
-        )  # fmt: skip
-        if report.verification:
-            self._say(_verdict(report.verification), "verified", "green")
-        if texts:
-            self._continuation(texts)
-        if missing:
-            self._note(f"no prompt was continued: {missing}")
-        files = ", ".join(report.files) if len(report.files) < 3 else f"{len(report.files)} weight files"
-        self._say(f"where: {report.out} ({files})")
-        self._say(f"load:  vllm serve {report.out}   ({VLLM}, with marlin-convert installed)")
-        if report.pushed:
-            self._say(f"hub:   {report.pushed}")
         if report.remark:
             self._note(report.remark)
-        if report.device.kind == "cpu":
-            self._say(
-                "note:  converted on the CPU; running the result needs an NVIDIA GPU of compute capability 8.0 or newer"
-            )
+        if missing:
+            self._note(f"no prompt was continued: {missing}")
+        if texts:
+            self._continuation(texts)
+        where = shlex.quote(str(report.out))
+        files = ", ".join(report.files) if len(report.files) < 3 else f"{len(report.files)} weight files"
+        on_cpu = report.device.kind == "cpu"
+        following = f"vllm serve {where}"
+        if on_cpu:
+            following = f'marlin-convert generate {where} --prompt "…"   (on this CPU, slowly)'
+        made = (
+            f"{report.out} ({files}): {FORMAT_NAMES[plan.format]}, {len(plan.layers)} layers converted, "
+            f"{len(plan.copies)} tensors copied, {size(plan.bytes_in)} in, {size(plan.bytes_out)} out"
+        )
+        unread = "each block, as it was written; --verify reads the result back and compares all of it"
+        lines = [
+            ("result", made),
+            ("verified", _verdict(report.verification) if report.verification else unread),
+            ("time", _times(stages, report)),
+            ("read by", _readers(facts)),
+            ("next", following),
+        ]
+        self._aligned([*lines, *([("hub", report.pushed)] if report.pushed else [])])
+
+    def _aligned(self, lines: list[tuple[str, str]]) -> None:
+        """Lines with labels before them, broken at words."""
+        width = max(len(label) for label, _ in lines) + 2
+        if not self.out.is_terminal:  # as long as they are
+            for label, text in lines:
+                self._say(text, label.ljust(width - 1))
+            return
+        table = Table.grid(padding=(0, 2), pad_edge=False)
+        table.add_column(style="green", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, text in lines:
+            table.add_row(label, visible(text))
+        self._table(table)
 
     def restored(self, report: Restored) -> None:
         """The result of `marlin-convert to-gptq`."""
@@ -288,7 +312,8 @@ class Screen:
     def verification(self, report: Verification, out: Path) -> None:
         """The result of `marlin-convert verify`."""
         self._json({**report.as_dict(), "out": str(out)})
-        self._verification_table(report)
+        if self.verbose or not report.ok:
+            self._verification_table(report)
         for problem in report.problems:
             self._say(problem, "differs", "red")
         self._say(_verdict(report), *(("verified", "green") if report.ok else ("not equal", "red")))
@@ -395,6 +420,18 @@ class Screen:
     def _table(self, table: Table) -> None:
         if not self.silent:
             self.out.print(table)
+
+
+def _readers(facts: ResultFacts) -> str:
+    """Who reads a result, in words."""
+    beside, alone = ([engine.name for engine in readers(facts, with_plugin=x)] for x in (True, False))
+    return " and ".join(beside) + " with marlin-convert" + (f", and {', '.join(alone)}" if alone else "")
+
+
+def _times(stages: Sequence[tuple[str, int, float]], report: Report) -> str:
+    """How long each stage took, at what rate, and all of it."""
+    parts = [f"{label} {seconds:.1f} s ({size(nbytes / max(seconds, 1e-9))}/s)" for label, nbytes, seconds in stages]
+    return ", ".join([*parts, f"{report.seconds:.1f} s in all, {report.codec}"])
 
 
 def _labelled(text: str, label: str, style: str) -> Text:

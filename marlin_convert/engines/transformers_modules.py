@@ -160,6 +160,9 @@ def _put_layer(
     linear = empty_module(layer)
     linear.weight_by_rows = isinstance(module, Conv1D)
     model.set_submodule(place, linear)
+    for value in vars(model.get_submodule(place.rpartition(".")[0])).values():  # some hold it in a list besides
+        if isinstance(value, list):
+            value[:] = [linear if entry is module else entry for entry in value]
 
 
 def _check_size(layer: StoredLayer[Tensor], size: tuple[int, int], model: str) -> None:

@@ -48,9 +48,9 @@ def test_a_bar_on_a_terminal(source: Source, tmp_path: Path, columns: int) -> No
     assert any(rate.endswith("B/s") and ":" in left and layer for _, rate, left, layer in shown)
     assert terminal.cursor_visible
     first, *rest = terminal.text.splitlines()
-    assert first.startswith("layer "), terminal.text  # nothing is left of the bars, not even an empty line
-    assert "converting" not in terminal.text
-    assert "verified 2 of 2 layers exactly equal" in terminal.text
+    assert first.startswith("result  "), terminal.text  # nothing is left of the bars, not even an empty line
+    assert not frames_of(Terminal(terminal.text), "converting", "verifying")
+    assert "verified  2 of 2 layers exactly equal" in terminal.text
     assert all(line for line in rest)
 
 

@@ -192,7 +192,7 @@ def test_demo_without_transformers(tmp_path: Path, run: Callable[..., Run]) -> N
     hidden = {"PYTHONPATH": without_transformers(tmp_path)}
     result = run("demo", tmp_path / "out", "--device", "cpu", env=hidden)
     assert result.code == 0, result.err
-    assert "verified 56 of 56 layers" in result.out
+    assert "verified  56 of 56 layers" in result.out
     assert "no prompt was continued: running a model needs Transformers 5 or newer" in result.out
     report = run("demo", tmp_path / "out2", "--device", "cpu", "--json", env=hidden).json()
     assert (report["ok"], report["continuation"]) == (True, None)
