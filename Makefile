@@ -8,13 +8,34 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint reference picture docs check wheels clean
+.PHONY: demo test test-web web-pictures space lint reference picture docs check wheels clean
 
 demo: $(VENV)/.run
 	$(RUN)/marlin-convert demo --force
 
 test: $(VENV)/.dev
 	$(RUN)/python -m pytest
+
+# The web page in a real browser; needs Chromium (Debian, Ubuntu: apt install chromium).
+test-web: $(VENV)/.web
+	$(RUN)/python -m pytest tests/web
+
+$(VENV)/.web: $(VENV)/.dev
+	$(RUN)/python -m pip install -c constraints.txt "gradio[oauth]>=6.31" playwright
+	@touch $@
+
+# Pictures of the page, into docs/images.
+web-pictures: $(VENV)/.web
+	$(RUN)/python -m tools.web_pictures
+
+# The web page as a Space, into build/space: `hf upload --repo-type space NAME build/space` publishes it.
+space: $(VENV)/.run
+	rm -rf build/space
+	mkdir -p build/space
+	cp space/* build/space
+	cp -r marlin_convert build/space
+	find build/space -name __pycache__ -prune -exec rm -r {} +
+	rm -f build/space/marlin_convert/_cuda.so
 
 lint: $(VENV)/.dev
 	$(RUN)/ruff check .

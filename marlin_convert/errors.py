@@ -86,7 +86,7 @@ class HubError(MarlinConvertError):
 
 
 class MissingPackageError(MarlinConvertError, ImportError):
-    """torch or Transformers is not installed, which running and measuring models needs, and converting does not."""
+    """A package is not installed that this needs, and converting does not: torch, Transformers, Gradio."""
 
 
 #: How to install it, from what there is today: a checkout, or the file of a wheel that `make wheels` has built. It is
@@ -94,16 +94,17 @@ class MissingPackageError(MarlinConvertError, ImportError):
 INSTALL, INSTALL_WHEEL = "pip install .", "pip install ./marlin_convert-*.whl"
 #: In a checkout, with what running models needs.
 INSTALL_AND_RUN = 'pip install ".[run]"'
-#: What brings the packages of the extras `run`, `plot` and `ray`, by their own names.
+#: What brings the packages of the extras `run`, `plot`, `ray` and `web`, by their own names.
 INSTALL_RUN = 'pip install "torch>=2.6" "transformers>=5.0"'
 INSTALL_PLOT, INSTALL_RAY = "pip install matplotlib", 'pip install "ray>=2.40"'
+INSTALL_WEB = 'pip install "gradio>=6.31" "matplotlib>=3.8"'
 
 
-def require(*packages: str) -> None:
-    """Raise MissingPackageError, which says how to get them, unless all of `packages` are installed."""
+def require(*packages: str, install: str = INSTALL_RUN) -> None:
+    """Raise MissingPackageError, which says how to `install` them, unless all of `packages` are there."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise MissingPackageError(f"this needs {' and '.join(missing)}: {INSTALL_RUN}.")
+        raise MissingPackageError(f"this needs {' and '.join(missing)}: {install}.")
 
 
 BUG = 70

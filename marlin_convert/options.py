@@ -72,6 +72,10 @@ class QuantMethod(Word):
     MARLIN = "marlin"
 
 
+#: What people call them.
+FORMAT_NAMES = {Format.MARLIN: "original Marlin format", Format.MARLIN_EXT: "extended Marlin format"}
+
+
 @dataclass(frozen=True)
 class HubAccess:
     """How to read from the Hugging Face Hub: a branch, tag or commit, a token, and a cache other than the usual one."""

@@ -25,3 +25,12 @@ def shortened(value: object) -> str:
     except (ValueError, RecursionError):  # a number of very many digits, a list in lists without an end
         text = f"a {type(value).__name__} that is too long to be shown"
     return text if len(text) <= _SHORT else f"{text[: _SHORT - 20]}…"
+
+
+def size(count: float) -> str:
+    """Return bytes for people, in decimal units as disks and the Hub count them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

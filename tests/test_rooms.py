@@ -30,7 +30,7 @@ MODULES = {
 #: ground are the modules of no room, but for the doors, which only pass names on.
 ROOMS = (
     ("cli",),
-    ("bench", "fleet"),
+    ("bench", "fleet", "web"),
     ("engines",),
     ("conversion",),
     ("native", "hub"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .._version import __version__
-from ..errors import AlreadyMarlin, HubError, MarlinConvertError, VerificationError, require
+from ..errors import INSTALL_WEB, AlreadyMarlin, HubError, MarlinConvertError, VerificationError, require
 from ..interrupts import ignore_signals
 from ..options import HubAccess, Options, PublishTarget
 from ..progress import StageTimes
@@ -295,6 +295,37 @@ def generate(output: OutputOptions, /, out: str, prompt: str, device: str, acces
     with screen.progress() as progress, screen.text(prompt) as on_text:
         done = continue_prompt(out, prompt, Sampling(**sampling), device, on_text, progress, access=access)
     screen.generated(done)
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=7860,
+    show_default=True,
+    metavar="N",
+    help="Port to listen at; 0 takes the first that is free.",
+)
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for what is at work: the result until it is published (default: one in the temporary folder).",
+)
+@click.option("--no-browser", is_flag=True, help="Only print the page's address.")
+@output_options
+@click.pass_obj
+def web(output: OutputOptions, /, host: str, port: int, work_dir: Path | None, no_browser: bool) -> None:
+    """Plan, convert and publish in a browser: a page on this computer, until Ctrl-C.
+
+    Whoever has the address that is printed may use the login of this computer (`hf auth login`); anybody else needs a
+    token. With another --host than this computer itself, everybody does. Needs pip install gradio matplotlib.
+    """
+    require("gradio", "matplotlib", install=INSTALL_WEB)
+    from ..web.page import serve
+
+    screen = screen_for(output)
+    serve(host, port, work_dir, browser=not no_browser, say=screen.serving)
 
 
 def _convert(

@@ -25,18 +25,16 @@ from ..conversion.plan import Plan, plan_as_dict
 from ..engine_support import VLLM, ResultFacts, readers, vllm_needs_our_kernels
 from ..formats.cuts import tensor_parallel_cuts
 from ..hub import client as hub
-from ..options import Options
+from ..options import FORMAT_NAMES, Options
 from ..progress import Progress
-from ..text import visible
+from ..text import size, visible
 from .console import Lossy, PlainConsole
 from .documents import document
-from .progress import Bars, PlainLines, size, waiting
+from .progress import Bars, PlainLines, waiting
 from .tables import (
-    FORMAT_NAMES,
     batch_table,
     bench_table,
     clocks_text,
-    kind_of,
     plan_table,
     served_table,
     tokens_table,
@@ -131,7 +129,7 @@ class Screen:
             self._table(plan_table(source.label, plan))
         if self.verbose:
             for layer in plan.layers:
-                kind = f", {kind_of(layer)}" if kind_of(layer) else ""
+                kind = f", {layer.kind}" if layer.kind else ""
                 self._say(
                     f"  convert {layer.name}  {layer.K} x {layer.N}, {layer.bits} bits, group {layer.group_size}{kind}"
                 )
@@ -308,6 +306,12 @@ class Screen:
         """The result of `marlin-convert push`."""
         self._json({"ok": True, "pushed": address})
         self._say(address, "published", "green")
+
+    def serving(self, address: str) -> None:
+        """Where the page of `marlin-convert web` is."""
+        self._json({"ok": True, "address": address})
+        self._say(f"{address}   (Ctrl-C ends it)", "page", "green")
+        sys.stdout.flush()
 
     def verification(self, report: Verification, out: Path) -> None:
         """The result of `marlin-convert verify`."""

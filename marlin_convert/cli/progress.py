@@ -25,6 +25,7 @@ from rich.table import Column
 from rich.text import Text
 
 from ..progress import Progress
+from ..text import size
 
 #: Seconds between plain progress lines when the output is no terminal.
 PLAIN_INTERVAL = 5.0
@@ -211,15 +212,6 @@ class PlainLines(Progress):
 
     def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
-
-
-def size(count: float) -> str:
-    """Bytes for people, in decimal units as disks and the Hub count them."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 @contextlib.contextmanager

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from ..conversion.layer import Layer
 from ..conversion.plan import Plan
-from .progress import size
+from ..options import FORMAT_NAMES
+from ..text import size
 
 if TYPE_CHECKING:
     from ..bench.results import Cell, LayerResult
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ..bench.served import Report as ServedReport
     from ..bench.tokens import Report as TokenReport
     from ..conversion.verify import Verification
-
-FORMAT_NAMES = {"marlin": "original Marlin format", "marlin_ext": "extended Marlin format"}
 
 #: Rows of a table before the rest is summed up (--verbose shows all).
 SHORT_TABLE = 12
@@ -39,7 +37,7 @@ def plan_table(source: str, plan: Plan) -> Table:
         ("", "left"),
     ):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    kinds = Counter((x.K, x.N, x.bits, x.group_size, kind_of(x), x.source.scales.dtype) for x in plan.layers)
+    kinds = Counter((x.K, x.N, x.bits, x.group_size, x.kind, x.source.scales.dtype) for x in plan.layers)
     for (K, N, bits, group, kind, dtype), count in kinds.items():
         table.add_row(str(count), f"{K} x {N}", str(bits), str(group), kind, dtype.lower(), "convert")
     return table
@@ -136,14 +134,3 @@ def clocks_text(clocks: dict[str, float | None] | None) -> str:
         if key in known
     ]
     return f"; under load {', '.join(parts)}" if parts else "; clocks unknown (no nvidia-smi)"
-
-
-def kind_of(layer: Layer) -> str:
-    """Return what distinguishes a layer beside its size and bits."""
-    padded = f"padded to {layer.stored_K} x {layer.stored_N}"
-    words = [
-        *(["asymmetric"] if not layer.sym else []),
-        *(["act-order"] if layer.act_order else []),
-        *([padded] if (layer.stored_K, layer.stored_N) != (layer.K, layer.N) else []),
-    ]
-    return ", ".join(words)

@@ -30,7 +30,7 @@ from .files import copied_files, copy_files, keep_apart, needs_index, require_fr
 from .layer import Layer
 from .pipeline import MarlinWriter
 from .plan import Plan, make_plan
-from .publish import checked_target, push_result
+from .publish import Publish, checked_target, push_result
 from .report import Report, made, note_digests, source_quantization
 from .supply import Item, Supply, check_room, prefetching
 from .verify import Verifier, verify
@@ -43,11 +43,13 @@ def convert(
     progress: Progress | None = None,
     *,
     access: HubAccess | None = None,
+    publish: Publish | None = None,
 ) -> Report:
     """Convert `source`, a folder or a Hub id, into a Marlin checkpoint at `out`.
 
-    `out` appears complete or not at all. Raises AlreadyMarlin when there is nothing to convert, and one of
-    `errors`' exceptions, each with a message for the user, when it cannot be done.
+    `out` appears complete or not at all; `publish`, by default `push_result`, takes it to `options.target`. Raises
+    AlreadyMarlin when there is nothing to convert, and one of `errors`' exceptions, each with a message for the user,
+    when it cannot be done.
     """
     options, progress, started = options or Options(), progress or Progress(), time.monotonic()
     out, access = Path(out), access or HubAccess()
@@ -76,7 +78,7 @@ def convert(
         write_statement(options.attest, report.as_file(), out / REPORT_FILE)
     if options.target:
         with progress.waiting(f"uploading to {options.target.repo_id}"):
-            report.pushed = push_result(out, options.target, force=options.force, token=access.token)
+            report.pushed = (publish or push_result)(out, options.target, force=options.force, token=access.token)
     return report
 
 

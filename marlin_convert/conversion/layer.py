@@ -91,6 +91,16 @@ class Layer:
         return stored_groups(self.K, self.stored_group_size) if self.extended else self.G
 
     @property
+    def kind(self) -> str:
+        """What distinguishes it beside its size and bits, in words."""
+        words = {
+            "asymmetric": not self.sym,
+            "act-order": self.act_order,
+            f"padded to {self.stored_K} x {self.stored_N}": (self.stored_K, self.stored_N) != (self.K, self.N),
+        }
+        return ", ".join(word for word, applies in words.items() if applies)
+
+    @property
     def settings(self) -> LayerSettings:
         """As the extended format describes it."""
         return LayerSettings(

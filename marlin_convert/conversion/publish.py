@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from ..errors import HubError, SourceError
 from ..hub.client import is_folder
 from ..hub.upload import check_target, default_name, push
 from ..options import REPORT_FILE, Options, PublishTarget
 from .digests import complete_report
+
+
+class Publish(Protocol):
+    """What takes a finished result to the Hub, and returns the address of the commit there."""
+
+    def __call__(self, out: Path, target: PublishTarget, *, force: bool, token: str | None) -> str: ...
 
 
 class UploadError(HubError):

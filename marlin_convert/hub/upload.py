@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from .answers import account_of, describe, files_of
 from .client import checked_token, explaining, interruptible, not_a_hub, with_retries
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 _READ = (".safetensors", INDEX_SUFFIX)  # what engines read of a repository
 
@@ -61,10 +62,18 @@ def create_repository(target: PublishTarget, *, token: str | None) -> None:
         with_retries(lambda: api.create_repo(target.repo_id, private=target.private or None, exist_ok=True))
 
 
-def push(folder: Path, target: PublishTarget, *, token: str | None, force: bool) -> str:
+def push(
+    folder: Path,
+    target: PublishTarget,
+    *,
+    token: str | None,
+    force: bool,
+    meanwhile: Callable[[str, int], Callable[[int], None]] | None = None,
+) -> str:
     """Upload every file of `folder` in one commit; the address of the commit or pull request.
 
-    What an earlier try has uploaded is not uploaded again. Raises HubError; the repository then is as it was.
+    What an earlier try has uploaded is not uploaded again. With `meanwhile`, as `Progress` has it, weight files go one
+    after another, and it hears of each. Raises HubError; the repository then is as it was.
     """
     token = checked_token(token)
     target = check_target(target, token=token, force=True)
@@ -89,6 +98,12 @@ def push(folder: Path, target: PublishTarget, *, token: str | None, force: bool)
         # Weights of another result beside these would be read with them.
         there = _weights_there(target, head, token)
         stale = [CommitOperationDelete(n) for n in there if n not in added and n.endswith(_READ) and "/" not in n]
+        if meanwhile is not None:
+            weights = [name for name in added if name.endswith(WEIGHT_SUFFIXES)]
+            hear = meanwhile("uploading", sum(added[name].upload_info.size for name in weights))
+            for name in weights:
+                _upload(api, target, added[name])
+                hear(added[name].upload_info.size)
         message = target.commit_message or f"Marlin checkpoint, by marlin-convert {__version__}"
         done = interruptible(
             lambda: with_retries(
@@ -100,6 +115,17 @@ def push(folder: Path, target: PublishTarget, *, token: str | None, force: bool)
             )
         )  # fmt: skip
     return str(done.pr_url or done.commit_url)
+
+
+def _upload(api: HfApi, target: PublishTarget, added: CommitOperationAdd) -> None:
+    """Let the Hub have a file's content; a commit that names it comes later."""
+    interruptible(
+        lambda: with_retries(
+            lambda: api.preupload_lfs_files(
+                target.repo_id, [added], revision=target.branch, create_pr=target.create_pr, free_memory=False
+            )
+        )
+    )
 
 
 def _own(api: HfApi, target: PublishTarget) -> PublishTarget:

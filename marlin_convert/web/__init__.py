@@ -1,0 +1,1 @@
+"""The web page: plan, convert and publish in a browser, on this computer or as a Space."""
