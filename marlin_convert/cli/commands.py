@@ -319,7 +319,7 @@ def web(output: OutputOptions, /, host: str, port: int, work_dir: Path | None, n
     """Plan, convert and publish in a browser: a page on this computer, until Ctrl-C.
 
     Whoever has the address that is printed may use the login of this computer (`hf auth login`); anybody else needs a
-    token. With another --host than this computer itself, everybody does. Needs pip install gradio matplotlib.
+    token. With another --host than this computer itself, everybody does. Needs Gradio and matplotlib.
     """
     require("gradio", "matplotlib", install=INSTALL_WEB)
     from ..web.page import serve

@@ -15,7 +15,7 @@ import pytest
 from marlin_convert.cli.commands import DEMO_FOLDER
 from marlin_convert.options import REPORT_FILE, VERIFY_FILE
 from tests.support.cli import PATIENCE, SECRET
-from tests.support.gptq_checkpoints import two_layers, write_source
+from tests.support.gptq_checkpoints import GPTQLayer, two_layers, write_source
 from tests.support.hub_server import Account, Hub
 from tests.support.web import Server, Visitor, browser, serving
 
@@ -131,24 +131,30 @@ def test_a_conversion(filled: Hub, visit: Callable[..., Visitor]) -> None:
     assert SECRET not in "".join(str(content) for content in files.values())
 
 
-def test_progress_moves_and_a_page_that_is_loaded_again_goes_on(filled: Hub, visit: Callable[..., Visitor]) -> None:
+def test_progress_moves_and_a_page_that_is_loaded_again_goes_on(
+    filled: Hub, tmp_path: Path, visit: Callable[..., Visitor]
+) -> None:
+    layers = {f"model.layers.{i}.mlp.up_proj": GPTQLayer(K=2048, N=4096, seed=i) for i in range(4)}
+    filled.add("org/large", write_source(tmp_path / "large", layers, shards=4, in_order=True).folder)
     visitor = visit()
-    visitor.ask("org/gptq", ALICE)
+    visitor.ask("org/large", ALICE)
     visitor.plan()
-    filled.rate = 4e5
+    filled.rate = 1.5e6
     visitor.convert()
-    bar = visitor.page.locator("#progress progress").first
-    bar.wait_for()
-    seen = set()
+    stage = visitor.page.locator("[data-stage='converting and verifying']")
+    stage.wait_for()
+    rates, bars, layers_done = set(), set(), set()
 
     def moved() -> bool:
-        with_rate = re.search(r"B of 4\.\d MB, [\d.]+ [kM]?B/s, \d+ s left", visitor.text("#progress"))
-        seen.add(bar.get_attribute("value"))
-        return len(seen) > 2 and with_rate is not None
+        text = stage.inner_text()
+        bars.add(stage.locator("progress").get_attribute("value"))
+        layers_done.update(re.findall(r"(\d) of 4 layers", text))
+        rates.update(re.findall(r"B of [\d.]+ MB, ([\d.]+ [kM]?B/s), \d+ s left", text))
+        return len(bars) > 2 and len(layers_done) > 2 and bool(rates)
 
     until(moved)
     visitor.page.reload()
-    bar.wait_for()
+    stage.wait_for()
     filled.rate = None
     visitor.published()
 
