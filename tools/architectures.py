@@ -1,0 +1,42 @@
+"""Try every architecture of Transformers, and write docs/reference/architectures.md.
+
+    python tools/architectures.py [MODEL_TYPE ...]
+
+With model types, only these are tried, and nothing is written. Takes some minutes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.support import architectures  # noqa: E402
+
+
+def main(chosen: list[str]) -> None:
+    import transformers
+
+    architectures.quietly()
+    found = []
+    for model_type in chosen or architectures.model_types():
+        started = time.monotonic()
+        outcome = architectures.tried(model_type)
+        found.append(outcome)
+        error = "" if outcome.error is None else f" {outcome.error:.1e}"
+        print(
+            f"{model_type}: {outcome.state} {outcome.compared}{error} ({outcome.layers} layers, "
+            f"{time.monotonic() - started:.1f} s) {outcome.why}",
+            flush=True,
+        )
+    if not chosen:
+        text = architectures.page(found, transformers.__version__)
+        (ROOT / "docs" / "reference" / "architectures.md").write_text(text, encoding="utf-8")
+    print(architectures.combined(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
