@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-web web-pictures space lint reference picture docs check wheels clean
+.PHONY: demo test test-web web-pictures space lint reference picture figures docs check wheels clean
 
 demo: $(VENV)/.run
 	$(RUN)/marlin-convert demo --force
@@ -54,6 +54,10 @@ reference: $(VENV)/.dev
 # docs/images/demo.svg, of a run of the demo.
 picture: $(VENV)/.dev
 	$(RUN)/python tools/demo_picture.py
+
+# All pictures of the documentation but those of the page: from the demo, and from figures that are kept.
+figures: picture
+	$(RUN)/python tools/tokens_picture.py
 
 # The site, into site/: nothing is fetched, and a link that leads nowhere is an error.
 docs: $(VENV)/.dev

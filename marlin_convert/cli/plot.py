@@ -43,7 +43,7 @@ class Plot:
             rows, speedups = [cell.M for cell in layer.cells], [cell.speedup for cell in layer.cells]
             axes.plot(rows, speedups, marker="o", markersize=4, label=str(layer.shape))
         axes.axhline(self.IDEAL, color="0.4", linestyle="--", linewidth=1, label=f"ideal {self.IDEAL}x")
-        axes.axhline(1, color="0.7", linewidth=1)
+        axes.axhspan(0, 1, color="0.9", zorder=0, label="slower than fp16")
         self._batches(axes, {cell.M for layer in report.layers for cell in layer.cells})
         axes.set_ylim(bottom=0)
         axes.set_xlabel("batch size M")
