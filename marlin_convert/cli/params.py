@@ -60,6 +60,13 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
 
+EXAMPLES = {
+    "marlin-convert org/name-gptq ./out --verify": "convert a repository of the Hub, and compare the result with it",
+    "marlin-convert org/name-gptq --dry-run": "what would happen, from headers alone",
+    "marlin-convert to-gptq ./out ./gptq": "the way back, bit for bit",
+}
+
+
 class MainGroup(click.Group):
     """A group whose first command needs no name: `marlin-convert SOURCE OUT` is `marlin-convert convert SOURCE OUT`."""
 
@@ -89,6 +96,8 @@ class MainGroup(click.Group):
         command = self.commands[self.default]
         command.format_options(click.Context(command, parent=ctx), formatter)
         self.format_commands(ctx, formatter)
+        with formatter.section("Examples"):
+            formatter.write_dl(list(EXAMPLES.items()))
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
 
