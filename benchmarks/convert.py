@@ -1,6 +1,7 @@
 """How fast is a conversion, beside `cp -r` of the same folder? And how much memory does it take?
 
-    python benchmarks/convert.py [--shape mistral-7b] [--act-order] [--bits 8] [--runs 5] [--folder DIR] [--verify]
+    python benchmarks/convert.py [--shape mistral-7b] [--act-order] [--bits 8] [--format awq] [--runs 5]
+        [--folder DIR] [--verify]
 
 Makes a checkpoint of the shape (kept in DIR for the next time), then alternates, in one run: `cp -r` and `sync`;
 the conversion; with --verify the conversion with --verify. Prints the median of the ratios, pair by pair, and the
@@ -52,16 +53,19 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     parser.add_argument("--act-order", action="store_true", help="rows in groups of 128 in random order")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
+    parser.add_argument("--format", choices=("gptq", "awq", "compressed-tensors"), default="gptq", help="the source's")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "marlin-convert-bench")
     parser.add_argument("--verify", action="store_true", help="also time --verify")
     options = parser.parse_args()
 
     title = options.shape + ("-act-order" if options.act_order else "") + ("-8-bit" if options.bits == 8 else "")
+    title += "" if options.format == "gptq" else f"-{options.format}"
     source, copy, out = (options.folder / folder for folder in (title, "copy", "out"))
     if not source.exists():
         print(f"making {source} …", flush=True)
-        make(source, replace(SHAPES[options.shape], bits=options.bits, act_order=options.act_order))
+        settings = {"bits": options.bits, "act_order": options.act_order, "format": options.format}
+        make(source, replace(SHAPES[options.shape], **settings))
     nbytes = sum(f.stat().st_size for f in source.iterdir())
     os.sync()
     base = [sys.executable, "-m", "marlin_convert.cli"]

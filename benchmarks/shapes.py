@@ -1,4 +1,5 @@
-"""GPTQ checkpoints of real models' shapes, random contents, written as a stream: for benchmarks and memory tests."""
+"""Checkpoints of real models' shapes, in GPTQ and other formats, random contents, written as a stream: for benchmarks
+and memory tests."""
 
 from __future__ import annotations
 
@@ -26,6 +27,9 @@ class Shape:
     files: int = 1
     bits: int = 4
     act_order: bool = False  # rows in groups of equal size, in random order
+    format: str = (
+        "gptq"  # or "awq" (gemm, asymmetric), or "compressed-tensors" (symmetric), of 4 bits without act-order
+    )
 
 
 SHAPES = {
@@ -48,11 +52,19 @@ def linears(shape: Shape) -> Iterator[tuple[str, int, int]]:
 
 
 def tensors(shape: Shape) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of every tensor of the GPTQ checkpoint."""
+    """(name, dtype, shape) of every tensor of the checkpoint."""
     result: list[tuple[str, str, tuple[int, ...]]] = []
     for name, k, n in linears(shape):
         g = k // GROUP_SIZE
         codes = 32 // shape.bits  # in a word
+        if shape.format == "awq":
+            result += [(f"{name}.qweight", "I32", (k, n // 8)), (f"{name}.qzeros", "I32", (g, n // 8)),
+                       (f"{name}.scales", "F16", (g, n))]  # fmt: skip
+            continue
+        if shape.format == "compressed-tensors":
+            result += [(f"{name}.weight_packed", "I32", (n, k // 8)), (f"{name}.weight_scale", "F16", (n, g)),
+                       (f"{name}.weight_shape", "I32", (2,))]  # fmt: skip
+            continue
         result += [(f"{name}.qweight", "I32", (k // codes, n)), (f"{name}.qzeros", "I32", (g, n // codes)),
                    (f"{name}.g_idx", "I32", (k,)), (f"{name}.scales", "F16", (g, n))]  # fmt: skip
     for layer in range(shape.layers):
@@ -80,7 +92,7 @@ def make(folder: Path, shape: Shape, seed: int = 0) -> None:
         write(folder / file, part, shape, rng)
     if shape.files > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    quantization = {
+    quantization: dict[str, object] = {
         "bits": shape.bits,
         "group_size": GROUP_SIZE,
         "sym": True,
@@ -88,6 +100,18 @@ def make(folder: Path, shape: Shape, seed: int = 0) -> None:
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
     }
+    if shape.format == "awq":
+        quantization = {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": GROUP_SIZE,
+            "zero_point": True,
+            "version": "gemm",
+        }
+    if shape.format == "compressed-tensors":
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP_SIZE}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}}
+        quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers, "vocab_size": shape.vocabulary,
@@ -95,11 +119,13 @@ def make(folder: Path, shape: Shape, seed: int = 0) -> None:
         "num_key_value_heads": shape.kv // 128, "torch_dtype": "float16", "quantization_config": quantization,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2))
+    if shape.format == "gptq":
+        (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2))
 
 
 def write(path: Path, part: list[tuple[str, str, tuple[int, ...]]], shape: Shape, rng: np.random.Generator) -> None:
     header, begin = {}, 0
+    sizes = {name.removesuffix(".weight_packed"): dims for name, _, dims in part if name.endswith("weight_packed")}
     for name, dtype, dims in part:
         nbytes = int(np.prod(dims, dtype=np.int64)) * (4 if dtype == "I32" else 2)
         header[name] = {"dtype": dtype, "shape": dims, "data_offsets": [begin, begin + nbytes]}
@@ -113,7 +139,10 @@ def write(path: Path, part: list[tuple[str, str, tuple[int, ...]]], shape: Shape
             if name.endswith("g_idx"):
                 g_idx = np.arange(dims[0], dtype=np.int32) // GROUP_SIZE
                 file.write((rng.permutation(g_idx) if shape.act_order else g_idx).tobytes())
-            elif name.endswith("qzeros"):
+            elif name.endswith("weight_shape"):
+                n, words = sizes[name.removesuffix(".weight_shape")]
+                file.write(np.array([n, words * 8], np.int32).tobytes())
+            elif name.endswith("qzeros") and shape.format == "gptq":
                 file.write(np.full(dims, 0x77777777 if shape.bits == 4 else 0x7F7F7F7F, np.int32).tobytes())
             else:
                 for start in range(begin, end, CHUNK):
