@@ -150,12 +150,11 @@ def _is_noted(key: str, value: Any) -> bool:
         return isinstance(value, dict) and all(isinstance(config, dict) for config in value.values())
     if key == "dtypes":
         return isinstance(value, dict) and value.keys() <= {"torch_dtype", "dtype"}
-    named = (str, type(None))
-    kinds: dict[str, Any] = {"scales_dtypes": str, "zero_points_stored": int}
-    kinds |= dict.fromkeys(("g_idx_dtypes", "shape_dtypes", "zero_point_dtypes"), named)
-    kinds["ties"] = (bool, type(None))
+    kinds: dict[str, Any] = {"zero_points_stored": int, "ties": (bool, type(None))}
+    if isinstance(value, dict):  # of layers' names
+        return all(isinstance(entry, kinds.get(key, (str, type(None)))) for entry in value.values())
     if key in kinds:
-        return isinstance(value, dict) and all(isinstance(entry, kinds[key]) for entry in value.values())
+        return False
     if key == "without_qzeros":
         return isinstance(value, list) and all(isinstance(name, str) for name in value)
     return not isinstance(value, (dict, list))

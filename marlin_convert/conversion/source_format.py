@@ -37,7 +37,8 @@ class Noted:
 
     def dtype(self, layer: str, key: str, allowed: Collection[str]) -> str | None:
         """Return what `key` says of a layer (see `commonest`), if it is one of those `allowed`."""
-        found = (self.values.get(f"{key}s") or {}).get(layer, self.values.get(key))
+        others = self.values.get(f"{key}s")
+        found = (others if isinstance(others, dict) else {}).get(layer, self.values.get(key))
         return found if found in allowed else None
 
 

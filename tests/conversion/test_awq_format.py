@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +284,28 @@ def test_gemv_without_a_group_size(tmp_path: Path) -> None:
 def test_no_layer_at_all(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="its config says AWQ, and none of its tensors is a qweight"):
         plan_of(write_awq(tmp_path / "s", {}))
+
+
+def test_layers_of_several_layouts_go_back_to_their_own(tmp_path: Path) -> None:
+    layers = {"a": AWQLayer(), "b": AWQLayer(layout="gemv"), "c": AWQLayer(layout="gemv", width=3)}
+    source = write_awq(tmp_path / "source", layers)
+    convert(source, tmp_path / "out", CPU)
+    restore(tmp_path / "out", tmp_path / "again", original=True)
+    assert_same(tmp_path / "again", source)
+
+
+@pytest.mark.parametrize("key", ["layout", "layouts", "zeros_width", "zeros_widths", "scales_dtype", "scales_dtypes"])
+@pytest.mark.parametrize("value", ["a", 7, None, {}, {"layer": "a"}, {"layer": 7}, [1]])
+def test_a_note_that_somebody_changed(tmp_path: Path, key: str, value: object) -> None:
+    """The layer is restored by what is left, or refused in a sentence."""
+    convert(write_awq(tmp_path / "source", AWQLayer(layout="gemv")), tmp_path / "out", CPU)
+    file = tmp_path / "out" / "marlin_convert.json"
+    report = json.loads(file.read_text())
+    report["source_quantization"][key] = value
+    file.write_text(json.dumps(report))
+    try:
+        restore(tmp_path / "out", tmp_path / "again", original=True)
+    except SourceError:
+        assert not (tmp_path / "again").exists()
+    else:
+        assert tensors_of(tmp_path / "again").keys() == tensors_of(tmp_path / "source").keys()

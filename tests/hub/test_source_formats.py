@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.support import format_reader
+from tests.support.awq_checkpoints import AWQLayer, write_awq
 from tests.support.cli import Run
 from tests.support.ct_checkpoints import CTLayer, write_ct
 from tests.support.gptq_checkpoints import shuffled, tensors_of
@@ -60,6 +61,27 @@ def test_streamed(hub: Hub, online: Callable[..., Run], tmp_path: Path, low_disk
     restored = online("restore", tmp_path / "out", tmp_path / "again", "--json")
     assert restored.code == 0, restored.err
     assert restored.json()["format"] == "compressed-tensors"
+    ours, theirs = tensors_of(tmp_path / "again"), tensors_of(source)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_awq_streamed(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
+    """gemm and gemv side by side, which only the shapes tell apart."""
+    zeros = np.random.default_rng(0).integers(0, 16, (8, 512))
+    layers = {
+        "model.layers.0.a": AWQLayer(K=1024, N=512, zeros=zeros),
+        "model.layers.0.b": AWQLayer(K=1024, N=512, zeros=zeros, seed=1, layout="gemv"),
+    }
+    source = write_awq(tmp_path / "upload", layers)
+    hub.add(REPO, source)
+    result = online(REPO, tmp_path / "out", "--cache-dir", tmp_path / "cache", "--verify", "--low-disk", "--json")
+    assert result.code == 0, result.out
+    assert result.json()["source_quantization"]["source_format"] == "awq"
+    for name, weight in format_reader.read(tmp_path / "out").items():
+        np.testing.assert_array_equal(weight, layers[name].weight)
+    restored = online("restore", tmp_path / "out", tmp_path / "again", "--json")
+    assert restored.code == 0, restored.out
     ours, theirs = tensors_of(tmp_path / "again"), tensors_of(source)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
