@@ -309,7 +309,7 @@ def test_a_page_for_everybody_has_no_login(filled: Hub, chromium: Browser, tmp_p
     with serving(filled, tmp_path, "--host", "0.0.0.0", HF_TOKEN=ALICE) as server:
         assert "key=" not in server.own_address
         context = chromium.new_context()
-        visitor = Visitor(context.new_page(), server.address.replace("0.0.0.0", "127.0.0.1"))
+        visitor = Visitor(context.new_page(), re.sub("//[^:]+", "//127.0.0.1", server.address))
         visitor.ask("org/gptq")
         visitor.plan()
         assert not any(request.token for request in filled.requests)
