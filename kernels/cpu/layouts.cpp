@@ -107,16 +107,16 @@ inline __attribute__((always_inline)) void gptq_rows(const int32_t* in, int32_t*
   }
 }
 
-#define MARLIN_LAYOUTS(ISA, TARGET)                                                                                 \
-  TARGET void transpose_##ISA(const int32_t* in, int32_t* out, int64_t rows, int64_t columns, int64_t begin,        \
-                              int64_t end) {                                                                        \
-    transpose_squares(in, out, rows, columns, begin, end);                                                          \
-  }                                                                                                                 \
-  TARGET void awq_##ISA(const int32_t* in, int32_t* out, int64_t n, int64_t begin, int64_t end) {                   \
-    awq_rows(in, out, n, begin, end);                                                                               \
-  }                                                                                                                 \
-  TARGET void gptq_##ISA(const int32_t* in, int32_t* out, int64_t n, int64_t begin, int64_t end) {                  \
-    gptq_rows(in, out, n, begin, end);                                                                              \
+#define MARLIN_LAYOUTS(ISA, TARGET)                                                                          \
+  TARGET void transpose_##ISA(const int32_t* in, int32_t* out, int64_t rows, int64_t columns, int64_t begin, \
+                              int64_t end) {                                                                 \
+    transpose_squares(in, out, rows, columns, begin, end);                                                   \
+  }                                                                                                          \
+  TARGET void awq_##ISA(const int32_t* in, int32_t* out, int64_t n, int64_t begin, int64_t end) {            \
+    awq_rows(in, out, n, begin, end);                                                                        \
+  }                                                                                                          \
+  TARGET void gptq_##ISA(const int32_t* in, int32_t* out, int64_t n, int64_t begin, int64_t end) {           \
+    gptq_rows(in, out, n, begin, end);                                                                       \
   }
 MARLIN_LAYOUTS(plain, )
 #if MARLIN_X86
