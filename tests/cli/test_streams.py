@@ -208,7 +208,7 @@ def test_a_signal_after_the_end_changes_nothing(source: Source, tmp_path: Path) 
         [sys.executable, "-c", code, source.folder, tmp_path / "out"],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert (process.returncode, "done 2 layers" in process.stdout) == (0, True), process.stderr
+    assert (process.returncode, "2 layers converted" in process.stdout) == (0, True), process.stderr
 
 
 def test_ignored_signals_stay_ignored(source: Source, tmp_path: Path, run: Callable[..., Run]) -> None:
