@@ -20,22 +20,24 @@ from tests.support import architectures  # noqa: E402
 def main(chosen: list[str]) -> None:
     import transformers
 
-    architectures.quietly()
-    found = []
-    for model_type in chosen or architectures.model_types():
-        started = time.monotonic()
-        outcome = architectures.tried(model_type)
-        found.append(outcome)
-        error = "" if outcome.error is None else f" {outcome.error:.1e}"
-        print(
-            f"{model_type}: {outcome.state} {outcome.compared}{error} ({outcome.layers} layers, "
-            f"{time.monotonic() - started:.1f} s) {outcome.why}",
-            flush=True,
-        )
+    with architectures.quietly():
+        found = [_tried(model_type) for model_type in chosen or architectures.model_types()]
     if not chosen:
         text = architectures.page(found, transformers.__version__)
         (ROOT / "docs" / "reference" / "architectures.md").write_text(text, encoding="utf-8")
     print(architectures.combined(found))
+
+
+def _tried(model_type: str) -> architectures.Outcome:
+    started = time.monotonic()
+    outcome = architectures.tried(model_type)
+    error = "" if outcome.error is None else f" {outcome.error:.1e}"
+    print(
+        f"{model_type}: {outcome.state} {outcome.compared}{error} ({outcome.layers} layers, "
+        f"{time.monotonic() - started:.1f} s) {outcome.why}",
+        flush=True,
+    )
+    return outcome
 
 
 if __name__ == "__main__":

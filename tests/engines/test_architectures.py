@@ -5,6 +5,7 @@ Some dozens in the ordinary suite; all that Transformers has with `-m sweep`, an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,9 @@ ALWAYS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quiet() -> None:
-    quietly()
+def _quiet() -> Iterator[None]:
+    with quietly():
+        yield
 
 
 @pytest.mark.parametrize("model_type", ALWAYS)

@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -503,12 +504,23 @@ def _failed(outcome: Outcome, state: str, error: Exception) -> Outcome:
     return outcome
 
 
-def quietly() -> None:
+@contextmanager
+def quietly() -> Iterator[None]:
     """Let Transformers say nothing meanwhile, and torch use one thread: these models are too small for more."""
+    ours, hf = logging.getLogger("marlin_convert"), transformers.utils.logging
+    before = torch.get_num_threads(), hf.get_verbosity(), hf.is_progress_bar_enabled(), ours.level
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("marlin_convert").setLevel(logging.ERROR)
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        hf.set_verbosity(before[1])
+        if before[2]:
+            hf.enable_progress_bar()
+        ours.setLevel(before[3])
 
 
 # ---- The page ----
