@@ -49,6 +49,10 @@ CUDA_LINK_FLAGS = [
     *("-Xlinker", "--exclude-libs,ALL"),
 ]
 
+# ptxas tells each kernel's registers and spills, and wgmma that it makes wait; `compile_library` keeps it for a test.
+REPORT_FLAGS = ["-Xptxas", "-v"]
+ABOUT_A_KERNEL = ("ptxas info    :", "    ")
+
 MIN_CAPABILITY = (8, 0)
 # Ampere (A100), Ampere (A10, RTX 30), Ada (L4, RTX 40), Hopper (with wgmma), Blackwell (B200), Blackwell (RTX 50).
 CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
@@ -161,7 +165,8 @@ def cuda_commands(nvcc: str) -> dict[Path, list[str]]:
             continue
         flags = arch_flags([SM90_ARCH] if for_sm90 else ARCHS)
         defined = ["-DMARLIN_HAS_SM90"] if sm90 else []
-        commands[source] = [nvcc, *CUDA_FLAGS, *size, *flags, *defined, "-c", str(source)]
+        report = REPORT_FLAGS if for_sm90 else []
+        commands[source] = [nvcc, *CUDA_FLAGS, *size, *flags, *defined, *report, "-c", str(source)]
     return commands
 
 
@@ -179,13 +184,20 @@ def cuda_library(nvcc: str, headers: list[Path], hint: str, force: bool) -> Path
     return cached("_cuda.so", [nvcc, *CUDA_LINK_FLAGS, *map(str, objects)], objects, hint, force)
 
 
-def compile_library(command: list[str], hint: str) -> None:
-    """Run a compiler; its own messages go to the terminal or pip's log."""
+def compile_library(command: list[str], report: Path | None, hint: str) -> None:
+    """Run a compiler; its own messages go to the terminal or pip's log, those about each kernel to `report`."""
     print(shlex.join(command), flush=True)
+    to = {} if report is None else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        code = subprocess.run(command, check=False).returncode
+        done = subprocess.run(command, check=False, text=True, **to)
     except OSError as error:
         raise CompileError(f"cannot run {command[0]} ({error.strerror}): {hint}") from None
+    code = done.returncode
+    if report is not None:
+        report.write_text(done.stdout)
+        lines = done.stdout.splitlines()
+        told = [line for line in lines if code or not line.startswith(ABOUT_A_KERNEL)]
+        print("".join(f"{line}\n" for line in told), end="", flush=True)
     if code:
         raise CompileError(f"{command[0]} failed with exit code {code}, see its messages above: {hint}")
 
@@ -196,12 +208,14 @@ def cached(name: str, command: list[str], inputs: list[Path], hint: str, force: 
     pip gives every build a new, empty output folder; without this each `pip install -e .` would compile everything.
     """
     output, stamp = CACHE / name, CACHE / f"{name}.command"
+    report = CACHE / f"{name}.report" if set(REPORT_FLAGS) <= set(command) else None
     newest = max(path.stat().st_mtime for path in inputs)
     same = stamp.exists() and stamp.read_text() == shlex.join(command)
-    if force or not same or not output.exists() or output.stat().st_mtime <= newest:
+    whole = output.exists() and (report is None or report.exists())
+    if force or not same or not whole or output.stat().st_mtime <= newest:
         CACHE.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
-        compile_library([*command, "-o", str(output)], hint)
+        compile_library([*command, "-o", str(output)], report, hint)
         stamp.write_text(shlex.join(command))
     return output
 
