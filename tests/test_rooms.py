@@ -123,7 +123,7 @@ TORCH_MODULES = {
     "engines.tensor_parallel", "engines.transformers_modules", "engines.transformers_quantizer",
     "engines.vllm_calls", "engines.vllm_choice", "engines.vllm_config", "engines.vllm_linear", "engines.vllm_loading",
     "engines.vllm_moe", "engines.vllm_plugin",
-    "hf", "native._cuda_checks", "native.cuda", "native.cuda_library", "native.moe", "vllm",
+    "hf", "native._cuda_checks", "native.cuda", "native.cuda_library", "native.moe", "native.moe_library", "vllm",
 }  # fmt: skip
 
 

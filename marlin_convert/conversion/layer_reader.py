@@ -15,7 +15,7 @@ from ..errors import UnsupportedError
 from ..formats.gptq import every_code, weights
 from ..formats.layout import TILE_K, TILE_N, pack_factor, tile_words, zero_point
 from ..formats.scales import as_stored
-from ..native import cpu
+from ..native import cpu, cpu_weights
 from .blocks import Buffers
 from .layer import Layer
 from .source_layer import Kept
@@ -172,7 +172,7 @@ class LayerReader:
         qweight = self.columns(0, layer.stored_N, buffers)
         regular = not layer.act_order and layer.group_rows * layer.G == layer.K and layer.group_rows % TILE_K == 0
         if regular and layer.K % TILE_K == 0 and layer.N % TILE_N == 0:
-            return cpu.dequantize_gptq(
+            return cpu_weights.dequantize_gptq(
                 qweight, groups.scales, bits=layer.bits, zeros=groups.zeros, threads=os.cpu_count() or 1
             )
         rows = np.arange(layer.K) // layer.group_rows if self.g_idx is None else self.g_idx

@@ -15,7 +15,7 @@ from ..device import Device
 from ..formats.bf16 import widened
 from ..formats.gptq import weights
 from ..formats.layout import TILE_K, pack_factor, pack_zeros, zero_point
-from ..native import cpu
+from ..native import cpu_weights
 from .blocks import STRIP_ELEMENTS
 from .layer import Layer
 from .layer_reader import Groups
@@ -90,7 +90,7 @@ class CPUProduct:
             size = layer.group_rows
             first, last = k0 // size, (k0 + rows - 1) // size
             source = self.groups.source(first, last - first + 1)
-            cpu.matmul_gptq(
+            cpu_weights.matmul_gptq(
                 np.ascontiguousarray(self.x[:, first * size : (last + 1) * size]), qweight, source.scales,
                 self.reference, bits=layer.bits, zeros=source.zeros, k0=k0 - first * size, rows_per_group=size,
             )  # fmt: skip
@@ -124,7 +124,7 @@ class CPUProduct:
         if first == last and layer.stored_G > 1:  # a single group would be taken for the layer's only one
             first, last = (first, last + 1) if first == 0 else (first - 1, last)
         stored = self.groups.stored(first, last - first + 1)
-        cpu.matmul_marlin(
+        cpu_weights.matmul_marlin(
             np.ascontiguousarray(self.sorted_x[:, first * size : (last + 1) * size]), B, stored.scales, self.result,
             bits=layer.bits, zeros=stored.zeros, k0=k0 - first * size, rows_per_group=size,
         )  # fmt: skip

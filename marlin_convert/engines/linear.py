@@ -34,7 +34,7 @@ from ..formats.layout import (
     stored_groups,
     unpack_zeros,
 )
-from ..native import cpu, cuda, reference
+from ..native import cpu, cpu_weights, cuda, reference
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ def _weight(B: Tensor, s: Tensor, zeros: Tensor | None, bits: int, dtype: torch.
     words, numbers = B.contiguous().numpy(), s.contiguous().view(torch.uint16).numpy()  # numpy has no bfloat16
     points = None if zeros is None else unpack_zeros(zeros.contiguous().numpy(), bits)
     scales = numbers if dtype == torch.bfloat16 else numbers.view(np.float16)
-    W = cpu.dequantize_marlin(words, scales, bits=bits, zeros=points, threads=torch.get_num_threads())
+    W = cpu_weights.dequantize_marlin(words, scales, bits=bits, zeros=points, threads=torch.get_num_threads())
     return torch.from_numpy(W.view(np.uint16)).view(dtype)
 
 

@@ -28,14 +28,10 @@ from numpy.typing import NDArray
 
 from ..formats import awq, layout
 from ._checks import (
-    Float32Array,
     Int32Array,
-    ScaleArray,
     check_array,
     check_fill,
-    check_groups,
     check_perm,
-    check_product,
     check_rows,
     gptq_size,
     marlin_size,
@@ -46,7 +42,7 @@ from ._checks import (
     to_numpy,
     to_torch,
 )
-from ._cpu_library import ISA_TITLES, LayerArguments, Native, choose, current
+from ._cpu_library import ISA_TITLES, Native, choose, current
 from ._cpu_library import NO_NATIVE as NO_NATIVE
 
 if TYPE_CHECKING:
@@ -302,177 +298,3 @@ def first_difference(a: Int32Array, b: Int32Array) -> int | None:
         return None if index < 0 else index
     different = np.flatnonzero(a.reshape(-1) != b.reshape(-1))
     return int(different[0]) if different.size else None
-
-
-# ---- Weights as numbers ----
-
-
-def dequantize_gptq(
-    qweight: Int32Array,
-    scales: ScaleArray,
-    *,
-    bits: int = layout.BITS,
-    zeros: NDArray[np.uint8] | None = None,
-    threads: int = 1,
-    isa: str | None = None,
-) -> ScaleArray:
-    """W [K, N] = (code - zero) * scale, rounded once to the type of `scales` [G, N]; G divides K."""
-    K, N = gptq_size(qweight, bits)
-    G = check_groups(scales, "scales", zeros, K, N)
-    return _dequantize("marlin_cpu_dequantize_gptq", qweight, scales, zeros, bits, (K, N, G), threads, isa)
-
-
-def dequantize_marlin(
-    B: Int32Array,
-    s: ScaleArray,
-    *,
-    bits: int = layout.BITS,
-    zeros: NDArray[np.uint8] | None = None,
-    threads: int = 1,
-    isa: str | None = None,
-) -> ScaleArray:
-    """W [K, N] of a Marlin layer; `s` [G, N] in Marlin's order of columns, `zeros` in their own."""
-    K, N = marlin_size(B, bits)
-    G = check_groups(s, "s", zeros, K, N)
-    return _dequantize("marlin_cpu_dequantize_marlin", B, s, zeros, bits, (K, N, G), threads, isa)
-
-
-def _dequantize(
-    function: str,
-    weights: Int32Array,
-    scales: ScaleArray,
-    zeros: NDArray[np.uint8] | None,
-    bits: int,
-    size: tuple[int, int, int],
-    threads: int,
-    isa: str | None,
-) -> ScaleArray:
-    K, N, G = size
-    backend, isa_code = choose(threads, isa)
-    if isinstance(backend, Native):
-        out = np.empty((K, N), scales.dtype)
-        layer = _layer(weights, scales, zeros, bits, 0, K, K // G)
-        backend.call(function, ctypes.byref(layer), pointer(out), threads, isa_code)
-        return out
-    from . import reference
-
-    codes, natural = _decoded(function.endswith("gptq"), weights, scales, bits)
-    W = reference.dequantize(codes, natural, None if zeros is None else to_torch(zeros), bits=bits)
-    return _plain(W, scales)
-
-
-def matmul_gptq(
-    x: Float32Array,
-    qweight: Int32Array,
-    scales: ScaleArray,
-    y: Float32Array,
-    *,
-    bits: int = layout.BITS,
-    zeros: NDArray[np.uint8] | None = None,
-    k0: int = 0,
-    rows_per_group: int,
-    threads: int = 1,
-    isa: str | None = None,
-) -> None:
-    """y += x[:, k0 : k0 + kb] @ W_block: the share of a block of rows in a layer's product, in place.
-
-    `qweight` int32 [kb bits/32, N] holds rows k0 .. k0 + kb of the layer; x float32 [M, K], `scales` and `zeros`
-    [G, N] are the whole layer's, with G * rows_per_group == K; y is float32 [M, N]. The weights are rounded as by
-    `dequantize_gptq`, products and sums are fp32. The result does not depend on `threads`.
-    """
-    kb, N = gptq_size(qweight, bits)
-    k0, rows_per_group = operator.index(k0), operator.index(rows_per_group)
-    check_product(x, scales, "scales", zeros, y, k0, kb, N, rows_per_group)
-    _matmul("marlin_cpu_matmul_gptq", x, qweight, scales, zeros, y, bits, k0, kb, rows_per_group, threads, isa)
-
-
-def matmul_marlin(
-    x: Float32Array,
-    B: Int32Array,
-    s: ScaleArray,
-    y: Float32Array,
-    *,
-    bits: int = layout.BITS,
-    zeros: NDArray[np.uint8] | None = None,
-    k0: int = 0,
-    rows_per_group: int,
-    threads: int = 1,
-    isa: str | None = None,
-) -> None:
-    """As `matmul_gptq`, of a block `B` int32 [kb/16, N bits/2] with the layer's `s` [G, N] in Marlin's order.
-
-    The native code decodes `B` on its own, and not by way of `unpack`.
-    """
-    kb, N = marlin_size(B, bits)
-    k0, rows_per_group = operator.index(k0), operator.index(rows_per_group)
-    check_product(x, s, "s", zeros, y, k0, kb, N, rows_per_group)
-    _matmul("marlin_cpu_matmul_marlin", x, B, s, zeros, y, bits, k0, kb, rows_per_group, threads, isa)
-
-
-def _matmul(
-    function: str,
-    x: Float32Array,
-    weights: Int32Array,
-    scales: ScaleArray,
-    zeros: NDArray[np.uint8] | None,
-    y: Float32Array,
-    bits: int,
-    k0: int,
-    kb: int,
-    rows_per_group: int,
-    threads: int,
-    isa: str | None,
-) -> None:
-    M, K = x.shape
-    backend, isa_code = choose(threads, isa)
-    if isinstance(backend, Native):
-        layer = _layer(weights, scales, zeros, bits, k0, kb, rows_per_group)
-        backend.call(function, pointer(x), M, K, ctypes.byref(layer), pointer(y), threads, isa_code)
-        return
-    from . import reference
-
-    codes, natural = _decoded(function.endswith("gptq"), weights, scales, bits)
-    # A block may begin or end within a group: give each of its rows the scales that are its own.
-    own, own_zeros = (
-        None if t is None else t.repeat_interleave(rows_per_group, dim=0)[k0 : k0 + kb]
-        for t in (natural, None if zeros is None else to_torch(zeros))
-    )
-    assert own is not None
-    y += to_numpy(
-        reference.matmul(to_torch(x)[:, k0 : k0 + kb], reference.dequantize(codes, own, own_zeros, bits=bits))
-    )
-
-
-def _layer(
-    weights: Int32Array,
-    scales: ScaleArray,
-    zeros: NDArray[np.uint8] | None,
-    bits: int,
-    k0: int,
-    k: int,
-    rows_per_group: int,
-) -> LayerArguments:
-    G, N = scales.shape
-    return LayerArguments(
-        pointer(weights), pointer(scales), None if zeros is None else pointer(zeros), k0, k, N, G, rows_per_group,
-        bits, scales.dtype == np.uint16,
-    )  # fmt: skip
-
-
-def _decoded(gptq: bool, weights: Int32Array, scales: ScaleArray, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales as the twin has them: in the order of rows and columns."""
-    import torch
-
-    from . import reference
-
-    natural = to_torch(scales.view(np.int16)).view(torch.bfloat16 if scales.dtype == np.uint16 else torch.float16)
-    if gptq:
-        return reference.unpack_gptq(to_torch(weights), bits), natural
-    return reference.unpack_marlin(to_torch(weights), bits), reference.unpermute_scales(natural)
-
-
-def _plain(W: Tensor, scales: ScaleArray) -> ScaleArray:
-    import torch
-
-    plain: ScaleArray = to_numpy(W.view(torch.int16)).view(scales.dtype)
-    return plain

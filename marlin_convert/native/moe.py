@@ -23,6 +23,7 @@ from . import reference as twin
 from ._cuda_checks import check_memory, check_shape, check_tensor, dtype_name, layer_sizes
 from .cuda import _workspace
 from .cuda_library import DTYPES, Weights, device_info, error_text, load_library, run
+from .moe_library import CallArguments, Layout, SetArguments, StackArguments
 
 T: TypeAlias = torch.Tensor
 
@@ -32,61 +33,6 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 
 #: gate's, or in every second column of them.
 NOT_JOINED, JOINED, ALTERNATING = 0, 1, 2
 MOST_EXPERTS = 1024
-
-
-class _Stack(ctypes.Structure):
-    """marlin_cuda_stack_t"""
-
-    _fields_ = (("weights", Weights), ("bias", ctypes.c_void_p))
-
-
-class _Set(ctypes.Structure):
-    """marlin_cuda_experts_t"""
-
-    _fields_ = (
-        *((name, _Stack) for name in ("gate", "up", "down")),
-        *((name, ctypes.c_int32) for name in ("first", "last")),
-    )
-
-
-class _Call(ctypes.Structure):
-    """marlin_cuda_moe_t"""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "ids", "weights", "position", "out", "scratch")),
-        ("scratch_bytes", ctypes.c_size_t),
-        ("workspace", ctypes.c_void_p),
-        ("workspace_bytes", ctypes.c_size_t),
-        ("stream", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("tokens", "ldx")),
-        *((name, ctypes.c_int32) for name in ("top_k", "experts", "positions", "wide_ids")),
-        *((name, ctypes.c_int32) for name in ("dtype", "device", "variant", "weights_on_input")),
-        *((name, ctypes.c_int32) for name in ("activation", "joined")),
-        *((name, ctypes.c_float) for name in ("limit", "alpha", "beta")),
-        ("unused", ctypes.c_int32),
-    )
-
-
-class Layout(ctypes.Structure):
-    """marlin_cuda_moe_layout_t: where a call leaves what is in between, in bytes of its scratch memory."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("bytes", "rows", "places", "first_row", "gate", "up", "hidden", "down")),
-        *((name, ctypes.c_int64) for name in ("gathered", "gathered_up", "gathered_columns", "hidden_columns")),
-        *((name, ctypes.c_int32) for name in ("block_m", "rounds_weights")),
-    )
-
-
-def variant(
-    block_m: int = 0,
-    block_n: int = 0,
-    split: int = 0,
-    one_by_one: bool = False,
-    portable: bool = False,
-    rounding: bool = False,
-) -> int:
-    """MARLIN_CUDA_MOE_VARIANT, for tests and measurements."""
-    return block_m | block_n << 10 | split << 20 | one_by_one << 24 | portable << 25 | rounding << 26
 
 
 @dataclass(frozen=True)
@@ -263,7 +209,7 @@ class _Mixture:
         _check(x, weights, ids, position, count, sets)
         device = sets[0].gate.B.device
         self.index, self.outputs = device.index, sets[0].down.out_features
-        self.sets, at = (_Set * len(sets))(), 0
+        self.sets, at = (SetArguments * len(sets))(), 0
         for target, group in zip(self.sets, sets, strict=True):
             for name, stack in (("gate", group.gate), ("up", group.up), ("down", group.down)):
                 if stack is None:
@@ -276,7 +222,7 @@ class _Mixture:
                     B, s, zeros, perm, rows * 16, N, G, stack.in_features, stack.out_features, stack.bits,
                     DTYPES[stack.s.dtype],
                 )  # fmt: skip
-                setattr(target, name, _Stack(inner, bias))
+                setattr(target, name, StackArguments(inner, bias))
             target.first, target.last = at, at + group.count
             at += group.count
         self.positions = at
@@ -310,7 +256,7 @@ def _experts(
 def _prepared(
     x: T, weights: T, ids: T, position: T | None, tensors: list[T | None], numbers: list[int], count: int,
     activation: str, joined: int, limit: float, alpha: float, beta: float, weights_on_input: bool, variant: int,
-) -> tuple[_Mixture, _Call, T]:  # fmt: skip
+) -> tuple[_Mixture, CallArguments, T]:  # fmt: skip
     """The call, all but its scratch memory, and what it will write to."""
     key: tuple[object, ...] = (
         *((t.data_ptr(), t.shape, t.dtype, t.get_device()) for t in tensors if t is not None),
@@ -331,7 +277,7 @@ def _prepared(
     rows = x if x.stride(1) == 1 and x.stride(0) >= inputs else x.contiguous()
     weights, ids = weights.contiguous(), ids.contiguous()
     out = x.new_empty((x.shape[0], mixture.outputs))
-    call = _Call(
+    call = CallArguments(
         x=rows.data_ptr(), ids=ids.data_ptr(), weights=weights.data_ptr(), out=out.data_ptr(),
         position=None if position is None else position.data_ptr(), tokens=x.shape[0], ldx=rows.stride(0),
         top_k=ids.shape[1], experts=count, positions=mixture.positions, wide_ids=ids.dtype == torch.int64,
@@ -342,7 +288,7 @@ def _prepared(
     return mixture, call, out
 
 
-def _layout(mixture: _Mixture, call: _Call) -> Layout:
+def _layout(mixture: _Mixture, call: CallArguments) -> Layout:
     layout = Layout()
     run(
         mixture.kernels,
@@ -355,7 +301,7 @@ def _layout(mixture: _Mixture, call: _Call) -> Layout:
     return layout
 
 
-def _scratch_bytes(mixture: _Mixture, call: _Call) -> int:
+def _scratch_bytes(mixture: _Mixture, call: CallArguments) -> int:
     key = (call.tokens, call.top_k, call.variant)
     found = mixture.scratch.get(key)
     if found is None:
@@ -363,7 +309,7 @@ def _scratch_bytes(mixture: _Mixture, call: _Call) -> int:
     return found
 
 
-def _launch(mixture: _Mixture, call: _Call, scratch: T) -> None:
+def _launch(mixture: _Mixture, call: CallArguments, scratch: T) -> None:
     stream = torch._C._cuda_getCurrentRawStream(mixture.index)
     _, workspace, nbytes = _workspace(mixture.index, stream)
     call.scratch, call.scratch_bytes = scratch.data_ptr(), scratch.numel()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from marlin_convert.native import cuda, moe
+from marlin_convert.native import cuda, moe, moe_library
 from tests.cuda.cuda_library import (
     DATA_PARALLEL,
     STREAM_K,
@@ -115,7 +115,7 @@ def choices(T: int, k: int, E: int) -> tuple[torch.Tensor, torch.Tensor]:
 def run(
     x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, sets: Sequence[Experts], formula: moe.Formula,
     position: torch.Tensor | None = None, count: int | None = None, on_input: bool = False, variant: int = 0,
-) -> tuple[torch.Tensor, moe.Layout, dict[str, torch.Tensor]]:  # fmt: skip
+) -> tuple[torch.Tensor, moe_library.Layout, dict[str, torch.Tensor]]:  # fmt: skip
     """The output and what each step left in the scratch memory; both hold NaN where nothing was written."""
     tensors, numbers = moe.flat([s.set for s in sets])
     count = count or sum(s.set.count for s in sets)
@@ -259,7 +259,7 @@ def test_every_tile(block_m: int, block_n: int, rounding: int, split: int, kind:
         pytest.skip("these instances need compute capability 9.0")
     torch.manual_seed(1)
     for T in (3, 200, 333):
-        variant = moe.variant(block_m, block_n, split, rounding=bool(rounding))
+        variant = moe_library.variant(block_m, block_n, split, rounding=bool(rounding))
         check(T, 2, 5, 576, 320, kind, kind, FP16, variant=variant)
 
 
@@ -269,7 +269,7 @@ def test_every_tile(block_m: int, block_n: int, rounding: int, split: int, kind:
 def test_the_kernels_for_every_gpu(block_m: int, split: int, kind: Kind) -> None:
     torch.manual_seed(2)
     for T, dtype in ((3, BF16), (200, FP16)):
-        check(T, 2, 5, 576, 320, kind, kind, dtype, variant=moe.variant(block_m, 0, split, portable=True))
+        check(T, 2, 5, 576, 320, kind, kind, dtype, variant=moe_library.variant(block_m, 0, split, portable=True))
 
 
 @pytest.mark.parametrize("T", [1, 2, 5, 17, 64, 129, 1000, 4096])
@@ -358,7 +358,7 @@ def test_equal_bits_every_time() -> None:
         weights, ids = choices(T, 2, 8)
         results = [
             moe.experts(x, weights, ids, [experts.set], moe.Formula(joined=moe.JOINED), variant=v)
-            for v in (0, 0, moe.variant(one_by_one=True)) * 10
+            for v in (0, 0, moe_library.variant(one_by_one=True)) * 10
         ]
         assert all(torch.equal(result, results[0]) for result in results)
 
@@ -421,4 +421,4 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="weights has shape"):
         moe.experts(x, weights[:, :1], ids, [experts.set])
     with pytest.raises(RuntimeError, match="no such variant"):
-        moe.experts(x, weights, ids, [experts.set], variant=moe.variant(24))
+        moe.experts(x, weights, ids, [experts.set], variant=moe_library.variant(24))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from marlin_convert.formats.layout import pack_factor
-from marlin_convert.native import cuda_library, moe
+from marlin_convert.native import cuda_library, moe, moe_library
 from marlin_convert.native import reference as twin
 
 HIDDEN, INNER = 64, 128
@@ -27,10 +27,10 @@ def test_constants_and_structures_are_those_of_the_header() -> None:
     assert all(int(defined[name]) == number for name, number in joined.items())
     pointer, i32, i64 = 8, 4, 8
     assert ctypes.sizeof(cuda_library.Weights) == 4 * pointer + 5 * i64 + 2 * i32
-    assert ctypes.sizeof(moe._Set) == 3 * (ctypes.sizeof(cuda_library.Weights) + pointer) + 2 * i32
-    assert ctypes.sizeof(moe._Call) == 10 * pointer + 2 * i64 + 10 * i32 + 3 * 4 + i32
-    assert ctypes.sizeof(moe.Layout) == 12 * i64 + 2 * i32
-    assert moe.variant(64, 256, 10, True, True, True) == 64 | 256 << 10 | 10 << 20 | 7 << 24
+    assert ctypes.sizeof(moe_library.SetArguments) == 3 * (ctypes.sizeof(cuda_library.Weights) + pointer) + 2 * i32
+    assert ctypes.sizeof(moe_library.CallArguments) == 10 * pointer + 2 * i64 + 10 * i32 + 3 * 4 + i32
+    assert ctypes.sizeof(moe_library.Layout) == 12 * i64 + 2 * i32
+    assert moe_library.variant(64, 256, 10, True, True, True) == 64 | 256 << 10 | 10 << 20 | 7 << 24
 
 
 def stack(
