@@ -1,10 +1,11 @@
 """The program, as `marlin-convert` and as `python -m marlin_convert`.
 
-What it imports takes a while: a signal that comes meanwhile ends it in the same way as later ones.
+What it imports takes a while: a signal that comes meanwhile ends it in the same way as later ones. Until Python has
+come to this file, signals have Python's own action.
 """
 
+import _signal as signal  # what `signal` is made of, in Python itself: importing that takes longer than all else here
 import os
-import signal
 import sys
 
 
@@ -12,7 +13,11 @@ def _end(number: int, frame: object) -> None:
     text = "interrupted; nothing half-done was left behind."
     code = 128 + number
     if "--json" in sys.argv:
-        os.write(1, f'{{"ok": false, "error": "Interrupted", "message": "{text}", "exit_code": {code}}}\n'.encode())
+        document = (
+            '{"schema_version": 1, "ok": false, "source": null, "error": "Interrupted", '
+            f'"message": "{text}", "exit_code": {code}}}\n'
+        )
+        os.write(1, document.encode())
     else:
         os.write(2, f"\nmarlin-convert: {text}\n".encode())
     os._exit(code)

@@ -81,7 +81,8 @@ def test_every_step_is_said_with_its_time(folder: Path) -> None:
     assert installed == [
         f"pip install --python {python} setuptools>=77",
         f"pip install --python {python} -c constraints.txt torch",
-        f"pip install --python {python} -c constraints.txt --no-build-isolation -e .[run]",
+        f"pip install --python {python} -c constraints.txt --no-build-isolation "
+        "--config-settings editable_mode=compat -e .[run]",
     ]
 
 

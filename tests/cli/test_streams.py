@@ -175,6 +175,31 @@ def test_signals_from_the_first_moment(tmp_path: Path) -> None:
             assert process.stderr.strip() == "marlin-convert: interrupted; nothing half-done was left behind."
 
 
+def test_nothing_is_imported_before_signals_are_handled() -> None:
+    """But what Python has loaded at its own start, and what is empty or built into it."""
+    code = (
+        "import sys\nbefore = set(sys.modules)\n"
+        "import _signal\nkept = _signal.signal\n"
+        "def signal(*args):\n    print(*sorted(set(sys.modules) - before))\n    return kept(*args)\n"
+        "_signal.signal = signal\n"
+        "import marlin_convert.__main__"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = "_signal marlin_convert marlin_convert.__main__ marlin_convert._version"
+    assert {*done.stdout.splitlines()} <= {modules, modules.removeprefix("_signal ")}
+    assert len(done.stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_an_early_signal_in_json(number: signal.Signals) -> None:
+    code = f"import os, sys\nimport marlin_convert.__main__\nos.kill(os.getpid(), {int(number)})"
+    done = subprocess.run([sys.executable, "-c", code, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + number
+    value = Run(done).json()
+    assert value["message"] == "interrupted; nothing half-done was left behind."
+    assert (value["ok"], value["exit_code"]) == (False, 128 + number)
+
+
 def test_a_second_signal_does_not_stop_the_cleaning_up(source: Source, tmp_path: Path) -> None:
     """As from an impatient finger, or from a shell that passes on what its whole group gets."""
     code = (
