@@ -4,7 +4,8 @@ What it imports takes a while: a signal that comes meanwhile ends it in the same
 come to this file, signals have Python's own action.
 """
 
-import _signal as signal  # what `signal` is made of, in Python itself: importing that takes longer than all else here
+# What `signal` is made of, inside Python: to import that takes longer than all else here.
+import _signal as signal  # type: ignore[import-not-found]
 import os
 import sys
 

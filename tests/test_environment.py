@@ -61,6 +61,9 @@ def environment(folder: Path, extra: str, **env: str) -> subprocess.CompletedPro
     )
 
 
+OPTIONS = "--no-build-isolation --config-settings editable_mode=compat"
+
+
 def test_every_step_is_said_with_its_time(folder: Path) -> None:
     done = environment(folder, "run")
     assert done.returncode == 0, done.stderr
@@ -81,8 +84,7 @@ def test_every_step_is_said_with_its_time(folder: Path) -> None:
     assert installed == [
         f"pip install --python {python} setuptools>=77",
         f"pip install --python {python} -c constraints.txt torch",
-        f"pip install --python {python} -c constraints.txt --no-build-isolation "
-        "--config-settings editable_mode=compat -e .[run]",
+        f"pip install --python {python} -c constraints.txt {OPTIONS} -e .[run]",
     ]
 
 

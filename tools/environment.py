@@ -138,8 +138,8 @@ def make(extra: str, folder: Path, steps: Steps) -> None:
     # With its pinned version: a bare "torch" takes the newest build, with several GB of CUDA packages.
     steps.run("packages: torch", [*install, "-c", "constraints.txt", "torch"], env)
     what = {"run": "Transformers and the rest", "dev": "Transformers, the tests' and the documentation's"}[extra]
-    # "compat" puts the folder's path where Python looks. The other way imports a finder of its own whenever any Python of
-    # this environment starts, which takes as long as Python itself.
+    # "compat" puts the folder's path where Python looks. The other way imports a finder of its own whenever this
+    # environment's Python starts, which takes as long as Python itself.
     mode = ["--config-settings", "editable_mode=compat"]
     editable = [*install, "-c", "constraints.txt", "--no-build-isolation", *mode, "-e", f".[{extra}]"]
     steps.run(f"packages: {what}", editable, env)
