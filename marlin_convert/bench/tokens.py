@@ -163,7 +163,7 @@ def time_on_gpu(decoder: Decoder, steps: int) -> tuple[float, str, str | None]:
     """Seconds of a step of a captured graph, or launched where that fails."""
     import torch
 
-    from ..engines.transformers_modules import MarlinExperts
+    from ..engines.expert_modules import MarlinExperts
 
     device = decoder.tokens.device
     synchronize = partial(torch.cuda.synchronize, device)

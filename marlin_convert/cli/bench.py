@@ -10,7 +10,7 @@ import click
 from ..errors import INSTALL_PLOT
 from ..options import PRESETS, HubAccess
 from .params import Command, OutputOptions, batch_sizes, output_options, source_options
-from .showing import said_in_json, screen_for
+from .showing import said_in_json
 
 
 @click.command(cls=Command)
@@ -75,7 +75,9 @@ def bench(
     if (gptq or no_fp16) and not served:
         raise click.UsageError("--source and --no-fp16 go with --tokens --engine vllm.")
 
-    screen, plot = screen_for(output), None
+    from .bench_output import BenchScreen
+
+    screen, plot = BenchScreen(output), None
     if plot_file is not None:
         from .plot import Plot
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,26 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..checkpoint.bounded import read_file, read_json
 from ..checkpoint.output_folder import json_bytes
 from ..checkpoint.reader import CONFIG_FILES, Checkpoint, Tensor
 from ..checkpoint.writer import INDEX_FILE, Shards
 from ..device import Device
-from ..errors import OptionError, SourceError, UnsupportedError, VerificationError
-from ..hub.open import NOT_REACHED, Source, opened_for_planning
+from ..errors import UnsupportedError, VerificationError
+from ..hub.open import NOT_REACHED, Source
 from ..native.choose import usable_device
-from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE, HubAccess, Options, PublishTarget
+from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE, HubAccess, Options
 from ..progress import Progress
 from ..text import shortened
 from .attest import statement, write_to
 from .blocks import run_all
 from .card import card_bytes, model_card
 from .configs import write_configs
-from .digests import digest, is_large, known_digests
+from .differences import difference, where_different
 from .files import copied_files, needs_index
 from .layer import Layer
 from .plan import Plan, make_plan
 from .products import product_device
+from .proof_sides import Side, noted_of, noted_options, opened
 from .report import Report, made, source_quantization
 from .verify import TOLERANCE, LayerCheck, Verification, Verifier
 
@@ -111,10 +110,10 @@ def prove(
     """
     progress, access = progress or Progress(), access or HubAccess()
     chosen, _ = usable_device(device, computes=True)
-    with _opened(str(result), access, progress) as found:
-        noted = _noted(found)
+    with opened(str(result), access, progress) as found:
+        noted = noted_of(found)
         source_access = replace(access, revision=noted["source_commit"])
-        with _opened(noted["source"], source_access, progress) as source:
+        with opened(noted["source"], source_access, progress) as source:
             proof = _prove(found, source, noted, chosen, progress)
     if attest and proof.ok:
         write_to(attest, statement(proof.noted, str(found.digest(REPORT_FILE))))
@@ -122,107 +121,12 @@ def prove(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The two sides
-
-
-class _Side:
-    """A checkpoint of which files are read as they are needed."""
-
-    def __init__(self, origin: Source, checkpoint: Checkpoint) -> None:
-        self.origin, self.checkpoint = origin, checkpoint
-        self._known = known_digests(origin)
-        if origin.hub is not None:
-            origin.hub.fetch(origin.hub.remote.small_files, Progress().meanwhile)
-
-    @property
-    def bytes_read(self) -> int:
-        return 0 if self.origin.hub is None else self.origin.hub.bytes_read
-
-    @property
-    def names(self) -> set[str]:
-        return set(self.checkpoint.names)
-
-    def content(self, name: str) -> bytes:
-        """Return all of a small file."""
-        return read_file(self.checkpoint.path(name))
-
-    def digest(self, name: str) -> str | None:
-        """Return the SHA-256 of a file; None for weights on the Hub that it does not keep by theirs."""
-        if name in self._known:
-            return self._known[name]
-        if self.origin.hub is not None and is_large(name):
-            return None
-        self._known[name] = digest(self.checkpoint.path(name))
-        return self._known[name]
-
-    def header(self, name: str) -> bytes | None:
-        """Return the bytes before the first tensor of a weight file; None if it is none of the model's."""
-        return self.checkpoint.raw_header(name) if name in self.checkpoint.weight_files else None
-
-
-@contextlib.contextmanager
-def _opened(name: str, access: HubAccess, progress: Progress) -> Iterator[_Side]:
-    with opened_for_planning(name, access, progress.meanwhile) as (origin, checkpoint):
-        yield _Side(origin, checkpoint)
-        checkpoint.require_unchanged()
-
-
-def _noted(result: _Side) -> dict[str, Any]:
-    """Return the result's report, as far as it says what is needed."""
-    label = result.origin.label
-    if REPORT_FILE not in result.names:
-        raise SourceError(
-            f"{label}: it has no {REPORT_FILE}, which says what it was made from; give the source too: "
-            "marlin-convert verify SOURCE OUT."
-        )
-    noted = read_json(result.checkpoint.path(REPORT_FILE), label=result.checkpoint.called(REPORT_FILE))
-    source, commit = noted.get("source"), noted.get("source_commit")
-    if isinstance(source, str) and commit is None:
-        raise SourceError(
-            f"{label}: it was made from a folder, {shortened(source)}; whoever has that can check it: "
-            "marlin-convert verify SOURCE OUT."
-        )
-    fits = (
-        isinstance(source, str)
-        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source, re.ASCII)
-        and isinstance(commit, str)
-        and re.fullmatch(r"[0-9a-f]{40}", commit)
-    )
-    if not fits:
-        raise SourceError(
-            f"{label}: its {REPORT_FILE} names {shortened(source)} at {shortened(commit)} as its source, which is no "
-            "repository and commit."
-        )
-    if not isinstance(noted.get("options"), dict):
-        raise SourceError(
-            f"{label}: its {REPORT_FILE} does not say with which options it was made; it is of an earlier version. "
-            f"Compare it with its source: marlin-convert verify {source} OUT --revision {commit}."
-        )
-    return noted
-
-
-def _noted_options(noted: dict[str, Any], label: str) -> Options:
-    said = noted["options"]
-    try:
-        published = said["published_as"]
-        if not isinstance(said["verify"], bool) or not (published is None or isinstance(published, str)):
-            raise OptionError("of another type")
-        return Options(
-            format=said["format"], zero_points=said["zero_points"], max_shard_size=said["max_shard_size"],
-            quant_method=said["quant_method"], verify=said["verify"],
-            target=None if published is None else PublishTarget(published),
-        )  # fmt: skip
-    except (KeyError, OptionError) as error:
-        raise SourceError(f"{label}: the options in its {REPORT_FILE} are none ({error}).") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # The proof
 
 
-def _prove(result: _Side, source: _Side, noted: dict[str, Any], device: Device, progress: Progress) -> Proof:
+def _prove(result: Side, source: Side, noted: dict[str, Any], device: Device, progress: Progress) -> Proof:
     label = result.origin.label
-    options = _noted_options(noted, label)
+    options = noted_options(noted, label)
     plan = make_plan(source.checkpoint, options.format, options.zero_points)
     if plan.already_marlin:
         raise UnsupportedError(f"{source.origin.label}: it is a Marlin checkpoint; {label} was not made from it.")
@@ -235,7 +139,7 @@ def _prove(result: _Side, source: _Side, noted: dict[str, Any], device: Device, 
     return proof
 
 
-def _compared(result: _Side, source: _Side, plan: Plan, device: Device, progress: Progress) -> Verification:
+def _compared(result: Side, source: Side, plan: Plan, device: Device, progress: Progress) -> Verification:
     """Compare every tensor while it is at hand."""
     verifier = Verifier(source.checkpoint, plan, result.checkpoint, device, progress)
 
@@ -279,7 +183,7 @@ class _Files:
     """Compares the files beside the tensors with those that the conversion writes."""
 
     def __init__(
-        self, proof: Proof, result: _Side, source: _Side, plan: Plan, options: Options, noted: dict[str, Any]
+        self, proof: Proof, result: Side, source: Side, plan: Plan, options: Options, noted: dict[str, Any]
     ) -> None:
         self.proof, self.result, self.source, self.plan, self.options = proof, result, source, plan, options
         self.noted, self.same_version = noted, noted.get("marlin_convert") == __version__
@@ -375,7 +279,7 @@ class _Files:
         noted = dict(self.noted)
         if isinstance(noted.get("notes"), list):  # offline, nobody could be asked what there is
             noted["notes"] = [note for note in noted["notes"] if note != {"note": NOT_REACHED, "layers": []}]
-        if wrong := _where(expected, noted):
+        if wrong := where_different(expected, noted):
             return wrong
         return None if json_bytes(self.noted) == self.result.content(REPORT_FILE) else "it is written in another way"
 
@@ -392,38 +296,3 @@ def _error(value: Any) -> float | None:
     if value is None or (type(value) is float and value >= 0):
         return value
     raise ValueError(value)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Where texts and settings differ
-
-
-def difference(expected: bytes, found: bytes) -> str | None:
-    """Return where a file first differs from what is expected: a setting, or a line; None if nowhere."""
-    if expected == found:
-        return None
-    with contextlib.suppress(ValueError, RecursionError):
-        if where := _where(json.loads(expected), json.loads(found)):
-            return where
-    lines = [content.decode("utf-8", "replace").splitlines() for content in (expected, found)]
-    for number in range(max(map(len, lines))):
-        one, other = (text[number] if number < len(text) else None for text in lines)
-        if one != other:
-            return f"line {number + 1} is {shortened(other)}, not {shortened(one)}"
-    return "its line ends differ"
-
-
-def _where(expected: Any, found: Any, path: str = "") -> str | None:
-    """Return the first place where two JSON values differ."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in [*expected, *found]:
-            place = f"{path}.{key}" if path else str(key)
-            if key not in found:
-                return f"{place} is missing"
-            if key not in expected:
-                return f"{place} is {shortened(found[key])}, and should not be there"
-            if wrong := _where(expected[key], found[key], place):
-                return wrong
-        return None
-    same = type(expected) is type(found) and expected == found
-    return None if same else f"{path or 'it'} is {shortened(found)}, not {shortened(expected)}"

@@ -28,7 +28,7 @@ from marlin_convert.bench.products import Peer, Weights
 from marlin_convert.bench.results import Cell, Limits, Machine, Report, Rig, Speed
 from marlin_convert.bench.shapes import DEFAULT_PRESET, PRESETS, Shape, source_shapes
 from marlin_convert.cli import commands
-from marlin_convert.cli.output import Screen
+from marlin_convert.cli.bench_output import BenchScreen
 from marlin_convert.cli.params import OutputOptions
 from marlin_convert.cli.plot import Plot
 from marlin_convert.cli.progress import Bars, PlainLines
@@ -716,7 +716,7 @@ def test_the_program_without_a_gpu(run: Callable[..., Run], source: Source, tmp_
 
 
 def test_bars_and_lines_count_timings(capsys: pytest.CaptureFixture[str]) -> None:
-    screen = Screen(OutputOptions())
+    screen = BenchScreen(OutputOptions())
     with screen.progress(timings=True) as progress:
         assert isinstance(progress, PlainLines)
     bars = Bars(screen.err, timings=True)

@@ -20,7 +20,7 @@ import pytest
 from marlin_convert.bench import served
 from marlin_convert.bench.results import Machine
 from marlin_convert.bench.served import FP16, GPTQ, MARLIN, Report, Request, Side
-from marlin_convert.cli.output import Screen
+from marlin_convert.cli.bench_output import BenchScreen
 from marlin_convert.cli.params import OutputOptions
 from marlin_convert.cli.plot import Plot
 from marlin_convert.errors import MarlinConvertError, SourceError
@@ -215,12 +215,12 @@ def test_table() -> None:
 
 
 def test_screen_json_and_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    Screen(OutputOptions()).served(REPORT, None)
+    BenchScreen(OutputOptions()).served(REPORT, None)
     text = capsys.readouterr().out
     assert ["decode,", "batch", "128", "17711", "20494", "1.16"] in [line.split() for line in text.splitlines()]
     assert "GPTQ on Machete" in text
     assert "left out: vLLM does not run it (memory): fp16" in text
-    Screen(OutputOptions(as_json=True, source="out")).served(REPORT, None)
+    BenchScreen(OutputOptions(as_json=True, source="out")).served(REPORT, None)
     document = json.loads(capsys.readouterr().out)
     validate(document)
     assert document["sides"]["gptq"]["decode"][1] == {"batch": 128, "tokens_per_s": 17711.0}

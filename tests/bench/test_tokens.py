@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 import marlin_convert
 from marlin_convert.bench.results import Machine
 from marlin_convert.bench.tokens import CONTEXT, GRAPHS, LAUNCHES, STEPS, Decoder, Rig, bench, time_launched
-from marlin_convert.cli.output import Screen
+from marlin_convert.cli.bench_output import BenchScreen
 from marlin_convert.cli.params import OutputOptions
 from marlin_convert.cli.plot import Plot
 from marlin_convert.engines.linear import MarlinLinear
@@ -150,7 +150,7 @@ def shown(pair: Pair, capsys: pytest.CaptureFixture[str], as_json: bool, plot: P
     model = marlin_convert.load(pair.out, device="cpu")
     report = bench("a/model", model, rig(lambda d: 0.5 if d.batch > 1 else 0.25), batch=(1, 2))
     capsys.readouterr()
-    Screen(OutputOptions(as_json=as_json, source="out")).tokens(report, plot)
+    BenchScreen(OutputOptions(as_json=as_json, source="out")).tokens(report, plot)
     if plot:
         assert Plot(plot).draw_tokens(report) is None
     return capsys.readouterr().out

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from marlin_convert._version import __version__
-from marlin_convert.conversion.proof import difference
+from marlin_convert.conversion.differences import difference
 from tests.support.awq_checkpoints import AWQLayer, awq_config, write_awq
 from tests.support.cli import SECRET, Run
 from tests.support.ct_checkpoints import CTLayer, ct_config, write_ct
