@@ -95,11 +95,9 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture
 def online(hub: Hub, run: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
     """Run the program with `hub` as the Hub, a cache of its own, and no token of the user's."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "",
-                "NO_PROXY": "*"}  # fmt: skip
 
     def online(*args: object, env: dict[str, str] | None = None) -> Run:
-        result = run(*args, env={**settings, **(env or {})})
+        result = run(*args, env={**hub.settings, **(env or {})})
         assert SECRET not in result.out + result.err
         return result
 

@@ -1,4 +1,4 @@
-"""Bytes from the Hub: the content of a file into the cache, checked against its hash; a part of a file into memory.
+"""Bytes from the Hub: the content of a file into the cache, checked against its hash; a part of a file piece by piece.
 
 huggingface_hub begins a file anew when a run was interrupted, does not compare what came with the file's hash, and
 names a file in the cache by whatever hash the server says. So contents are streamed into the cache here, by its own
@@ -23,6 +23,8 @@ from .client import with_retries
 
 #: Hears of bytes that have come: how many more (fewer, where some must come again).
 OnBytes: TypeAlias = Callable[[int], None]
+#: Takes a piece of a file: where in the file it begins, and its bytes.
+OnPiece: TypeAlias = Callable[[int, bytes], None]
 
 
 def download(repo_id: str, file: RemoteFile, commit: str, token: str | None, cache: Cache, on_bytes: OnBytes) -> None:
@@ -100,38 +102,42 @@ def _through_xet(
 
 
 def read_range(
-    repo_id: str, url: str, headers: dict[str, str], start: int, end: int, progress: Callable[[], int]
-) -> bytes:
-    """Bytes `start` to `end` of a file on the Hub. Where it is in trouble, tried again for as long as `progress`, of
-    this request and those beside it, moves. Raises HubError where Range requests are not answered.
+    repo_id: str, url: str, headers: dict[str, str], start: int, end: int, write: OnPiece, progress: Callable[[], int]
+) -> None:
+    """Read bytes `start` to `end` of a file on the Hub, and `write` them as they come: memory holds only a piece.
+
+    Where the Hub is in trouble, it goes on from there, tried again for as long as `progress`, of this request and those
+    beside it, moves. Raises HubError where Range requests are not answered.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
 
-    if start == end:
-        return b""
-    asked = {**headers, "range": f"bytes={start}-{end - 1}", "accept-encoding": "identity"}
+    position = start
 
-    def read() -> bytes:
+    def read() -> None:
+        nonlocal position
+        if position == end:
+            return
+        asked = {**headers, "range": f"bytes={position}-{end - 1}", "accept-encoding": "identity"}
         with http_stream_backoff(
             "GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             retry_on_exceptions=(), retry_on_status_codes=(),
         ) as response:  # fmt: skip
             hf_raise_for_status(response)
-            content = bytearray()
-            if response.status_code == 206:  # otherwise, all of the file would come
-                for piece in response.iter_bytes():
-                    content += piece
-                    if len(content) > end - start:
-                        break
-            if len(content) != end - start:
+            fits = response.status_code == 206  # otherwise, all of the file would come
+            for piece in response.iter_bytes() if fits else ():
+                fits = position + len(piece) <= end
+                if not fits:
+                    break
+                write(position, piece)
+                position += len(piece)
+            if not fits or position != end:
                 raise HubError(
                     f"{repo_id}: {constants.ENDPOINT} does not answer Range requests, by which its headers are read; "
                     "download the repository first (`hf download`) and give its folder."
                 )
-            return bytes(content)
 
-    return with_retries(read, progress=progress)
+    with_retries(read, progress=lambda: progress() + position)
 
 
 class _Hashed:

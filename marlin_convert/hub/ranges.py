@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import os
 import tempfile
 import threading
@@ -18,7 +19,7 @@ from .repository import Remote
 _FIRST = 1 << 18
 #: Bytes between two parts that are cheaper to read than another request is.
 _NEAR = 1 << 16
-#: The most bytes of one request, which are in memory at once; and requests at a time.
+#: The most bytes of one request, and requests at a time.
 _MOST, _REQUESTS = 4 << 20, 16
 
 
@@ -113,9 +114,14 @@ class RangeReader:
 
         def request(piece: Part) -> None:
             url = hf_hub_url(remote.repo_id, piece.file, revision=remote.commit)
-            content = read_range(remote.repo_id, url, headers, piece.start, piece.end, lambda: self._answers)
-            self._keep(piece, content)
-            on_bytes(len(content))
+            with self._place() as place:
+
+                def write(position: int, content: bytes) -> None:
+                    _write(self._temporary.fileno(), memoryview(content), place + position - piece.start)
+                    on_bytes(len(content))
+
+                read_range(remote.repo_id, url, headers, piece.start, piece.end, write, lambda: self._answers)
+                self._keep(piece, place)
 
         with ThreadPoolExecutor(min(_REQUESTS, len(pieces))) as pool:
             try:
@@ -125,13 +131,23 @@ class RangeReader:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _keep(self, piece: Part, content: bytes) -> None:
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[int]:
+        """Have a place in the temporary file for a piece, which is free again if the piece does not come."""
         with self._lock:
-            self._answers += 1
-            self.bytes_read += len(content)
             place = self._free.pop() if self._free else self._places
             self._places = max(self._places, place + _MOST)
-            _write(self._temporary.fileno(), memoryview(content), place)
+        try:
+            yield place
+        except BaseException:
+            with self._lock:
+                self._free.append(place)
+            raise
+
+    def _keep(self, piece: Part, place: int) -> None:
+        with self._lock:
+            self._answers += 1
+            self.bytes_read += piece.end - piece.start
             kept = self._kept[piece.file]
             bisect.insort(kept.starts, piece.start)
             kept.parts[piece.start] = (piece.end, place)

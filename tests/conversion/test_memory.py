@@ -19,6 +19,7 @@ from marlin_convert.conversion.blocks import PANEL_BYTES, WORKERS
 from marlin_convert.conversion.plan import make_plan
 from tests.support.cli import PATIENCE
 from tests.support.gptq_checkpoints import quantization_config
+from tests.support.hub_server import Hub, Repository
 
 pytestmark = pytest.mark.slow
 
@@ -108,10 +109,12 @@ print([line.split()[1] for line in Path("/proc/self/status").read_text().splitli
 """
 
 
-def peak_memory(*args: object, cpus: int = 0) -> int:
+def peak_memory(*args: object, cpus: int = 0, **environment: str) -> int:
     """Peak resident bytes of a whole run of the program, files mapped into it included; as if it had so many CPUs."""
     command = [sys.executable, "-c", MEASURED, str(cpus), *map(str, args)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    process = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, check=True, env={**os.environ, **environment}
+    )
     return int(process.stdout.splitlines()[-1]) * 1024
 
 
@@ -187,3 +190,19 @@ def test_peak_memory_of_scales_zero_points_and_wide_layers(tmp_path: Path, kind:
     with Checkpoint(source) as before, Checkpoint(tmp_path / "back") as after:
         for name, tensor in before.tensors.items():
             np.testing.assert_array_equal(after.read(after.tensors[name]), before.read(tensor))
+
+
+@pytest.mark.parametrize(("act_order", "allowed"), [(False, HELD), (True, HELD_WITH_ACT_ORDER)])
+def test_peak_memory_of_a_proof_with_the_result_alone(hub: Hub, tmp_path: Path, act_order: bool, allowed: int) -> None:
+    """Source and result both on the Hub, with as many workers as there ever are; and the conversion before that."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_large_source(source, K=8192, N=28672, rows=8_000, hidden=8192, bits=8, act_order=act_order)
+    hub.repositories["some/source"] = Repository()
+    hub.repositories["some/source"].commit({path.name: path for path in source.iterdir()})
+    there = hub.settings | {"HF_HOME": str(tmp_path / "home")}
+    peak = peak_memory("some/source", out, "--device", "cpu", "--quiet", cpus=64, **there)
+    assert peak <= allowed, f"{peak / MB:.0f} MB"
+    hub.repositories["some/result"] = Repository()
+    hub.repositories["some/result"].commit({path.name: path for path in out.iterdir()})
+    peak = peak_memory("verify", "some/result", "--device", "cpu", "--quiet", cpus=64, **there)
+    assert peak <= allowed, f"{peak / MB:.0f} MB"

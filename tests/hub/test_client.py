@@ -277,13 +277,34 @@ def test_a_range_is_asked_for_while_others_come(hub: Hub, repository: Source, mo
     url = f"{hub.url}/{REPO}/resolve/main/model-00001-of-00002.safetensors"
     answers = iter([503] * 6)
     hub.fault = lambda _: next(answers, 0)
-    content = read_range(REPO, url, {}, 0, 8, itertools.count().__next__)
-    assert int.from_bytes(content, "little") > 0  # the length of the header
+    came: list[tuple[int, bytes]] = []
+    read_range(REPO, url, {}, 0, 8, lambda *piece: came.append(piece), itertools.count().__next__)
+    assert int.from_bytes(came[0][1], "little") > 0  # the length of the header
     assert len(hub.requests) == 7
     answers = iter([503] * 6)
-    with pytest.raises(HfHubHTTPError):
-        read_range(REPO, url, {}, 0, 8, lambda: 0)  # nothing comes: the first and one for each wait
+    with pytest.raises(HfHubHTTPError):  # nothing comes: the first and one for each wait
+        read_range(REPO, url, {}, 0, 8, lambda *piece: came.append(piece), lambda: 0)
     assert len(hub.requests) == 7 + 3
+    assert len(came) == 1
+
+
+def test_a_range_goes_on_where_the_connection_broke(
+    hub: Hub, repository: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every answer ends after 1000 bytes; more of them than there are waits, since each brings something."""
+    monkeypatch.setattr(client, "WAITS", (0.0, 0.0))
+    name = "model-00001-of-00002.safetensors"
+    hub.cut = lambda _: 1000
+    came = bytearray(7500)
+
+    def write(position: int, piece: bytes) -> None:
+        came[position - 100 : position - 100 + len(piece)] = piece
+
+    read_range(REPO, f"{hub.url}/{REPO}/resolve/main/{name}", {}, 100, 7600, write, lambda: 0)
+    content = hub.repositories[REPO].commits[hub.repositories[REPO].refs["main"]][name]
+    assert isinstance(content, bytes)
+    assert bytes(came) == content[100:7600]
+    assert [request.range for request in hub.requests] == [f"bytes={100 + i * 1000}-7599" for i in range(8)]
 
 
 def test_a_server_that_is_no_hub(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:

@@ -114,6 +114,12 @@ class Hub:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """Environment variables with which the client asks this Hub, without a token of the user's."""
+        return {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "",
+                "NO_PROXY": "*"}  # fmt: skip
+
     def add(self, repo_id: str, folder: Path, **rules: Any) -> Repository:
         """A repository with the files of `folder` as its first commit."""
         repository = self.repositories[repo_id] = Repository(**rules)
@@ -416,7 +422,11 @@ def hash_of(name: str, content: bytes | Path) -> str:
     if isinstance(content, Path):
         key = (content, lfs)
         if key not in _HASHES:
-            _HASHES[key] = hash_of(name, content.read_bytes())
+            with content.open("rb") as file:  # some have gigabytes
+                begun = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % size_of(content))
+                while piece := file.read(1 << 20):
+                    begun.update(piece)
+            _HASHES[key] = begun.hexdigest()
         return _HASHES[key]
     return hashlib.sha256(content).hexdigest() if lfs else blob_id(content)
 
