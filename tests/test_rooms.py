@@ -150,6 +150,7 @@ def loaded_after(code: str, *arguments: object, **environment: str) -> set[str]:
     "arguments",
     [None, ["--help"], ["--version"], ["convert", "--help"], ["verify", "--help"], ["demo", "--help"], ["verify"],
      ["push", "--help"],
+     [], ["source"], ["source", "out", "--device", "gpu"],
      ["source", "out", "--no-such-option"], ["source", "out", "--max-shard-size", "many"], ["bench", "--help"],
      ["bench", "--batch", "0"], ["bench", "--tokens"], ["generate", "--help"], ["generate", "out"],
      ["generate", "x", "--prompt", "x", "--top-k", "0"]],

@@ -59,9 +59,28 @@ def running(command: list[Any], **options: Any) -> Iterator[subprocess.Popen[str
             process.kill()
 
 
-def refusal(result: Run) -> str:
-    """The message of a refusal: exit code 8, one sentence on one line, no traceback."""
-    assert (result.code, result.out) == (8, ""), result.err
+def document(result: Run) -> dict[str, Any]:
+    """The one JSON document on standard output: strict JSON, and nothing before or after it."""
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    value = json.loads(result.out, parse_constant=no_constant)
+    validate(value)
+    assert isinstance(value, dict)
+    assert "Traceback" not in result.err
+    return value
+
+
+def one_line(result: Run) -> str:
+    """The one line of an error, without the program's name; nothing went to standard output."""
+    assert result.out == ""
     assert result.err.count("\n") == 1, result.err
     assert result.err.startswith("marlin-convert: ")
     return result.err.removeprefix("marlin-convert: ").rstrip("\n")
+
+
+def refusal(result: Run) -> str:
+    """The message of a refusal: exit code 8, one sentence on one line, no traceback."""
+    assert result.code == 8, result.err
+    return one_line(result)

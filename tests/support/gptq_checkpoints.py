@@ -155,12 +155,14 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
+#: The names of `two_layers`.
+LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+
+
 def two_layers(**changes: Any) -> dict[str, GPTQLayer]:
     """Two layers of different shapes; `changes` go to both."""
-    shapes = {"model.layers.0.self_attn.q_proj": (256, 512), "model.layers.0.mlp.down_proj": (384, 256)}
-    return {
-        name: GPTQLayer(**{"K": K, "N": N, "seed": i, **changes}) for i, (name, (K, N)) in enumerate(shapes.items())
-    }
+    shapes = zip(LAYERS, ((256, 512), (384, 256)), strict=True)
+    return {name: GPTQLayer(**{"K": K, "N": N, "seed": i, **changes}) for i, (name, (K, N)) in enumerate(shapes)}
 
 
 def plain_tensors() -> dict[str, torch.Tensor]:

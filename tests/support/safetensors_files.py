@@ -47,3 +47,10 @@ def index(folder: Path, weight_map: object, name: str = "model.safetensors.index
 def shard(folder: Path, name: str, *tensors: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file({t: torch.arange(4, dtype=torch.int32) for t in tensors}, folder / name)
+
+
+def flip_bit(file: Path) -> None:
+    """Change the last byte of a file: a byte of its last tensor."""
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)

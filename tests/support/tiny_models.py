@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Pretr
 
 from marlin_convert.cli.commands import DEMO_FOLDER
 from marlin_convert.conversion.convert import convert
+from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.options import Options
 from tests.support.extended_layers import extended
 from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, write_source
@@ -30,6 +31,8 @@ PROMPT = "And the king said unto the woman,"
 
 #: The linears of a decoder's blocks; not the head, not the router.
 BLOCKS = r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|experts\.\d+\.(w[123]|(gate|up|down)_proj))$"
+
+from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not say what comes out
 
 
 def llama(**changes: Any) -> LlamaConfig:
@@ -186,3 +189,16 @@ def perplexity(model: Any, tokenizer: Any, text: str, window: int = 256) -> floa
             total += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
             count += len(part) - 1
     return math.exp(total / count)
+
+
+def marlin_layers(model: torch.nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, MarlinLinear)}
+
+
+def same_logits(model: Any, reference: Any, tolerance: float = 2e-3) -> None:
+    ids = tokens(model.config.vocab_size)
+    with torch.no_grad():
+        result, wanted = model(ids).logits, reference(ids).logits
+    assert result.dtype == wanted.dtype
+    assert relative(result, wanted) <= tolerance
+    assert wanted.std() > 0.01
