@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support import architectures  # noqa: E402
+from tests.support import architectures, architectures_page  # noqa: E402
 
 
 def main(chosen: list[str]) -> None:
@@ -23,9 +23,9 @@ def main(chosen: list[str]) -> None:
     with architectures.quietly():
         found = [_tried(model_type) for model_type in chosen or architectures.model_types()]
     if not chosen:
-        text = architectures.page(found, transformers.__version__)
+        text = architectures_page.page(found, transformers.__version__)
         (ROOT / "docs" / "reference" / "architectures.md").write_text(text, encoding="utf-8")
-    print(architectures.combined(found))
+    print(architectures_page.combined(found))
 
 
 def _tried(model_type: str) -> architectures.Outcome:

@@ -11,15 +11,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tests.support.architectures import (
-    Outcome,
-    combined,
-    model_types,
-    outcomes_of,
-    page,
-    quietly,
-    tried,
-)
+from tests.support.architectures import Outcome, model_types, quietly, tried
+from tests.support.architectures_page import combined, outcomes_of, page
 
 pytestmark = pytest.mark.slow
 

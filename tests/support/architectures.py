@@ -13,24 +13,22 @@ import json
 import logging
 import re
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.models.auto import configuration_auto
-from transformers.pytorch_utils import Conv1D
 
 import marlin_convert
 from marlin_convert.conversion.convert import convert
 from marlin_convert.options import Options
-from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, write_source
+from tests.support.gptq_checkpoints import quantization_config, write_source
+from tests.support.quantized_models import GROUP, Quantized, quantize
 
 #: Auto classes in the order in which one is chosen for a config.
 AUTO_CLASSES = (
@@ -38,7 +36,6 @@ AUTO_CLASSES = (
     "AutoModelForSpeechSeq2Seq", "AutoModelForMaskedLM", "AutoModel",
 )  # fmt: skip
 
-GROUP = 32
 TOLERANCE = 1e-3
 
 #: The first pattern that a field's name matches as a whole tells its small value; each with its kind.
@@ -240,103 +237,6 @@ def small_model(model_type: str) -> tuple[Any, Any]:
     return first
 
 
-@dataclass
-class Quantized:
-    """A checkpoint of `model`: GPTQ `layers` by their names in it, and what stays `plain`."""
-
-    layers: dict[str, GPTQLayer] = field(default_factory=dict)
-    plain: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-def quantize(model: Any) -> Quantized:
-    """Quantize every linear of `model` that can be, and put the dequantized weights into `model` itself."""
-    result = Quantized()
-    state = dict(model.state_dict())
-    tied = {*getattr(model, "all_tied_weights_keys", {}), *getattr(model, "all_tied_weights_keys", {}).values()}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    seen: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        seen[id(parameter)] = "shared" if id(parameter) in seen else name
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if module is head or name.endswith("lm_head") or f"{name}.weight" in tied or seen.get(id(weight)) == "shared":
-            continue
-        by_rows = isinstance(module, Conv1D)
-        router = isinstance(weight, nn.Parameter) and weight.ndim == 2 and re.search(r"(gate|router)$", name)
-        if isinstance(module, nn.Linear) or by_rows or (router and not isinstance(module, nn.Embedding)):
-            shape = weight.shape if by_rows else weight.shape[::-1]
-            if layer := _layer(result, name, *shape):
-                W = torch.from_numpy(layer.weight).float()
-                weight.data = (W if by_rows else W.t()).contiguous()
-                state.pop(f"{name}.weight", None)
-        elif isinstance(getattr(module, "down_proj", None), nn.Parameter):
-            for key in _quantize_experts(result, name, module):
-                state.pop(f"{name}.{key}")
-    result.plain = {k: v.detach().clone().contiguous() for k, v in state.items() if k not in tied or k in _kept(model)}
-    return result
-
-
-def _kept(model: Any) -> set[str]:
-    """Of tensors that share their memory, those that a checkpoint holds."""
-    return set(getattr(model, "all_tied_weights_keys", {}).values())
-
-
-def _layer(result: Quantized, name: str, K: int, N: int, **settings: Any) -> GPTQLayer | None:
-    if not K or not N or K % GROUP or N % 8:
-        return None
-    layer = GPTQLayer(K=K, N=N, group_size=GROUP, seed=len(result.layers), **settings)
-    assert layer.scales is not None
-    layer.scale_tensor = layer.scale_tensor / 4  # signals that do not grow from layer to layer
-    result.layers[name] = layer
-    return layer
-
-
-def _quantize_experts(result: Quantized, name: str, module: Any) -> list[str]:
-    """Quantize fused experts as linears of their own; return the names of the tensors that these stand for."""
-    if module.down_proj.ndim != 3:
-        return []
-    gated = isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
-    if isinstance(getattr(module, "gate_proj", None), nn.Parameter):  # each of the three by itself
-        own = ["gate_proj", "up_proj", "down_proj"]
-        for key in own:
-            held = getattr(module, key)
-            for number in range(held.shape[0]):
-                layer = _layer(result, f"{name}.{number}.{key}", held.shape[2], held.shape[1])
-                assert layer
-                held.data[number] = torch.from_numpy(layer.weight).float().t()
-        return own
-    first, last = module.gate_up_proj if gated else getattr(module, "up_proj", None), module.down_proj
-    if not isinstance(first, nn.Parameter):
-        return []
-    by_rows = getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
-    interleaved = not getattr(module, "is_concatenated", True)
-    biased = isinstance(getattr(module, "down_proj_bias", None), nn.Parameter)
-    one, two = last.shape[1:]
-    inner, hidden = (one, two) if by_rows else (two, one)
-    if inner % GROUP or hidden % GROUP:
-        return []
-
-    def put(tensor: Any, number: int, W: torch.Tensor) -> None:
-        tensor.data[number] = W if by_rows else W.t()
-
-    for number in range(last.shape[0]):
-        names = ("gate_proj", "up_proj") if gated else ("up_proj",)
-        parts = [_layer(result, f"{name}.{number}.{part}", hidden, inner, bias=biased) for part in names]
-        down = _layer(result, f"{name}.{number}.down_proj", inner, hidden, bias=biased)
-        assert down
-        assert all(parts)
-        weights = [torch.from_numpy(x.weight).float() for x in parts if x]
-        biases = [x.bias_tensor.float() for x in parts if x]
-        join = (lambda xs: torch.stack(xs, -1).flatten(-2)) if interleaved else (lambda xs: torch.cat(xs, -1))
-        put(first, number, join(weights))
-        put(last, number, torch.from_numpy(down.weight).float())
-        if biased:
-            module.gate_up_proj_bias.data[number] = join(biases)
-            module.down_proj_bias.data[number] = down.bias_tensor.float()
-    own = ["gate_up_proj" if gated else "up_proj", "down_proj"]
-    return own + ([f"{key}_bias" for key in own] if biased else [])
-
-
 def inputs_for(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     """What the model's forward may take, as far as that can be told from outside."""
     config, generator = model.config, torch.Generator().manual_seed(1)
@@ -521,95 +421,3 @@ def quietly() -> Iterator[None]:
         if before[2]:
             hf.enable_progress_bar()
         ours.setLevel(before[3])
-
-
-# ---- The page ----
-
-_TEXT = """# Architectures in Transformers
-
-Every model type that Transformers {version} has a configuration for was built small from it with random weights,
-{total} in all. Every linear that GPTQ can hold was quantized (the heads not; routers, and the experts of mixtures
-one by one), the checkpoint converted, loaded by `marlin_convert.load` on a CPU, and compared in float32 with the
-same model with the dequantized weights: {loads} of them load, and {outputs} give the same outputs, to 10⁻³ of their
-norm and most to the last bit. `tools/architectures.py` does it and writes this page.
-
-Models whose code is in their own repository are not among them.
-
-## They load, and give the same outputs
-
-{outputs_list}.
-
-## They load, and each layer gives the same
-
-The inputs of these whole models (pictures in patches, sounds, several at once) are not made here: each quantized
-layer was compared by itself.
-
-{layers_list}.
-
-## There is nothing to quantize
-
-{nothing_list}.
-
-## They were not tried
-
-| model type | why |
-| --- | --- |
-{reasons}
-"""
-
-_REASONS = (
-    ("no class of a model by itself", "it is a part of others, with no model of its own"),
-    ("parameters at its smallest", "its smallest is too large for this"),
-    ("requires the|No module named", "it needs a package that is not there"),
-)
-
-
-def combined(found: list[Outcome]) -> dict[str, int]:
-    """How many there are of each state."""
-    return {state: sum(outcome.state == state for outcome in found) for state in {x.state for x in found}}
-
-
-def page(found: list[Outcome], version: str) -> str:
-    """The page of the documentation that tells of `found`."""
-
-    def listed(*chosen: Outcome) -> str:
-        words = ", ".join(f"`{outcome.model_type}`" for outcome in chosen)
-        return "\n".join(textwrap.wrap(words, 140, break_on_hyphens=False)) or "None"
-
-    loads = [outcome for outcome in found if outcome.state == "loads"]
-    rows = [
-        f"| `{x.model_type}` | {_reason(x)} |"
-        for x in found
-        if x.state not in ("loads", "nothing to quantize") and "no class" not in x.why
-    ]
-    parts = [x for x in found if x.state == "not built" and "no class" in x.why]
-    if parts:
-        rows.append(f"| {len(parts)} others | they are parts of others, with no model of their own |")
-    return _TEXT.format(
-        version=version, total=len(found), loads=len(loads),
-        outputs=sum(x.compared == "outputs" for x in loads),
-        outputs_list=listed(*(x for x in loads if x.compared == "outputs")),
-        layers_list=listed(*(x for x in loads if x.compared == "layers")),
-        nothing_list=listed(*(x for x in found if x.state == "nothing to quantize")),
-        reasons="\n".join(rows),
-    )  # fmt: skip
-
-
-def _reason(outcome: Outcome) -> str:
-    for pattern, text in _REASONS:
-        if re.search(pattern, outcome.why):
-            return text
-    if outcome.state == "nor plain":
-        return "Transformers itself does not load what it saves of it"
-    if outcome.failed:
-        return f"**{outcome.state}**"
-    return "its configuration by itself builds no small model"
-
-
-def outcomes_of(text: str) -> dict[str, str]:
-    """What a page says of the model types that load: "outputs" or "layers" → what was compared."""
-    found: dict[str, str] = {}
-    for compared, heading in (("outputs", "and give the same outputs"), ("layers", "and each layer gives the same")):
-        part = text.split(f"## They load, {heading}")[1].split("\n## ")[0]
-        found |= dict.fromkeys(re.findall(r"`([\w.-]+)`", part), compared)
-    return found
