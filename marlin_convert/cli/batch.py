@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from .params import (
     Command,
     OutputOptions,
     WordChoice,
+    collected,
     device_option,
     format_options,
     output_options,
@@ -45,11 +47,73 @@ def _shard(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     return int(index), int(count)
 
 
+#: How the list is worked through: `settings`, the fields of a Plan.
+_plan_options = collected(
+    "settings",
+    dict,
+    click.option(
+        "--out", type=_PATH, metavar="DIR", help="Folder that the results go into, each under its target's name."
+    ),
+    click.option("--push-to-hub", "owner", metavar="ORG", help="Publish each result as a repository of ORG instead."),
+    click.option("--private", is_flag=True, help="Create repositories as private ones."),
+    click.option(
+        "--jobs",
+        type=click.IntRange(1, 256),
+        metavar="N",
+        help="Checkpoints at a time, each in its own process (default: 1; with --ray, as many as the cluster takes).",
+    ),
+    click.option(
+        "--retries",
+        type=click.IntRange(0, 100),
+        default=2,
+        show_default=True,
+        metavar="R",
+        help="Further tries where one fails by the network, the disk or the machine.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Plan each checkpoint, from headers alone; nothing is written."),
+    click.option("--force", is_flag=True, help="Replace earlier results at targets, or other weights on the Hub."),
+    device_option("Where to compute."),
+    click.option("--token", help="Hub token (default: the one you logged in with). It goes into no file."),
+    click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Hub cache to use."),
+)
+
+#: Where: `ray`, the fields of a Cluster.
+_ray_options = collected(
+    "ray",
+    dict,
+    click.option(
+        "--ray", "address", metavar="ADDRESS", help="Work on the Ray cluster at ADDRESS (auto: the one here)."
+    ),
+    click.option(
+        "--ray-resources",
+        default="CPU=1",
+        show_default=True,
+        metavar="NAME=N,...",
+        help="With --ray: what a checkpoint takes of a node.",
+    ),
+)
+
+#: What lines do not say themselves: `defaults`, fields of the Options.
+_line_options = collected(
+    "defaults",
+    dict,
+    click.option("--verify", is_flag=True, help="Verify each result, unless its line says otherwise."),
+    format_options,
+    shard_size_option,
+    click.option(
+        "--quant-method",
+        type=WordChoice(QuantMethod),
+        default=QuantMethod.GPTQ.value,
+        show_default=True,
+        help="quant_method in the results' configs.",
+    ),
+    click.option("--low-disk", is_flag=True, help="Remove each downloaded file as soon as it is converted."),
+)
+
+
 @click.command(cls=Command)
 @click.argument("list_file", metavar="LIST", type=_PATH)
-@click.option("--out", type=_PATH, metavar="DIR", help="Folder that the results go into, each under its target's name.")
-@click.option("--push-to-hub", "owner", metavar="ORG", help="Publish each result as a repository of ORG instead.")
-@click.option("--private", is_flag=True, help="Create repositories as private ones.")
+@_plan_options
 @click.option(
     "--state",
     "state_file",
@@ -58,51 +122,14 @@ def _shard(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     metavar="FILE",
     help="What has become of each checkpoint. What it says is done is not done again.",
 )
-@click.option(
-    "--jobs",
-    type=click.IntRange(1, 256),
-    metavar="N",
-    help="Checkpoints at a time, each in a process of its own (default: 1; with --ray, as many as the cluster takes).",
-)
 @click.option("--shard", "part", metavar="I/N", callback=_shard, help="Only part I of N of the list.")
-@click.option(
-    "--retries",
-    type=click.IntRange(0, 100),
-    default=2,
-    show_default=True,
-    metavar="R",
-    help="Further tries where one fails by the network, the disk or the machine.",
-)
-@click.option("--dry-run", is_flag=True, help="Plan each checkpoint, from headers alone; nothing is written.")
-@click.option("--ray", "address", metavar="ADDRESS", help="Work on the Ray cluster at ADDRESS (auto: the one here).")
-@click.option(
-    "--ray-resources",
-    default="CPU=1",
-    show_default=True,
-    metavar="NAME=N,...",
-    help="With --ray: what a checkpoint takes of a node.",
-)
-@click.option("--verify", is_flag=True, help="Verify each result, unless its line says otherwise.")
-@format_options
-@shard_size_option
-@click.option(
-    "--quant-method",
-    type=WordChoice(QuantMethod),
-    default=QuantMethod.GPTQ.value,
-    show_default=True,
-    help="quant_method in the results' configs.",
-)
-@click.option("--low-disk", is_flag=True, help="Remove each downloaded file as soon as it is converted.")
-@click.option("--force", is_flag=True, help="Replace earlier results at targets, or other weights on the Hub.")
-@device_option("Where to compute.")
-@click.option("--token", help="Hub token (default: the one you logged in with). It goes into no file.")
-@click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Hub cache to use.")
+@_ray_options
+@_line_options
 @output_options
 @click.pass_obj
 def batch(
-    output: OutputOptions, /, list_file: Path, out: Path | None, owner: str | None, private: bool, state_file: Path,
-    jobs: int | None, part: tuple[int, int], retries: int, dry_run: bool, address: str | None, ray_resources: str,
-    force: bool, device: str, token: str | None, cache_dir: Path | None, **defaults: Any,
+    output: OutputOptions, /, list_file: Path, state_file: Path, part: tuple[int, int], settings: dict[str, Any],
+    ray: dict[str, Any], defaults: dict[str, Any],
 ) -> None:  # fmt: skip
     """Convert every checkpoint of LIST: text, CSV or JSON lines, a source on each line.
 
@@ -114,26 +141,24 @@ def batch(
     from ..fleet.state import State
     from .output import Screen
 
-    if (out is None) == (owner is None) and not (dry_run and out is None):
+    plan = Plan(**{**settings, "jobs": settings["jobs"] or 1})
+    if (plan.out is None) == (plan.owner is None) and not (plan.dry_run and plan.out is None):
         raise click.UsageError("Give --out DIR or --push-to-hub ORG.")
-    if private and owner is None:
+    if plan.private and plan.owner is None:
         raise click.UsageError("--private needs --push-to-hub.")
     screen = Screen(output)
     lines = shard(read_list(list_file, defaults), part)
     state = State(state_file)
     with contextlib.ExitStack() as cleaning:
         runner: Runner = Processes()
-        if address is not None:
+        if ray["address"] is not None:
             from ..fleet.cluster import Cluster, resources
 
-            needed = resources(ray_resources)
+            needed = resources(ray["ray_resources"])
             cleaning.enter_context(contextlib.redirect_stdout(sys.stderr))  # Ray tells there what becomes of its nodes
-            runner = cleaning.enter_context(contextlib.closing(Cluster(address, retries=retries, resources=needed)))
-            retries, jobs = 0, jobs or min(len(lines), 256)
-        plan = Plan(
-            out, owner, jobs=jobs or 1, retries=retries, private=private, force=force, dry_run=dry_run, device=device,
-            cache_dir=cache_dir, token=token,
-        )  # fmt: skip
+            cluster = Cluster(ray["address"], retries=plan.retries, resources=needed)
+            runner = cleaning.enter_context(contextlib.closing(cluster))
+            plan = replace(plan, retries=0, jobs=settings["jobs"] or min(len(lines), 256))
         display = cleaning.enter_context(_display(screen, lines))
         outcomes = run(lines, plan, state, display, runner)
     rows = [_row(line, outcomes[line.number]) for line in lines]

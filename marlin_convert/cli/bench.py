@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,51 @@ import click
 
 from ..errors import INSTALL_PLOT
 from ..options import PRESETS, HubAccess
-from .params import Command, OutputOptions, batch_sizes, output_options, source_options
+from .params import Command, OutputOptions, batch_sizes, collected, output_options, source_options
 from .showing import said_in_json
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """Whether a whole model is measured, and how."""
+
+    tokens: bool
+    engine: str | None
+    gptq: str | None
+    no_fp16: bool
+
+    def __post_init__(self) -> None:
+        if self.engine and not self.tokens:
+            raise click.UsageError("--engine goes with --tokens: it runs whole models.")
+        if (self.gptq or self.no_fp16) and not self.served:
+            raise click.UsageError("--source and --no-fp16 go with --tokens --engine vllm.")
+
+    @property
+    def served(self) -> bool:
+        return self.engine == "vllm"
+
+
+_whole_model_options = collected(
+    "model",
+    WholeModel,
+    click.option(
+        "--tokens",
+        is_flag=True,
+        help="Measure the whole model SOURCE, a Marlin checkpoint: tokens per second by batch size, fp16 and Marlin.",
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(["transformers", "vllm"]),
+        help="With --tokens: what runs the model (default: transformers). vllm needs vLLM, and measures prompts, too.",
+    ),
+    click.option(
+        "--source",
+        "gptq",
+        metavar="GPTQ",
+        help="With --engine vllm: the GPTQ checkpoint that SOURCE was made of, measured beside it as vLLM chooses.",
+    ),
+    click.option("--no-fp16", is_flag=True, help="With --engine vllm: leave out the same model in fp16."),
+)
 
 
 @click.command(cls=Command)
@@ -27,23 +71,7 @@ from .showing import said_in_json
     callback=batch_sizes,
     help="Batch sizes: rows of activations in a product (default: 1,2,4,...,4096).",
 )
-@click.option(
-    "--tokens",
-    is_flag=True,
-    help="Measure the whole model SOURCE, a Marlin checkpoint: tokens per second against batch size, fp16 and Marlin.",
-)
-@click.option(
-    "--engine",
-    type=click.Choice(["transformers", "vllm"]),
-    help="With --tokens: what runs the model (default: transformers). vllm needs vLLM, and measures prompts, too.",
-)
-@click.option(
-    "--source",
-    "gptq",
-    metavar="GPTQ",
-    help="With --engine vllm: the GPTQ checkpoint that SOURCE was made of, measured beside it on vLLM's own choice.",
-)
-@click.option("--no-fp16", is_flag=True, help="With --engine vllm: leave out the same model in fp16.")
+@_whole_model_options
 @click.option("--compare", is_flag=True, help="Measure vLLM's Marlin and humming-kernels too, if they are installed.")
 @click.option(
     "--plot",
@@ -56,9 +84,8 @@ from .showing import said_in_json
 @output_options
 @click.pass_obj
 def bench(
-    output: OutputOptions, /, source: str | None, preset: str | None, batch: tuple[int, ...] | None, tokens: bool,
-    engine: str | None, gptq: str | None, no_fp16: bool, compare: bool, plot_file: Path | None, device: str,
-    access: HubAccess,
+    output: OutputOptions, /, source: str | None, preset: str | None, batch: tuple[int, ...] | None, model: WholeModel,
+    compare: bool, plot_file: Path | None, device: str, access: HubAccess,
 ) -> None:  # fmt: skip
     """Measure this GPU: fp16 (cuBLAS) against Marlin, for the layers of SOURCE or of a preset.
 
@@ -67,14 +94,8 @@ def bench(
     """
     if source is not None and preset is not None:
         raise click.UsageError("Give a SOURCE or --preset, not both.")
-    if tokens and (source is None or compare):
+    if model.tokens and (source is None or compare):
         raise click.UsageError("--tokens needs a SOURCE, a Marlin checkpoint, and does not go with --compare.")
-    if engine and not tokens:
-        raise click.UsageError("--engine goes with --tokens: it runs whole models.")
-    served = engine == "vllm"
-    if (gptq or no_fp16) and not served:
-        raise click.UsageError("--source and --no-fp16 go with --tokens --engine vllm.")
-
     from .bench_output import BenchScreen
 
     screen, plot = BenchScreen(output), None
@@ -84,29 +105,27 @@ def bench(
         plot = Plot(plot_file)
     with screen.progress(timings=True) as progress:
         settings: dict[str, Any] = {"device": device, "access": access, "progress": progress}
-        if served:
-            settings |= {"gptq": gptq, "fp16": not no_fp16, "verbose": output.verbose}
-        elif not tokens:
+        if model.served:
+            settings |= {"gptq": model.gptq, "fp16": not model.no_fp16, "verbose": output.verbose}
+        elif not model.tokens:
             settings |= {"preset": preset, "compare": compare}
-        report = _measured(source, batch, settings, whole=tokens, served=served)
-    problem = (plot.draw_tokens(report) if tokens else plot.draw(report)) if plot else None
+        report = _measured(source, batch, settings, model)
+    problem = (plot.draw_tokens(report) if model.tokens else plot.draw(report)) if plot else None
     if problem:  # the numbers took minutes; they are shown all the same
         report.notes[problem.message] = ["--plot"]
-    show = screen.served if served else screen.tokens if tokens else screen.bench
+    show = screen.served if model.served else screen.tokens if model.tokens else screen.bench
     show(report, None if problem else plot_file)
     if problem:
         with said_in_json(output):
             raise problem
 
 
-def _measured(
-    source: str | None, batch: tuple[int, ...] | None, settings: dict[str, Any], *, whole: bool, served: bool
-) -> Any:
+def _measured(source: str | None, batch: tuple[int, ...] | None, settings: dict[str, Any], model: WholeModel) -> Any:
     """Measure, with what the command line was given, layers, or a whole model in Transformers, or one in vLLM."""
     module: Any
-    if served:
+    if model.served:
         from ..bench import served as module
-    elif whole:
+    elif model.tokens:
         from ..bench import tokens as module
     else:
         from ..bench import products as module

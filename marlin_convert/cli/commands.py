@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +15,22 @@ import click
 from .._version import __version__
 from ..errors import INSTALL_WEB, AlreadyMarlin, HubError, MarlinConvertError, VerificationError, require
 from ..interrupts import ignore_signals
-from ..options import HubAccess, Options, PublishTarget
+from ..options import HubAccess, Options
 from ..progress import StageTimes
 from .batch import batch
 from .bench import bench
 from .params import (
     OUT,
+    DryRun,
     MainGroup,
     OutputOptions,
+    Publishing,
     attest_option,
+    collected,
+    conversion_options,
     device_option,
-    format_options,
+    dry_run_options,
+    force_option,
     hub_options,
     output_options,
     publishing_options,
@@ -34,6 +41,7 @@ from .params import (
 from .showing import said_in_json, screen_for
 
 if TYPE_CHECKING:
+    from ..engines.generate import Sampling
     from .output import Screen
 
 # torch, numpy, rich and huggingface_hub are imported inside the commands: --help, --version and errors in the
@@ -58,30 +66,8 @@ cli.add_command(batch)
 @cli.command()
 @click.argument("source")
 @click.argument("out", required=False, type=OUT)
-@click.option(
-    "--verify", is_flag=True, help="Re-read the result from disk and check it against the source, layer by layer."
-)
-@click.option(
-    "--dry-run", is_flag=True, help="Print what would happen to every layer, from headers alone; OUT is not needed."
-)
-@click.option(
-    "--engine",
-    type=click.Choice(["vllm", "transformers"]),
-    help="With --dry-run: say what this engine does with the result.",
-)
-@click.option(
-    "--tensor-parallel",
-    type=click.IntRange(1, 1024),
-    metavar="RANKS",
-    help="With --engine vllm: say what its cut for so many ranks means, too.",
-)
-@format_options
-@writing_options
-@click.option(
-    "--low-disk",
-    is_flag=True,
-    help="Remove each file of a Hub source from the cache as soon as it is converted, if it was downloaded for it.",
-)
+@conversion_options
+@dry_run_options
 @click.option(
     "--push-to-hub",
     metavar="[REPO_ID]",
@@ -91,36 +77,31 @@ cli.add_command(batch)
     help="Publish the result on the Hub (default: your name / the source's name + -marlin). Rights are checked first.",
 )
 @publishing_options
-@attest_option
-@source_options
+@hub_options
 @output_options
 @click.pass_obj
 def convert(
-    output: OutputOptions, /, source: str, out: Path | None, dry_run: bool, engine: str | None,
-    tensor_parallel: int | None, push_to_hub: str | None,
-    publishing: dict[str, Any], access: HubAccess, **choices: Any,
+    output: OutputOptions, /, source: str, out: Path | None, options: Options, dry: DryRun, push_to_hub: str | None,
+    publishing: Publishing, access: HubAccess,
 ) -> None:  # fmt: skip
     """Convert SOURCE, a folder or a Hub id, into a Marlin checkpoint at OUT."""
-    if out is None and not dry_run:
+    if out is None and not dry.dry_run:
         raise click.UsageError("Missing argument 'OUT': the folder to create (only --dry-run goes without).")
-    if push_to_hub is None and any(publishing.values()):
+    if push_to_hub is None and publishing.given:
         raise click.UsageError("--private, --branch, --create-pr and --commit-message need --push-to-hub.")
-    if push_to_hub is not None and dry_run:
+    if push_to_hub is not None and dry.dry_run:
         raise click.UsageError("Give --dry-run or --push-to-hub, not both.")
-    if choices["attest"] is not None and dry_run:
+    if options.attest is not None and dry.dry_run:
         raise click.UsageError("Give --dry-run or --attest, not both.")
-    if engine is not None and not dry_run:
-        raise click.UsageError("--engine needs --dry-run.")
-    if tensor_parallel is not None and engine != "vllm":
-        raise click.UsageError("--tensor-parallel needs --engine vllm: Transformers' result is not cut.")
-    target = None if push_to_hub is None else PublishTarget(push_to_hub, **publishing)
-    options, screen = Options(**choices, target=target), screen_for(output)
-    if dry_run:
+    screen = screen_for(output)
+    if push_to_hub is not None:
+        options = replace(options, target=publishing.target(push_to_hub))
+    if dry.dry_run:
         from ..conversion.convert import plan_only
 
         with screen.progress() as progress:
             origin, plan = plan_only(source, options, progress, access=access)
-        screen.plan(origin, plan, options, engine, tensor_parallel or 1)
+        screen.plan(origin, plan, options, dry.engine, dry.tensor_parallel or 1)
         with said_in_json(output):
             plan.require_convertible()
     elif out is not None:
@@ -172,16 +153,14 @@ def verify(
 
 @cli.command()
 @click.argument("out", required=False, type=OUT, default=Path("demo-out"))
-@writing_options
-@device_option("Where to compute.")
+@collected("options", partial(Options, verify=True), writing_options, device_option("Where to compute."))
 @output_options
 @click.pass_obj
-def demo(output: OutputOptions, /, out: Path, **choices: Any) -> None:
+def demo(output: OutputOptions, /, out: Path, options: Options) -> None:
     """Convert and verify a small real GPTQ checkpoint that ships with marlin-convert, and let both continue a prompt.
 
     Needs no network and no GPU. OUT defaults to ./demo-out. Without torch and transformers, there is no prompt.
     """
-    options = Options(verify=True, **choices)
     _convert(str(DEMO_FOLDER), out, options, HubAccess(), screen_for(output), prompt=DEMO_PROMPT)
 
 
@@ -194,7 +173,7 @@ def demo(output: OutputOptions, /, out: Path, **choices: Any) -> None:
 @output_options
 @click.pass_obj
 def push(
-    output: OutputOptions, /, out: Path, repo_id: str, publishing: dict[str, Any], force: bool, token: str | None
+    output: OutputOptions, /, out: Path, repo_id: str, publishing: Publishing, force: bool, token: str | None
 ) -> None:
     """Publish OUT, a finished result of marlin-convert, as the Hub repository REPO_ID.
 
@@ -206,7 +185,7 @@ def push(
     output.source = str(out)
     screen = screen_for(output)
     with screen.progress() as progress, progress.waiting(f"uploading {out} to {repo_id}"), _way_on(force):
-        address = push_result(out, PublishTarget(repo_id, **publishing), force=force, token=token)
+        address = push_result(out, publishing.target(repo_id), force=force, token=token)
     screen.pushed(address)
 
 
@@ -217,11 +196,13 @@ def push(
     "--v2", is_flag=True, help="Store zero points as they are (checkpoint_format gptq_v2), not less one (gptq)."
 )
 @shard_size_option
-@click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT.")
+@force_option
 @hub_options
 @output_options
 @click.pass_obj
-def to_gptq(output: OutputOptions, /, marlin: str, out: Path, v2: bool, access: HubAccess, **choices: Any) -> None:
+def to_gptq(
+    output: OutputOptions, /, marlin: str, out: Path, v2: bool, max_shard_size: str, force: bool, access: HubAccess
+) -> None:
     """Make a GPTQ checkpoint of MARLIN, a folder or a Hub id.
 
     If it was made from one, that: codes, scales, zero points and g_idx are the original's, bit for bit. Reads both
@@ -231,7 +212,7 @@ def to_gptq(output: OutputOptions, /, marlin: str, out: Path, v2: bool, access: 
 
     screen = screen_for(output)
     with screen.progress() as progress:
-        report = restore(marlin, out, progress, v2=v2, access=access, **choices)
+        report = restore(marlin, out, progress, v2=v2, access=access, max_shard_size=max_shard_size, force=force)
     screen.restored(report)
 
 
@@ -239,11 +220,13 @@ def to_gptq(output: OutputOptions, /, marlin: str, out: Path, v2: bool, access: 
 @click.argument("marlin")
 @click.argument("out", type=OUT)
 @shard_size_option
-@click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT.")
+@force_option
 @hub_options
 @output_options
 @click.pass_obj
-def restore(output: OutputOptions, /, marlin: str, out: Path, access: HubAccess, **choices: Any) -> None:
+def restore(
+    output: OutputOptions, /, marlin: str, out: Path, max_shard_size: str, force: bool, access: HubAccess
+) -> None:
     """Restore the checkpoint that MARLIN, a folder or a Hub id, was made from, in its own format.
 
     Its tensors are the original's, bit for bit: GPTQ, AWQ, compressed-tensors or AutoRound.
@@ -252,48 +235,62 @@ def restore(output: OutputOptions, /, marlin: str, out: Path, access: HubAccess,
 
     screen = screen_for(output)
     with screen.progress() as progress:
-        report = work(marlin, out, progress, original=True, access=access, **choices)
+        report = work(marlin, out, progress, original=True, access=access, max_shard_size=max_shard_size, force=force)
     screen.restored(report)
+
+
+def _sampling(**values: Any) -> Sampling:
+    from ..engines.generate import Sampling
+
+    return Sampling(**values)
+
+
+_sampling_options = collected(
+    "sampling",
+    _sampling,
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=128,
+        show_default=True,
+        metavar="N",
+        help="Stop after so many tokens, if the model does not stop before.",
+    ),
+    click.option(
+        "--temperature", type=click.FloatRange(min=0), metavar="T", help="Sample, at this temperature; 0 is greedy."
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        metavar="P",
+        help="Sample from the most likely tokens that together have this probability.",
+    ),
+    click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Sample from the K most likely tokens."),
+    click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Make sampling repeatable."),
+)
 
 
 @cli.command()
 @click.argument("out")
 @click.option("--prompt", required=True, help="The text to continue.")
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    metavar="N",
-    help="Stop after so many tokens, if the model does not stop before.",
-)
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), metavar="T", help="Sample, at this temperature; 0 is greedy."
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    metavar="P",
-    help="Sample from the most likely tokens that together have this probability.",
-)
-@click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Sample from the K most likely tokens.")
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Make sampling repeatable.")
+@_sampling_options
 @source_options
 @output_options
 @click.pass_obj
-def generate(output: OutputOptions, /, out: str, prompt: str, device: str, access: HubAccess, **sampling: Any) -> None:
+def generate(
+    output: OutputOptions, /, out: str, prompt: str, sampling: Sampling, device: str, access: HubAccess
+) -> None:
     """Continue a prompt with the Marlin checkpoint OUT, a folder or a Hub id; the text appears while it is made.
 
     Greedy (the same text every time) unless --temperature, --top-p or --top-k is given. With --quiet, only the text.
     Without a GPU it is exact, and slow.
     """
-    from ..engines.generate import Sampling
     from ..engines.generate import generate as continue_prompt
 
     output.source = out
     screen = screen_for(output)
     with screen.progress() as progress, screen.text(prompt) as on_text:
-        done = continue_prompt(out, prompt, Sampling(**sampling), device, on_text, progress, access=access)
+        done = continue_prompt(out, prompt, sampling, device, on_text, progress, access=access)
     screen.generated(done)
 
 

@@ -9,14 +9,24 @@ import difflib
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ..errors import EXIT_CODES, OptionError
-from ..options import DEFAULT_SHARD_SIZE, Format, HubAccess, QuantMethod, Word, ZeroPointReading, shard_size
+from ..options import (
+    DEFAULT_SHARD_SIZE,
+    Format,
+    HubAccess,
+    Options,
+    PublishTarget,
+    QuantMethod,
+    Word,
+    ZeroPointReading,
+    shard_size,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -163,6 +173,7 @@ shard_size_option = click.option(
     "--max-shard-size", default=DEFAULT_SHARD_SIZE, show_default=True, metavar="SIZE", callback=_shard_size,
     help="Largest weight file; one model.safetensors when everything fits.",
 )  # fmt: skip
+force_option = click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT.")
 attest_option = click.option(
     "--attest", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
     help="Write an in-toto statement: the SHA-256 of every file of the result and of its source. Sign it yourself.",
@@ -172,7 +183,7 @@ attest_option = click.option(
 # ---- Groups of options ----
 
 
-def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     """One decorator for `options`, shown in this order."""
 
     def decorate(command: F) -> F:
@@ -183,8 +194,8 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-def _collected(name: str, kind: Callable[..., Any], *options: Callable[[Any], Any]) -> Callable[[F], F]:
-    """`_together`, and the command gets one argument `name`, a `kind` of the options' values by their names."""
+def collected(name: str, kind: Callable[..., Any], *options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """`together`, and the command gets one argument `name`, a `kind` of the options' values by their names."""
 
     def decorate(command: F) -> F:
         @functools.wraps(command)
@@ -193,7 +204,7 @@ def _collected(name: str, kind: Callable[..., Any], *options: Callable[[Any], An
             return command(*args, **values)
 
         before = len(getattr(command, "__click_params__", []))
-        collecting = _together(*options)(collecting)
+        collecting = together(*options)(collecting)
         fields = [parameter.name for parameter in collecting.__click_params__[before:]]  # type: ignore[attr-defined]
         return collecting  # type: ignore[return-value]
 
@@ -201,7 +212,7 @@ def _collected(name: str, kind: Callable[..., Any], *options: Callable[[Any], An
 
 
 #: What is printed: read by `Command` for every command, so that its function gets none of them.
-output_options = _together(
+output_options = together(
     click.option(
         "--json", "as_json", is_flag=True, expose_value=False,
         help="Print one JSON document on standard output, for scripts.",
@@ -213,7 +224,7 @@ output_options = _together(
 )  # fmt: skip
 
 #: For commands that may read from the Hub: `access`, a HubAccess.
-hub_options = _collected(
+hub_options = collected(
     "access", HubAccess,
     click.option("--revision", help="Branch, tag or commit of a Hub source."),
     click.option(
@@ -226,10 +237,10 @@ hub_options = _collected(
 )  # fmt: skip
 
 #: For commands that read a source: `device`, and `access` as above.
-source_options = _together(where_to_compute, hub_options)
+source_options = together(where_to_compute, hub_options)
 
 #: For commands that choose the result's format: `format`, `zero_points`.
-format_options = _together(
+format_options = together(
     click.option(
         "--format", type=WordChoice(Format), default=Format.AUTO.value, show_default=True,
         help="auto: the original Marlin format if every layer fits it, else the extended one.",
@@ -241,7 +252,7 @@ format_options = _together(
 )  # fmt: skip
 
 #: For commands that write a Marlin checkpoint: `force`, `max_shard_size`, `quant_method`.
-writing_options = _together(
+writing_options = together(
     click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT, or on the Hub."),
     shard_size_option,
     click.option(
@@ -251,9 +262,75 @@ writing_options = _together(
     ),
 )  # fmt: skip
 
-#: For commands that publish a result: `publishing`, the fields of a PublishTarget but for its repo_id.
-publishing_options = _collected(
-    "publishing", dict,
+#: For a conversion: `options`, the Options but for their target.
+conversion_options = collected(
+    "options", Options,
+    click.option(
+        "--verify", is_flag=True, help="Re-read the result from disk and check it against the source, layer by layer."
+    ),
+    format_options,
+    writing_options,
+    click.option(
+        "--low-disk", is_flag=True,
+        help="Remove each file of a Hub source from the cache as soon as it is converted, if it was downloaded for it.",
+    ),
+    attest_option,
+    where_to_compute,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Whether nothing is to be written, and what is to be said of the result."""
+
+    dry_run: bool
+    engine: str | None
+    tensor_parallel: int | None
+
+    def __post_init__(self) -> None:
+        if self.engine is not None and not self.dry_run:
+            raise click.UsageError("--engine needs --dry-run.")
+        if self.tensor_parallel is not None and self.engine != "vllm":
+            raise click.UsageError("--tensor-parallel needs --engine vllm: Transformers' result is not cut.")
+
+
+#: For a conversion that may be planned only: `dry`, a DryRun.
+dry_run_options = collected(
+    "dry", DryRun,
+    click.option(
+        "--dry-run", is_flag=True, help="Print what would happen to every layer, from headers alone; OUT is not needed."
+    ),
+    click.option(
+        "--engine", type=click.Choice(["vllm", "transformers"]),
+        help="With --dry-run: say what this engine does with the result.",
+    ),
+    click.option(
+        "--tensor-parallel", type=click.IntRange(1, 1024), metavar="RANKS",
+        help="With --engine vllm: say what its cut for so many ranks means, too.",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """How a result is published; the command says as what."""
+
+    private: bool
+    branch: str | None
+    create_pr: bool
+    commit_message: str | None
+
+    @property
+    def given(self) -> bool:
+        return any(asdict(self).values())
+
+    def target(self, repo_id: str) -> PublishTarget:
+        return PublishTarget(repo_id, **asdict(self))
+
+
+#: For commands that publish a result: `publishing`, a Publishing.
+publishing_options = collected(
+    "publishing", Publishing,
     click.option("--private", is_flag=True, help="Create the repository as a private one."),
     click.option("--branch", help="Branch to commit to, created when missing (default: main)."),
     click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
