@@ -6,14 +6,19 @@ taken from here; tests compare them.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from .options import Format, QuantMethod
 
 #: What the plugin for vLLM is made for.
 VLLM = "vLLM 0.26 to 0.33"
+TRANSFORMERS = "Transformers 5"
 
 # What vLLM's own Marlin kernel has, as its versions above say it; marlin-convert's kernels have all of both formats.
 VLLM_GROUP_SIZES = (-1, 32, 64, 128)
@@ -24,6 +29,9 @@ DIFFERENT = "experts of different settings in one block"
 SORTED = "experts with act-order"
 PADDED = "experts that are stored padded"
 BIASED = "experts with biases"
+
+#: Kinds of models (`model_type`) that were tried in each engine; tests hold it to what they try.
+_MODEL_TYPES = Path(__file__).parent / "data" / "model_types.json"
 
 #: A linear of one expert in a mixture, Mixtral's, Qwen's or DeepSeek's, up to its number.
 EXPERTS = re.compile(r"(.*\.)?experts\.(?=\d+\.)")
@@ -53,6 +61,7 @@ class ResultFacts:
     group_size: int  # of the original format
     quant_method: QuantMethod
     weight_files: int
+    config: Mapping[str, Any] | None = field(default_factory=dict)  # config.json; None: there is none
 
 
 def kernel_lacks(bits: int, zeros: bool, group_size: int) -> str | None:
@@ -93,16 +102,63 @@ def vllm_needs_our_kernels(layers: Sequence[LayerFacts]) -> dict[str, list[str]]
     return found
 
 
+@functools.cache
+def tried(engine: str) -> Any:
+    """Return the kinds of models that were tried in `engine`, "transformers" or "vllm": `load`, and `refused` or the
+    `version` that they were tried in."""
+    return json.loads(_MODEL_TYPES.read_text(encoding="utf-8"))[engine]
+
+
+def _model_doubt(config: Mapping[str, Any] | None) -> str | None:
+    if config is None:
+        return "there is no config.json, which says what the model is"
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        return "config.json has no model_type, which says what the model is"
+    return None
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """The model's kind, and whether its code is its own."""
+    own = "auto_map" in config and config["model_type"] not in tried("transformers")["load"]
+    return f"models of type {config['model_type']!r}" + (", with code of their own," if own else "")
+
+
+def transformers_doubt(result: ResultFacts) -> str | None:
+    """Return why it cannot be promised that Transformers loads `result`; None if such models were tried and load."""
+    config, known = result.config, tried("transformers")
+    if (doubt := _model_doubt(config)) or config is None:
+        return doubt
+    if config["model_type"] in known["load"]:
+        return None
+    return f"{_kind(config)} are not among those that were tried and load (Transformers {known['version']})"
+
+
+def vllm_doubt(result: ResultFacts) -> str | None:
+    """Return why it cannot be promised that vLLM loads `result`; None if such models were tried and load."""
+    config, known = result.config, tried("vllm")
+    if (doubt := _model_doubt(config)) or config is None:
+        return doubt
+    if config["model_type"] in known["load"]:
+        return None
+    mixture = any(EXPERTS.match(x.name) for x in result.layers)
+    if config["model_type"] in known["refused"] and mixture:
+        return f"experts of {_kind(config)} are refused"
+    return f"{_kind(config)} are not among those that were tried and load"
+
+
 @dataclass(frozen=True)
 class Engine:
     """One row of the table. `original` and `extended` are its cells, in Markdown; `how` is for the model card, with
-    {repo} for the repository; `reads` tells for a result; `beside` is what the table says after the name."""
+    {repo} for the repository; `reads` tells for a result's format, `doubt` why it is not promised for its model;
+    `beside` is what the table says after the name."""
 
     name: str
     original: str
     extended: str
     how: str = ""
     reads: Callable[[ResultFacts], bool] = lambda result: False
+    doubt: Callable[[ResultFacts], str | None] = lambda result: _model_doubt(result.config)
     with_plugin: bool = False  # needs marlin-convert installed
     beside: str = ""
 
@@ -129,13 +185,15 @@ ENGINES = (
         "yes", "yes, but for [what it refuses](docs/guides/vllm.md#what-is-refused)",
         "`vllm serve {repo}`",
         lambda result: True,
+        vllm_doubt,
         with_plugin=True,
         beside=" with marlin-convert installed",
     ),
     Engine(
-        "Transformers 5", "yes", "yes",
+        TRANSFORMERS, "yes", "yes",
         '`import marlin_convert; model = marlin_convert.load("{repo}")`',
         lambda result: True,
+        transformers_doubt,
         with_plugin=True,
         beside=" with `import marlin_convert.hf`",
     ),
@@ -166,7 +224,25 @@ ENGINES = (
 
 def readers(result: ResultFacts, *, with_plugin: bool) -> list[Engine]:
     """Return the engines that load `result`, with marlin-convert beside them or alone, in the table's order."""
-    return [engine for engine in ENGINES if engine.with_plugin is with_plugin and engine.reads(result)]
+    return [
+        engine for engine in ENGINES
+        if engine.with_plugin is with_plugin and engine.reads(result) and engine.doubt(result) is None
+    ]  # fmt: skip
+
+
+def doubts(result: ResultFacts) -> dict[str, str]:
+    """Return the engines that marlin-convert is made for and that may not load `result` → why."""
+    found = {engine.name: engine.doubt(result) for engine in ENGINES if engine.with_plugin}
+    return {name: why for name, why in found.items() if why is not None}
+
+
+def engines_as_dicts(result: ResultFacts) -> list[dict[str, Any]]:
+    """Return for scripts which engines load `result`, and why those that marlin-convert is made for may not."""
+    return [
+        {"name": x.name, "with_marlin_convert": x.with_plugin, "reads": x.reads(result) and x.doubt(result) is None,
+         "doubt": x.doubt(result) if x.with_plugin else None}
+        for x in ENGINES
+    ]  # fmt: skip
 
 
 def markdown_table() -> str:

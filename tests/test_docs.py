@@ -189,9 +189,13 @@ def test_json_documents_have_the_documented_keys(
     source: Source, tmp_path: Path, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
+    asked = {
+        engine: run(source.folder, "--dry-run", "--engine", engine, "--json").json()
+        for engine in ("vllm", "transformers")
+    }
     found = {
         "convert": run(source.folder, out, "--verify", "--json").json(),
-        "dry-run": run(source.folder, "--dry-run", "--engine", "vllm", "--json").json(),
+        "dry-run": asked["vllm"] | asked["transformers"],
         "to-gptq": run("to-gptq", out, tmp_path / "gptq", "--json").json(),
         "error": run(source.folder, out, "--json").json(),
     }

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 def result(*layers: LayerFacts, **changes: Any) -> ResultFacts:
     facts: dict[str, Any] = {
         "format": Format.MARLIN, "layers": layers or (LayerFacts("a", 4, 128),), "group_size": 128,
-        "quant_method": QuantMethod.GPTQ, "weight_files": 1,
+        "quant_method": QuantMethod.GPTQ, "weight_files": 1, "config": {"model_type": "llama"},
     }  # fmt: skip
     return ResultFacts(**{**facts, **changes})
 
@@ -53,6 +53,27 @@ def test_who_reads_experts() -> None:
     assert names(result(first, **extended)) == BESIDE
     assert names(result(first, second, **extended)) == BESIDE
     assert engines.vllm_needs_our_kernels([first, second]) == {engines.DIFFERENT: ["l.experts.0.up", "l.experts.1.up"]}
+
+
+def test_models_that_were_not_tried() -> None:
+    """T5 is no model of vLLM's, minimax_m2 one whose experts its plugin refuses; of nobody's nothing is known."""
+    expert = LayerFacts("l.experts.0.up", 4, 128)
+    assert names(result(config={"model_type": "t5"}))[0] == "Transformers 5"
+    assert names(result(config={"model_type": "nobodys"}))[0] == "vLLM 0.3.3 to 0.10.0"
+    assert names(result(config=None)) == names(result(config={"model_type": 3})) == []
+    assert engines.doubts(result(expert, config={"model_type": "minimax_m2"})) == {
+        "vLLM 0.26 to 0.33": "experts of models of type 'minimax_m2' are refused"
+    }
+
+
+def test_what_vllm_was_tried_with() -> None:
+    """The table is that of tests/engines/test_vllm_models.py: what is refused there on one rank is not promised."""
+    pytest.importorskip("transformers")
+    from tests.support.vllm_architectures import ARCHITECTURES, REFUSED
+
+    refused = {name for name, ranks in REFUSED if ranks == 1}
+    assert engines.tried("vllm")["load"] == sorted({name.split(",")[0] for name in ARCHITECTURES.keys() - refused})
+    assert set(engines.tried("vllm")["refused"]) <= refused
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def test_own_imports_sees_all_of_them() -> None:
 TORCH_MODULES = {
     "bench.products", "bench.tokens", "engines.column_marks", "engines.expert_modules", "engines.grouped_experts",
     "engines.linear", "engines.tensor_parallel", "engines.transformers_modules", "engines.transformers_quantizer",
+    "engines.transformers_trial",
     "engines.vllm_calls", "engines.vllm_choice", "engines.vllm_config", "engines.vllm_linear",
     "engines.vllm_loading", "engines.vllm_moe", "engines.vllm_plugin", "hf", "native._cuda_checks", "native.cuda",
     "native.cuda_library", "native.moe", "native.moe_library", "vllm",

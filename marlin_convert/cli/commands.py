@@ -41,7 +41,9 @@ from .params import (
 from .showing import said_in_json, screen_for
 
 if TYPE_CHECKING:
+    from ..conversion.plan import Plan
     from ..engines.generate import Sampling
+    from ..engines.transformers_trial import Trial
     from .output import Screen
 
 # torch, numpy, rich and huggingface_hub are imported inside the commands: --help, --version and errors in the
@@ -101,7 +103,8 @@ def convert(
 
         with screen.progress() as progress:
             origin, plan = plan_only(source, options, progress, access=access)
-        screen.plan(origin, plan, options, dry.engine, dry.tensor_parallel or 1)
+        trial = _tried(plan, options, screen) if dry.engine == "transformers" else None
+        screen.plan(origin, plan, options, trial, dry.tensor_parallel or 1 if dry.engine == "vllm" else None)
         with said_in_json(output):
             plan.require_convertible()
     elif out is not None:
@@ -323,6 +326,19 @@ def web(output: OutputOptions, /, host: str, port: int, work_dir: Path | None, n
 
     screen = screen_for(output)
     serve(host, port, work_dir, browser=not no_browser, say=screen.serving)
+
+
+def _tried(plan: Plan, options: Options, screen: Screen) -> Trial | None:
+    """What Transformers does with the result; None if there is none."""
+    require("torch", "transformers")
+    if plan.refusals or plan.already_marlin:
+        return None
+    from ..conversion.configs import result_config
+
+    with screen.doing("trying the result in Transformers"):
+        from ..engines.transformers_trial import try_loading
+
+        return try_loading(result_config(plan, options.quant_method), plan.out_tensors)
 
 
 def _convert(

@@ -22,7 +22,7 @@ from rich.text import Text
 from ..checkpoint.writer import shard_names
 from ..conversion.names import span
 from ..conversion.plan import Plan, plan_as_dict
-from ..engine_support import VLLM, ResultFacts, readers, vllm_needs_our_kernels
+from ..engine_support import VLLM, ResultFacts, doubts, engines_as_dicts, readers, vllm_needs_our_kernels
 from ..formats.cuts import tensor_parallel_cuts
 from ..hub import client as hub
 from ..options import FORMAT_NAMES, Options
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ..conversion.restore import Restored
     from ..conversion.verify import Verification
     from ..engines.generate import Comparison, Generated
+    from ..engines.transformers_trial import Trial
     from ..hub.open import Source
     from .params import OutputOptions
 
@@ -103,10 +104,18 @@ class Screen:
         self._say(text)
         self._json({"ok": True, "already_marlin": True, "message": text})
 
-    def plan(self, source: Source, plan: Plan, options: Options, engine: str | None = None, ranks: int = 1) -> None:
-        """What `--dry-run` shows; for an `engine`, on so many tensor-parallel `ranks`, what it does with the result."""
+    def plan(
+        self, source: Source, plan: Plan, options: Options, trial: Trial | None = None, ranks: int | None = None
+    ) -> None:
+        """What `--dry-run` shows; with the `trial` of the result in Transformers, and what vLLM does with it on so many
+        tensor-parallel `ranks`."""
         value = {"ok": not plan.refusals, **plan_as_dict(plan, source.label)}
-        if engine == "vllm":
+        if not plan.refusals and not plan.already_marlin:
+            files = shard_names(plan.out_tensors, options.max_shard_size)
+            value["engines"] = engines_as_dicts(plan.result_facts(options.quant_method, len(files)))
+        if trial is not None:
+            value["transformers"] = asdict(trial)
+        if ranks is not None:
             cuts = tensor_parallel_cuts(plan.layer_facts, ranks)
             value["tensor_parallel"] = {"ranks": ranks, "cuts": [asdict(cut) for cut in cuts]}
         self._json(value)
@@ -133,16 +142,25 @@ class Screen:
         if not plan.refusals:
             files = shard_names(plan.out_tensors, options.max_shard_size)
             self._format(plan, plan.result_facts(options.quant_method, len(files)))
-            if engine is not None:
-                self._engine(plan, engine, ranks)
+            if trial is not None:
+                self._transformers(trial)
+            if ranks is not None:
+                self._vllm(plan, ranks)
         self._notes(plan)
 
-    def _engine(self, plan: Plan, engine: str, ranks: int) -> None:
-        """What an engine does with the result."""
-        if engine == "transformers":
-            self._say("Transformers 5, with marlin-convert: computes every layer, on GPUs of compute capability 8.0")
-            self._say("  and newer with the bundled CUDA kernels, elsewhere with a slow reference")
+    def _transformers(self, trial: Trial) -> None:
+        """What Transformers does with the result."""
+        if trial.why_not is not None:
+            self._say(f"Transformers 5 with marlin-convert: does not load it: {trial.why_not}")
             return
+        how = f" with auto_class={trial.auto_class}" if trial.auto_class else ""
+        self._say(f"Transformers 5 with marlin-convert: loads it{how}, as {trial.model}; on GPUs of compute capability")
+        self._say("  8.0 and newer with the bundled CUDA kernels, elsewhere with a slow reference")
+        if trial.dequantized:
+            self._say(f"  with 16-bit weights, as the model computes them itself: {self._names(trial.dequantized)}")
+
+    def _vllm(self, plan: Plan, ranks: int) -> None:
+        """What vLLM does with the result's layers."""
         facts = plan.layer_facts
         cuts = tensor_parallel_cuts(facts, ranks)
         refused = {name for cut in cuts if cut.refused for name in cut.layers}
@@ -158,12 +176,15 @@ class Screen:
 
     def _format(self, plan: Plan, facts: ResultFacts) -> None:
         """Which format, why, and who reads it."""
-        several = len(readers(facts, with_plugin=True) + readers(facts, with_plugin=False)) > 1
-        self._say(f"format: {FORMAT_NAMES[plan.format]}, which {_readers(facts)} {'read' if several else 'reads'}")
+        count = len(readers(facts, with_plugin=True) + readers(facts, with_plugin=False))
+        known = f", which {_readers(facts)} {'read' if count > 1 else 'reads'}" if count else ""
+        self._say(f"format: {FORMAT_NAMES[plan.format]}{known}")
         self._caveats(plan, facts)
 
     def _caveats(self, plan: Plan, facts: ResultFacts) -> None:
-        """What of the result vLLM takes only here; why it is extended."""
+        """What of the result vLLM takes only here; which engine is not known to take it; why it is extended."""
+        for name, why in doubts(facts).items():
+            self._say(f"  {name}: {why}")
         for what, names in vllm_needs_our_kernels(facts.layers).items():
             self._say(f"  vLLM computes {what} where marlin-convert's CUDA kernels are built: {self._names(names)}")
         for reason, names in plan.misfits.items() if plan.extended else ():
@@ -355,7 +376,8 @@ class Screen:
 def _readers(facts: ResultFacts) -> str:
     """Who reads a result, in words."""
     beside, alone = ([engine.name for engine in readers(facts, with_plugin=x)] for x in (True, False))
-    return " and ".join(beside) + " with marlin-convert" + (f", and {', '.join(alone)}" if alone else "")
+    words = [" and ".join(beside) + " with marlin-convert"] if beside else []
+    return ", and ".join([*words, *([", ".join(alone)] if alone else [])]) or "no engine that is known"
 
 
 def _times(stages: Sequence[tuple[str, int, float]], report: Report) -> str:

@@ -16,7 +16,7 @@ from .._version import __version__
 from ..checkpoint.bounded import read_file
 from ..checkpoint.output_folder import write_file
 from ..checkpoint.reader import Checkpoint
-from ..engine_support import VLLM, readers
+from ..engine_support import TRANSFORMERS, VLLM, doubts, readers
 from ..errors import INSTALL_AND_RUN
 from ..hub.open import Source
 from ..options import CARD_FILE, QuantMethod
@@ -254,19 +254,24 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_spec
 def _use(plan: Plan, made: Made) -> list[str]:
     """How to run this very result, in blocks that run as they stand."""
     repo, facts = made.repo_id or _SOME_REPOSITORY, plan.result_facts(made.quant_method, made.weight_files)
+    doubt = doubts(facts)
     where = "" if made.repo_id else f" `{_SOME_REPOSITORY}` stands for its id, or for a folder that holds it."
     sections = [
         f"With marlin-convert {__version__} or newer, installed from its checkout by `{INSTALL_AND_RUN}`.{where}",
-        f"In {VLLM}, in the same environment:",
+        _with_doubt(f"In {VLLM}, in the same environment:", doubt.get(VLLM)),
         _SERVE.replace("{repo}", repo),
         _LLM.replace("{repo}", repo),
-        "In Transformers 5:",
+        _with_doubt("In Transformers 5:", doubt.get(TRANSFORMERS)),
         _TRANSFORMERS.replace("{repo}", repo),
     ]
     if alone := readers(facts, with_plugin=False):
         rows = [("without marlin-convert, by what they say of themselves; not run here", "how")]
         sections.append(_table([*rows, *((engine.name, engine.instruction(repo)) for engine in alone)]))
     return sections
+
+
+def _with_doubt(text: str, doubt: str | None) -> str:
+    return text if doubt is None else f"{text.removesuffix(':')} (not promised: {_plain(doubt)}):"
 
 
 def _verdict(report: Verification | None) -> str:

@@ -104,7 +104,7 @@ def _fill(folder: Path, checkpoint: Checkpoint, report: Report, progress: Progre
         supply = Supply(checkpoint, plan, stop, drop=options.low_disk)
         writer = MarlinWriter(checkpoint, shards, progress, packer(device, options.device))
         write_tensors(writer, plan, progress, supply, verifier)
-    write_configs(checkpoint, plan, folder, options.quant_method)
+    write_configs(plan, folder, options.quant_method)
     copy_files(checkpoint, folder)
     if options.verify:
         with Checkpoint(folder) as written:

@@ -66,6 +66,7 @@ class Plan:
     layers_found: int = 0
     weights_beside: dict[str, int] = field(default_factory=dict)  # files that are copied as they are: name → bytes
     bytes_in: int = 0  # of all tensors that the source holds
+    config: dict[str, Any] | None = None  # the source's config.json
     scale_rounding: float = 0.0
 
     @property
@@ -104,7 +105,7 @@ class Plan:
 
     def result_facts(self, quant_method: QuantMethod, weight_files: int) -> ResultFacts:
         """What decides whether an engine reads the result."""
-        return ResultFacts(self.format, self.layer_facts, self.group_size, quant_method, weight_files)
+        return ResultFacts(self.format, self.layer_facts, self.group_size, quant_method, weight_files, self.config)
 
     def require_convertible(self) -> None:
         """Raise UnsupportedError that names every refused layer, one line for each cause."""
@@ -149,10 +150,11 @@ def make_plan(
     tensors = checkpoint.tensors
     source, names = format_of(tensors, find_configs(checkpoint.configs))
     settings = source.settings(checkpoint.configs, names)
+    main = checkpoint.configs.get("config.json")
     notes: Reasons = {note: [] for note in checkpoint.notes}
     bytes_in = sum(t.nbytes for t in tensors.values())
     if is_marlin_checkpoint(tensors):
-        return Plan(settings, source, notes=notes, bytes_in=bytes_in, already_marlin=True)
+        return Plan(settings, source, notes=notes, bytes_in=bytes_in, config=main, already_marlin=True)
     if not names:
         what = _what_else(source, settings, tensors)
         raise UnsupportedError(f"{checkpoint.label}: {what}; a checkpoint of {FORMAT_TITLES} is needed.")
@@ -179,6 +181,7 @@ def make_plan(
         layers_found=len(names),
         weights_beside=checkpoint.weights_beside,
         bytes_in=bytes_in,
+        config=main,
         scale_rounding=max((fit.rounding for fit in chosen.fits.values()), default=0.0),
     )
     require_unique(plan.out_tensors)

@@ -192,7 +192,7 @@ class _Files:
         checkpoint, plan, options = self.source.checkpoint, self.plan, self.options
         with Shards(scratch, plan.out_tensors, options.max_shard_size, index=needs_index(checkpoint)) as shards:
             weights = shards.files  # of their full size, and empty but for their headers
-        write_configs(checkpoint, plan, scratch, options.quant_method)
+        write_configs(plan, scratch, options.quant_method)
         expected = {path.name for path in scratch.iterdir()} | {*copied_files(checkpoint), CARD_FILE, REPORT_FILE}
         verified = VERIFY_FILE in self.result.names
         if verified or self.noted.get("verified") is not None:

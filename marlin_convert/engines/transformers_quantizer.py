@@ -15,6 +15,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,9 @@ def tensors_of(files: Sequence[str | Path]) -> dict[str, Tensor]:
 
 # ---- The quantizer ----
 
+#: What a checkpoint will hold that is loaded before it is there (transformers_trial.py).
+TRIED: ContextVar[dict[str, Tensor] | None] = ContextVar("TRIED", default=None)
+
 
 class MarlinQuantizer(HfQuantizer):
     """Puts `MarlinLinear` where a checkpoint has Marlin layers, and sees to it that every key found its place."""
@@ -113,14 +117,15 @@ class MarlinQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         files = checkpoint_files or []
-        if not files or not all(str(file).endswith(".safetensors") for file in files):
+        headers = TRIED.get()
+        if headers is None and (not files or not all(str(file).endswith(".safetensors") for file in files)):
             raise UnsupportedError(
                 f"{model.name_or_path or 'the model'}: a Marlin checkpoint is read from safetensors files, and from "
                 "nothing else."
             )
         self._scales: dict[str, torch.dtype] = {}
         self._complete = False
-        tensors = tensors_of(files)
+        tensors = tensors_of(files) if headers is None else headers
         layers = stored_layers(model.name_or_path or "the model", tensors, self.quantization_config.marlin)
         if not layers:
             raise SourceError(f"{model.name_or_path}: its config says Marlin, but it has no Marlin layer.")
@@ -149,8 +154,14 @@ class MarlinQuantizer(HfQuantizer):
                 "this version of Transformers does not say which keys it could not place; marlin-convert returns no "
                 "model whose weights may be random. Please report it."
             )
-        self._placed.finish(model, self._files)
+        if TRIED.get() is None:
+            self._placed.finish(model, self._files)
         return model
+
+    @property
+    def dequantized(self) -> list[str]:
+        """The layers that take the memory of 16-bit weights, as the model computes them in its own way."""
+        return self._placed.dequantized
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """What `model.dequantize()` does: plain linear layers in place of Marlin's, one after the other."""
@@ -242,6 +253,7 @@ def load_from(
     _name_weights(config, origin.folder, origin.label)
     if chosen is not None and where.type == "cuda" and is_accelerate_available():
         kwargs["device_map"] = {"": where}  # straight to the GPU, without a copy in memory
+    kwargs.setdefault("ignore_mismatched_sizes", True)  # `_require_all_keys` refuses them, and names them
     model = auto_class.from_pretrained(origin.folder, config=config, dtype=dtype, **kwargs)
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights  # it is saved under the usual name
@@ -298,8 +310,9 @@ def load_dequantized(
     with torch.device("meta"):
         model_class = type(auto_class.from_config(config))
     model, info = model_class.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=torch.float16, output_loading_info=True
-    )
+        None, config=config, state_dict=tensors, dtype=torch.float16, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
     if (origin.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(origin.folder)
     _require_all_keys(model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])

@@ -83,8 +83,9 @@ def plan_of(job: Job) -> str:
 
 
 def _engines(plan: dict[str, Any]) -> str:
-    beside = " and ".join(plan["with_plugin"]) + " with marlin-convert"
-    return f"{beside}; {', '.join(plan['alone'])}" if plan["alone"] else beside
+    beside = [" and ".join(plan["with_plugin"]) + " with marlin-convert"] if plan["with_plugin"] else []
+    alone = [", ".join(plan["alone"])] if plan["alone"] else []
+    return "; ".join(beside + alone) or "no engine that is known"
 
 
 def progress_of(job: Job, ahead: int) -> str:

@@ -27,7 +27,7 @@ from ..conversion.digests import complete_report
 from ..conversion.names import span
 from ..conversion.plan import Plan
 from ..conversion.report import Report
-from ..engine_support import VLLM, readers, vllm_needs_our_kernels
+from ..engine_support import VLLM, doubts, readers, vllm_needs_our_kernels
 from ..errors import AlreadyMarlin, HubError, MarlinConvertError, OutputError
 from ..hub.open import Source
 from ..hub.upload import default_name, push
@@ -166,8 +166,9 @@ def summary(origin: Source, plan: Plan, order: Order, folder: Path) -> dict[str,
         "with_plugin": [engine.name for engine in readers(facts, with_plugin=True)],
         "alone": [engine.name for engine in readers(facts, with_plugin=False)],
         "engine_notes": [
-            f"{VLLM} computes {what} where marlin-convert's CUDA kernels are built: {span(names)}"
-            for what, names in vllm_needs_our_kernels(facts.layers).items()
+            *(f"{name}: {why}" for name, why in doubts(facts).items()),
+            *(f"{VLLM} computes {what} where marlin-convert's CUDA kernels are built: {span(names)}"
+              for what, names in vllm_needs_our_kernels(facts.layers).items()),
         ],
         "why_extended": [f"{why}: {span(names)}" for why, names in plan.misfits.items()] if plan.extended else [],
         "notes": [f"{note}: {span(names)}" if names else note for note, names in plan.notes.items()],

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from marlin_convert.cli import commands
+from marlin_convert.engine_support import VLLM
 from marlin_convert.errors import EXIT_CODES
 from marlin_convert.interrupts import Interrupted
 from tests.support.cli import Run, document, one_line
@@ -74,7 +75,63 @@ def test_0_an_engine_on_several_ranks(run: Callable[..., Run], tmp_path: Path) -
     told = json.loads(run(*ask, "--tensor-parallel", 2, "--json").out)["tensor_parallel"]
     assert told["ranks"] == 2
     assert [cut["layers"] for cut in told["cuts"]] == [["model.layers.0.self_attn.o_proj"]]
-    assert "computes every layer" in run(source.folder, "--dry-run", "--engine", "transformers").out
+
+
+def test_0_transformers_is_asked_itself(run: Callable[..., Run], source: Source) -> None:
+    """This source's config says the sizes of another model, by saying none."""
+    ask = [source.folder, "--dry-run", "--engine", "transformers"]
+    said = run(*ask)
+    assert said.code == 0
+    assert "Transformers 5 with marlin-convert: does not load it: model.layers.0." in said.out
+    assert "config.json and the weights do not belong together" in said.out
+    told = run(*ask, "--json").json()
+    assert told["transformers"]["why_not"].endswith("config.json and the weights do not belong together")
+    good = run(commands.DEMO_FOLDER, "--dry-run", "--engine", "transformers").out
+    assert "Transformers 5 with marlin-convert: loads it, as LlamaForCausalLM; on GPUs" in good
+
+
+@pytest.mark.parametrize(
+    ("config", "doubts"),
+    [
+        ({"model_type": "t5"}, {VLLM: "models of type 't5' are not among those that were tried and load"}),
+        (
+            {"model_type": "x", "auto_map": {}},
+            {
+                VLLM: "models of type 'x', with code of their own, are not among those that were tried and load",
+                "Transformers 5": "models of type 'x', with code of their own, are not among those that were tried and "
+                "load (Transformers ",
+            },
+        ),
+        (
+            {"architectures": ["A"]},
+            dict.fromkeys((VLLM, "Transformers 5"), "config.json has no model_type, which says what the model is"),
+        ),
+        (None, dict.fromkeys((VLLM, "Transformers 5"), "there is no config.json, which says what the model is")),
+    ],
+    ids=["t5", "own code", "no type", "no config"],
+)
+def test_0_engines_that_are_not_promised(
+    main: Callable[..., Run], tmp_path: Path, config: dict[str, Any] | None, doubts: dict[str, str]
+) -> None:
+    settings = quantization_config()
+    source = write_source(tmp_path / "source", config={**(config or {}), "quantization_config": settings})
+    if config is None:
+        (source.folder / "config.json").rename(source.folder / "quantize_config.json")
+        (source.folder / "quantize_config.json").write_text(json.dumps(settings))
+    for command in ([source.folder, "--dry-run"], [source.folder, tmp_path / "out", "--device", "cpu"]):
+        said = main(*command)
+        for name in (VLLM, "Transformers 5"):
+            line = next(line for line in said.out.splitlines() if line.startswith(("format: ", "read by")))
+            assert (name in line.replace("vLLM 0.3.3 to 0.10.0", "")) == (name not in doubts), said.out
+            if name in doubts:
+                assert f"  {name}: {doubts[name]}" in said.out
+    engines = {x["name"]: x for x in main(source.folder, "--dry-run", "--json").json()["engines"]}
+    assert [engines[name]["reads"] for name in (VLLM, "Transformers 5")] == [
+        name not in doubts for name in (VLLM, "Transformers 5")
+    ]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("In Transformers 5:" in card) == ("Transformers 5" not in doubts)
+    assert (f"In {VLLM}, in the same environment:" in card) == (VLLM not in doubts)
 
 
 @pytest.mark.parametrize(

@@ -390,8 +390,8 @@ def corrupt(name: str, position: int) -> Callable[..., None]:
     """A stand-in for the step between writing and verifying that flips a bit of the file's tensor `name`."""
     from marlin_convert.conversion.configs import write_configs
 
-    def after_writing(checkpoint: Checkpoint, plan: Any, folder: Path, quant_method: str) -> None:
-        write_configs(checkpoint, plan, folder, QuantMethod(quant_method))
+    def after_writing(plan: Any, folder: Path, quant_method: str) -> None:
+        write_configs(plan, folder, QuantMethod(quant_method))
         with Checkpoint(folder) as written:
             offset = written.tensors[name].offset + position
         with (folder / "model.safetensors").open("r+b") as file:

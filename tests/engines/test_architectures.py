@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from marlin_convert.engine_support import tried as tried_in
 from tests.support.architectures import Outcome, model_types, quietly, tried
 from tests.support.architectures_page import combined, outcomes_of, page
 
@@ -106,6 +107,7 @@ def _quiet() -> Iterator[None]:
 def test_a_model_gives_what_its_dequantized_self_gives(model_type: str) -> None:
     outcome = tried(model_type)
     assert (outcome.state, outcome.layers > 0) == ("loads", True), outcome
+    assert (outcome.trial.why_not, len(outcome.trial.dequantized)) == (None, outcome.dequantized), outcome
     assert outcome.compared in outcomes_of(PAGE.read_text(encoding="utf-8"))[model_type], outcome
 
 
@@ -114,6 +116,13 @@ def test_all_of_them_and_the_page_that_lists_them() -> None:
     found = [tried(model_type) for model_type in model_types()]
     assert not [outcome for outcome in found if outcome.failed]
     assert page(found, transformers.__version__) == PAGE.read_text(encoding="utf-8")
+
+
+def test_what_is_promised_is_what_the_page_lists() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    known = tried_in("transformers")
+    assert known["load"] == sorted(outcomes_of(text))
+    assert f"Transformers {known['version']} has a configuration for" in text
 
 
 def test_what_is_told_of_an_outcome() -> None:

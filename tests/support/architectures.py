@@ -25,8 +25,12 @@ import transformers
 from transformers.models.auto import configuration_auto
 
 import marlin_convert
+from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.conversion.configs import result_config
 from marlin_convert.conversion.convert import convert
-from marlin_convert.options import Options
+from marlin_convert.conversion.plan import make_plan
+from marlin_convert.engines.transformers_trial import Trial, try_loading
+from marlin_convert.options import Options, QuantMethod
 from tests.support.gptq_checkpoints import quantization_config, write_source
 from tests.support.quantized_models import GROUP, Quantized, quantize
 
@@ -155,6 +159,7 @@ class Outcome:
     error: float | None = None
     why: str = ""
     dequantized: int = 0
+    trial: Trial = field(default_factory=Trial)  # what a dry run says of it
 
     @property
     def failed(self) -> bool:
@@ -341,6 +346,9 @@ def tried(model_type: str) -> Outcome:
             convert(source, out, Options(device="cpu"))
         except Exception as error:  # noqa: BLE001
             return _failed(outcome, "not converted", error)
+        with Checkpoint(source) as checkpoint:
+            plan = make_plan(checkpoint)
+        outcome.trial = try_loading(result_config(plan, QuantMethod.GPTQ), plan.out_tensors)
         try:
             loaded = marlin_convert.load(out, device="cpu", dtype=torch.float32, auto_class=kind).eval()
         except Exception as error:  # noqa: BLE001
