@@ -144,14 +144,17 @@ def layout_of(tensors: Mapping[str, Tensor], name: str) -> type[AWQLayer] | None
     if qweight is None or scales is None or len(qweight.shape) != 2 or len(scales.shape) != 2:
         return None
     (rows, width), (scale_rows, scale_width) = qweight.shape, scales.shape
-    if qweight.dtype != "I32" or scale_width == width:
+    if qweight.dtype != "I32":
+        return None
+    # As many rows in all three: of GPTQ's layers, only one with a scale for each word of a column is like it.
+    same = qzeros is not None and len(qzeros.shape) == 2 and qzeros.shape[0] == scale_rows == rows
+    if same and qzeros is not None and scale_width == qzeros.shape[1] * awq.PER_WORD and f"{name}.g_idx" not in tensors:
+        return GEMVLayer
+    if scale_width == width:
         return None
     if scale_width == width * awq.PER_WORD:
         return GEMMLayer
-    if qzeros is None:
-        return TilesLayer if width == 2 * scale_width else None
-    same = len(qzeros.shape) == 2 and qzeros.shape[0] == scale_rows == rows
-    return GEMVLayer if same and scale_width == qzeros.shape[1] * awq.PER_WORD else None
+    return TilesLayer if qzeros is None and width == 2 * scale_width else None
 
 
 class AWQFormat(SourceFormat):

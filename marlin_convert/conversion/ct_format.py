@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import OutTensor, Shards
 from ..errors import SourceError
 from ..formats import compressed_tensors
 from ..formats.gptq_config import GPTQSettings
@@ -18,12 +17,18 @@ from ..formats.layout import EXT_BITS, pack_factor, pack_gptq_rows, zero_point
 from ..formats.stored import StoredLayer
 from ..native import cpu
 from ..options import ZeroPointReading
+from ..text import shortened
 from .blocks import Buffers
+from .ct_restored import RestoredCT, stacked_again
+from .ct_stacks import Member, stacks_in, taken_apart
 from .inspect import SCALE_DTYPES, LayerInspection, rows_per_group
 from .layer import Layer
-from .restored import NUMPY, RestoredGroups, RestoredLayer
+from .restored import RestoredLayer
 from .source_format import Noted, SourceFormat, commonest
 from .source_layer import Kept, SourceLayer, Words, ZeroPoints
+
+#: What to do where stacked experts cannot be taken apart.
+_APART = "save the model with one linear for each expert"
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class CTLayer(SourceLayer):
     shape: Tensor
     zero_point: Tensor | None
     g_idx: Tensor | None
+    member: Member | None = None
 
     by_columns = True
 
@@ -101,6 +107,9 @@ class CTFormat(SourceFormat):
     def layer_names(self, tensors: Mapping[str, Tensor]) -> list[str]:
         return [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
 
+    def apart(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return taken_apart(tensors, self.parts)
+
     def claimed_by(self, config: Mapping[str, Any]) -> bool:
         return compressed_tensors.is_config(config)
 
@@ -119,7 +128,9 @@ class CTFormat(SourceFormat):
     def inspect(
         self, checkpoint: Checkpoint, names: list[str], settings: GPTQSettings, reading: ZeroPointReading | None
     ) -> list[LayerInspection]:
-        return [CTInspection(checkpoint, name, settings) for name in names]
+        tensors, stacks = self.apart(checkpoint.tensors), stacks_in(checkpoint.tensors)
+        members = {name: member for stack in stacks.values() for name, member in stack.members.items()}
+        return [CTInspection(checkpoint, name, settings, tensors, members.get(name)) for name in names]
 
     def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:
         own = [layer for layer in layers if isinstance(layer, CTLayer)]
@@ -132,9 +143,13 @@ class CTFormat(SourceFormat):
         }
         for key, values in kinds.items():
             found[key], found[f"{key}s"] = commonest(values)
-        return found
+        stacks = {x.member.stack.name: str(x.member.stack.count) for x in own if x.member}
+        return {**found, "stacks": stacks} if stacks else found
 
-    def restored(self, stored: StoredLayer[Tensor], noted: Noted) -> RestoredLayer:
+    def all_restored(self, stored: Sequence[StoredLayer[Tensor]], noted: Noted) -> list[RestoredLayer]:
+        return list(stacked_again({layer.name: self.restored(layer, noted) for layer in stored}, noted))
+
+    def restored(self, stored: StoredLayer[Tensor], noted: Noted) -> RestoredCT:
         def dtype(key: str, *allowed: str) -> str | None:
             return noted.dtype(stored.name, key, allowed)
 
@@ -148,7 +163,21 @@ class CTFormat(SourceFormat):
 
 
 class CTInspection(LayerInspection):
-    """A packed layer of compressed-tensors under examination."""
+    """A packed layer of compressed-tensors under examination; `tensors` are the checkpoint's, taken apart."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        settings: GPTQSettings,
+        tensors: Mapping[str, Tensor],
+        member: Member | None,
+    ) -> None:
+        self.tensors, self.member = tensors, member
+        super().__init__(checkpoint, name, settings)
+
+    def part(self, part: str) -> Tensor | None:
+        return self.tensors.get(f"{self.name}.{part}")
 
     def measured(self) -> Layer | None:
         packed, scales, shape = self.part("weight_packed"), self.part("weight_scale"), self.part("weight_shape")
@@ -168,9 +197,11 @@ class CTInspection(LayerInspection):
             return None
         if len(packed.shape) != 2 or len(scales.shape) != 2:
             self.refusals.append(
-                f"weight_packed is {len(packed.shape)}-D, weight_scale {len(scales.shape)}-D; only 2-D linears are "
-                "repacked (a model whose experts are stacked has to be saved with one linear for each)"
+                f"weight_packed is {len(packed.shape)}-D, weight_scale {len(scales.shape)}-D, and its name none "
+                f"that stacked experts are known by (experts.gate_up_proj, experts.down_proj and the like); {_APART}"
             )
+            return None
+        if self.member is not None and not self._is_expert(self.member):
             return None
         if scales.dtype not in SCALE_DTYPES:
             self.refusals.append(f"weight_scale is {scales.dtype}; F16, BF16 or F32 was expected")
@@ -198,19 +229,50 @@ class CTInspection(LayerInspection):
             raise SourceError(
                 f"{self.name}: weight_g_idx {g_idx.dtype} {list(g_idx.shape)} is not one int32 for each row."
             )
-        source = CTLayer(self.name, K, N, G, bits, scales, packed, shape, zeros, g_idx)
+        source = CTLayer(self.name, K, N, G, bits, scales, packed, shape, zeros, g_idx, self.member)
         return Layer(source, bias, rows_per_group(K, G, self.settings) or 0)
 
     def _shape(self, tensor: Tensor) -> tuple[int, int]:
-        """(N, K) of weight_shape."""
-        if tensor.dtype not in ("I32", "I64") or tensor.shape != (2,):
+        """(N, K) of weight_shape; a stack's has the number of experts before it, and N of all their projections."""
+        stack = self.member.stack if self.member else None
+        if tensor.dtype not in ("I32", "I64") or tensor.shape != (3 if stack else 2,):
             raise SourceError(
-                f"{self.name}: weight_shape is {tensor.dtype} {list(tensor.shape)}; two whole numbers were expected."
+                f"{self.name}: weight_shape is {tensor.dtype} {list(tensor.shape)}; {'three' if stack else 'two'} "
+                "whole numbers were expected."
             )
-        N, K = map(int, self.checkpoint.read(tensor))
+        *count, N, K = map(int, self.checkpoint.read(tensor))
+        if stack:
+            if count != [stack.count] or N % stack.parts:
+                raise SourceError(
+                    f"{stack.name}: weight_shape [{count[0]}, {N}, {K}] is not that of {stack.count} experts with "
+                    f"{stack.parts} projections each."
+                )
+            N //= stack.parts
         if N < 1 or K < 1:
             raise SourceError(f"{self.name}: weight_shape is [{N}, {K}]: an empty layer.")
         return N, K
+
+    def _is_expert(self, member: Member) -> bool:
+        """Whether the stack is what its name says, so that its rows are those of experts' linears one by one."""
+        stack = member.stack
+        biases = [name for name in (f"{stack.name}.bias", f"{stack.name}_bias") if name in self.checkpoint.tensors]
+        if biases or self.part("weight_g_idx"):
+            what = f"biases ({biases[0].rpartition('.')[2]})" if biases else "act-order (weight_g_idx)"
+            self.refusals.append(f"experts stacked with {what}; {_APART}")
+            return False
+        main = self.checkpoint.configs.get("config.json", {})
+        text = main.get("text_config")
+        hidden = (text if isinstance(text, dict) and "hidden_size" in text else main).get("hidden_size")
+        shape = self.part("weight_shape")
+        inputs = int(self.checkpoint.read(shape)[-1]) if shape and shape.shape == (3,) else None
+        if stack.parts > 1 and inputs is not None and inputs != hidden:
+            self.refusals.append(
+                f"experts stacked with {inputs} inputs, where the model's hidden size is {shortened(hidden)}: "
+                f"transposed, or of another model; {_APART}"
+            )
+            return False
+        self.notes.append("one tensor held the block's experts stacked; in the result, each has layers of its own")
+        return True
 
     def with_zero_points(self, layer: Layer) -> Layer:
         source, sym = layer.source, self.settings.sym
@@ -233,6 +295,11 @@ class CTInspection(LayerInspection):
             )
         if layer.bits not in EXT_BITS:
             return layer
+        if self.member and self.member.stack.parts > 1 and tensor.dtype == "I32" and layer.N * layer.bits % 32:
+            self.refusals.append(
+                f"stacked projections of {layer.N} outputs, whose zero points share words of 32 bits; {_APART}"
+            )
+            return layer
         zeros, middle = source.zeros(self.checkpoint, 0, layer.G, {}), zero_point(layer.bits)
         if zeros is None or (zeros == middle).all():
             if sym is False:
@@ -245,57 +312,3 @@ class CTInspection(LayerInspection):
         if sym:
             self.extended_notes.append("the config says symmetric and zero points differ; converted as asymmetric")
         return replace(layer, sym=False)
-
-
-@dataclass(frozen=True)
-class RestoredCT(RestoredLayer):
-    """A Marlin layer that becomes a packed one of compressed-tensors."""
-
-    shape: str  # the dtypes of the source's tensors; None for those that it did not have
-    zero_point: str | None
-    g_idx: str | None
-
-    by_columns = True
-
-    @property
-    def out(self) -> dict[str, OutTensor]:
-        found = {
-            "weight_packed": self.tensor("weight_packed", "I32", self.N, self.K * self.bits // 32),
-            "weight_scale": self.tensor("weight_scale", self.scales_dtype, self.N, self.G),
-            "weight_shape": self.tensor("weight_shape", self.shape, 2),
-        }
-        if self.zero_point == "I8":
-            found["weight_zero_point"] = self.tensor("weight_zero_point", "I8", self.N, self.G)
-        elif self.zero_point:
-            words = -(-self.N * self.bits // 32)
-            found["weight_zero_point"] = self.tensor("weight_zero_point", "I32", words, self.G)
-        if self.g_idx:
-            found["weight_g_idx"] = self.tensor("weight_g_idx", self.g_idx, self.K)
-        return found
-
-    def write_rows(self, shards: Shards, k0: int, words: Words, buffers: Buffers) -> int:
-        raise NotImplementedError("its columns are written")
-
-    def write_columns(self, shards: Shards, n0: int, words: Words, buffers: Buffers) -> int:
-        packed: Words = buffers.array("packed", (words.shape[1], words.shape[0]), np.int32)
-        cpu.transpose(words, packed)
-        shards.write(f"{self.name}.weight_packed", packed, n0 * packed.shape[1] * 4)
-        return packed.nbytes
-
-    def write_groups(self, shards: Shards, groups: Iterator[RestoredGroups]) -> int:
-        strips = list(groups)
-        found = {"weight_scale": np.ascontiguousarray(np.concatenate([strip.scales for strip in strips]).T)}
-        if self.zero_point:
-            zeros = np.concatenate([strip.zeros for strip in strips])
-            found["weight_zero_point"] = compressed_tensors.encode_zeros(zeros, self.bits, self.zero_point)
-        for part, array in found.items():
-            shards.write(f"{self.name}.{part}", array)
-        return sum(array.nbytes for array in found.values())
-
-    def write_order(self, shards: Shards, g_idx: npt.NDArray[np.int32]) -> int:
-        found = {"weight_shape": np.array([self.N, self.K], NUMPY[self.shape])}
-        if self.g_idx:
-            found["weight_g_idx"] = g_idx.astype(NUMPY[self.g_idx])
-        for part, array in found.items():
-            shards.write(f"{self.name}.{part}", array)
-        return sum(array.nbytes for array in found.values())

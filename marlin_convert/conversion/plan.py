@@ -148,7 +148,9 @@ def make_plan(
     reading = None if zero_points is None else ZeroPointReading.chosen(zero_points, "zero_points")
     checkpoint.require_fit()
     tensors = checkpoint.tensors
-    source, names = format_of(tensors, find_configs(checkpoint.configs))
+    source, found = format_of(tensors, find_configs(checkpoint.configs))
+    apart = source.apart(tensors)
+    names = source.layer_names(apart) if found else []
     settings = source.settings(checkpoint.configs, names)
     main = checkpoint.configs.get("config.json")
     notes: Reasons = {note: [] for note in checkpoint.notes}
@@ -160,7 +162,7 @@ def make_plan(
         raise UnsupportedError(f"{checkpoint.label}: {what}; a checkpoint of {FORMAT_TITLES} is needed.")
     source.require_complete(tensors)
     _require_no_marlin(tensors, source, names)
-    small = (f"{name}.{part}" for name in names for part in source.parts[1:])
+    small = (f"{name}.{part}" for name in found for part in source.parts[1:])
     checkpoint.read_ahead((tensors[name] for name in small if name in tensors), "reading scales and zero points")
 
     judged = source.inspect(checkpoint, names, settings, reading)
@@ -171,8 +173,12 @@ def make_plan(
         settings,
         source,
         layers=chosen.convertible,
-        copies=[tensor for tensor in tensors.values() if tensor.name not in owned],
-        dropped=[t for t in tensors.values() if t.name in owned and t.name.rpartition(".")[2] in source.dropped],
+        copies=[tensor for tensor in apart.values() if tensor.name not in owned],
+        dropped=[
+            t
+            for t in tensors.values()
+            if (t.name in owned or t.name not in apart) and t.name.rpartition(".")[2] in source.dropped
+        ],
         refusals=chosen.refusals | chosen.unfit,
         notes=notes | _notes(checkpoint, settings, judged, chosen),
         misfits=chosen.misfits,

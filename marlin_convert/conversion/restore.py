@@ -102,7 +102,7 @@ def restore(
         target = _target(checkpoint, noted) if original else GPTQ
         v2 = v2 or (original and said_format(noted) == "gptq_v2")
         restored_format = ("gptq_v2" if v2 else "gptq") if target is GPTQ else target.name
-        layers = [_layer(stored, noted, target, v2=v2) for stored in marlin_layers(checkpoint).values()]
+        layers = _layers(list(marlin_layers(checkpoint).values()), noted, target, v2=v2)
         if target is GPTQ and noted.format != GPTQ.name and not v2:
             _require_no_zero_of_0(checkpoint, layers)
         owned = {tensor.name for layer in layers for tensor in layer.stored.parts.values()}
@@ -176,13 +176,13 @@ def _target(checkpoint: Checkpoint, noted: Noted) -> SourceFormat:
     return found
 
 
-def _layer(stored: StoredLayer[Tensor], noted: Noted, target: SourceFormat, *, v2: bool) -> RestoredLayer:
+def _layers(stored: list[StoredLayer[Tensor]], noted: Noted, target: SourceFormat, *, v2: bool) -> list[RestoredLayer]:
     if target is not GPTQ:
-        return target.restored(stored, noted)
+        return target.all_restored(stored, noted)
     if noted.format != GPTQ.name:  # what was noted of another format's tensors says nothing of these, but for scales
         scales = {key: value for key, value in noted.values.items() if key in ("scales_dtype", "scales_dtypes")}
         noted = Noted({**scales, "g_idx_dtype": None})
-    return restored_gptq(stored, noted, v2=v2)
+    return [restored_gptq(layer, noted, v2=v2) for layer in stored]
 
 
 def _require_no_zero_of_0(checkpoint: Checkpoint, layers: list[RestoredLayer]) -> None:

@@ -57,6 +57,14 @@ class SourceFormat(ABC):
     def layer_names(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Return the layers of this format among `tensors`, in their order."""
 
+    def apart(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the tensors of a checkpoint, those in which several layers lie together as each layer's own, under the
+        names that these have by themselves.
+
+        Raises SourceError where that gives two tensors one name, or the parts do not belong together.
+        """
+        return tensors
+
     def claimed_by(self, config: Mapping[str, Any]) -> bool:
         """Tell whether a quantization config says that its checkpoint has this format."""
         return False
@@ -82,6 +90,11 @@ class SourceFormat(ABC):
     @abstractmethod
     def restored(self, stored: StoredLayer[Tensor], noted: Noted) -> RestoredLayer:
         """Return what a Marlin layer becomes, by what was noted of its source."""
+
+    def all_restored(self, stored: Sequence[StoredLayer[Tensor]], noted: Noted) -> list[RestoredLayer]:
+        """Return what all Marlin layers of a checkpoint become. Raises SourceError where they cannot be what the source
+        held together."""
+        return [self.restored(layer, noted) for layer in stored]
 
     @abstractmethod
     def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:

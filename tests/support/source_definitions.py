@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
+PACKED = ("weight_packed", "weight_scale", "weight_zero_point")
+
 
 def stream(words: npt.NDArray[Any], bits: int, count: int) -> Int:
     """Rows of int32 words → `count` numbers each: number i is bits i·bits … of the row, the lowest of a word first."""
@@ -42,12 +44,12 @@ def compressed_tensors(tensors: dict[str, torch.Tensor], layer: str) -> Float:
     return ((codes - zeros[:, groups]) * scales[:, groups]).T
 
 
-def gptq_v2(tensors: dict[str, torch.Tensor], layer: str) -> Float:
-    """W [K, N] of a GPTQ layer whose zero points are stored as they are; rows in order."""
+def gptq(tensors: dict[str, torch.Tensor], layer: str, less: int) -> Float:
+    """W [K, N] of a GPTQ layer whose zero points are stored less `less`; rows in order, no zero point 0."""
     qweight, qzeros, scales = (tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros", "scales"))
     bits = 32 * qzeros.shape[1] // scales.shape[1]
     K = qweight.shape[0] * 32 // bits
-    codes, zeros = stream(np.ascontiguousarray(qweight.T), bits, K).T, stream(qzeros, bits, scales.shape[1])
+    codes, zeros = stream(np.ascontiguousarray(qweight.T), bits, K).T, stream(qzeros, bits, scales.shape[1]) + less
     groups = np.arange(K) // (K // len(scales))
     return (codes - zeros[groups]) * scales.astype(np.float64)[groups]
 
@@ -63,10 +65,43 @@ def awq_gemm(tensors: dict[str, torch.Tensor], layer: str) -> Float:
     return (codes - zeros[groups]) * scales.astype(np.float64)[groups]
 
 
-def quantized(tensors: dict[str, torch.Tensor], layer: str) -> Float:
-    """W [K, N] of a layer with a qweight: AWQ's has an eighth of the columns that its scales have."""
-    packed_along_columns = tensors[f"{layer}.scales"].shape[1] == 8 * tensors[f"{layer}.qweight"].shape[1]
-    return (awq_gemm if packed_along_columns else gptq_v2)(tensors, layer)
+def awq_gemv(tensors: dict[str, torch.Tensor], layer: str, group_size: int) -> Float:
+    """W [K, N] of an AWQ layer in the layout gemv: each output's codes together, in their order; scales and zero points
+    of its groups too, and beyond them padding."""
+    qweight, qzeros, scales = (tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros", "scales"))
+    K = 8 * qweight.shape[1]
+    groups = np.arange(K) // group_size
+    steps = stream(qweight, 4, K) - stream(qzeros, 4, scales.shape[1])[:, groups]
+    weight: Float = (steps * scales.astype(np.float64)[:, groups]).T
+    return weight
+
+
+def quantized(tensors: dict[str, torch.Tensor], layer: str, config: dict[str, Any]) -> Float:
+    """W [K, N] of a layer with a qweight, as its config says that it is packed."""
+    packing = config.get("packing_format", "")
+    if config["quant_method"] == "awq" and config.get("version") == "gemv":
+        return awq_gemv(tensors, layer, config["group_size"])
+    if config["quant_method"] == "awq" or packing.endswith("awq"):
+        return awq_gemm(tensors, layer)
+    return gptq(tensors, layer, less=1 if packing.endswith("auto_gptq") else 0)
+
+
+def experts(tensors: dict[str, torch.Tensor], stack: str) -> dict[str, Float]:
+    """Of experts stacked in packed tensors of three dimensions: W [K, N] of each one's layers, by the names that they
+    would have alone; a gate's outputs come before an up's."""
+    owner, _, name = stack.rpartition(".")
+    names, holder = {
+        "input_linear": (("w1", "w3"), f"{owner}.experts"),
+        "output_linear": (("w2",), f"{owner}.experts"),
+        "gate_up_proj": (("gate_proj", "up_proj"), owner),
+    }.get(name, ((name,), owner))
+    found: dict[str, Float] = {}
+    for expert in range(len(tensors[f"{stack}.weight_packed"])):
+        own = {f"{stack}.{p}": t[expert] for p in PACKED if (t := tensors.get(f"{stack}.{p}")) is not None}
+        own[f"{stack}.weight_shape"] = tensors[f"{stack}.weight_shape"][1:]
+        halves = np.split(compressed_tensors(own, stack), len(names), axis=1)
+        found |= {f"{holder}.{expert}.{part}": half for part, half in zip(names, halves, strict=True)}
+    return found
 
 
 def read(folder: Path) -> dict[str, Float]:
@@ -75,10 +110,14 @@ def read(folder: Path) -> dict[str, Float]:
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != "reference.safetensors":
             tensors |= load_file(file)
-    names = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
-    others = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    found = {name: compressed_tensors(tensors, name) for name in names}
-    return found | {name: quantized(tensors, name) for name in others}
+    found: dict[str, Float] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".")
+        if part == "weight_packed":
+            found |= experts(tensors, name) if tensor.ndim == 3 else {name: compressed_tensors(tensors, name)}
+        elif part == "qweight":
+            found[name] = quantized(tensors, name, config(folder))
+    return found
 
 
 def config(folder: Path) -> dict[str, Any]:

@@ -28,8 +28,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "autoround-plain-g32": {"bits": 4, "group_size": 32, "sym": False, "layer_config": EIGHT_BITS},
     "autoround-8bit-gptqmodel": {"bits": 8, "group_size": 64, "sym": True},
     "awq-g128": {"bits": 4, "group_size": 128, "sym": False},
+    "autoround-auto_gptq-g64": {"bits": 4, "group_size": 64, "sym": True},
+    "autoround-llm_compressor": {"bits": 4, "group_size": 128, "sym": True},
+    # With AutoRound 0.9.2; 0.16.1 fails to write it.
+    "autoround-auto_awq-g64": {"bits": 4, "group_size": 64, "sym": False},
 }
 FORMATS = {
+    "autoround-auto_gptq-g64": "auto_round:auto_gptq",
+    "autoround-llm_compressor": "auto_round:llm_compressor",
+    "autoround-auto_awq-g64": "auto_round:auto_awq",
     "autoround-plain-g32": "auto_round",
     "autoround-8bit-gptqmodel": "auto_round:gptqmodel",
     "awq-g128": "auto_awq",
@@ -66,19 +73,30 @@ def quantize(source: Path, folder: Path, name: str) -> tuple[dict[str, torch.Ten
 
 def read(folder: Path, layer: str, name: str) -> torch.Tensor:
     """The layer's weight, `[K, N]`: AutoRound's QuantLinear applied to the identity matrix, without its bias; of AWQ's
-    packing, what its `dequantize_gemm` gives."""
+    packing, what its `dequantize_gemm` gives, of compressed-tensors', what that library does."""
     tensors = load_file(folder / "model.safetensors")
+    if FORMATS.get(name) == "auto_round:llm_compressor":
+        return decompressed({k.removeprefix(f"{layer}."): t for k, t in tensors.items() if k.startswith(f"{layer}.")})
     state = {kind: tensors[f"{layer}.{kind}"] for kind in ("qweight", "qzeros", "scales")}
     settings = {**SETTINGS[name], **SETTINGS[name].get("layer_config", {}).get(layer, {})}
     bits, size, packing = settings["bits"], settings["group_size"], FORMATS.get(name, "auto_gptq")
-    if packing == "auto_awq":
+    if packing.endswith("auto_awq"):
         return dequantize_gemm(state["qweight"], state["qzeros"], state["scales"], bits, size)
     K, N = state["qweight"].shape[0] * 32 // bits, state["scales"].shape[1]
     # Without g_idx, which says nothing new here: with it, the kernel cuts K columns where there are N.
-    kind = qlinear_torch_zp if packing == "auto_gptq" else qlinear_torch
+    kind = qlinear_torch_zp if packing.endswith("auto_gptq") else qlinear_torch
     linear = kind.QuantLinear(bits, size, K, N, bias=False, g_idx=False)
     linear.load_state_dict(state)
     return linear(torch.eye(K))
+
+
+def decompressed(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=128)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    return PackedQuantizationCompressor.decompress(state, scheme)["weight"].T
 
 
 def main() -> None:

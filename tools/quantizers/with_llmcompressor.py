@@ -18,10 +18,14 @@ from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+try:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+except ImportError:  # of old, it lay there
+    from llmcompressor.modifiers.quantization import GPTQModifier
 
 
 def weights(**settings: Any) -> dict[str, Any]:
@@ -53,13 +57,19 @@ SETTINGS: dict[str, tuple[Any, dict[str, tuple[list[str], dict[str, Any]]]]] = {
         GPTQModifier,
         {"group_0": (LINEARS, weights(num_bits=8, group_size=64, symmetric=False, actorder="group"))},
     ),
+    # With compressed-tensors 0.9.3 or older only, which stores zero points as int8.
+    "ct-g32-asym-int8": (GPTQModifier, {"group_0": (["Linear"], weights(group_size=32, symmetric=False))}),
+    "ct-8bit-channel-asym-int8": (
+        QuantizationModifier,
+        {"group_0": (["Linear"], weights(num_bits=8, **CHANNEL, symmetric=False))},
+    ),
 }
 
 
 def quantize(source: Path, folder: Path, name: str) -> None:
     modifier, groups = SETTINGS[name]
     dtype = torch.bfloat16 if "bf16" in name else torch.float16
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(source, torch_dtype=dtype)
     rows = tiny.calibration_tokens().tolist()
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
     config = {group: {"targets": targets, "weights": args} for group, (targets, args) in groups.items()}
