@@ -133,6 +133,7 @@ def verify(
     source: str | Path,
     out: str | Path,
     *,
+    zero_points: ZeroPointReading | str | None = None,
     device: str = "auto",
     revision: str | None = None,
     token: str | None = None,
@@ -144,6 +145,7 @@ def verify(
     Args:
         source: The GPTQ checkpoint: a folder, or an id on the Hugging Face Hub.
         out: The folder of the Marlin checkpoint.
+        zero_points: How the source's zero points are read, as for `convert`; by default as the result's report says.
         device: Where to multiply: "auto", "cpu", "cuda" or "cuda:N".
         revision: Branch, tag or commit of a Hub source.
         token: Hub token; by default the one that is logged in.
@@ -164,7 +166,7 @@ def verify(
     from .conversion.pair import verify_pair
 
     access = _access(revision, token, cache_dir)
-    return verify_pair(source, out, device, progress_for(progress), access=access)
+    return verify_pair(source, out, device, progress_for(progress), access=access, zero_points=zero_points)
 
 
 def prove(

@@ -15,7 +15,7 @@ import click
 from .._version import __version__
 from ..errors import INSTALL_WEB, AlreadyMarlin, HubError, MarlinConvertError, VerificationError, require
 from ..interrupts import ignore_signals
-from ..options import HubAccess, Options
+from ..options import HubAccess, Options, ZeroPointReading
 from ..progress import StageTimes
 from .batch import batch
 from .bench import bench
@@ -37,6 +37,7 @@ from .params import (
     shard_size_option,
     source_options,
     writing_options,
+    zero_points_option,
 )
 from .showing import said_in_json, screen_for
 
@@ -114,13 +115,15 @@ def convert(
 @cli.command()
 @click.argument("source")
 @click.argument("out", required=False, type=OUT)
+@zero_points_option
 @attest_option
 @source_options
 @output_options
 @click.pass_obj
 def verify(
-    output: OutputOptions, /, source: str, out: Path | None, attest: Path | None, device: str, access: HubAccess
-) -> None:
+    output: OutputOptions, /, source: str, out: Path | None, zero_points: ZeroPointReading | None,
+    attest: Path | None, device: str, access: HubAccess,
+) -> None:  # fmt: skip
     """Check the Marlin checkpoint OUT against the checkpoint SOURCE that it was made from.
 
     Exactly (codes and scales, every element) and numerically (random activations through both). Writes verify.json
@@ -131,6 +134,8 @@ def verify(
     """
     screen = screen_for(output)
     if out is None:
+        if zero_points is not None:
+            raise click.UsageError("--zero-points is for SOURCE and OUT: a result alone says how its source is read.")
         from ..conversion.proof import prove
 
         with screen.progress() as progress:
@@ -146,7 +151,7 @@ def verify(
     from ..conversion.pair import verify_pair
 
     with screen.progress() as progress:
-        report = verify_pair(source, out, device, progress, access=access)
+        report = verify_pair(source, out, device, progress, access=access, zero_points=zero_points)
     screen.verification(report, out)
     if not report.ok and not screen.silent:
         raise VerificationError("the Marlin checkpoint is not equal to its source; see the table above.")

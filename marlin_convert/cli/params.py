@@ -239,16 +239,18 @@ hub_options = collected(
 #: For commands that read a source: `device`, and `access` as above.
 source_options = together(where_to_compute, hub_options)
 
+zero_points_option = click.option(
+    "--zero-points", type=WordChoice(ZeroPointReading),
+    help="How to read an asymmetric source in which a zero point is 0, if nothing tells who wrote it.",
+)  # fmt: skip
+
 #: For commands that choose the result's format: `format`, `zero_points`.
 format_options = together(
     click.option(
         "--format", type=WordChoice(Format), default=Format.AUTO.value, show_default=True,
         help="auto: the original Marlin format if every layer fits it, else the extended one.",
     ),
-    click.option(
-        "--zero-points", type=WordChoice(ZeroPointReading),
-        help="How to read an asymmetric source in which a zero point is 0, if nothing tells who wrote it.",
-    ),
+    zero_points_option,
 )  # fmt: skip
 
 #: For commands that write a Marlin checkpoint: `force`, `max_shard_size`, `quant_method`.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
 
+from ..checkpoint.bounded import read_json
 from ..checkpoint.output_folder import json_bytes, replace_files
 from ..checkpoint.reader import Checkpoint
-from ..errors import OutputError, UnsupportedError
+from ..errors import OptionError, OutputError, SourceError, UnsupportedError
 from ..formats.gptq_config import find_configs
 from ..formats.marlin_config import is_marlin
 from ..hub.open import opened_whole
 from ..native.choose import usable_device
-from ..options import CARD_FILE, VERIFY_FILE, Format, HubAccess
+from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE, Format, HubAccess, ZeroPointReading
 from ..progress import Progress
 from .card import with_verdict
 from .digests import report_with
@@ -27,10 +29,11 @@ def verify_pair(
     progress: Progress | None = None,
     *,
     access: HubAccess | None = None,
+    zero_points: ZeroPointReading | str | None = None,
 ) -> Verification:
     """Check an existing Marlin checkpoint `out` against its `source`, and write `verify.json` into `out`.
 
-    `device` is where to compute.
+    `device` is where to compute; `zero_points` is how the source's are read, by default as the result's report says.
     """
     out, progress = Path(out), progress or Progress()
     chosen, _ = usable_device(device, computes=True)
@@ -40,7 +43,7 @@ def verify_pair(
     ):
         found = list(find_configs(result.configs).values())
         extended = bool(found) and found[0].get("checkpoint_format") == Format.MARLIN_EXT
-        plan = make_plan(checkpoint, Format.MARLIN_EXT if extended else Format.MARLIN)
+        plan = make_plan(checkpoint, Format.MARLIN_EXT if extended else Format.MARLIN, zero_points or _noted(out))
         if plan.already_marlin:
             if found and is_marlin(found[0]):
                 what = f"; give the checkpoint that {out} was made from."
@@ -63,3 +66,12 @@ def verify_pair(
             "there is as it was."
         ) from None
     return report
+
+
+def _noted(out: Path) -> ZeroPointReading | None:
+    """How zero points were read for `out`; None if its report does not say."""
+    with contextlib.suppress(SourceError, OptionError):
+        options = read_json(out / REPORT_FILE).get("options")
+        said = options.get("zero_points") if isinstance(options, dict) else None
+        return ZeroPointReading.chosen(said, "zero_points") if isinstance(said, str) else None
+    return None

@@ -20,10 +20,10 @@ from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.conversion.products import CPUProduct
 from marlin_convert.conversion.verify import TOLERANCE, LayerCheck, Verification
 from marlin_convert.errors import SourceError, VerificationError
-from marlin_convert.options import Options, QuantMethod
+from marlin_convert.options import Options, QuantMethod, ZeroPointReading
 from tests.support import format_reader
 from tests.support.cli import PATIENCE, Run
-from tests.support.gptq_checkpoints import GPTQLayer, Source, two_layers, write_source
+from tests.support.gptq_checkpoints import GPTQLayer, Source, quantization_config, two_layers, write_source
 
 CPU = Options(device="cpu")
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -61,6 +61,28 @@ def test_what_cannot_be_written_leaves_the_output_as_it_was(source: Source, out:
         "large; what was there is as it was."
     )
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("reading", list(ZeroPointReading))
+def test_zero_points_are_read_as_for_the_result(tmp_path: Path, main: Callable[..., Run], reading: Any) -> None:
+    """A stored 15 means 0 to one writer and 16 to the other; what it meant for the result is in its report."""
+    zeros = np.full((2, 256), 7)
+    zeros[0, :2] = 15
+    source = write_source(tmp_path / "source", {Q: GPTQLayer(K=256, N=256, stored_zero=zeros)}, {},
+                          quantization=quantization_config(sym=False))  # fmt: skip
+    out = tmp_path / "out"
+    assert main(source.folder, out, "--device", "cpu").code == 4
+    assert main(source.folder, out, "--zero-points", reading.value, "--device", "cpu").code == 0
+    assert main("verify", source.folder, out, "--device", "cpu").code == 0
+    report = out / "marlin_convert.json"
+    for text in ("{", "[]", '{"options": 3}', '{"options": {"zero_points": "x"}}', '{"options": {"zero_points": 7}}'):
+        report.write_text(text)
+        assert main("verify", source.folder, out, "--device", "cpu").code == 4
+    report.unlink()
+    for other in ZeroPointReading:
+        given = main("verify", source.folder, out, "--device", "cpu", "--zero-points", other.value)
+        assert given.code == (0 if other is reading else 7)
+    assert main("verify", out, "--zero-points", reading.value).code == 2
 
 
 def test_a_sound_result(source: Source, out: Path) -> None:
