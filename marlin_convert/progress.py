@@ -8,7 +8,12 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+#: Takes how many bytes have moved since the last call: fewer than none where some must come again.
+OnBytes: TypeAlias = Callable[[int], None]
+#: Takes a label and how many bytes will move, and gives what is to be told of every part of them.
+StartTransfer: TypeAlias = Callable[[str, int], OnBytes]
 
 
 class Progress:
@@ -23,7 +28,7 @@ class Progress:
     def end(self) -> None:
         """The current stage is over."""
 
-    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
+    def transfer(self, label: str, total_bytes: int) -> OnBytes:
         """Beside the stages, `total_bytes` bytes begin to move; tell what is returned of every part of them."""
         return lambda nbytes: None
 
@@ -48,7 +53,7 @@ class StageTimes(Progress):
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self.stages: list[tuple[str, int, float]] = []
-        self.meanwhile = progress.meanwhile  # type: ignore[method-assign]
+        self.transfer = progress.transfer  # type: ignore[method-assign]
         self.waiting = progress.waiting  # type: ignore[method-assign]
         self.advance = progress.advance  # type: ignore[method-assign]
 
@@ -99,7 +104,7 @@ class Told(Progress):
             )  # fmt: skip
             self._callback(self._now)
 
-    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
+    def transfer(self, label: str, total_bytes: int) -> OnBytes:
         come = 0
 
         def more(nbytes: int) -> None:
@@ -133,9 +138,9 @@ class NotebookBars(Progress):
     def end(self) -> None:
         self._bar.close()
 
-    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
+    def transfer(self, label: str, total_bytes: int) -> OnBytes:
         if not total_bytes:
-            return super().meanwhile(label, total_bytes)
+            return super().transfer(label, total_bytes)
         bar = self._new(label, total_bytes)
 
         def more(nbytes: int) -> None:

@@ -194,7 +194,7 @@ def time_on_gpu(decoder: Decoder, steps: int) -> tuple[float, str, str | None]:
 
 
 @dataclass(frozen=True)
-class Rig:
+class ModelRig:
     """All that a measurement asks of a machine; tests bring their own."""
 
     describe: Callable[[], Machine]
@@ -203,7 +203,7 @@ class Rig:
 
 
 def bench(
-    title: str, model: Any, rig: Rig, *, batch: Sequence[int] = BATCH, progress: Progress | None = None
+    title: str, model: Any, rig: ModelRig, *, batch: Sequence[int] = BATCH, progress: Progress | None = None
 ) -> Report:
     """Measure `model`, which has Marlin layers, then the same in fp16, which it stays. `progress` counts timings.
 
@@ -242,7 +242,7 @@ def _in_fp16(model: Any, report: Report) -> Any:
     return model
 
 
-def _rate(model: Any, size: int, kind: str, rig: Rig, report: Report, progress: Progress) -> float | None:
+def _rate(model: Any, size: int, kind: str, rig: ModelRig, report: Report, progress: Progress) -> float | None:
     """Tokens a second of `size` sequences together."""
     import torch
 
@@ -292,5 +292,5 @@ def run(
             gc.collect()
             torch.cuda.empty_cache()
 
-        rig = Rig(kernels.describe, time_on_gpu, release)
+        rig = ModelRig(kernels.describe, time_on_gpu, release)
         return bench(Path(str(source)).name, model, rig, batch=batch, progress=progress)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
+from ..progress import StartTransfer
 from .bounded import opened, read_json
 from .header import Tensor
 from .weight_file import LocalWeightFile, WeightFile
@@ -49,8 +50,8 @@ class CheckpointFiles(ABC):
         """Open a weight file."""
 
     @abstractmethod
-    def fetch(self, names: Sequence[str], meanwhile: Callable[[str, int], Callable[[int], None]]) -> None:
-        """Bring what is not on this disk yet; `meanwhile` shows it, as `Progress.meanwhile` does."""
+    def fetch(self, names: Sequence[str], transfer: StartTransfer) -> None:
+        """Bring what is not on this disk yet; `transfer` shows it, as `Progress.transfer` does."""
 
     @abstractmethod
     def read_ahead(self, tensors: Iterable[Tensor], label: str | None = None) -> None:
@@ -140,7 +141,7 @@ class Folder(CheckpointFiles):
     def path(self, name: str) -> Path:
         return self._folder / name
 
-    def fetch(self, names: Sequence[str], meanwhile: Callable[[str, int], Callable[[int], None]]) -> None:
+    def fetch(self, names: Sequence[str], transfer: StartTransfer) -> None:
         """Do nothing: all files are here."""
 
     def read_ahead(self, tensors: Iterable[Tensor], label: str | None = None) -> None:

@@ -6,7 +6,7 @@ opened.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import SourceError, UnsupportedError
+from ..progress import StartTransfer
 from ..text import shortened
 from .files import CheckpointFiles, Folder
 from .header import Tensor
@@ -40,7 +41,7 @@ class Checkpoint:
     `names` are all of its files, in any subfolder (relative to the folder); `extra_files` are those beside the model's
     own weights, of any kind, without the configs named in `CONFIG_FILES`, which are parsed into `configs`.
 
-    Leaving the `with` block by an error raises SourceError instead, if a file has changed meanwhile: then that is why.
+    Leaving the `with` block by an error raises SourceError instead, if a file has changed transfer: then that is why.
     For a folder that is being written, `steady` is false.
     """
 
@@ -109,9 +110,9 @@ class Checkpoint:
         """Weights among the extra files, which are not the model's own: name → bytes."""
         return {n: self.nbytes(n) for n in self.extra_files if n.endswith(WEIGHT_SUFFIXES)}
 
-    def fetch_extra_files(self, meanwhile: Callable[[str, int], Callable[[int], None]]) -> None:
-        """Bring the extra files to this disk, which a plan does not need; `meanwhile` as `Progress.meanwhile`."""
-        self._files.fetch(self.extra_files, meanwhile)
+    def fetch_extra_files(self, transfer: StartTransfer) -> None:
+        """Bring the extra files to this disk, which a plan does not need; `transfer` as `Progress.transfer`."""
+        self._files.fetch(self.extra_files, transfer)
 
     def open_extra(self, name: str) -> AbstractContextManager[int]:
         """Open an extra file for reading. Raises SourceError when it is not the regular file that was found."""

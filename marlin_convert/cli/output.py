@@ -187,7 +187,7 @@ class Screen:
             self._say(f"  {name}: {why}")
         for what, names in vllm_needs_our_kernels(facts.layers).items():
             self._say(f"  vLLM computes {what} where marlin-convert's CUDA kernels are built: {self._names(names)}")
-        for reason, names in plan.misfits.items() if plan.extended else ():
+        for reason, names in plan.why_extended.items() if plan.extended else ():
             self._say(f"  extended, because {reason}: {self._names(names)}")
 
     def _names(self, names: list[str]) -> str:
@@ -383,7 +383,7 @@ def _readers(facts: ResultFacts) -> str:
 def _times(stages: Sequence[tuple[str, int, float]], report: Report) -> str:
     """How long each stage took, at what rate, and all of it."""
     parts = [f"{label} {seconds:.1f} s ({size(nbytes / max(seconds, 1e-9))}/s)" for label, nbytes, seconds in stages]
-    return ", ".join([*parts, f"{report.seconds:.1f} s in all, {report.codec}"])
+    return ", ".join([*parts, f"{report.seconds:.1f} s in all, {report.backend}"])
 
 
 def _labelled(text: str, label: str, style: str) -> Text:

@@ -24,7 +24,7 @@ from rich.progress import Progress as RichBars
 from rich.table import Column
 from rich.text import Text
 
-from ..progress import Progress
+from ..progress import OnBytes, Progress
 from ..text import size
 
 #: Seconds between plain progress lines when the output is no terminal.
@@ -124,9 +124,9 @@ class Bars(Progress):
         self._task = None
         self._bars.stop()
 
-    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
+    def transfer(self, label: str, total_bytes: int) -> OnBytes:
         if not total_bytes:
-            return super().meanwhile(label, total_bytes)
+            return super().transfer(label, total_bytes)
         task = self._bars.add_task(label, total=total_bytes, layers="", layer="")
         self._bars.start()
         come = 0
@@ -186,9 +186,9 @@ class PlainLines(Progress):
         seconds = time.monotonic() - self._started
         self._print(f"{self._label}: done, {self._layers} layers, {self._amount(self._bytes)} in {seconds:.1f} s")
 
-    def meanwhile(self, label: str, total_bytes: int) -> Callable[[int], None]:
+    def transfer(self, label: str, total_bytes: int) -> OnBytes:
         if not total_bytes:
-            return super().meanwhile(label, total_bytes)
+            return super().transfer(label, total_bytes)
         started = last = time.monotonic()
         come = 0
         self._print(f"{label}: {self._amount(total_bytes)}")

@@ -287,7 +287,7 @@ class AWQInspection(LayerInspection):
                 )
             return layer
         claim = ", although the config says symmetric" if sym else ""
-        self.misfits.append(f"asymmetric (zero points are not all {middle}{claim})")
+        self.why_extended.append(f"asymmetric (zero points are not all {middle}{claim})")
         if sym:
             self.extended_notes.append("the config says symmetric and zero points differ; converted as asymmetric")
         return replace(layer, sym=False)

@@ -46,7 +46,7 @@ _FOLD, _FOLD_END = "<details>\n<summary>Card of the source</summary>\n", "\n</de
 
 
 @dataclass(frozen=True)
-class Made:
+class CardFacts:
     """What a card tells about a conversion, beside its plan. `options` are those that shaped the result."""
 
     source: Source
@@ -58,17 +58,17 @@ class Made:
     verification: Verification | None = None
 
 
-def model_card(checkpoint: Checkpoint, plan: Plan, made: Made) -> str:
+def model_card(checkpoint: Checkpoint, plan: Plan, card: CardFacts) -> str:
     """The whole README.md, of a result of `plan`."""
     from huggingface_hub import ModelCard
 
     metadata, text = _source_card(checkpoint)
     own = [plan.source_format.name, *(f"{bits}-bit" for bits in sorted({layer.bits for layer in plan.layers}))]
-    data = _metadata(metadata, made.source, own)
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(plan, made)}")
-    content = str(card)
+    data = _metadata(metadata, card.source, own)
+    page = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(plan, card)}")
+    content = str(page)
     if text.strip():
-        content += f"\n{_FOLD}\nAs it came with {_source_link(made.source)}:\n\n{text.strip()}\n{_FOLD_END}"
+        content += f"\n{_FOLD}\nAs it came with {_source_link(card.source)}:\n\n{text.strip()}\n{_FOLD_END}"
     return content
 
 
@@ -171,29 +171,29 @@ def _languages(value: Any) -> Any:
 # Text
 
 
-def _body(plan: Plan, made: Made) -> str:
+def _body(plan: Plan, card: CardFacts) -> str:
     sections = [
-        f"# {_plain(made.source.label.split('/')[-1])} in Marlin format",
+        f"# {_plain(card.source.label.split('/')[-1])} in Marlin format",
         (
-            f"{_source_link(made.source)}, a {_widths(plan)}-bit {plan.source_format.title} checkpoint, "
+            f"{_source_link(card.source)}, a {_widths(plan)}-bit {plan.source_format.title} checkpoint, "
             "repacked into the tile order of the "
             "[Marlin](https://github.com/IST-DASLab/marlin) kernel. Nothing was quantized again: the codes and the "
             "scales are the source's own."
         ),
         "## Use",
-        *_use(plan, made),
+        *_use(plan, card),
         "The kernels need an NVIDIA GPU of compute capability 8.0 or newer"
         + (", in bf16 or fp16." if plan.extended else ", and compute in fp16.")
         + " Without a GPU, Transformers runs it too: exactly, and slowly.",
         "## Quantization",
-        _table(_quantization(plan, made)),
+        _table(_quantization(plan, card)),
         "## Verification",
-        _verdict(made.verification),
+        _verdict(card.verification),
         "## Check it yourself",
-        _check(made),
+        _check(card),
         "## How it was made",
         f"With marlin-convert {__version__}:",
-        f"```\n{_command(made)}\n```",
+        f"```\n{_command(card)}\n```",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -209,7 +209,7 @@ def _widths(plan: Plan) -> str:
     return " and ".join(str(bits) for bits in sorted({layer.bits for layer in plan.layers}))
 
 
-def _quantization(plan: Plan, made: Made) -> list[tuple[str, str]]:
+def _quantization(plan: Plan, card: CardFacts) -> list[tuple[str, str]]:
     def said(values: list[bool]) -> str:
         return "yes" if all(values) else "no" if not any(values) else f"{sum(values)} of {len(values)} layers"
 
@@ -217,8 +217,8 @@ def _quantization(plan: Plan, made: Made) -> list[tuple[str, str]]:
     groups = ", ".join("per channel (-1)" if size == -1 else str(size) for size in sorted(set(sizes)))
     kinds = {"BF16": "bf16", "F16": "fp16"}
     scales = " and ".join(sorted({kinds[layer.stored_scales] for layer in plan.layers}))
-    rounding = f", rounded by at most {made.scale_rounding:.2e} of their value" if made.scale_rounding else ""
-    method = QuantMethod.GPTQ if plan.extended else made.quant_method
+    rounding = f", rounded by at most {card.scale_rounding:.2e} of their value" if card.scale_rounding else ""
+    method = QuantMethod.GPTQ if plan.extended else card.quant_method
     return [
         ("", ""),
         ("bits", _widths(plan)),
@@ -251,11 +251,11 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_spec
 ```"""
 
 
-def _use(plan: Plan, made: Made) -> list[str]:
+def _use(plan: Plan, card: CardFacts) -> list[str]:
     """How to run this very result, in blocks that run as they stand."""
-    repo, facts = made.repo_id or _SOME_REPOSITORY, plan.result_facts(made.quant_method, made.weight_files)
+    repo, facts = card.repo_id or _SOME_REPOSITORY, plan.result_facts(card.quant_method, card.weight_files)
     doubt = doubts(facts)
-    where = "" if made.repo_id else f" `{_SOME_REPOSITORY}` stands for its id, or for a folder that holds it."
+    where = "" if card.repo_id else f" `{_SOME_REPOSITORY}` stands for its id, or for a folder that holds it."
     sections = [
         f"With marlin-convert {__version__} or newer, installed from its checkout by `{INSTALL_AND_RUN}`.{where}",
         _with_doubt(f"In {VLLM}, in the same environment:", doubt.get(VLLM)),
@@ -289,9 +289,9 @@ def _verdict(report: Verification | None) -> str:
     return f"{_table(rows)}\n\nLayer by layer: `verify.json`."
 
 
-def _check(made: Made) -> str:
-    if made.source.on_hub:
-        repo = made.repo_id or _SOME_REPOSITORY
+def _check(card: CardFacts) -> str:
+    if card.source.on_hub:
+        repo = card.repo_id or _SOME_REPOSITORY
         return (
             f"`marlin-convert verify {repo}` reads this repository and its source from the Hub, in parts, converts the "
             "source again, and says whether every file here is exactly what comes of it. The SHA-256 of every file is "
@@ -303,12 +303,12 @@ def _check(made: Made) -> str:
     )
 
 
-def _command(made: Made) -> str:
-    source = made.source
+def _command(card: CardFacts) -> str:
+    source = card.source
     words = ["marlin-convert", source.label if source.on_hub else f"./{source.label}", "./out"]
     if source.commit:
         words += ["--revision", source.commit]
-    return _plain(shlex.join([*words, *made.options])).replace("```", "'''")
+    return _plain(shlex.join([*words, *card.options])).replace("```", "'''")
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

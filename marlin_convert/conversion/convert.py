@@ -31,7 +31,7 @@ from .layer import Layer
 from .pipeline import MarlinWriter
 from .plan import Plan, make_plan
 from .publish import Publish, checked_target, push_result
-from .report import Report, made, note_digests, source_quantization
+from .report import Report, card_facts, note_digests, source_quantization
 from .supply import Item, Supply, check_room, prefetching
 from .verify import Verifier, verify
 
@@ -60,7 +60,7 @@ def convert(
     if options.low_disk and is_folder(source):
         raise SourceError(f"{source} is a folder; --low-disk applies to a Hub id only.")
     options = replace(options, target=checked_target(source, options, access.token))
-    with opened_for_planning(source, access, progress.meanwhile) as (origin, checkpoint):
+    with opened_for_planning(source, access, progress.transfer) as (origin, checkpoint):
         keep_apart(origin.folder, out)
         report = Report(origin, out, device, _plan(checkpoint, options), cpu.describe(), options, remark)
         report.source_quantization = source_quantization(checkpoint, report.plan)
@@ -69,7 +69,7 @@ def convert(
         check_room(_bytes_needed(checkpoint, report.plan), checkpoint, remote, out, low_disk=options.low_disk)
         if options.target:
             create_repository(options.target, token=access.token)
-        checkpoint.fetch_extra_files(progress.meanwhile)
+        checkpoint.fetch_extra_files(progress.transfer)
         with new_folder(out, force=options.force) as folder:
             _fill(folder, checkpoint, report, progress)
             checkpoint.require_unchanged()
@@ -113,7 +113,7 @@ def _fill(folder: Path, checkpoint: Checkpoint, report: Report, progress: Progre
             )
         report.verification.require_ok()
         write_json(folder / VERIFY_FILE, report.verification.as_dict())
-    write_card(folder, model_card(checkpoint, plan, made(report, options)))
+    write_card(folder, model_card(checkpoint, plan, card_facts(report, options)))
     note_digests(report, checkpoint, folder, progress)
     write_json(folder / REPORT_FILE, report.as_file())
 
@@ -127,7 +127,7 @@ def plan_only(
 ) -> tuple[Source, Plan]:
     """What `convert` would do with `source`, without reading any weight."""
     options, progress = options or Options(), progress or Progress()
-    with opened_for_planning(str(source), access or HubAccess(), progress.meanwhile) as (origin, checkpoint):
+    with opened_for_planning(str(source), access or HubAccess(), progress.transfer) as (origin, checkpoint):
         plan = make_plan(checkpoint, options.format, options.zero_points)
         if not plan.already_marlin:
             require_free_names(checkpoint, shard_names(plan.out_tensors, options.max_shard_size))

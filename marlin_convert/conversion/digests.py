@@ -16,6 +16,7 @@ from ..checkpoint.output_folder import json_bytes, replace_files
 from ..errors import SourceError
 from ..hub.open import Source
 from ..options import REPORT_FILE
+from ..progress import StartTransfer
 from .blocks import run_all
 
 _CHUNK = 1 << 20
@@ -50,13 +51,13 @@ def digests(
     known: dict[str, str],
     *,
     large: bool,
-    meanwhile: Callable[[str, int], Callable[[int], None]],
+    transfer: StartTransfer,
 ) -> dict[str, str | None]:
     """The SHA-256 of each file, by name: the one that is `known`, or computed; None for weights, unless `large` asks
-    for them. `meanwhile` shows how far it is, as `Progress.meanwhile` does."""
+    for them. `transfer` shows how far it is, as `Progress.transfer` does."""
     missing = [name for name in paths if name not in known and (large or not is_large(name))]
     total = sum(paths[name].stat().st_size for name in missing if is_large(name))
-    on_bytes = meanwhile("hashing", total) if total else lambda nbytes: None
+    on_bytes = transfer("hashing", total) if total else lambda nbytes: None
     found: dict[str, str] = {}
 
     def compute(name: str) -> None:
@@ -78,7 +79,7 @@ def complete_report(out: Path) -> None:
     if None not in noted.get("result_files", {}).values():
         return
     paths = files_below(out, [REPORT_FILE])
-    noted["result_files"] = digests(paths, {}, large=True, meanwhile=lambda what, total: lambda nbytes: None)
+    noted["result_files"] = digests(paths, {}, large=True, transfer=lambda what, total: lambda nbytes: None)
     with contextlib.suppress(OSError):  # a folder that may only be read is published as it is
         replace_files(out, {REPORT_FILE: json_bytes(noted)})
 

@@ -226,7 +226,7 @@ class GPTQInspection(LayerInspection):
         layout, expected = ("gptq_v2", middle) if version == "gptq_v2" else ("gptq", middle - 1)
         if stored is None:
             claim = ", although the config says sym" if sym else ""
-            self.misfits.append(f"asymmetric (zero points are not all {middle}{claim})")
+            self.why_extended.append(f"asymmetric (zero points are not all {middle}{claim})")
             if sym:
                 self.extended_notes.append("the config says sym and zero points differ; converted as asymmetric")
             return self._asymmetric(layer, numbers)
@@ -244,7 +244,7 @@ class GPTQInspection(LayerInspection):
         elif doubtful:
             # No sym to lean on: the label decides what the stored number means, and it does not mean the middle.
             meant = stored + middle - expected
-            self.misfits.append(
+            self.why_extended.append(
                 f"asymmetric (every zero point is stored as {stored}, which is {meant} in checkpoint_format {layout})"
             )
             return self._asymmetric(layer, numbers)

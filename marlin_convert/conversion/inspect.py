@@ -25,14 +25,15 @@ SCALE_DTYPES = ("F16", "BF16", "F32")
 class LayerInspection(ABC):
     """One layer under examination: its `layer` (None when not even its shape is known) and what there is to say.
 
-    `refusals` hold for both formats, `misfits` for the original one, `extended_refusals` and `extended_notes` for the
-    extended one. A source format tells how its layers are measured, and how their zero points are stored.
+    `refusals` hold for both formats, `why_extended` says why the original one cannot hold it, `extended_refusals` and
+    `extended_notes` hold for the extended one. A source format tells how its layers are measured, and how their zero
+    points are stored.
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, settings: GPTQSettings) -> None:
         self.checkpoint, self.name, self.settings = checkpoint, name, settings
         self.refusals: list[str] = []
-        self.misfits: list[str] = []
+        self.why_extended: list[str] = []
         self.notes: list[str] = []
         self.extended_refusals: list[str] = []
         self.extended_notes: list[str] = []
@@ -60,7 +61,7 @@ class LayerInspection(ABC):
         if layer.bits not in EXT_BITS:
             self.refusals.append(f"{layer.bits}-bit weights; Marlin has 4 and 8 bits")
         elif layer.bits != 4:
-            self.misfits.append(f"{layer.bits}-bit weights; the original format has 4 bits only")
+            self.why_extended.append(f"{layer.bits}-bit weights; the original format has 4 bits only")
         groups = _group_text(layer)
         if layer.G > 1 and (layer.group_rows != GROUP_SIZE or layer.K % GROUP_SIZE):
             if not layer.group_rows:
@@ -68,11 +69,11 @@ class LayerInspection(ABC):
             elif stored_group_size(layer.group_rows) is None:
                 self.extended_refusals.append(f"{groups}; Marlin's kernels take groups of a multiple of {TILE_K} rows")
             if layer.group_rows:
-                self.misfits.append(f"{groups}; the original format has groups of 128 or one per column")
+                self.why_extended.append(f"{groups}; the original format has groups of 128 or one per column")
         if layer.K % MIN_K:
-            self.misfits.append(f"K = {layer.K} is not a multiple of {MIN_K}")
+            self.why_extended.append(f"K = {layer.K} is not a multiple of {MIN_K}")
         if layer.N % MIN_N:
-            self.misfits.append(f"N = {layer.N} is not a multiple of {MIN_N}")
+            self.why_extended.append(f"N = {layer.N} is not a multiple of {MIN_N}")
 
     def _sized_by_order(self, layer: Layer) -> Layer:
         """Where there is a g_idx, it tells the size of the groups: all but the last have as many rows as the first."""
@@ -119,10 +120,10 @@ class LayerInspection(ABC):
             self.refusals.append(f"g_idx puts every row into group {g_idx[0]} of {layer.G}")
             return False
         if claimed is False:
-            self.misfits.append("act-order (g_idx is shuffled, although the config says desc_act false)")
+            self.why_extended.append("act-order (g_idx is shuffled, although the config says desc_act false)")
             self.extended_notes.append("the config says desc_act false and g_idx is shuffled; converted with act-order")
         else:
-            self.misfits.append("act-order (g_idx is shuffled)")
+            self.why_extended.append("act-order (g_idx is shuffled)")
         if rows:
             sizes = np.bincount(g_idx, minlength=layer.G)
             expected = np.full(layer.G, rows)

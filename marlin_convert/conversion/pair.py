@@ -38,7 +38,7 @@ def verify_pair(
     out, progress = Path(out), progress or Progress()
     chosen, _ = usable_device(device, computes=True)
     with (
-        opened_whole(str(source), access or HubAccess(), progress.meanwhile) as (_, checkpoint),
+        opened_whole(str(source), access or HubAccess(), progress.transfer) as (_, checkpoint),
         Checkpoint(out) as result,
     ):
         found = list(find_configs(result.configs).values())

@@ -49,7 +49,7 @@ _FOREIGN_TENSORS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What the conversion will do, as `make_plan` decides it. `misfits` are why the original format cannot hold a
+    """What the conversion will do, as `make_plan` decides it. `why_extended` are why the original format cannot hold a
     layer; `scale_rounding` is the largest relative error of a scale that is rounded."""
 
     settings: GPTQSettings
@@ -59,7 +59,7 @@ class Plan:
     dropped: list[Tensor] = field(default_factory=list)
     refusals: Reasons = field(default_factory=dict)
     notes: Reasons = field(default_factory=dict)
-    misfits: Reasons = field(default_factory=dict)
+    why_extended: Reasons = field(default_factory=dict)
     format: Format = Format.MARLIN  # of the result: MARLIN or MARLIN_EXT
     group_size: int = GROUP_SIZE  # of a result in the original format: 128 or -1
     already_marlin: bool = False
@@ -181,7 +181,7 @@ def make_plan(
         ],
         refusals=chosen.refusals | chosen.unfit,
         notes=notes | _notes(checkpoint, settings, judged, chosen),
-        misfits=chosen.misfits,
+        why_extended=chosen.why_extended,
         format=Format.MARLIN_EXT if chosen.extended else Format.MARLIN,
         group_size=group_size,
         layers_found=len(names),
@@ -200,7 +200,7 @@ class _Chosen:
     what becomes of those (`fits`), and why it cannot hold the others (`refusals`)."""
 
     extended: bool
-    misfits: Reasons
+    why_extended: Reasons
     layers: list[Layer]
     refusals: Reasons
     fits: dict[str, LayerFit]
@@ -220,15 +220,15 @@ class _Chosen:
 def _choose(checkpoint: Checkpoint, judged: list[LayerInspection], format: Format) -> _Chosen:
     """Choose the result's format: with AUTO the original one, unless a layer, or its scales, do not fit it."""
 
-    def chosen(misfits: Reasons, extended: bool) -> _Chosen:
+    def chosen(why_extended: Reasons, extended: bool) -> _Chosen:
         layers, refusals = _convertible(judged, extended)
-        return _Chosen(extended, misfits, layers, refusals, _fitted_scales(checkpoint, layers, extended))
+        return _Chosen(extended, why_extended, layers, refusals, _fitted_scales(checkpoint, layers, extended))
 
-    misfits = _gathered((layer.misfits, layer.name) for layer in judged)
+    why_extended = _gathered((layer.why_extended, layer.name) for layer in judged)
     found = chosen(
-        misfits,
+        why_extended,
         format is Format.MARLIN_EXT
-        or (format is Format.AUTO and (bool(misfits) or any(layer.refusals for layer in judged))),
+        or (format is Format.AUTO and (bool(why_extended) or any(layer.refusals for layer in judged))),
     )
     if not found.unfit or format is not Format.AUTO or found.extended:
         return found
@@ -269,7 +269,7 @@ def _gathered(found: Iterable[tuple[list[str], str]]) -> Reasons:
 
 def _convertible(judged: list[LayerInspection], extended: bool) -> tuple[list[Layer], Reasons]:
     """The layers that the format can hold, but for their scales, and why it cannot hold the others."""
-    against = {x.name: x.refusals + (x.extended_refusals if extended else x.misfits) for x in judged}
+    against = {x.name: x.refusals + (x.extended_refusals if extended else x.why_extended) for x in judged}
     layers = [replace(x.layer, extended=extended) for x in judged if x.layer is not None and not against[x.name]]
     return layers, _gathered((reasons, name) for name, reasons in against.items())
 
@@ -292,14 +292,14 @@ def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) 
 def _one_group_size(judged: Iterable[LayerInspection]) -> int:
     """The original format's one group_size for all layers: 128, or -1 when no layer has more than one group. Layers of
     the other kind, where there are both, get a misfit."""
-    fine = [j for j in judged if j.layer is not None and not j.refusals and not j.misfits]
+    fine = [j for j in judged if j.layer is not None and not j.refusals and not j.why_extended]
     grouped = [j for j in fine if j.layer is not None and j.layer.G > 1]
     single = [j for j in fine if j.layer is not None and j.layer.G == 1 and j.layer.K != GROUP_SIZE]
     if grouped and single:
         few, many = sorted((grouped, single), key=len)
         kind = {id(grouped): "groups of 128", id(single): "one group per column"}
         for j in few:
-            j.misfits.append(
+            j.why_extended.append(
                 f"{kind[id(few)]}, while {len(many)} other layers have {kind[id(many)]}; "
                 "the original format has one group_size for all"
             )
@@ -351,7 +351,7 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "convertible": not plan.refusals and not plan.already_marlin,
         "format": plan.format.value,
         "group_size": None if plan.extended else plan.group_size,
-        "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
+        "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.why_extended.items()]
         if plan.extended else [],
         "vllm_needs_our_kernels": [
             {"what": what, "layers": names} for what, names in vllm_needs_our_kernels(facts).items()

@@ -36,7 +36,7 @@ from .layer import Layer
 from .plan import Plan, make_plan
 from .products import product_device
 from .proof_sides import Side, noted_of, noted_options, opened
-from .report import Report, made, source_quantization
+from .report import Report, card_facts, source_quantization
 from .verify import TOLERANCE, LayerCheck, Verification, Verifier
 
 #: Bytes of a copied tensor that are brought from the Hub at a time.
@@ -213,7 +213,7 @@ class _Files:
         report = self._report(weights, verification)
         found[REPORT_FILE] = self._against_report(report)
         if CARD_FILE in self.result.names and self.same_version:
-            card = card_bytes(model_card(checkpoint, plan, made(report, options)))
+            card = card_bytes(model_card(checkpoint, plan, card_facts(report, options)))
             found[CARD_FILE] = difference(card, self.result.content(CARD_FILE))
         if not self.same_version:
             self.proof.notes.append(

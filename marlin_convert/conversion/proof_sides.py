@@ -25,7 +25,7 @@ class Side:
         self.origin, self.checkpoint = origin, checkpoint
         self._known = known_digests(origin)
         if origin.hub is not None:
-            origin.hub.fetch(origin.hub.remote.small_files, Progress().meanwhile)
+            origin.hub.fetch(origin.hub.remote.small_files, Progress().transfer)
 
     @property
     def bytes_read(self) -> int:
@@ -55,7 +55,7 @@ class Side:
 
 @contextlib.contextmanager
 def opened(name: str, access: HubAccess, progress: Progress) -> Iterator[Side]:
-    with opened_for_planning(name, access, progress.meanwhile) as (origin, checkpoint):
+    with opened_for_planning(name, access, progress.transfer) as (origin, checkpoint):
         yield Side(origin, checkpoint)
         checkpoint.require_unchanged()
 

@@ -14,7 +14,7 @@ from ..formats.marlin_config import ties
 from ..hub.open import Source
 from ..options import DEFAULT_SHARD_SIZE, Options
 from ..progress import Progress
-from .card import Made
+from .card import CardFacts
 from .digests import digests, files_below, known_digests
 from .plan import Plan
 from .verify import Verification
@@ -28,7 +28,7 @@ class Report:
     out: Path
     device: Device
     plan: Plan
-    codec: str
+    backend: str
     options: Options
     remark: str | None = None  # about the device, if there is something to say
     source_quantization: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Report:
             "source_commit": self.source.commit,
             "format": plan.format.value,
             "group_size": None if plan.extended else plan.group_size,
-            "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.misfits.items()]
+            "why_extended": [{"reason": reason, "layers": names} for reason, names in plan.why_extended.items()]
             if plan.extended
             else [],
             "layers_converted": len(plan.layers),
@@ -78,7 +78,7 @@ class Report:
             "out": str(self.out),
             "device": str(self.device),
             "remark": self.remark,
-            "codec": self.codec,
+            "backend": self.backend,
             "seconds": round(self.seconds, 3),
             "gigabytes_per_second": round(self.gigabytes_per_second, 3),
             "verification": self.verification.as_dict() if self.verification else None,
@@ -98,7 +98,7 @@ def source_quantization(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     }
 
 
-def made(report: Report, options: Options) -> Made:
+def card_facts(report: Report, options: Options) -> CardFacts:
     """Return what the model card tells, beside the plan. Only options that shape the result are named in it."""
     named = []
     if options.max_shard_size != DEFAULT_SHARD_SIZE:
@@ -111,7 +111,7 @@ def made(report: Report, options: Options) -> Made:
         named += ["--quant-method", options.quant_method.value]
     if options.verify:
         named += ["--verify"]
-    return Made(
+    return CardFacts(
         report.source, options.quant_method, len(report.files), report.plan.scale_rounding, tuple(named),
         repo_id=options.target.repo_id if options.target else None, verification=report.verification,
     )  # fmt: skip
@@ -135,6 +135,6 @@ def note_digests(report: Report, checkpoint: Checkpoint, folder: Path, progress:
     origin, large = report.source, report.options.attest is not None
     paths = {name: checkpoint.path(name) for name in checkpoint.names}
     report.source_files = digests(
-        paths, known_digests(origin), large=large and origin.hub is None, meanwhile=progress.meanwhile
+        paths, known_digests(origin), large=large and origin.hub is None, transfer=progress.transfer
     )
-    report.result_files = digests(files_below(folder), {}, large=large, meanwhile=progress.meanwhile)
+    report.result_files = digests(files_below(folder), {}, large=large, transfer=progress.transfer)

@@ -95,7 +95,7 @@ def restore(
     progress, started, max_shard_size = progress or Progress(), time.monotonic(), shard_size(max_shard_size)
     out = Path(out)
     check_free(out, force=force)
-    with opened_whole(str(marlin), access or HubAccess(), progress.meanwhile, everything=True) as (origin, checkpoint):
+    with opened_whole(str(marlin), access or HubAccess(), progress.transfer, everything=True) as (origin, checkpoint):
         keep_apart(origin.folder, out)
         checkpoint.require_fit()
         noted = Noted(_noted(checkpoint))

@@ -81,7 +81,7 @@ def prefetching(
         limit, used = (plan.bytes_out + largest, shards.written) if one_disk else (2 * largest, 0)
         return held + nbytes + used <= limit
 
-    on_bytes = progress.meanwhile("downloading", sum(map(remote.missing_bytes, checkpoint.weight_files)))
+    on_bytes = progress.transfer("downloading", sum(map(remote.missing_bytes, checkpoint.weight_files)))
     together = [files_of(item) for item in items(plan)]
     with Prefetch(remote, files, together, on_bytes, room if low_disk else None) as prefetch:
         yield prefetch.stop

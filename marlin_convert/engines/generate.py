@@ -103,7 +103,7 @@ def generate(
             stack.enter_context(_explained(str(source)))
             origin = fetch(
                 str(source), revision=access.revision, token=access.token, cache_dir=access.cache_dir,
-                meanwhile=progress.meanwhile,
+                transfer=progress.transfer,
             )  # fmt: skip
             model = hf.load_from(origin, device=device)
             tokenizer = hf.tokenizer_from(origin)

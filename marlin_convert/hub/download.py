@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import HubError
+from ..progress import OnBytes
 from .answers import RemoteFile
 from .cache import Cache
 from .client import with_retries
 
-#: Hears of bytes that have come: how many more (fewer, where some must come again).
-OnBytes: TypeAlias = Callable[[int], None]
 #: Takes a piece of a file: where in the file it begins, and its bytes.
 OnPiece: TypeAlias = Callable[[int, bytes], None]
 

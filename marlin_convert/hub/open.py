@@ -13,12 +13,12 @@ from ..checkpoint.index import weight_files
 from ..checkpoint.reader import CONFIG_FILES, Checkpoint, read_configs
 from ..errors import HubError, SourceError
 from ..options import HubAccess
+from ..progress import OnBytes, StartTransfer
 from .address import repository
 from .cache import commit_of_snapshot
 from .client import checked_token, explaining, interruptible, is_folder, unreachable
-from .download import OnBytes
 from .repository import Remote
-from .weights import HubFiles, Meanwhile
+from .weights import HubFiles
 
 #: What a plan notes offline.
 NOT_REACHED = "the Hub was not reached: of what lies beside the weights, what the cache holds"
@@ -67,13 +67,13 @@ def fetch(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: Path | None = None,
-    meanwhile: Meanwhile = _bar,
+    transfer: StartTransfer = _bar,
     everything: bool = False,
 ) -> Source:
     """Return the source's folder: itself, when it is one, else downloaded to (or found in) the shared Hub cache.
 
     Only the weights that make up the checkpoint are downloaded, and the small files beside them, or `everything`;
-    `meanwhile` shows it, as `Progress.meanwhile` does. Raises SourceError when a folder is missing, HubError when the
+    `transfer` shows it, as `Progress.transfer` does. Raises SourceError when a folder is missing, HubError when the
     Hub does not give the repository.
     """
     source, revision = repository(source, revision)
@@ -84,12 +84,12 @@ def fetch(
         remote = Remote.find(source, revision, checked_token(token), cache_dir)
         if remote is None:
             return None
-        with contextlib.closing(HubFiles(remote, meanwhile)) as files:
+        with contextlib.closing(HubFiles(remote, transfer)) as files:
             weights = weight_files(files, read_configs(files))[0]
         folder = remote.fetch_small()
         if everything:
             weights += remote.weights_beside(weights)
-        on_bytes = meanwhile("downloading", sum(map(remote.missing_bytes, weights)))
+        on_bytes = transfer("downloading", sum(map(remote.missing_bytes, weights)))
         for name in weights:
             remote.fetch(name, on_bytes)
         return Source(folder, source, remote.commit)
@@ -100,7 +100,7 @@ def fetch(
 
 @contextlib.contextmanager
 def opened_for_planning(
-    source: str, access: HubAccess, meanwhile: Meanwhile = _bar
+    source: str, access: HubAccess, transfer: StartTransfer = _bar
 ) -> Iterator[tuple[Source, Checkpoint]]:
     """Open the source as far as a plan needs it: no weight file of a Hub id is fetched, only the parts that are read,
     by Range requests.
@@ -109,7 +109,7 @@ def opened_for_planning(
     """
     source, revision = repository(source, access.revision)
     access = replace(access, revision=revision)
-    origin = _folder(source, revision) if is_folder(source) else _looked_into(source, access, meanwhile)
+    origin = _folder(source, revision) if is_folder(source) else _looked_into(source, access, transfer)
     with Checkpoint(origin.files) as checkpoint:
         if origin.on_hub and origin.hub is None:  # nobody to ask what else the repository has
             checkpoint.notes.append(NOT_REACHED)
@@ -118,25 +118,25 @@ def opened_for_planning(
 
 @contextlib.contextmanager
 def opened_whole(
-    source: str, access: HubAccess, meanwhile: Meanwhile = _bar, *, everything: bool = False
+    source: str, access: HubAccess, transfer: StartTransfer = _bar, *, everything: bool = False
 ) -> Iterator[tuple[Source, Checkpoint]]:
     """Open the source with all its weights, as `fetch` brings them."""
     origin = fetch(
-        source, revision=access.revision, token=access.token, cache_dir=access.cache_dir, meanwhile=meanwhile,
+        source, revision=access.revision, token=access.token, cache_dir=access.cache_dir, transfer=transfer,
         everything=everything,
     )  # fmt: skip
     with Checkpoint(origin.files) as checkpoint:
         yield origin, checkpoint
 
 
-def _looked_into(source: str, access: HubAccess, meanwhile: Meanwhile) -> Source:
+def _looked_into(source: str, access: HubAccess, transfer: StartTransfer) -> Source:
     with explaining(source, access.revision):
         remote = interruptible(
             lambda: Remote.find(source, access.revision, checked_token(access.token), access.cache_dir)
         )
         if remote is None:  # no network: what the cache holds will do, if it holds all
             return _cached(source, access.revision, access.cache_dir)
-    return Source(remote.cache.snapshot(remote.commit), source, remote.commit, HubFiles(remote, meanwhile))
+    return Source(remote.cache.snapshot(remote.commit), source, remote.commit, HubFiles(remote, transfer))
 
 
 def _folder(source: str, revision: str | None) -> Source:

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import HubError
+from ..progress import OnBytes
 from .cache import Use
 from .client import DOWNLOAD_THREAD, errors_only
-from .download import OnBytes
 from .repository import Remote
 from .weights import RemoteWeightFile
 

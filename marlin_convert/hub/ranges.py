@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from ..progress import OnBytes
 from .client import explaining, interruptible
-from .download import OnBytes, read_range
+from .download import read_range
 from .repository import Remote
 
 #: Bytes of a file's beginning that come first: most headers are shorter, and one request then is enough.

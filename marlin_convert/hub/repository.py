@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ..checkpoint.index import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from ..checkpoint.reader import CONFIG_FILES
+from ..progress import OnBytes
 from .answers import RemoteFile, describe, files_of
 from .cache import Cache, Use
-from .download import OnBytes, download
+from .download import download
 
 _SMALL_FILES = 8  # at a time
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from .._version import __version__
 from ..checkpoint.index import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from ..errors import HubError
 from ..options import PublishTarget
+from ..progress import StartTransfer
 from .answers import account_of, describe, files_of
 from .client import checked_token, explaining, interruptible, not_a_hub, with_retries
 
@@ -68,11 +68,11 @@ def push(
     *,
     token: str | None,
     force: bool,
-    meanwhile: Callable[[str, int], Callable[[int], None]] | None = None,
+    transfer: StartTransfer | None = None,
 ) -> str:
     """Upload every file of `folder` in one commit; the address of the commit or pull request.
 
-    What an earlier try has uploaded is not uploaded again. With `meanwhile`, as `Progress` has it, weight files go one
+    What an earlier try has uploaded is not uploaded again. With `transfer`, as `Progress` has it, weight files go one
     after another, and it hears of each. Raises HubError; the repository then is as it was.
     """
     token = checked_token(token)
@@ -98,12 +98,12 @@ def push(
         # Weights of another result beside these would be read with them.
         there = _weights_there(target, head, token)
         stale = [CommitOperationDelete(n) for n in there if n not in added and n.endswith(_READ) and "/" not in n]
-        if meanwhile is not None:
+        if transfer is not None:
             weights = [name for name in added if name.endswith(WEIGHT_SUFFIXES)]
-            hear = meanwhile("uploading", sum(added[name].upload_info.size for name in weights))
+            on_bytes = transfer("uploading", sum(added[name].upload_info.size for name in weights))
             for name in weights:
                 _upload(api, target, added[name])
-                hear(added[name].upload_info.size)
+                on_bytes(added[name].upload_info.size)
         message = target.commit_message or f"Marlin checkpoint, by marlin-convert {__version__}"
         done = interruptible(
             lambda: with_retries(

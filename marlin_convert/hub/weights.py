@@ -6,29 +6,25 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
-from typing import TypeAlias
 
 from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.header import Tensor, read_header
 from ..checkpoint.weight_file import LocalWeightFile
 from ..errors import SourceError
+from ..progress import StartTransfer
 from .client import explaining, interruptible
-from .download import OnBytes
 from .ranges import Part, RangeReader
 from .repository import Remote
-
-#: Makes what hears of bytes, from a label and how many there will be, as `Progress.meanwhile` does.
-Meanwhile: TypeAlias = Callable[[str, int], OnBytes]
 
 
 class HubFiles(CheckpointFiles):
     """The files of a repository. Configs are fetched at once, of weight files only the parts that are read until they
-    have arrived; all others by `fetch`. `meanwhile` shows the parts that `read_ahead` brings.
+    have arrived; all others by `fetch`. `transfer` shows the parts that `read_ahead` brings.
     """
 
-    def __init__(self, remote: Remote, meanwhile: Meanwhile) -> None:
+    def __init__(self, remote: Remote, transfer: StartTransfer) -> None:
         super().__init__(remote.repo_id)
-        self.remote, self._meanwhile = remote, meanwhile
+        self.remote, self._transfer = remote, transfer
         self.names = sorted(remote.files)
         self._ranges = RangeReader(remote)
         self.weights: dict[str, RemoteWeightFile] = {}
@@ -51,13 +47,13 @@ class HubFiles(CheckpointFiles):
         file = self.weights[name] = RemoteWeightFile(self, name, self._ranges)
         return file
 
-    def fetch(self, names: Sequence[str], meanwhile: Meanwhile) -> None:
+    def fetch(self, names: Sequence[str], transfer: StartTransfer) -> None:
         """Bring files beside the weights into the cache: all small ones, and the weights among `names`."""
         remote = self.remote
         large = sorted(set(names) - set(remote.small_files) - set(remote.configs))
         with explaining(remote.repo_id, remote.revision):
             cached = interruptible(remote.fetch_small)
-            on_bytes = meanwhile("downloading other files", sum(map(remote.missing_bytes, large)))
+            on_bytes = transfer("downloading other files", sum(map(remote.missing_bytes, large)))
             interruptible(lambda: [remote.fetch(name, on_bytes) for name in large])
         for name in names:
             self.arrived(name, cached / name)
@@ -67,7 +63,7 @@ class HubFiles(CheckpointFiles):
         parts = [Part(t.file, t.offset, t.offset + t.nbytes) for t in tensors if not self.weights[t.file].on_disk]
         total = sum(part.end - part.start for part in self._ranges.missing(parts))
         if total:
-            self._ranges.fetch(parts, self._meanwhile(label, total) if label else lambda nbytes: None)
+            self._ranges.fetch(parts, self._transfer(label, total) if label else lambda nbytes: None)
 
     def release(self, tensors: Iterable[Tensor]) -> None:
         self._ranges.release(Part(t.file, t.offset, t.offset + t.nbytes) for t in tensors)

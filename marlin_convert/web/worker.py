@@ -108,7 +108,7 @@ def _work(order: Order, folder: Path, voice: Voice) -> None:
     def publish(out: Path, target: PublishTarget, *, force: bool, token: str | None) -> str:
         complete_report(out)
         return published(
-            lambda: push(out, target, force=force, token=token, meanwhile=told.meanwhile), voice, UPLOAD_WAITS
+            lambda: push(out, target, force=force, token=token, transfer=told.transfer), voice, UPLOAD_WAITS
         )
 
     report = convert(order.source, folder / "out", order.options, told, access=access, publish=publish)
@@ -170,7 +170,7 @@ def summary(origin: Source, plan: Plan, order: Order, folder: Path) -> dict[str,
             *(f"{VLLM} computes {what} where marlin-convert's CUDA kernels are built: {span(names)}"
               for what, names in vllm_needs_our_kernels(facts.layers).items()),
         ],
-        "why_extended": [f"{why}: {span(names)}" for why, names in plan.misfits.items()] if plan.extended else [],
+        "why_extended": [f"{why}: {span(names)}" for why, names in plan.why_extended.items()] if plan.extended else [],
         "notes": [f"{note}: {span(names)}" if names else note for note, names in plan.notes.items()],
         "refusals": [f"{reason}: {span(names)}" for reason, names in plan.refusals.items()],
         "name": default_name(origin.label),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 import marlin_convert
 from marlin_convert.bench.results import Machine
-from marlin_convert.bench.tokens import CONTEXT, GRAPHS, LAUNCHES, STEPS, Decoder, Rig, bench, time_launched
+from marlin_convert.bench.tokens import CONTEXT, GRAPHS, LAUNCHES, STEPS, Decoder, ModelRig, bench, time_launched
 from marlin_convert.cli.bench_output import BenchScreen
 from marlin_convert.cli.params import OutputOptions
 from marlin_convert.cli.plot import Plot
@@ -31,8 +31,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return make(tmp_path_factory.mktemp("model"), llama(num_hidden_layers=1))
 
 
-def rig(seconds: Callable[[Decoder], float] = lambda decoder: 0.5, why: str | None = None) -> Rig:
-    return Rig(
+def rig(seconds: Callable[[Decoder], float] = lambda decoder: 0.5, why: str | None = None) -> ModelRig:
+    return ModelRig(
         lambda: MACHINE, lambda decoder, steps: (seconds(decoder), LAUNCHES if why else GRAPHS, why), lambda: None
     )
 

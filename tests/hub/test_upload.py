@@ -176,7 +176,7 @@ def test_a_failed_upload_is_taken_up_again(
     assert bool([r for r in hub.requests if r.method == "PUT"]) == (where == "/lfs/")  # not sent twice
 
 
-def test_somebody_else_commits_meanwhile(hub: Hub, out: Path, online: Callable[..., Run]) -> None:
+def test_somebody_else_commits_transfer(hub: Hub, out: Path, online: Callable[..., Run]) -> None:
     """Between the look at what is there and the commit: refused by the Hub, and said."""
     assert online("push", out, REPO, *TOKEN).code == 0
 
