@@ -1,9 +1,13 @@
-"""What both quantizers get, and what is kept of their results beside the checkpoint: a tiny Llama, and references."""
+"""What all quantizers get, and what is kept of their results beside the checkpoint: a tiny Llama, and references."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -53,7 +57,7 @@ def model() -> LlamaForCausalLM:
 
 
 def save_model(folder: Path) -> None:
-    """Write the fp16 checkpoint, with a tokenizer because both quantizers insist on one; its words are numbers."""
+    """Write the fp16 checkpoint, with a tokenizer because some quantizers insist on one; its words are numbers."""
     model().save_pretrained(folder)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB_SIZE)}, unk_token="0"))
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="0", eos_token="1", pad_token="1").save_pretrained(folder)
@@ -87,3 +91,28 @@ def keep_only(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in {"config.json", "quantize_config.json", "model.safetensors"}:
             path.unlink()
+
+
+def main(
+    about: str | None,
+    names: Iterable[str],
+    make: Callable[[Path, Path, str], tuple[dict[str, torch.Tensor], dict[str, object]]],
+) -> None:
+    """Read the command line of a quantizer, and make checkpoints with it, all of `names` or those that are asked for.
+
+    `make` gets the fp16 checkpoint, the folder to write and the name; it returns the weights as the quantizer itself
+    has them and what to note of it, as `save_reference` takes them.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0] if about else None)
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("names", nargs="*", help="which; default all")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary)
+        save_model(source)
+        for name in options.names or names:
+            folder = options.out_dir / name
+            shutil.rmtree(folder, ignore_errors=True)
+            weights, noted = make(source, folder, name)
+            keep_only(folder)
+            save_reference(folder, weights, noted)

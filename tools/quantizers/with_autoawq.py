@@ -5,9 +5,6 @@ python tools/quantizers/with_autoawq.py OUT_DIR [NAME ...]
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,22 +65,10 @@ def dequantized(layer: WQLinear_GEMM) -> torch.Tensor:
     return dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, layer.w_bit, layer.group_size)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("out_dir", type=Path)
-    parser.add_argument("names", nargs="*", help="which; default all")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary)
-        tiny.save_model(source)
-        for name in options.names or SETTINGS:
-            folder = options.out_dir / name
-            shutil.rmtree(folder, ignore_errors=True)
-            weights = quantize(source, folder, name)
-            tiny.keep_only(folder)
-            about = {"tool": "AutoAWQ", "version": version("autoawq"), "settings": SETTINGS[name]}
-            tiny.save_reference(folder, weights, about)
+def make(source: Path, folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    weights = quantize(source, folder, name)
+    return weights, {"tool": "AutoAWQ", "version": version("autoawq"), "settings": SETTINGS[name]}
 
 
 if __name__ == "__main__":
-    main()
+    tiny.main(__doc__, SETTINGS, make)

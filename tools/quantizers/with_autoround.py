@@ -5,9 +5,6 @@ python tools/quantizers/with_autoround.py OUT_DIR [NAME ...]
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,27 +96,15 @@ def decompressed(state: dict[str, torch.Tensor]) -> torch.Tensor:
     return PackedQuantizationCompressor.decompress(state, scheme)["weight"].T
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("out_dir", type=Path)
-    parser.add_argument("names", nargs="*", help="which; default all")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary)
-        tiny.save_model(source)
-        for name in options.names or SETTINGS:
-            folder = options.out_dir / name
-            shutil.rmtree(folder, ignore_errors=True)
-            weights, changed = quantize(source, folder, name)
-            tiny.keep_only(folder)
-            about = {
-                "tool": "AutoRound",
-                "version": version("auto-round"),
-                "settings": SETTINGS[name],
-                "weights_changed_by_packing": changed,
-            }
-            tiny.save_reference(folder, weights, about)
+def make(source: Path, folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    weights, changed = quantize(source, folder, name)
+    return weights, {
+        "tool": "AutoRound",
+        "version": version("auto-round"),
+        "settings": SETTINGS[name],
+        "weights_changed_by_packing": changed,
+    }
 
 
 if __name__ == "__main__":
-    main()
+    tiny.main(__doc__, SETTINGS, make)

@@ -5,10 +5,7 @@ python tools/quantizers/with_gptqmodel.py OUT_DIR [NAME ...]
 
 from __future__ import annotations
 
-import argparse
 import os
-import shutil
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,23 +53,11 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
     return {name: m.dequantize_weight() for name, m in model.named_modules() if isinstance(m, TorchLinear)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("out_dir", type=Path)
-    parser.add_argument("names", nargs="*", help="which; default all")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary)
-        tiny.save_model(source)
-        for name in options.names or SETTINGS:
-            folder = options.out_dir / name
-            shutil.rmtree(folder, ignore_errors=True)
-            quantize(source, folder, SETTINGS[name])
-            about = {"tool": "GPTQModel", "version": version("gptqmodel"), "settings": SETTINGS[name]}
-            weights = dequantized(folder)
-            tiny.keep_only(folder)
-            tiny.save_reference(folder, weights, about)
+def make(source: Path, folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    quantize(source, folder, SETTINGS[name])
+    about = {"tool": "GPTQModel", "version": version("gptqmodel"), "settings": SETTINGS[name]}
+    return dequantized(folder), about
 
 
 if __name__ == "__main__":
-    main()
+    tiny.main(__doc__, SETTINGS, make)

@@ -5,9 +5,6 @@ python tools/quantizers/with_llmcompressor.py OUT_DIR [NAME ...]
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,28 +102,15 @@ def read(state: dict[str, torch.Tensor], scheme: QuantizationScheme) -> torch.Te
     return PackedQuantizationCompressor().decompress_weight(data, scheme.weights)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("out_dir", type=Path)
-    parser.add_argument("names", nargs="*", help="which; default all")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary)
-        tiny.save_model(source)
-        for name in options.names or SETTINGS:
-            folder = options.out_dir / name
-            shutil.rmtree(folder, ignore_errors=True)
-            quantize(source, folder, name)
-            about = {
-                "tool": "llm-compressor",
-                "version": version("llmcompressor"),
-                "compressed-tensors": version("compressed-tensors"),
-                "settings": {group: args for group, (_, args) in SETTINGS[name][1].items()},
-            }
-            found = decompressed(folder, name)
-            tiny.keep_only(folder)
-            tiny.save_reference(folder, found, about)
+def make(source: Path, folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    quantize(source, folder, name)
+    return decompressed(folder, name), {
+        "tool": "llm-compressor",
+        "version": version("llmcompressor"),
+        "compressed-tensors": version("compressed-tensors"),
+        "settings": {group: args for group, (_, args) in SETTINGS[name][1].items()},
+    }
 
 
 if __name__ == "__main__":
-    main()
+    tiny.main(__doc__, SETTINGS, make)
