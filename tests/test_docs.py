@@ -196,6 +196,7 @@ def test_json_documents_have_the_documented_keys(
     found = {
         "convert": run(source.folder, out, "--verify", "--json").json(),
         "dry-run": asked["vllm"] | asked["transformers"],
+        "env": run("env", "--json").json(),
         "to-gptq": run("to-gptq", out, tmp_path / "gptq", "--json").json(),
         "error": run(source.folder, out, "--json").json(),
     }

@@ -1,14 +1,14 @@
-"""The GPU that is measured: which it is, how calls are timed on it, what nvidia-smi says of it."""
+"""The GPU that is measured: which it is, how calls are timed on it, what the driver says of it."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import platform
-import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..device import Device, cuda_devices, pick_device
@@ -92,8 +92,6 @@ def cuda_rig(device: Device) -> Rig:
         torch.cuda.empty_cache()
 
     def describe() -> Machine:
-        said = nvidia_smi(_uuid(where)) or {}
-        driver = said.pop("driver_version", None)
         return Machine(
             device=str(device),
             name=info.name.decode(errors="replace"),
@@ -101,7 +99,7 @@ def cuda_rig(device: Device) -> Rig:
             multiprocessors=info.multiprocessors,
             l2_bytes=info.l2_bytes,
             memory_bytes=info.memory_bytes,
-            driver=driver or f"of CUDA {_cuda_version(info.driver_version)}",
+            driver=driver_version() or f"of CUDA {_cuda_version(info.driver_version)}",
             versions={
                 "marlin-convert": __version__,
                 "torch": torch.__version__,
@@ -109,7 +107,7 @@ def cuda_rig(device: Device) -> Rig:
                 "CUDA of the kernels": _cuda_version(info.runtime_version),
                 "python": platform.python_version(),
             },
-            clocks={key: _number(value) for key, value in said.items()} or None,
+            clocks=gpu_state(_uuid(where)),
         )
 
     return Rig(
@@ -131,8 +129,6 @@ def described(versions: dict[str, str]) -> Machine:
 
     index = torch.cuda.current_device()
     found = torch.cuda.get_device_properties(index)
-    said = nvidia_smi(_uuid(torch.device("cuda", index))) or {}
-    driver = said.pop("driver_version", "unknown")
     return Machine(
         device=f"cuda:{index}",
         name=found.name,
@@ -140,9 +136,9 @@ def described(versions: dict[str, str]) -> Machine:
         multiprocessors=found.multi_processor_count,
         l2_bytes=found.L2_cache_size,
         memory_bytes=found.total_memory,
-        driver=driver,
+        driver=driver_version() or "unknown",
         versions=versions,
-        clocks={key: _number(value) for key, value in said.items()} or None,
+        clocks=gpu_state(_uuid(torch.device("cuda", index))),
     )
 
 
@@ -151,44 +147,62 @@ def _cuda_version(number: int) -> str:
 
 
 def _uuid(device: torch.device) -> str | None:
-    """The GPU as nvidia-smi names it: torch's numbers follow CUDA_VISIBLE_DEVICES, those of nvidia-smi do not."""
+    """The GPU as the driver names it: torch's numbers follow CUDA_VISIBLE_DEVICES, the driver's own do not."""
     import torch
 
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return f"GPU-{uuid}" if uuid else None
 
 
-#: What nvidia-smi is asked for → its name here.
-_SMI_FIELDS = {
-    "driver_version": "driver_version",
-    "clocks.sm": "sm_mhz",
-    "clocks.max.sm": "max_sm_mhz",
-    "clocks.mem": "memory_mhz",
-    "clocks.max.mem": "max_memory_mhz",
-    "power.draw": "power_w",
-    "power.limit": "power_limit_w",
-    "temperature.gpu": "temperature_c",
-}
-
-
-def nvidia_smi(uuid: str | None) -> dict[str, str] | None:
-    """Return what nvidia-smi says of a GPU now; None where it is missing, fails, or the GPU cannot be named to it."""
-    if uuid is None:
-        return None
-    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    """The driver's management library, through nvidia-ml-py; None where the package or the driver is missing."""
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    values = [value.strip() for value in process.stdout.strip().split(",")]
-    if len(values) != len(_SMI_FIELDS):
-        return None
-    return dict(zip(_SMI_FIELDS.values(), values, strict=True))
-
-
-def _number(text: str) -> float | None:
-    """Return a number of nvidia-smi's; None for its "[N/A]"."""
+        import pynvml
+    except ImportError:
+        yield None
+        return
     try:
-        return float(text)
-    except ValueError:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def driver_version() -> str | None:
+    """Return the NVIDIA driver's version; None where nothing tells."""
+    with _nvml() as nvml:
+        return None if nvml is None else _asked(nvml, nvml.nvmlSystemGetDriverVersion)
+
+
+def gpu_state(uuid: str | None) -> dict[str, float | None] | None:
+    """Return clocks (MHz), power (W) and temperature (°C) of a GPU now; None where nothing tells, or the GPU cannot be
+    named to it; a value that this GPU does not have is None."""
+    with _nvml() as nvml:
+        gpu = None if nvml is None or uuid is None else _asked(nvml, nvml.nvmlDeviceGetHandleByUUID, uuid)
+        if gpu is None:
+            return None
+        asked: dict[str, tuple[Any, ...]] = {
+            "sm_mhz": (nvml.nvmlDeviceGetClockInfo, gpu, nvml.NVML_CLOCK_SM),
+            "max_sm_mhz": (nvml.nvmlDeviceGetMaxClockInfo, gpu, nvml.NVML_CLOCK_SM),
+            "memory_mhz": (nvml.nvmlDeviceGetClockInfo, gpu, nvml.NVML_CLOCK_MEM),
+            "max_memory_mhz": (nvml.nvmlDeviceGetMaxClockInfo, gpu, nvml.NVML_CLOCK_MEM),
+            "power_w": (nvml.nvmlDeviceGetPowerUsage, gpu),
+            "power_limit_w": (nvml.nvmlDeviceGetEnforcedPowerLimit, gpu),
+            "temperature_c": (nvml.nvmlDeviceGetTemperature, gpu, nvml.NVML_TEMPERATURE_GPU),
+        }
+        found = {name: _asked(nvml, *question) for name, question in asked.items()}
+        scale = {name: 1e-3 if name.startswith("power") else 1.0 for name in found}  # power comes in mW
+        return {name: None if value is None else value * scale[name] for name, value in found.items()}
+
+
+def _asked(nvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the driver answers; None if it does not."""
+    try:
+        return function(*arguments)
+    except nvml.NVMLError:
         return None

@@ -137,7 +137,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the numbers come from. `clocks` is what nvidia-smi says under load, None without it."""
+    """Where the numbers come from. `clocks` is what the driver says under load, None without nvidia-ml-py."""
 
     device: str
     name: str

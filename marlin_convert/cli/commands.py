@@ -303,6 +303,19 @@ def generate(
 
 
 @cli.command()
+@output_options
+@click.pass_obj
+def env(output: OutputOptions, /) -> None:
+    """Say what a bug report needs: versions, CPU, GPUs, libraries, settings.
+
+    Of variables that may hold secrets only the names are said.
+    """
+    from .environment import environment
+
+    screen_for(output).environment(environment())
+
+
+@cli.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option(
     "--port",

@@ -279,6 +279,25 @@ class Screen:
         ]
         self._aligned([*lines, *([("hub", report.pushed)] if report.pushed else [])])
 
+    def environment(self, found: dict[str, Any]) -> None:
+        """What `marlin-convert env` says."""
+        self._json(found)
+        gpus = found["gpus"]
+        if isinstance(gpus, list):
+            gpus = ", ".join(f"{gpu['name']} ({gpu['capability']})" for gpu in gpus)
+        told = {
+            "marlin-convert": f"{found['marlin_convert']}, {found['folder']}",
+            "python": found["python"],
+            "system": f"{found['system']}, {found['libc']}",
+            "cpu": f"{found['cpu']}, {found['cpus']} usable, {size(found['memory_bytes'])} of memory",
+            "cpu library": found["cpu_library"],
+            "cuda library": found["cuda_library"] or "not built",
+            "gpus": gpus if found["driver"] is None else f"{gpus}; driver {found['driver']}",
+            **{name: version or "not installed" for name, version in found["packages"].items()},
+            **found["variables"],
+        }
+        self._aligned(list(told.items()))
+
     def _aligned(self, lines: list[tuple[str, str]]) -> None:
         """Lines with labels before them, broken at words."""
         width = max(len(label) for label, _ in lines) + 2

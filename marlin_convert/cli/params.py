@@ -69,7 +69,28 @@ class Command(click.Command):
             output.source = read if isinstance(read, str) else None
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options by what they are about, in the order of GROUPS."""
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Options", *GROUPS)}
+        title_of = {name: title for title, names in GROUPS.items() for name in names}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections[title_of.get(parameter.name or "", "Options")].append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
+
+#: Options that commands share, by their titles in --help; a command's own come before them.
+GROUPS = {
+    "The result": ("format", "zero_points", "quant_method", "max_shard_size", "force", "verify", "attest"),
+    "Look first": ("dry_run", "engine", "tensor_parallel"),
+    "Hugging Face Hub": ("revision", "token", "cache_dir", "low_disk"),
+    "Publish": ("push_to_hub", "private", "branch", "create_pr", "commit_message"),
+    "Where and how": ("device", "as_json", "quiet", "verbose", "version", "help"),
+}
 EXAMPLES = {
     "marlin-convert org/name-gptq ./out --verify": "convert a repository of the Hub, and compare the result with it",
     "marlin-convert org/name-gptq --dry-run": "what would happen, from headers alone",

@@ -126,11 +126,11 @@ def served_table(report: ServedReport) -> Table:
 
 
 def clocks_text(clocks: dict[str, float | None] | None) -> str:
-    """Return the clocks under load, as far as nvidia-smi knows them."""
+    """Return the clocks under load, as far as the driver tells them."""
     known = {key: value for key, value in (clocks or {}).items() if value is not None}
     parts = [
         f"{name} {known[key]:.0f}" + (f" of {known[most]:.0f} MHz" if most in known else " MHz")
         for name, key, most in (("SM", "sm_mhz", "max_sm_mhz"), ("memory", "memory_mhz", "max_memory_mhz"))
         if key in known
     ]
-    return f"; under load {', '.join(parts)}" if parts else "; clocks unknown (no nvidia-smi)"
+    return f"; under load {', '.join(parts)}" if parts else "; clocks unknown (no nvidia-ml-py, or no answer)"

@@ -120,9 +120,9 @@ def test_quiet(main: Callable[..., Run]) -> None:
     assert (result.code, result.out, result.err) == (0, "", "")
 
 
-def test_a_machine_without_nvidia_smi(main: Callable[..., Run], report: Report) -> None:
+def test_a_machine_without_nvidia_ml_py(main: Callable[..., Run], report: Report) -> None:
     report.machine = replace(MACHINE, clocks=None)
-    assert "driver 580.1; clocks unknown (no nvidia-smi)\n" in main().out
+    assert "driver 580.1; clocks unknown (no nvidia-ml-py, or no answer)\n" in main().out
     assert main("--json").json()["machine"]["clocks"] is None
 
 

@@ -1,8 +1,10 @@
-"""Which GPU is measured, and what nvidia-smi says of it."""
+"""Which GPU is measured, and what the driver says of it."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
+import types
+from typing import Any
 
 import pytest
 
@@ -31,37 +33,76 @@ def test_bench_takes_the_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
     assert the_gpu.pick_gpu("cuda:1") is gpu
 
 
-@pytest.mark.parametrize(
-    ("script", "expected"),
-    [
-        (
-            'echo "$1" > asked; echo "580.82.07, 1755, 1980, 2619, 2619, 512.10, 700.00, [N/A]"',
-            {"driver_version": "580.82.07", "sm_mhz": "1755", "max_sm_mhz": "1980", "memory_mhz": "2619",
-             "max_memory_mhz": "2619", "power_w": "512.10", "power_limit_w": "700.00", "temperature_c": "[N/A]"},
-        ),
-        ("echo 'No devices were found'; exit 6", None),
-        ("echo nonsense", None),
-        (None, None),
-    ],
-)  # fmt: skip
-def test_nvidia_smi(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, expected: dict[str, str] | None
-) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.chdir(tmp_path)
-    if script:
-        program = tmp_path / "nvidia-smi"
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
-    else:
-        monkeypatch.setenv("PATH", str(tmp_path))
-    assert the_gpu.nvidia_smi("GPU-1") == expected
-    if expected:
-        assert (tmp_path / "asked").read_text() == "--id=GPU-1\n"
-    assert the_gpu.nvidia_smi(None) is None
+class Driver(types.ModuleType):
+    """nvidia-ml-py, of a GPU of which some values are not known; `answers` tells whether there is a driver."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, answers: bool = True) -> None:
+        super().__init__("pynvml")
+        self.answers, self.open = answers, 0
+
+    def nvmlInit(self) -> None:
+        if not self.answers:
+            raise self.NVMLError
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.82.07"
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        if uuid != "GPU-1":
+            raise self.NVMLError
+        return uuid
+
+    def nvmlDeviceGetClockInfo(self, gpu: str, kind: int) -> int:
+        return {1: 1755, 2: 2619}[kind]
+
+    def nvmlDeviceGetMaxClockInfo(self, gpu: str, kind: int) -> int:
+        return {1: 1980, 2: 2619}[kind]
+
+    def nvmlDeviceGetPowerUsage(self, gpu: str) -> int:
+        return 512_100
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, gpu: str) -> int:
+        return 700_000
+
+    def nvmlDeviceGetTemperature(self, gpu: str, kind: int) -> int:
+        raise self.NVMLError
 
 
-def test_numbers_of_nvidia_smi() -> None:
-    assert the_gpu._number("1755") == 1755.0
-    assert the_gpu._number("[N/A]") is None
+def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    assert the_gpu.driver_version() == "580.82.07"
+    assert the_gpu.gpu_state("GPU-1") == {
+        "sm_mhz": 1755, "max_sm_mhz": 1980, "memory_mhz": 2619, "max_memory_mhz": 2619, "power_w": pytest.approx(512.1),
+        "power_limit_w": pytest.approx(700), "temperature_c": None,
+    }  # fmt: skip
+    assert the_gpu.gpu_state("GPU-2") is None
+    assert the_gpu.gpu_state(None) is None
+    assert driver.open == 0
+
+
+@pytest.mark.parametrize("module", [None, Driver(answers=False)], ids=["no package", "no driver"])
+def test_without_a_driver_nothing_is_said(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert the_gpu.driver_version() is None
+    assert the_gpu.gpu_state("GPU-1") is None
+
+
+def test_the_real_package_has_what_is_asked() -> None:
+    pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
+    asked = {name for name in dir(Driver) if name.lower().startswith("nvml")}
+    assert len(asked) > 10
+    assert not asked - set(dir(pynvml))
+
+
+def test_cuda_versions() -> None:
     assert the_gpu._cuda_version(13010) == "13.1"

@@ -65,7 +65,7 @@ def test_limits(rig: results.Rig) -> None:
     assert 2e12 < limits.fp16_flop_per_s < 5e15
     assert machine.name == torch.cuda.get_device_name(rig.device)
     assert machine.l2_bytes == rig.l2_bytes > 0
-    if machine.clocks is not None:  # nvidia-smi is there
+    if machine.clocks is not None:  # nvidia-ml-py is there
         assert machine.clocks["sm_mhz"] is None or machine.clocks["sm_mhz"] > 200  # under load
 
 
