@@ -75,8 +75,9 @@ class Command(click.Command):
         title_of = {name: title for title, names in GROUPS.items() for name in names}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
-                sections[title_of.get(parameter.name or "", "Options")].append(record)
+            if record is not None and not isinstance(parameter, click.Argument):
+                name = "help" if "--help" in parameter.opts else parameter.name or ""
+                sections[title_of.get(name, "Options")].append(record)
         for title, records in sections.items():
             if records:
                 with formatter.section(title):

@@ -65,6 +65,8 @@ def test_options_are_shown_in_groups(main: Callable[..., Run]) -> None:
     places = [said.index(f"\n{title}:\n") for title in ("The result", "Look first", "Hugging Face Hub", "Publish",
                                                           "Where and how", "Commands", "Examples")]  # fmt: skip
     assert places == sorted(places)
+    assert "\nOptions:\n" not in said  # the command has none of its own
+    assert said.index("--help") > places[4]
     assert said.index("--dry-run") > places[1]
     assert said.index("--revision") > places[2]
     known = {parameter.name for command in cli.commands.values() for parameter in command.params}
