@@ -108,7 +108,7 @@ def read(folder: Path) -> dict[str, Float]:
     """Every quantized layer of a checkpoint, by name: W [K, N]."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        if file.name != "reference.safetensors":
+        if not file.name.startswith("reference"):
             tensors |= load_file(file)
     found: dict[str, Float] = {}
     for key, tensor in tensors.items():
