@@ -110,8 +110,8 @@ class Report:
     def method(self) -> str:
         """Return what was measured, in words."""
         return (
-            f"tokens of all sequences together, a second; decoding: {NEW} tokens behind prompts of {PROMPT}; each side "
-            "in a process of its own with caches that start empty"
+            f"tokens of all sequences together, a second; decoding: {NEW} tokens behind prompts of {PROMPT}, from the "
+            "first token of the sequence that begins last; each side in processes of its own, its caches empty before"
         )
 
     def kernels(self) -> dict[str, str]:
@@ -173,6 +173,10 @@ def _measure(
         raise SideFailed(f"its process {ended}" + (f"; its last words: {said[-1].strip()}" if said else ""))
 
 
+#: Not `-m`: what vLLM's processes are sent must not be part of their main module.
+_PROGRAM = f"from {__package__} import served_side; served_side.main()"
+
+
 @contextmanager
 def _process(
     request: Request, environment: Mapping[str, str], folder: Path, verbose: bool
@@ -185,7 +189,7 @@ def _process(
     try:
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.served_side", str(write), json.dumps(asdict(request))],
+                [sys.executable, "-c", _PROGRAM, str(write), json.dumps(asdict(request))],
                 env={**os.environ, **own, **environment}, pass_fds=(write,), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=sys.stderr if verbose else log, stderr=None if verbose else log,
             )  # fmt: skip

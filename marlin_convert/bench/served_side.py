@@ -1,4 +1,4 @@
-"""One side of `served`, in a process of its own: `python -m marlin_convert.bench.served_side FD REQUEST`.
+"""One side of `served`, in a process of its own: `main` with the arguments FD and REQUEST.
 
 Answers go to the file descriptor FD, one JSON array a line: ["step", what is done], in the end ["done", {"side",
 "machine"}] or ["failed", why]. vLLM prints what it likes to standard output.
@@ -22,6 +22,7 @@ from .served import NEW, PROMPT, TOKENS_OF_A_STEP, Request, Side
 
 OURS = "marlin-convert's kernels"
 LONGEST = 400  # characters of an error
+TIMES = 3  # of each measurement; the shortest counts
 
 
 def main() -> None:
@@ -44,8 +45,13 @@ def main() -> None:
 
 
 def measure(request: Request, on_step: Callable[[str], object]) -> tuple[Side, dict[str, str]]:
-    """Measure one model in this process; the side, and the versions of what it ran on."""
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    """Measure one model; the side, and the versions of what it ran on.
+
+    vLLM's engine is a process of its own, as in its server: in ours, preparing a step and taking what another has made
+    would wait for each other, and the kernels of a fast model for both.
+    """
+    # without the second, `_kernels` cannot be sent to that process
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     import torch
     import vllm
 
@@ -56,34 +62,41 @@ def measure(request: Request, on_step: Callable[[str], object]) -> tuple[Side, d
     llm = vllm.LLM(
         model=request.model, revision=request.revision, skip_tokenizer_init=True, max_model_len=request.length,
         max_num_seqs=max(request.batch), max_num_batched_tokens=TOKENS_OF_A_STEP, seed=0,
-        enable_prefix_caching=False, compilation_config={"cudagraph_capture_sizes": list(request.batch)}, **more,
+        enable_prefix_caching=False, disable_log_stats=False,
+        compilation_config={"cudagraph_capture_sizes": list(request.batch)}, **more,
     )  # fmt: skip
     start_s = time.perf_counter() - begin
     on_step("start")
     numbers = random.Random(1)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
 
-    def seconds(prompts: int, length: int, new: int, times: int) -> float:
+    def generate(prompts: int, length: int, new: int) -> list[Any]:
+        """The time that each sequence was given its first and its last token at."""
         settings = vllm.SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
-        taken = []
-        for _ in range(times):
-            ids = [[numbers.randrange(5, vocabulary) for _ in range(length)] for _ in range(prompts)]
-            begin = time.perf_counter()
-            done = llm.generate([{"prompt_token_ids": x} for x in ids], settings, use_tqdm=False)
-            taken.append(time.perf_counter() - begin)
-            made = sum(len(x.outputs[0].token_ids) for x in done)
-            if made != prompts * new:
-                raise RuntimeError(f"it made {made} tokens instead of {prompts * new}")
-        return min(taken)
+        ids = [[numbers.randrange(5, vocabulary) for _ in range(length)] for _ in range(prompts)]
+        done = llm.generate([{"prompt_token_ids": x} for x in ids], settings, use_tqdm=False)
+        made = sum(len(x.outputs[0].token_ids) for x in done)
+        if made != prompts * new:
+            raise RuntimeError(f"it made {made} tokens instead of {prompts * new}")
+        return [x.metrics for x in done]
+
+    def step_s(batch: int) -> float:
+        """Of the sequence that begins last: from then on all are decoded together."""
+        last = max(generate(batch, PROMPT, NEW), key=lambda times: times.first_token_ts)
+        return float(last.last_token_ts - last.first_token_ts) / (NEW - 1)
+
+    def prefill_s(prompts: int, length: int) -> float:
+        begin = time.perf_counter()
+        generate(prompts, length, 1)
+        return time.perf_counter() - begin
 
     decode, prefill = {}, {}
     for batch in request.batch:
-        seconds(batch, PROMPT, 4, 1)  # warm
-        step = seconds(batch, PROMPT, NEW, 2) - seconds(batch, PROMPT, 1, 2)
-        decode[batch] = batch * (NEW - 1) / step
+        generate(batch, PROMPT, 4)  # warm
+        decode[batch] = batch / min(step_s(batch) for _ in range(TIMES))
         on_step(f"batch {batch}")
     for prompts, length in request.prefills:
-        prefill[prompts, length] = prompts * length / seconds(prompts, length, 1, 3)
+        prefill[prompts, length] = prompts * length / min(prefill_s(prompts, length) for _ in range(TIMES))
         on_step(f"prefill {prompts} x {length}")
     kernels = sorted({name for names in llm.apply_model(_kernels) for name in names})
     versions = {
@@ -117,7 +130,3 @@ def _kernels(model: Any) -> list[str]:
         if kernel is not None:
             found.add(type(kernel).__name__)
     return sorted(found)
-
-
-if __name__ == "__main__":
-    main()

@@ -81,6 +81,11 @@ def test_each_side_is_asked_for_what_it_is(measured: Any) -> None:
     environments = [side["environment"] for side in asked]
     assert [x["VLLM_PLUGINS"] for x in environments] == [os.environ.get("VLLM_PLUGINS"), "", ""]
     assert {x["OURS"] for x in environments} == {"1"}
+    # the engine as vLLM runs it by itself
+    assert {x["VLLM_ENABLE_V1_MULTIPROCESSING"] for x in environments} == {
+        os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
+    }
+    assert not any(x.get("disable_log_stats", True) for x in settings)  # without them nobody tells the time of a token
     for cache in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH"):
         assert len({x[cache] for x in environments}) == 3
         assert not any(Path(x[cache]).parent.exists() for x in environments)
@@ -90,7 +95,7 @@ def test_each_side_is_asked_for_what_it_is(measured: Any) -> None:
 
 
 def test_rates(measured: Any) -> None:
-    """Of decoding without the prompt and the first token; of a prefill with one token."""
+    """Of decoding without the prompt and the first token, once all sequences have one; of a prefill with one token."""
     report, _ = measured(marlin=REQUEST, gptq=GPTQ_REQUEST, fp16=replace(REQUEST, random=True))
     marlin, gptq, fp16 = (report.sides[name] for name in (MARLIN, GPTQ, FP16))
     assert (marlin.start_s, gptq.start_s) == (60.0, 70.25)

@@ -41,7 +41,7 @@ class LLM:
     def __init__(self, **settings: Any) -> None:
         global _now
         names = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "VLLM_PLUGINS",
-                 "VLLM_ENABLE_V1_MULTIPROCESSING", "OURS")  # fmt: skip
+                 "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_INSECURE_SERIALIZATION", "OURS")  # fmt: skip
         settings["hf_overrides"] = settings.get("hf_overrides") and "there"
         _write(
             {"settings": settings, "environment": {name: os.environ.get(name) for name in names}, "pid": os.getpid()}
@@ -69,9 +69,13 @@ class LLM:
         assert all(0 <= token < 1000 for prompt in prompts for token in prompt["prompt_token_ids"])
         assert (settings.ignore_eos, settings.temperature, use_tqdm) == (True, 0.0, False)
         step = (0.5 if self.model == "gptq" else 0.25) * (4 if self.random else 1)
-        _now += 1 + sum(len(prompt["prompt_token_ids"]) for prompt in prompts) / 1000 + settings.max_tokens * step
+        _now += 1 + sum(len(prompt["prompt_token_ids"]) for prompt in prompts) / 1000 + step
+        times = SimpleNamespace(first_token_ts=_now, last_token_ts=_now + (settings.max_tokens - 1) * step)
+        earlier = SimpleNamespace(first_token_ts=_now - 0.5, last_token_ts=_now + 99)
+        _now = times.last_token_ts
         made = settings.max_tokens - (self.model == "too few")
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7] * made)]) for _ in prompts]
+        outputs = [SimpleNamespace(token_ids=[7] * made)]
+        return [SimpleNamespace(outputs=outputs, metrics=earlier if i else times) for i in range(len(prompts))]
 
     def apply_model(self, function: Any) -> list[Any]:
         class Machete:
