@@ -76,7 +76,8 @@ def cuda_devices() -> list[Device]:
 
 
 def pick_device(request: str) -> Device:
-    """The device for `request`: "cpu", "cuda", "cuda:N", or "auto" (the first GPU that suits, the CPU without a GPU).
+    """Return the device for `request`: "cpu", "cuda", "cuda:N", or "auto" (the first GPU that suits, the CPU without a
+    GPU).
 
     Raises DeviceError when CUDA was asked for and there is none, or when the GPU that would be used is older than
     compute capability 8.0; the message gives the way out.

@@ -32,7 +32,7 @@ def raise_on_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """Nothing can be undone any more: let what is left of the program end by itself."""
+    """Let what is left of the program end by itself: nothing can be undone any more."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

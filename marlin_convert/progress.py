@@ -20,20 +20,20 @@ class Progress:
     """Hears about stages and their progress, possibly from several threads; this one stays silent."""
 
     def stage(self, label: str, total_bytes: int, layers: int) -> None:
-        """A stage begins that will move `total_bytes` bytes and finish `layers` layers."""
+        """Begin a stage that will move `total_bytes` bytes and finish `layers` layers."""
 
     def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
-        """`nbytes` more are finished; `layer` is what is being worked on; `done` says that it is complete now."""
+        """Say that `nbytes` more are finished; `layer` is what is being worked on; `done` says that it is complete now."""
 
     def end(self) -> None:
-        """The current stage is over."""
+        """End the current stage."""
 
     def transfer(self, label: str, total_bytes: int) -> OnBytes:
-        """Beside the stages, `total_bytes` bytes begin to move; tell what is returned of every part of them."""
+        """Begin to move `total_bytes` bytes beside the stages; what is returned is to be told of every part of them."""
         return lambda nbytes: None
 
     def waiting(self, label: str) -> AbstractContextManager[None]:
-        """While the context lasts, something goes on of which nothing can be counted."""
+        """Say, while the context lasts, that something goes on of which nothing can be counted."""
         return nullcontext()
 
 

@@ -14,12 +14,12 @@ _SHORT = 80
 
 
 def visible(text: str) -> str:
-    """`text` with escapes, as Python writes them, in place of characters that a terminal would obey."""
+    """Return `text` with escapes, as Python writes them, in place of characters that a terminal would obey."""
     return _INVISIBLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def shortened(value: object) -> str:
-    """A value as Python writes it, on one line and not too long."""
+    """Return a value as Python writes it, on one line and not too long."""
     try:
         text = visible(repr(value))
     except (ValueError, RecursionError):  # a number of very many digits, a list in lists without an end

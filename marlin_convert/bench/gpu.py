@@ -23,7 +23,7 @@ REPEATS = 16  # … for which its launches are repeated, at most so often
 
 
 def pick_gpu(request: str) -> Device:
-    """As `pick_device`, but a GPU. Raises DeviceError when there is none that suits."""
+    """Return a GPU, as `pick_device` does. Raises DeviceError when there is none that suits."""
     if request == "cpu":
         raise DeviceError("bench measures a GPU: give --device cuda or cuda:N.")
     try:
@@ -147,7 +147,7 @@ def _cuda_version(number: int) -> str:
 
 
 def _uuid(device: torch.device) -> str | None:
-    """The GPU as the driver names it: torch's numbers follow CUDA_VISIBLE_DEVICES, the driver's own do not."""
+    """Return the GPU as the driver names it: torch's numbers follow CUDA_VISIBLE_DEVICES, the driver's own do not."""
     import torch
 
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
@@ -156,7 +156,7 @@ def _uuid(device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def _nvml() -> Iterator[Any]:
-    """The driver's management library, through nvidia-ml-py; None where the package or the driver is missing."""
+    """Return the driver's management library, through nvidia-ml-py; None where the package or the driver is missing."""
     try:
         import pynvml
     except ImportError:
@@ -201,7 +201,7 @@ def gpu_state(uuid: str | None) -> dict[str, float | None] | None:
 
 
 def _asked(nvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the driver answers; None if it does not."""
+    """Return what the driver answers; None if it does not."""
     try:
         return function(*arguments)
     except nvml.NVMLError:

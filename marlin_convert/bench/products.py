@@ -99,7 +99,7 @@ def random_weights(shape: Shape, rig: Rig) -> Weights:
 
 
 def bytes_needed(shape: Shape, M: int, rig: Rig, peers: Sequence[Peer] = ()) -> int:
-    """Device memory for measuring a layer at M rows."""
+    """Return device memory for measuring a layer at M rows."""
     weights = copies(shape.packed_bytes, rig.l2_bytes) * shape.packed_bytes
     own = sum(weights for peer in peers if peer.own_weights)
     plain = (copies(shape.fp16_bytes, rig.l2_bytes) + 1) * shape.fp16_bytes  # and one that is dequantized into
@@ -317,7 +317,7 @@ def _version(package: str) -> str:
 
 
 def _vllm_marlin() -> Prepare:
-    """vLLM's Marlin, whose weights are stored as ours."""
+    """Return vLLM's Marlin, whose weights are stored as ours."""
     import torch
 
     import_module("vllm._custom_ops")  # registers the operators
@@ -337,7 +337,7 @@ def _vllm_marlin() -> Prepare:
 
 
 def _humming() -> Prepare:
-    """humming-kernels, with weights of its own in its own layout."""
+    """Return humming-kernels, with weights of its own in its own layout."""
     import torch
 
     layer_type = import_module("humming.layer").HummingLayer

@@ -92,7 +92,8 @@ class Report:
     notes: Notes = field(default_factory=dict)
 
     def table(self) -> list[list[str]]:
-        """Headings, then a row for each measurement: tokens/s of each side, and Marlin's share of each other one's."""
+        """Return headings, then a row for each measurement: tokens/s of each side, and Marlin's share of each other
+        one's."""
         others = [name for name in LABELS if name in self.sides and name != MARLIN]
         names = [*others, MARLIN]
         rows = [["", *(LABELS[name] for name in names), *(f"Marlin / {LABELS[name]}" for name in others)]]
@@ -115,11 +116,11 @@ class Report:
         )
 
     def kernels(self) -> dict[str, str]:
-        """By label, what computes the quantized linear layers."""
+        """Return, by label, what computes the quantized linear layers."""
         return {LABELS[name]: ", ".join(side.kernels) for name, side in self.sides.items() if side.kernels}
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """By label, (batch size, tokens/s of decoding)."""
+        """Return, by label, (batch size, tokens/s of decoding)."""
         names = [name for name in (MARLIN, GPTQ, FP16) if name in self.sides]
         return {LABELS[name]: list(self.sides[name].decode.items()) for name in names}
 
@@ -181,7 +182,7 @@ _PROGRAM = f"from {__package__} import served_side; served_side.main()"
 def _process(
     request: Request, environment: Mapping[str, str], folder: Path, verbose: bool
 ) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[bytes]]]:
-    """The process of a side, and the lines of its answers; whatever happens, none of its processes is left."""
+    """Run the process of a side, and the lines of its answers; whatever happens, none of its processes is left."""
     caches = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor",
               "CUDA_CACHE_PATH": "cuda"}  # fmt: skip
     own = {name: str(folder / path) for name, path in caches.items()}
@@ -208,8 +209,8 @@ def _process(
 
 
 def _lines(process: subprocess.Popen[bytes], answers: int) -> Iterator[bytes]:
-    """The lines that come from the file descriptor `answers`, until its other end is closed or the process has ended:
-    others that it has started may keep it open."""
+    """Return the lines that come from the file descriptor `answers`, until its other end is closed or the process has
+    ended: others that it has started may keep it open."""
     come = b""
     while True:
         ended = process.poll() is not None
@@ -307,7 +308,7 @@ def _visible(index: int) -> str:
 
 
 def _access(access: HubAccess) -> dict[str, str]:
-    """The same in the environment, where huggingface_hub looks for it; a token must not stand in a command line."""
+    """Return the same in the environment, where huggingface_hub looks for it; a token must not stand in a command line."""
     found = {"HF_TOKEN": access.token, "HF_HUB_CACHE": access.cache_dir and str(Path(access.cache_dir).absolute())}
     return {name: value for name, value in found.items() if isinstance(value, str)}
 

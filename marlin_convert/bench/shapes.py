@@ -80,7 +80,7 @@ PRESETS = {name: _MODELS[name] for name in PRESET_NAMES}
 
 
 def source_shapes(source: str | Path, access: HubAccess) -> tuple[str, list[Shape], Notes]:
-    """(label, distinct shapes, notes) of a checkpoint, GPTQ or Marlin of either format, from its headers."""
+    """Return (label, distinct shapes, notes) of a checkpoint, GPTQ or Marlin of either format, from its headers."""
     with opened_for_planning(str(source), access) as (origin, checkpoint):
         notes: Notes = {}
         if is_marlin_checkpoint(checkpoint.tensors):
@@ -101,7 +101,8 @@ def source_shapes(source: str | Path, access: HubAccess) -> tuple[str, list[Shap
 
 
 def distinct(layers: Sequence[Shape]) -> list[Shape]:
-    """Those that differ in more than the name, in order of appearance, named by the last parts of the layers' names."""
+    """Return those that differ in more than the name, in order of appearance, named by the last parts of the layers'
+    names."""
     names: dict[Shape, list[str]] = {}
     for layer in layers:
         names.setdefault(replace(layer, name=""), []).append(layer.name.rpartition(".")[2])

@@ -70,7 +70,7 @@ class Report:
     notes: Notes = field(default_factory=dict)
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """By label, (batch size, tokens/s)."""
+        """Return, by label, (batch size, tokens/s)."""
         kinds = {"Marlin": [cell.marlin for cell in self.cells], "fp16": [cell.fp16 for cell in self.cells]}
         return {
             label: [(cell.batch, rate) for cell, rate in zip(self.cells, rates, strict=True) if rate]
@@ -130,7 +130,7 @@ Timer = Callable[[Decoder, int], tuple[float, str, str | None]]
 
 
 def time_launched(decoder: Decoder, steps: int, synchronize: Callable[[], object] = lambda: None) -> float:
-    """Seconds of a step, every launch from Python: the median over REPEATS of `steps` steps."""
+    """Return seconds of a step, every launch from Python: the median over REPEATS of `steps` steps."""
     seconds = []
     for _ in range(REPEATS):
         decoder.prefill()
@@ -144,7 +144,7 @@ def time_launched(decoder: Decoder, steps: int, synchronize: Callable[[], object
 
 
 def capture(decoder: Decoder) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one step; `decoder` has to be prefilled afterwards. Raises RuntimeError if it cannot be."""
+    """Return a CUDA graph of one step; `decoder` has to be prefilled afterwards. Raises RuntimeError if it cannot be."""
     import torch
 
     stream = torch.cuda.Stream(decoder.tokens.device)  # type: ignore[no-untyped-call]
@@ -160,7 +160,7 @@ def capture(decoder: Decoder) -> torch.cuda.CUDAGraph:
 
 
 def time_on_gpu(decoder: Decoder, steps: int) -> tuple[float, str, str | None]:
-    """Seconds of a step of a captured graph, or launched where that fails."""
+    """Return seconds of a step of a captured graph, or launched where that fails."""
     import torch
 
     from ..engines.expert_modules import MarlinExperts
@@ -231,7 +231,7 @@ def bench(
 
 
 def _in_fp16(model: Any, report: Report) -> Any:
-    """`model` with its Marlin layers dequantized in place; None, with a note, when that does not fit the memory."""
+    """Return `model` with its Marlin layers dequantized in place; None, with a note, when that does not fit the memory."""
     import torch
 
     try:
@@ -243,7 +243,7 @@ def _in_fp16(model: Any, report: Report) -> Any:
 
 
 def _rate(model: Any, size: int, kind: str, rig: ModelRig, report: Report, progress: Progress) -> float | None:
-    """Tokens a second of `size` sequences together."""
+    """Return tokens a second of `size` sequences together."""
     import torch
 
     progress.advance(0, f"{kind}, batch {size}")

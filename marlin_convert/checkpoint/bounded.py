@@ -74,8 +74,8 @@ def parse_json(
     pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
     parse_int: Callable[[str], Any] = int,
 ) -> Any:
-    """The value that a JSON text in UTF-8 has. Raises ValueError, with a reason, for anything else, and for more than a
-    file of a checkpoint has."""
+    """Return the value that a JSON text in UTF-8 has. Raises ValueError, with a reason, for anything else, and for more
+    than a file of a checkpoint has."""
     if sum(map(raw.count, _ITEMS)) > MAX_ITEMS:
         raise ValueError(f"more than {MAX_ITEMS} values")
     try:

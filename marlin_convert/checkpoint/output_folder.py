@@ -83,7 +83,7 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _parents_of(out: Path) -> Iterator[None]:
-    """The folders above `out`; those that were not there before are removed again, if nothing is in them."""
+    """Make the folders above `out`; those that were not there before are removed again, if nothing is in them."""
     made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def _parents_of(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, locked by this process, removed at the end."""
+    """Make a hidden folder beside `out`, locked by this process, removed at the end."""
     for _ in range(_ATTEMPTS):
         try:
             hidden = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".tmp", dir=out.parent))
@@ -219,7 +219,7 @@ def check_space(folder: Path, needed: int, what: str = "the result takes", advic
 
 
 def existing(folder: Path) -> Path:
-    """`folder`, or the nearest one above it that is there and may be seen."""
+    """Return `folder`, or the nearest one above it that is there and may be seen."""
     places = (folder, *folder.parents)
     there = (place for place in places if os.path.exists(place))  # noqa: PTH110 - no error where it may not be seen
     return next(there, places[-1])
@@ -237,8 +237,8 @@ def sync_tree(folder: Path) -> None:
 
 
 def json_bytes(value: object) -> bytes:
-    """`value` as the Hub's tools write it: two spaces, UTF-8, one newline at the end; half of a surrogate pair, which
-    UTF-8 has not, is escaped."""
+    """Return `value` as the Hub's tools write it: two spaces, UTF-8, one newline at the end; half of a surrogate pair,
+    which UTF-8 has not, is escaped."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 

@@ -43,7 +43,7 @@ def require_unique(tensors: Sequence[OutTensor]) -> None:
 
 
 def _split(tensors: Sequence[OutTensor], max_shard_size: int | str) -> Any:
-    """Which tensor goes into which file, by huggingface_hub's own rule."""
+    """Return which tensor goes into which file, by huggingface_hub's own rule."""
     from huggingface_hub.serialization._base import split_state_dict_into_shards_factory  # late: it is slow
 
     return split_state_dict_into_shards_factory(

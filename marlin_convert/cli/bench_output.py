@@ -20,7 +20,7 @@ class BenchScreen(Screen):
     """Where `bench` prints."""
 
     def bench(self, report: BenchReport, plot: Path | None) -> None:
-        """The result of `marlin-convert bench`: one table for each layer."""
+        """Show the result of `marlin-convert bench`: one table for each layer."""
         self._json({**report.as_dict(), "plot": plot and str(plot)})
         limits = report.limits
         self._machine(report.machine, report.peers)
@@ -54,7 +54,7 @@ class BenchScreen(Screen):
             self._say(f"plot:  {plot}")
 
     def tokens(self, report: TokenReport, plot: Path | None) -> None:
-        """The result of `marlin-convert bench --tokens`."""
+        """Show the result of `marlin-convert bench --tokens`."""
         self._json({**report.as_dict(), "plot": plot and str(plot)})
         self._machine(report.machine)
         method = report.as_dict()["method"]
@@ -70,7 +70,7 @@ class BenchScreen(Screen):
         self._bench_end(report.notes, plot)
 
     def served(self, report: ServedReport, plot: Path | None) -> None:
-        """The result of `marlin-convert bench --tokens --engine vllm`."""
+        """Show the result of `marlin-convert bench --tokens --engine vllm`."""
         self._json({**report.as_dict(), "plot": plot and str(plot)})
         self._machine(report.machine)
         self._say()

@@ -347,7 +347,7 @@ def web(output: OutputOptions, /, host: str, port: int, work_dir: Path | None, n
 
 
 def _tried(plan: Plan, options: Options, screen: Screen) -> Trial | None:
-    """What Transformers does with the result; None if there is none."""
+    """Return what Transformers does with the result; None if there is none."""
     require("torch", "transformers")
     if plan.refusals or plan.already_marlin:
         return None

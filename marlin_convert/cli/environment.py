@@ -52,7 +52,7 @@ def environment() -> dict[str, Any]:
 
 
 def _tried(ask: Any) -> Any:
-    """What `ask` answers, or in words why it does not."""
+    """Return what `ask` answers, or in words why it does not."""
     try:
         return ask()
     except MarlinConvertError as error:

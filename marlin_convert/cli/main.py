@@ -78,7 +78,7 @@ def _mend_streams() -> None:
 
 
 def _nowhere() -> bool:
-    """Whether there is no working directory any more."""
+    """Tell whether there is no working directory any more."""
     try:
         Path.cwd()
     except OSError:

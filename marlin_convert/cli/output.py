@@ -58,7 +58,7 @@ class Screen:
 
     @contextlib.contextmanager
     def progress(self, *, timings: bool = False) -> Iterator[Progress]:
-        """The way to show progress here: bars on a terminal, lines in a log, nothing with --quiet or --json.
+        """Give the way to show progress here: bars on a terminal, lines in a log, nothing with --quiet or --json.
 
         `timings` says that the work is counted in timings, not in bytes.
         """
@@ -74,7 +74,7 @@ class Screen:
             yield PlainLines(self.err, (lambda count: f"{count:.0f} timings") if timings else None)
 
     def _say(self, text: str = "", label: str = "", style: str = "") -> None:
-        """One line, behind a coloured `label`."""
+        """Print one line, behind a coloured `label`."""
         if not self.silent:
             self.out.print(_labelled(text, label, style), soft_wrap=True)
 
@@ -107,8 +107,8 @@ class Screen:
     def plan(
         self, source: Source, plan: Plan, options: Options, trial: Trial | None = None, ranks: int | None = None
     ) -> None:
-        """What `--dry-run` shows; with the `trial` of the result in Transformers, and what vLLM does with it on so many
-        tensor-parallel `ranks`."""
+        """Show what `--dry-run` says; with the `trial` of the result in Transformers, and what vLLM does with it on so
+        many tensor-parallel `ranks`."""
         value = {"ok": not plan.refusals, **plan_as_dict(plan, source.label)}
         if not plan.refusals and not plan.already_marlin:
             files = shard_names(plan.out_tensors, options.max_shard_size)
@@ -149,7 +149,7 @@ class Screen:
         self._notes(plan)
 
     def _transformers(self, trial: Trial) -> None:
-        """What Transformers does with the result."""
+        """Show what Transformers does with the result."""
         if trial.why_not is not None:
             self._say(f"Transformers 5 with marlin-convert: does not load it: {trial.why_not}")
             return
@@ -160,7 +160,7 @@ class Screen:
             self._say(f"  with 16-bit weights, as the model computes them itself: {self._names(trial.dequantized)}")
 
     def _vllm(self, plan: Plan, ranks: int) -> None:
-        """What vLLM does with the result's layers."""
+        """Show what vLLM does with the result's layers."""
         facts = plan.layer_facts
         cuts = tensor_parallel_cuts(facts, ranks)
         refused = {name for cut in cuts if cut.refused for name in cut.layers}
@@ -170,19 +170,19 @@ class Screen:
             self._say(f"  {cut.what}: {self._names(cut.layers)}: {cut.effect}")
 
     def _beside(self, plan: Plan) -> None:
-        """Weights that are not the model's own, every one by name."""
+        """Show weights that are not the model's own, every one by name."""
         for name, nbytes in plan.weights_beside.items():
             self._say(f"beside the model's weights, copied as it is: {name} ({size(nbytes)})")
 
     def _format(self, plan: Plan, facts: ResultFacts) -> None:
-        """Which format, why, and who reads it."""
+        """Show which format, why, and who reads it."""
         count = len(readers(facts, with_plugin=True) + readers(facts, with_plugin=False))
         known = f", which {_readers(facts)} {'read' if count > 1 else 'reads'}" if count else ""
         self._say(f"format: {FORMAT_NAMES[plan.format]}{known}")
         self._caveats(plan, facts)
 
     def _caveats(self, plan: Plan, facts: ResultFacts) -> None:
-        """What of the result vLLM takes only here; which engine is not known to take it; why it is extended."""
+        """Show what of the result vLLM takes only here; which engine is not known to take it; why it is extended."""
         for name, why in doubts(facts).items():
             self._say(f"  {name}: {why}")
         for what, names in vllm_needs_our_kernels(facts.layers).items():
@@ -200,7 +200,7 @@ class Screen:
 
     @contextlib.contextmanager
     def text(self, prompt: str) -> Iterator[Callable[[str], None]]:
-        """Where generated text goes, piece by piece; the prompt before it, unless --quiet wants the text alone."""
+        """Give where generated text goes, piece by piece; the prompt before it, unless --quiet wants the text alone."""
         started = False
 
         def piece(text: str) -> None:
@@ -224,7 +224,7 @@ class Screen:
             print(flush=True)
 
     def generated(self, done: Generated) -> None:
-        """What `generate` says after the text: on standard error, so that the text can go into a file."""
+        """Show what `generate` says after the text: on standard error, so that the text can go into a file."""
         self._json(done.as_dict())
         if self.silent:
             return
@@ -240,8 +240,8 @@ class Screen:
         self, report: Report, stages: Sequence[tuple[str, int, float]] = (), texts: Comparison | None = None,
         missing: str | None = None,
     ) -> None:  # fmt: skip
-        """The end of a conversion, in five lines. `stages`: how long each took; `texts`: what source and result made of
-        a prompt, or why nothing."""
+        """Show the end of a conversion, in five lines. `stages`: how long each took; `texts`: what source and result
+        made of a prompt, or why nothing."""
         said = {} if texts is None and missing is None else {"continuation": texts and texts.as_dict()}
         self._json({**report.as_dict(), **said})
         if report.verification and (self.verbose or not report.verification.ok):
@@ -280,7 +280,7 @@ class Screen:
         self._aligned([*lines, *([("hub", report.pushed)] if report.pushed else [])])
 
     def environment(self, found: dict[str, Any]) -> None:
-        """What `marlin-convert env` says."""
+        """Show what `marlin-convert env` says."""
         self._json(found)
         gpus = found["gpus"]
         if isinstance(gpus, list):
@@ -299,7 +299,7 @@ class Screen:
         self._aligned(list(told.items()))
 
     def _aligned(self, lines: list[tuple[str, str]]) -> None:
-        """Lines with labels before them, broken at words."""
+        """Print lines with labels before them, broken at words."""
         width = max(len(label) for label, _ in lines) + 2
         if not self.out.is_terminal:  # as long as they are
             for label, text in lines:
@@ -313,7 +313,7 @@ class Screen:
         self._table(table)
 
     def restored(self, report: Restored) -> None:
-        """The result of `marlin-convert to-gptq`."""
+        """Show the result of `marlin-convert to-gptq`."""
         self._json({**report.as_dict(), "source": report.source.label})
         self._say(
             f"{len(report.layers)} layers from {report.format} to {report.restored_format}, "
@@ -331,18 +331,18 @@ class Screen:
         self._say(f"  {'the same text' if texts.equal else 'not the same text: two tokens were almost equally likely'}")
 
     def pushed(self, address: str) -> None:
-        """The result of `marlin-convert push`."""
+        """Show the result of `marlin-convert push`."""
         self._json({"ok": True, "pushed": address})
         self._say(address, "published", "green")
 
     def serving(self, address: str) -> None:
-        """Where the page of `marlin-convert web` is."""
+        """Show where the page of `marlin-convert web` is."""
         self._json({"ok": True, "address": address})
         self._say(f"{address}   (Ctrl-C ends it)", "page", "green")
         sys.stdout.flush()
 
     def verification(self, report: Verification, out: Path) -> None:
-        """The result of `marlin-convert verify`."""
+        """Show the result of `marlin-convert verify`."""
         self._json({**report.as_dict(), "out": str(out)})
         if self.verbose or not report.ok:
             self._verification_table(report)
@@ -351,7 +351,7 @@ class Screen:
         self._say(_verdict(report), *(("verified", "green") if report.ok else ("not equal", "red")))
 
     def proof(self, report: Proof, statement: Path | None) -> None:
-        """The result of `marlin-convert verify` with a result alone."""
+        """Show the result of `marlin-convert verify` with a result alone."""
         self._json({**report.as_dict(), "statement": statement and str(statement)})
         self._verification_table(report.verification)
         for problem in report.verification.problems:
@@ -371,12 +371,12 @@ class Screen:
             self._say(f"statement: {statement}")
 
     def batch_line(self, text: str) -> None:
-        """A line while `marlin-convert batch` works."""
+        """Print a line while `marlin-convert batch` works."""
         if not self.silent:
             self.err.print(text, soft_wrap=True)
 
     def batch(self, rows: list[dict[str, Any]], counts: dict[str, int], styles: dict[str, str]) -> None:
-        """The result of `marlin-convert batch`: what became of each line."""
+        """Show the result of `marlin-convert batch`: what became of each line."""
         self._json({"ok": "failed" not in counts, "counts": counts, "checkpoints": rows})
         self._table(batch_table(rows, styles, verbose=self.verbose))
         self._say(", ".join(f"{count} {status}" for status, count in counts.items()))
@@ -393,14 +393,14 @@ class Screen:
 
 
 def _readers(facts: ResultFacts) -> str:
-    """Who reads a result, in words."""
+    """Return who reads a result, in words."""
     beside, alone = ([engine.name for engine in readers(facts, with_plugin=x)] for x in (True, False))
     words = [" and ".join(beside) + " with marlin-convert"] if beside else []
     return ", and ".join([*words, *([", ".join(alone)] if alone else [])]) or "no engine that is known"
 
 
 def _times(stages: Sequence[tuple[str, int, float]], report: Report) -> str:
-    """How long each stage took, at what rate, and all of it."""
+    """Return how long each stage took, at what rate, and all of it."""
     parts = [f"{label} {seconds:.1f} s ({size(nbytes / max(seconds, 1e-9))}/s)" for label, nbytes, seconds in stages]
     return ", ".join([*parts, f"{report.seconds:.1f} s in all, {report.backend}"])
 

@@ -70,7 +70,7 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Options by what they are about, in the order of GROUPS."""
+        """Write options by what they are about, in the order of GROUPS."""
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Options", *GROUPS)}
         title_of = {name: title for title, names in GROUPS.items() for name in names}
         for parameter in self.get_params(ctx):
@@ -182,7 +182,7 @@ def batch_sizes(ctx: click.Context, parameter: click.Parameter, value: str | Non
 
 
 def device_option(help: str) -> Callable[[F], F]:
-    """--device, of which a command says what it is for."""
+    """Return the option --device, of which a command says what it is for."""
     return click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", callback=_device, help=help
     )
@@ -206,7 +206,7 @@ attest_option = click.option(
 
 
 def together(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """One decorator for `options`, shown in this order."""
+    """Return one decorator for `options`, shown in this order."""
 
     def decorate(command: F) -> F:
         for option in reversed(options):
@@ -217,7 +217,8 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def collected(name: str, kind: Callable[..., Any], *options: Callable[[Any], Any]) -> Callable[[F], F]:
-    """`together`, and the command gets one argument `name`, a `kind` of the options' values by their names."""
+    """Do what `together` does, and give the command one argument `name`, a `kind` of the options' values by their
+    names."""
 
     def decorate(command: F) -> F:
         @functools.wraps(command)

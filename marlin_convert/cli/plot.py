@@ -51,7 +51,8 @@ class Plot:
         return self._written(axes, report.machine.name, report.title)
 
     def draw_tokens(self, report: TokenReport | ServedReport) -> OutputError | None:
-        """The same for tokens per second, one line for Marlin and one for each of the others, both axes logarithmic."""
+        """Draw the same for tokens per second, one line for Marlin and one for each of the others, both axes
+        logarithmic."""
         axes = self._figure.subplots()
         curves = report.curves()
         for label, points in curves.items():

@@ -99,7 +99,7 @@ class Bars(Progress):
         self._task: TaskID | None = None
 
     def _waits(self, task: Task) -> bool:
-        """Whether a task may wait for a download, which alone tells how long it takes."""
+        """Tell whether a task may wait for a download, which alone tells how long it takes."""
         others = (x for x in self._bars.tasks if x.id != self._task and x.total is not None)
         return task.id == self._task and any(not x.finished for x in others)
 

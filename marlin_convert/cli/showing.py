@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def said_in_json(output: OutputOptions) -> Iterator[None]:
-    """With --json, the one document that was printed has named the problems: the exit code is all that is left."""
+    """Drop the message of an error with --json: the one document that was printed has named the problems, and the exit
+    code is all that is left."""
     try:
         yield
     except MarlinConvertError as error:

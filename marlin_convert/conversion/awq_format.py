@@ -139,7 +139,7 @@ class TilesLayer(AWQLayer):
 
 
 def layout_of(tensors: Mapping[str, Tensor], name: str) -> type[AWQLayer] | None:
-    """The layout that the shapes of a layer's tensors are of; None for those of GPTQ, and what is none."""
+    """Return the layout that the shapes of a layer's tensors are of; None for those of GPTQ, and what is none."""
     qweight, scales, qzeros = (tensors.get(f"{name}.{part}") for part in ("qweight", "scales", "qzeros"))
     if qweight is None or scales is None or len(qweight.shape) != 2 or len(scales.shape) != 2:
         return None
@@ -252,7 +252,7 @@ class AWQInspection(LayerInspection):
     def _size(
         self, kind: type[AWQLayer], qweight: Tensor, scales: Tensor, qzeros: Tensor | None
     ) -> tuple[int, int, int]:
-        """(N, K, G)."""
+        """Return (N, K, G)."""
         rows, width = qweight.shape
         if kind is GEMMLayer:
             return scales.shape[1], rows, scales.shape[0]
@@ -300,7 +300,7 @@ class RestoredAWQ(RestoredLayer):
     width: int
 
     def fits(self) -> bool:
-        """Whether the layout can hold the layer."""
+        """Tell whether the layout can hold the layer."""
         return self.N % awq.PER_WORD == 0 and self.K % awq.PER_WORD == 0
 
     @property

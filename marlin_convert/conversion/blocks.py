@@ -39,8 +39,8 @@ STRIP_ELEMENTS = 1 << 18
 
 
 def row_blocks(K: int, N: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of each block of a K x N layer; both are multiples of 64, if K is, or of 16 where 64 rows have
-    more than BLOCK_BYTES."""
+    """Return (first row, rows) of each block of a K x N layer; both are multiples of 64, if K is, or of 16 where 64
+    rows have more than BLOCK_BYTES."""
     step = ROWS if ROWS * N * 4 // PACK_FACTOR <= BLOCK_BYTES else TILE_K
     rows = step * max(1, BLOCK_BYTES // (step * N * 4 // PACK_FACTOR))
     for first in range(0, K, rows):
@@ -59,23 +59,24 @@ class Stored(Protocol):
 
 
 def stored_blocks(layer: Stored) -> Iterator[tuple[int, int]]:
-    """`row_blocks` of a layer as it is stored, of the same number of bytes whatever its bits."""
+    """Return `row_blocks` of a layer as it is stored, of the same number of bytes whatever its bits."""
     return row_blocks(layer.stored_K, layer.stored_N * layer.bits // 4)
 
 
 def column_panels(layer: Stored, buffers: int = 2) -> Iterator[tuple[int, int]]:
-    """(first column, columns) of each panel of a layer as it is stored: all its rows of so many columns. A worker holds
-    so many `buffers` of a panel's size."""
+    """Return (first column, columns) of each panel of a layer as it is stored: all its rows of so many columns. A
+    worker holds so many `buffers` of a panel's size."""
     return _columns(layer, layer.stored_N, PANEL_BYTES * 2 // buffers)
 
 
 def strips(layer: Stored, columns: int) -> Iterator[tuple[int, int]]:
-    """(first column, columns) of the parts of a panel, each worked on as a whole, so that it stays in the cache."""
+    """Return (first column, columns) of the parts of a panel, each worked on as a whole, so that it stays in the cache."""
     return _columns(layer, columns, BLOCK_BYTES)
 
 
 def _columns(layer: Stored, columns: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Parts of so many columns of a layer: of whole tiles, about equally wide, of at most `limit` bytes or one tile."""
+    """Return parts of so many columns of a layer: of whole tiles, about equally wide, of at most `limit` bytes or one
+    tile."""
     tiles, per_tile = columns // TILE_N, layer.stored_K * TILE_N * layer.bits // 8
     parts = -(-tiles // max(1, limit // per_tile))
     width = -(-tiles // parts) * TILE_N
@@ -84,14 +85,14 @@ def _columns(layer: Stored, columns: int, limit: int) -> Iterator[tuple[int, int
 
 
 def group_strips(G: int, N: int) -> Iterator[tuple[int, int]]:
-    """(first group, groups) of each strip of a layer's scales or zero points [G, N], each worked on as a whole."""
+    """Return (first group, groups) of each strip of a layer's scales or zero points [G, N], each worked on as a whole."""
     count = max(1, STRIP_ELEMENTS // N)
     for first in range(0, G, count):
         yield first, min(count, G - first)
 
 
 def byte_blocks(nbytes: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of each piece of a tensor that is copied as it is."""
+    """Return (start, length) of each piece of a tensor that is copied as it is."""
     for start in range(0, nbytes, BLOCK_BYTES):
         yield start, min(BLOCK_BYTES, nbytes - start)
 

@@ -59,7 +59,7 @@ class CardFacts:
 
 
 def model_card(checkpoint: Checkpoint, plan: Plan, card: CardFacts) -> str:
-    """The whole README.md, of a result of `plan`."""
+    """Return the whole README.md, of a result of `plan`."""
     from huggingface_hub import ModelCard
 
     metadata, text = _source_card(checkpoint)
@@ -73,14 +73,14 @@ def model_card(checkpoint: Checkpoint, plan: Plan, card: CardFacts) -> str:
 
 
 def source_card_in(text: str) -> str | None:
-    """The source's card out of one that `model_card` wrote; None where it holds none."""
+    """Return the source's card out of one that `model_card` wrote; None where it holds none."""
     _, _, rest = text.partition(f"\n{_FOLD}")
     _, _, card = rest.partition(":\n\n")
     return card.removesuffix(_FOLD_END) or None
 
 
 def card_bytes(text: str) -> bytes:
-    """A card in UTF-8: what that cannot hold (half of a surrogate pair) becomes a `?`."""
+    """Return a card in UTF-8: what that cannot hold (half of a surrogate pair) becomes a `?`."""
     return text.encode("utf-8", "replace")
 
 
@@ -90,8 +90,8 @@ def write_card(folder: Path, text: str) -> None:
 
 
 def with_verdict(folder: Path, verification: Verification) -> bytes | None:
-    """The card of an earlier result, if it is one of ours, saying what verifying it now has shown; None where that
-    changes nothing."""
+    """Return the card of an earlier result, if it is one of ours, saying what verifying it now has shown; None where
+    that changes nothing."""
     path = folder / CARD_FILE
     if not path.is_file():
         return None
@@ -105,7 +105,7 @@ def with_verdict(folder: Path, verification: Verification) -> bytes | None:
 
 
 def _source_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
-    """Metadata and text of the source's card. Metadata that is no YAML mapping counts as none."""
+    """Return metadata and text of the source's card. Metadata that is no YAML mapping counts as none."""
     import yaml  # as huggingface_hub reads it
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
@@ -138,7 +138,7 @@ def _source_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
 
 
 def _metadata(source: dict[str, Any], origin: Source, own_tags: list[str]) -> ModelCardData:
-    """The source's metadata, with what has changed."""
+    """Return the source's metadata, with what has changed."""
     from huggingface_hub import ModelCardData
 
     kept = {
@@ -161,7 +161,7 @@ def _metadata(source: dict[str, Any], origin: Source, own_tags: list[str]) -> Mo
 
 
 def _languages(value: Any) -> Any:
-    """YAML takes Norwegian, `no`, for False."""
+    """Return a card's languages as texts: YAML takes Norwegian, `no`, for False."""
     if isinstance(value, list):
         return [_languages(language) for language in value]
     return "no" if value is False else value
@@ -252,7 +252,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_spec
 
 
 def _use(plan: Plan, card: CardFacts) -> list[str]:
-    """How to run this very result, in blocks that run as they stand."""
+    """Return how to run this very result, in blocks that run as they stand."""
     repo, facts = card.repo_id or _SOME_REPOSITORY, plan.result_facts(card.quant_method, card.weight_files)
     doubt = doubts(facts)
     where = "" if card.repo_id else f" `{_SOME_REPOSITORY}` stands for its id, or for a folder that holds it."
@@ -317,7 +317,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """On one line: a folder's name may hold any character."""
+    """Put text on one line: a folder's name may hold any character."""
     return " ".join(text.split())
 
 

@@ -125,7 +125,7 @@ def plan_only(
     *,
     access: HubAccess | None = None,
 ) -> tuple[Source, Plan]:
-    """What `convert` would do with `source`, without reading any weight."""
+    """Return what `convert` would do with `source`, without reading any weight."""
     options, progress = options or Options(), progress or Progress()
     with opened_for_planning(str(source), access or HubAccess(), progress.transfer) as (origin, checkpoint):
         plan = make_plan(checkpoint, options.format, options.zero_points)
@@ -166,7 +166,7 @@ def _bytes_needed(checkpoint: Checkpoint, plan: Plan) -> int:
 def _early_verifier(
     checkpoint: Checkpoint, plan: Plan, folder: Path, device: Device, options: Options, progress: Progress
 ) -> Iterator[Verifier | None]:
-    """With `low_disk`, verification cannot wait: the source's files go away when they are converted."""
+    """Return what verifies each part at once, with `low_disk`: the source's files go away when they are converted."""
     if not (options.verify and options.low_disk):
         yield None
         return

@@ -233,7 +233,7 @@ class CTInspection(LayerInspection):
         return Layer(source, bias, rows_per_group(K, G, self.settings) or 0)
 
     def _shape(self, tensor: Tensor) -> tuple[int, int]:
-        """(N, K) of weight_shape; a stack's has the number of experts before it, and N of all their projections."""
+        """Return (N, K) of weight_shape; a stack's has the number of experts before it, and N of all their projections."""
         stack = self.member.stack if self.member else None
         if tensor.dtype not in ("I32", "I64") or tensor.shape != (3 if stack else 2,):
             raise SourceError(
@@ -253,7 +253,7 @@ class CTInspection(LayerInspection):
         return N, K
 
     def _is_expert(self, member: Member) -> bool:
-        """Whether the stack is what its name says, so that its rows are those of experts' linears one by one."""
+        """Tell whether the stack is what its name says, so that its rows are those of experts' linears one by one."""
         stack = member.stack
         biases = [name for name in (f"{stack.name}.bias", f"{stack.name}_bias") if name in self.checkpoint.tensors]
         if biases or self.part("weight_g_idx"):

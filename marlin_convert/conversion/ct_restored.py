@@ -104,7 +104,7 @@ class RestoredCT(RestoredLayer):
 
 
 def stacked_again(layers: Mapping[str, RestoredCT], noted: Noted) -> Iterator[RestoredCT]:
-    """The layers, by name, each as a member of the stack that held it, as the conversion noted that.
+    """Return the layers, by name, each as a member of the stack that held it, as the conversion noted that.
 
     Raises SourceError where a stack cannot be made of the layers that there are.
     """
@@ -125,7 +125,7 @@ def stacked_again(layers: Mapping[str, RestoredCT], noted: Noted) -> Iterator[Re
 
 
 def _kind(layer: RestoredCT | None) -> object:
-    """What is the same in all layers of a stack; None for what cannot be in one."""
+    """Return what is the same in all layers of a stack; None for what cannot be in one."""
     if layer is None or layer.g_idx or layer.stored.perm is not None:
         return None
     return layer.bits, layer.K, layer.zero_point, tuple((t.dtype, t.shape) for t in layer.own.values())

@@ -70,27 +70,27 @@ class Member:
     part: int
 
     def name(self, part: str) -> str:
-        """What the stack calls the tensor that holds a `part` of the layer."""
+        """Return what the stack calls the tensor that holds a `part` of the layer."""
         return f"{self.stack.name}.{part}"
 
     def begin(self, nbytes: int) -> int:
-        """The byte with which the layer's own `nbytes` begin in the stack's tensor."""
+        """Return the byte with which the layer's own `nbytes` begin in the stack's tensor."""
         return (self.expert * self.stack.parts + self.part) * nbytes
 
     def whole(self, tensor: OutTensor) -> OutTensor:
-        """The stack's tensor, of which `tensor`, of this layer alone, is a share."""
+        """Return the stack's tensor, of which `tensor`, of this layer alone, is a share."""
         count, parts = self.stack.count, self.stack.parts
         shape = (count, parts * tensor.shape[0], *tensor.shape[1:])
         return OutTensor(self.name(tensor.name.rpartition(".")[2]), tensor.dtype, shape, count * parts * tensor.nbytes)
 
 
 def is_stack(name: str) -> bool:
-    """Whether tensors so named hold experts in a way that is known."""
+    """Tell whether tensors so named hold experts in a way that is known."""
     return _ENDING.search(name) is not None
 
 
 def stacks_in(tensors: Mapping[str, Tensor]) -> dict[str, Stack]:
-    """The stacks among tensors, by name: those that are packed, of three dimensions, and known by their names."""
+    """Return the stacks among tensors, by name: those that are packed, of three dimensions, and known by their names."""
     found: dict[str, Stack] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
@@ -100,8 +100,8 @@ def stacks_in(tensors: Mapping[str, Tensor]) -> dict[str, Stack]:
 
 
 def taken_apart(tensors: Mapping[str, Tensor], parts: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors, those of stacks, with the endings `parts`, as each expert's own: parts of the files under names that
-    the layers would have. Of what is not each one's own, each has the whole.
+    """Return the tensors, those of stacks, with the endings `parts`, as each expert's own: parts of the files under
+    names that the layers would have. Of what is not each one's own, each has the whole.
 
     Raises SourceError where a stack's tensors do not belong together, or an expert is there twice.
     """

@@ -53,8 +53,8 @@ def digests(
     large: bool,
     transfer: StartTransfer,
 ) -> dict[str, str | None]:
-    """The SHA-256 of each file, by name: the one that is `known`, or computed; None for weights, unless `large` asks
-    for them. `transfer` shows how far it is, as `Progress.transfer` does."""
+    """Return the SHA-256 of each file, by name: the one that is `known`, or computed; None for weights, unless `large`
+    asks for them. `transfer` shows how far it is, as `Progress.transfer` does."""
     missing = [name for name in paths if name not in known and (large or not is_large(name))]
     total = sum(paths[name].stat().st_size for name in missing if is_large(name))
     on_bytes = transfer("hashing", total) if total else lambda nbytes: None

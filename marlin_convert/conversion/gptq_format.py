@@ -131,7 +131,7 @@ class GPTQInspection(LayerInspection):
         super().__init__(checkpoint, name, settings)
 
     def measured(self) -> Layer | None:
-        """K, N, G and bits from the shapes of the tensors; the config only where shapes cannot tell."""
+        """Return K, N, G and bits from the shapes of the tensors; the config only where shapes cannot tell."""
         qweight, scales = self.part("qweight"), self.part("scales")
         qzeros, g_idx, bias = self.part("qzeros"), self.part("g_idx"), self.part("bias")
         assert qweight is not None  # the layer was found by it
@@ -201,7 +201,7 @@ class GPTQInspection(LayerInspection):
         return fitting[0]
 
     def with_zero_points(self, layer: Layer) -> Layer:
-        """The layer, knowing how its zero points are stored."""
+        """Return the layer, knowing how its zero points are stored."""
         assert isinstance(layer.source, GPTQLayer)
         encoding = self._encoding(layer.source)
         symmetric = encoding is ZeroPointEncoding.SYMMETRIC
@@ -209,7 +209,7 @@ class GPTQInspection(LayerInspection):
         return replace(layer, source=replace(layer.source, encoding=encoding, stored_zero=stored), sym=symmetric)
 
     def _encoding(self, layer: GPTQLayer) -> ZeroPointEncoding:
-        """How zero points are stored. Symmetric means that every one is the middle, 8 or 128: stored one less by
+        """Return how zero points are stored. Symmetric means that every one is the middle, 8 or 128: stored one less by
         checkpoint_format gptq, as it is by gptq_v2."""
         sym, version = self.settings.sym, self.settings.checkpoint_format
         if layer.qzeros is None:
@@ -257,7 +257,7 @@ class GPTQInspection(LayerInspection):
         return ZeroPointEncoding.SYMMETRIC
 
     def _stored_numbers(self, layer: GPTQLayer, qzeros: Tensor) -> set[int]:
-        """Every number that stands in `qzeros`."""
+        """Return every number that stands in `qzeros`."""
         present, factor = np.zeros(2**layer.bits, np.bool_), pack_factor(layer.bits)
         for first, count in group_strips(layer.G, layer.N):
             words, columns = self.checkpoint.read_rows(qzeros, first, count), layer.N
@@ -267,7 +267,7 @@ class GPTQInspection(LayerInspection):
         return set(np.flatnonzero(present).tolist())
 
     def _asymmetric(self, layer: GPTQLayer, numbers: set[int]) -> ZeroPointEncoding:
-        """How the zero points of an asymmetric layer are stored, in which `numbers` stand."""
+        """Return how the zero points of an asymmetric layer are stored, in which `numbers` stand."""
         if "checkpoint_format" in self.settings.conflicts:
             self.extended_refusals.append(
                 "asymmetric, and the configs disagree on checkpoint_format "
@@ -351,8 +351,8 @@ class RestoredGPTQ(RestoredLayer):
 
 
 def restored_gptq(stored: StoredLayer[Tensor], noted: Noted, *, v2: bool) -> RestoredGPTQ:
-    """What a Marlin layer becomes in GPTQ, its zero points stored as they are (`v2`) or less one; `noted` is of a GPTQ
-    source, or empty."""
+    """Return what a Marlin layer becomes in GPTQ, its zero points stored as they are (`v2`) or less one; `noted` is of
+    a GPTQ source, or empty."""
     if stored.K * stored.bits % 32:
         raise SourceError(f"{stored.name}: K = {stored.K} does not fill whole words of {stored.bits}-bit codes.")
     name, word = stored.name, noted.values.get("zero_point_reading") == ZeroPointReading.WORD
@@ -368,21 +368,21 @@ def restored_gptq(stored: StoredLayer[Tensor], noted: Noted, *, v2: bool) -> Res
 
 
 def _g_idx_dtype(stored: StoredLayer[Tensor], noted: Noted) -> str | None:
-    """The dtype of the source's g_idx; None where it had none. Where nothing is noted, as other tools have it."""
+    """Return the dtype of the source's g_idx; None where it had none. Where nothing is noted, as other tools have it."""
     found = noted.dtype(stored.name, "g_idx_dtype", ("I32", "I64"))
     unknown = "g_idx_dtype" not in noted.values
     return found or ("I32" if unknown or stored.perm is not None else None)
 
 
 def said_format(noted: Noted) -> str:
-    """What the source's configs said of how zero points are stored: gptq where they said nothing."""
+    """Return what the source's configs said of how zero points are stored: gptq where they said nothing."""
     formats = [normalised(where, config)["checkpoint_format"] for where, config in noted.configs.items()]
     return next((format for format in formats if format), "gptq")
 
 
 def _stored_zero(noted: Noted, name: str, bits: int, *, v2: bool) -> int | None:
-    """What a symmetric layer's source stored under a checkpoint_format that stores something else, if it is the one in
-    which zero points are stored now."""
+    """Return what a symmetric layer's source stored under a checkpoint_format that stores something else, if it is the
+    one in which zero points are stored now."""
     number = (noted.values.get("zero_points_stored") or {}).get(name)
     same = said_format(noted) == ("gptq_v2" if v2 else "gptq")
     return number if same and number in (zero_point(bits), zero_point(bits) - 1) else None

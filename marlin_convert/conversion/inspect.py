@@ -47,7 +47,7 @@ class LayerInspection(ABC):
 
     @abstractmethod
     def measured(self) -> Layer | None:
-        """K, N, G and bits from the shapes of the tensors; the config only where shapes cannot tell."""
+        """Return K, N, G and bits from the shapes of the tensors; the config only where shapes cannot tell."""
 
     @abstractmethod
     def with_zero_points(self, layer: Layer) -> Layer:
@@ -57,7 +57,7 @@ class LayerInspection(ABC):
         return self.checkpoint.tensors.get(f"{self.name}.{part}")
 
     def _check_format(self, layer: Layer) -> None:
-        """What the formats can hold, by shape."""
+        """Check what the formats can hold, by shape."""
         if layer.bits not in EXT_BITS:
             self.refusals.append(f"{layer.bits}-bit weights; Marlin has 4 and 8 bits")
         elif layer.bits != 4:
@@ -76,7 +76,8 @@ class LayerInspection(ABC):
             self.why_extended.append(f"N = {layer.N} is not a multiple of {MIN_N}")
 
     def _sized_by_order(self, layer: Layer) -> Layer:
-        """Where there is a g_idx, it tells the size of the groups: all but the last have as many rows as the first."""
+        """Return the layer with the size of groups that its g_idx tells, if there is one: all but the last have as many
+        rows as the first."""
         g_idx = None if layer.G == 1 else layer.source.read_order(self.checkpoint)
         if g_idx is None:
             return layer
@@ -139,7 +140,7 @@ class LayerInspection(ABC):
 
 
 def rows_per_group(K: int, G: int, settings: GPTQSettings) -> int | None:
-    """Rows that share a scale: K / G, or the config's size where a short last group explains G."""
+    """Return rows that share a scale: K / G, or the config's size where a short last group explains G."""
     if G == 1:
         return K
     if G * GROUP_SIZE == K:

@@ -59,7 +59,7 @@ class LayerReader:
     # ---- Groups
 
     def source_groups(self, first: int = 0, count: int | None = None) -> Groups:
-        """Groups `first` … as the source has them; scales in the type in which they are stored.
+        """Return groups `first` … as the source has them; scales in the type in which they are stored.
 
         Raises UnsupportedError where that type cannot hold them.
         """
@@ -72,11 +72,11 @@ class LayerReader:
         return Groups(found.scales, self._zeros(first, count))
 
     def _zeros(self, first: int, count: int) -> npt.NDArray[np.uint8] | None:
-        """Zero points [count, N] of groups `first` …, unless the layer is symmetric."""
+        """Return zero points [count, N] of groups `first` …, unless the layer is symmetric."""
         return None if self.layer.sym else self.layer.source.zeros(self.checkpoint, first, count, self._kept)
 
     def stored_groups(self, first: int, count: int) -> Groups:
-        """Groups `first` … as they are stored: cut groups repeated, padding zero."""
+        """Return groups `first` … as they are stored: cut groups repeated, padding zero."""
         layer = self.layer
         step = 1 if layer.G == 1 else layer.group_rows // layer.stored_group_size
         used = 1 if layer.G == 1 else -(-layer.K // layer.stored_group_size)
@@ -136,7 +136,7 @@ class LayerReader:
     # ---- Weights
 
     def rows(self, k0: int, rows: int, buffers: Buffers) -> Words:
-        """Stored rows k0 … of a layer without act-order, as GPTQ words [rows bits/32, N']."""
+        """Return stored rows k0 … of a layer without act-order, as GPTQ words [rows bits/32, N']."""
         layer, bits = self.layer, self.layer.bits
         own = max(0, min(rows, layer.K - k0))
         words: Words = buffers.array("words", (rows * bits // 32, layer.stored_N), np.int32)
@@ -158,7 +158,7 @@ class LayerReader:
         return words
 
     def columns(self, first: int, columns: int, buffers: Buffers) -> Words:
-        """Stored columns `first` …: all rows in the source's order, as GPTQ words [K bits/32, columns], without
+        """Return stored columns `first` …: all rows in the source's order, as GPTQ words [K bits/32, columns], without
         padding."""
         layer, own = self.layer, min(columns, self.layer.N - first)
         words: Words = buffers.array("qweight columns", (layer.K * layer.bits // 32, own), np.int32)
@@ -167,7 +167,7 @@ class LayerReader:
         return words
 
     def weight(self) -> npt.NDArray[Any]:
-        """W [K, N], its rows as in the source, rounded to the type of its scales (fp16, bf16 as uint16)."""
+        """Return W [K, N], its rows as in the source, rounded to the type of its scales (fp16, bf16 as uint16)."""
         layer, groups, buffers = self.layer, self.source_groups(), Buffers()
         qweight = self.columns(0, layer.stored_N, buffers)
         regular = not layer.act_order and layer.group_rows * layer.G == layer.K and layer.group_rows % TILE_K == 0
@@ -183,7 +183,8 @@ class LayerReader:
 
 
 def code_difference(unpacked: Words, words: Words, k0: int, bits: int = 4) -> str | None:
-    """Where two blocks of GPTQ words first differ: the row and column of the weight and both codes; None if nowhere."""
+    """Return where two blocks of GPTQ words first differ: the row and column of the weight and both codes; None if
+    nowhere."""
     at = cpu.first_difference(unpacked, words)
     if at is None:
         return None

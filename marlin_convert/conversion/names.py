@@ -25,7 +25,7 @@ def span(names: list[str]) -> str:
 
 
 def _grids(rows: set[tuple[int, ...]]) -> list[tuple[str, ...]]:
-    """`rows` of equally many numbers, cut into grids: {(0, 4), (0, 5), (1, 4), (1, 5), (2, 4)} → {0-1}{4-5}, 2 4."""
+    """Write `rows` of equally many numbers, cut into grids: {(0, 4), (0, 5), (1, 4), (1, 5), (2, 4)} → {0-1}{4-5}, 2 4."""
     if () in rows:
         return [()]
     heads_of: dict[frozenset[tuple[int, ...]], list[int]] = {}
@@ -35,7 +35,7 @@ def _grids(rows: set[tuple[int, ...]]) -> list[tuple[str, ...]]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Sorted numbers: [3] → 3, [0, 1, 2, 5] → {0-2,5}."""
+    """Write sorted numbers: [3] → 3, [0, 1, 2, 5] → {0-2,5}."""
     if len(numbers) == 1:
         return str(numbers[0])
     runs: list[list[int]] = []

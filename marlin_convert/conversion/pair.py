@@ -69,7 +69,7 @@ def verify_pair(
 
 
 def _noted(out: Path) -> ZeroPointReading | None:
-    """How zero points were read for `out`; None if its report does not say."""
+    """Return how zero points were read for `out`; None if its report does not say."""
     with contextlib.suppress(SourceError, OptionError):
         options = read_json(out / REPORT_FILE).get("options")
         said = options.get("zero_points") if isinstance(options, dict) else None

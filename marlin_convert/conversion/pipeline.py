@@ -53,7 +53,7 @@ class TensorStream:
     def counted(
         self, name: str, pieces: Sequence[Piece], *, layer: bool, finished: Callable[[], None] = lambda: None
     ) -> Iterator[Callable[[], None]]:
-        """`pieces` of layer or tensor `name` as tasks; the last to end says that a layer is done, and calls
+        """Return `pieces` of layer or tensor `name` as tasks; the last to end says that a layer is done, and calls
         `finished`."""
         left, lock = len(pieces), threading.Lock()
 
@@ -91,7 +91,7 @@ class MarlinWriter(TensorStream):
         return groups + [partial(self._write_rows, reader, *block) for block in stored_blocks(item)]
 
     def _write_rows(self, reader: LayerReader, k0: int, rows: int) -> int:
-        """Rows k0 … of a layer as they are stored."""
+        """Write rows k0 … of a layer as they are stored."""
         layer = reader.layer
         words = reader.rows(k0, rows, self.buffers)
         B = self.buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
@@ -102,7 +102,7 @@ class MarlinWriter(TensorStream):
         return B.nbytes
 
     def _write_columns(self, reader: LayerReader, n0: int, columns: int) -> int:
-        """Columns n0 …, all rows of them: with act-order, any row may come from anywhere."""
+        """Write columns n0 …, all rows of them: with act-order, any row may come from anywhere."""
         layer, bits = reader.layer, reader.layer.bits
         order, qweight = reader.order.columns(n0, columns), reader.columns(n0, columns, self.buffers)
         B = self.buffers.array("B columns", (layer.stored_K // TILE_K, columns * bits // 2), np.int32)
@@ -117,7 +117,7 @@ class MarlinWriter(TensorStream):
         return B.nbytes
 
     def _write_groups(self, reader: LayerReader) -> int:
-        """Scales and zero points, strip by strip, and the order of rows."""
+        """Write scales and zero points, strip by strip, and the order of rows."""
         layer, written, equal = reader.layer, 0, True
         for first, count in group_strips(layer.stored_G, layer.stored_N):
             groups = reader.stored_groups(first, count)

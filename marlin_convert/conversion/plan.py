@@ -104,7 +104,7 @@ class Plan:
         ]  # fmt: skip
 
     def result_facts(self, quant_method: QuantMethod, weight_files: int) -> ResultFacts:
-        """What decides whether an engine reads the result."""
+        """Return what decides whether an engine reads the result."""
         return ResultFacts(self.format, self.layer_facts, self.group_size, quant_method, weight_files, self.config)
 
     def require_convertible(self) -> None:
@@ -259,7 +259,7 @@ def _notes(checkpoint: Checkpoint, settings: GPTQSettings, judged: list[LayerIns
 
 
 def _gathered(found: Iterable[tuple[list[str], str]]) -> Reasons:
-    """(reasons, layer) of each layer → each reason's layers, both in order of appearance."""
+    """Gather (reasons, layer) of each layer into each reason's layers, both in order of appearance."""
     gathered: Reasons = {}
     for reasons, name in found:
         for reason in reasons:
@@ -268,14 +268,14 @@ def _gathered(found: Iterable[tuple[list[str], str]]) -> Reasons:
 
 
 def _convertible(judged: list[LayerInspection], extended: bool) -> tuple[list[Layer], Reasons]:
-    """The layers that the format can hold, but for their scales, and why it cannot hold the others."""
+    """Return the layers that the format can hold, but for their scales, and why it cannot hold the others."""
     against = {x.name: x.refusals + (x.extended_refusals if extended else x.why_extended) for x in judged}
     layers = [replace(x.layer, extended=extended) for x in judged if x.layer is not None and not against[x.name]]
     return layers, _gathered((reasons, name) for name, reasons in against.items())
 
 
 def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) -> dict[str, LayerFit]:
-    """What becomes of each layer's scales."""
+    """Return what becomes of each layer's scales."""
 
     def fitted(layer: Layer) -> LayerFit:
         kept: Kept = {}
@@ -290,8 +290,8 @@ def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) 
 
 
 def _one_group_size(judged: Iterable[LayerInspection]) -> int:
-    """The original format's one group_size for all layers: 128, or -1 when no layer has more than one group. Layers of
-    the other kind, where there are both, get a misfit."""
+    """Return the original format's one group_size for all layers: 128, or -1 when no layer has more than one group.
+    Layers of the other kind, where there are both, get a misfit."""
     fine = [j for j in judged if j.layer is not None and not j.refusals and not j.why_extended]
     grouped = [j for j in fine if j.layer is not None and j.layer.G > 1]
     single = [j for j in fine if j.layer is not None and j.layer.G == 1 and j.layer.K != GROUP_SIZE]
@@ -307,7 +307,8 @@ def _one_group_size(judged: Iterable[LayerInspection]) -> int:
 
 
 def is_marlin_checkpoint(tensors: dict[str, Tensor]) -> bool:
-    """Whatever the config says: where there is a layer of a source format, there is something to convert."""
+    """Tell whether it is one, whatever the config says: where there is a layer of a source format, there is something
+    to convert."""
     if format_of(tensors)[1]:
         return False
     weights = (EXTENDED_NAMES["weight"], ORIGINAL_NAMES["weight"])
@@ -343,7 +344,7 @@ def _what_else(source: SourceFormat, settings: GPTQSettings, tensors: dict[str, 
 
 
 def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
-    """The plan for scripts (`--dry-run --json`): every layer, what happens to it, sizes in bytes."""
+    """Return the plan for scripts (`--dry-run --json`): every layer, what happens to it, sizes in bytes."""
     facts = plan.layer_facts
     return {
         "source": source,

@@ -40,7 +40,7 @@ class Product(Protocol):
         """Take the stored rows k0 … of the layer: `B` [kb/16, N' bits/2]."""
 
     def errors(self) -> tuple[float, float]:
-        """(largest absolute error, relative error) of Marlin's product against the reference."""
+        """Return (largest absolute error, relative error) of Marlin's product against the reference."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class LayerGroups:
 
 
 def product_for(device: Device, layer: Layer, groups: LayerGroups, g_idx: I32 | None, perm: I32 | None) -> Product:
-    """The one place where a device's way of multiplying is chosen. `g_idx` is the GPTQ layer's, `perm` the stored one,
-    both None without act-order."""
+    """Return a device's way of multiplying: the one place where it is chosen. `g_idx` is the GPTQ layer's, `perm` the
+    stored one, both None without act-order."""
     kind = CPUProduct if device.kind == "cpu" else partial(CUDAProduct, device)
     return kind(layer, groups, g_idx, perm)
 
@@ -104,7 +104,7 @@ class CPUProduct:
             self.reference += self.x[:, begin:end] @ weight
 
     def _source_groups(self, begin: int, end: int) -> tuple[Groups, npt.NDArray[np.intp]]:
-        """Groups that hold the groups of the source's rows `begin` to `end`, and which of them each row has."""
+        """Return groups that hold the groups of the source's rows `begin` to `end`, and which of them each row has."""
         if self.g_idx is None:
             groups = np.arange(begin, end) // self.layer.group_rows
             first = int(groups[0])
@@ -201,13 +201,14 @@ class CUDAProduct:
 
 
 def activations(layer: Layer, rows: int) -> F32:
-    """Random normal activations [rows, K], representable in fp16; the same for the same layer on every run."""
+    """Return random normal activations [rows, K], representable in fp16; the same for the same layer on every run."""
     generator = np.random.default_rng(zlib.crc32(layer.name.encode()))
     return generator.standard_normal((rows, layer.K), np.float32).astype(np.float16).astype(np.float32)
 
 
 def compare(result: npt.NDArray[Any], reference: npt.NDArray[Any]) -> tuple[float, float]:
-    """(max |result - reference|, ‖result - reference‖ / ‖reference‖), in float64; a zero reference counts as norm 1."""
+    """Return (max |result - reference|, ‖result - reference‖ / ‖reference‖), in float64; a zero reference counts as
+    norm 1."""
     wide = reference.astype(np.float64)
     difference = result.astype(np.float64) - wide
     # Not np.linalg.norm: it wakes BLAS's own threads, which then spin beside ours.

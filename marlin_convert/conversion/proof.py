@@ -235,7 +235,8 @@ class _Files:
         return None if theirs == ours else "it differs from the source's"
 
     def _verification(self, found: dict[str, str | None]) -> Verification:
-        """What verify.json must say: all but how large errors were, which depends on where products were computed."""
+        """Return what verify.json must say: all but how large errors were, which depends on where products were
+        computed."""
         content = self.result.content(VERIFY_FILE)
         try:
             said: Any = json.loads(content)

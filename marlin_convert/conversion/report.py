@@ -118,7 +118,8 @@ def card_facts(report: Report, options: Options) -> CardFacts:
 
 
 def shaping(options: Options) -> dict[str, Any]:
-    """The options that shape a result, for its report: with them, the source and this version, it can be made again."""
+    """Return the options that shape a result, for its report: with them, the source and this version, it can be made
+    again."""
     return {
         "format": options.format.value,
         "zero_points": None if options.zero_points is None else options.zero_points.value,
@@ -130,8 +131,8 @@ def shaping(options: Options) -> dict[str, Any]:
 
 
 def note_digests(report: Report, checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
-    """SHA-256 of what was read and of what was written. Of weights, what the Hub says; hashing them here takes longer
-    than converting them, and is done for a statement only."""
+    """Note the SHA-256 of what was read and of what was written. Of weights, what the Hub says; hashing them here takes
+    longer than converting them, and is done for a statement only."""
     origin, large = report.source, report.options.attest is not None
     paths = {name: checkpoint.path(name) for name in checkpoint.names}
     report.source_files = digests(

@@ -71,7 +71,7 @@ class Restored:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for `--json`."""
+        """Return everything, for `--json`."""
         return {"ok": True, **self.as_file(), "out": str(self.out), "seconds": round(self.seconds, 3)}
 
 
@@ -134,7 +134,7 @@ def restore(
 
 
 def _noted(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the conversion noted about its source; {} for a checkpoint that another tool made."""
+    """Return what the conversion noted about its source; {} for a checkpoint that another tool made."""
     if REPORT_FILE not in checkpoint.extra_files:
         return {}
     try:
@@ -145,7 +145,7 @@ def _noted(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _is_noted(key: str, value: Any) -> bool:
-    """Whether a value is of the kind that a conversion notes under `key`."""
+    """Tell whether a value is of the kind that a conversion notes under `key`."""
     if key == "configs":
         return isinstance(value, dict) and all(isinstance(config, dict) for config in value.values())
     if key == "dtypes":
@@ -161,7 +161,7 @@ def _is_noted(key: str, value: Any) -> bool:
 
 
 def _target(checkpoint: Checkpoint, noted: Noted) -> SourceFormat:
-    """The format of the source. Raises UnsupportedError where nothing tells it."""
+    """Return the format of the source. Raises UnsupportedError where nothing tells it."""
     if not noted.values:
         raise UnsupportedError(
             f"{checkpoint.label}: no {REPORT_FILE} of marlin-convert tells what it was made from; "
@@ -198,7 +198,7 @@ def _require_no_zero_of_0(checkpoint: Checkpoint, layers: list[RestoredLayer]) -
 
 
 def marlin_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer[Tensor]]:
-    """The quantized layers of a Marlin checkpoint, by name; there is at least one.
+    """Return the quantized layers of a Marlin checkpoint, by name; there is at least one.
 
     Raises UnsupportedError for another kind of checkpoint, SourceError where tensors and settings do not agree.
     """
@@ -214,7 +214,7 @@ def marlin_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer[Tensor]]:
 
 
 def _stray_g_idx(checkpoint: Checkpoint, layers: list[RestoredLayer]) -> set[str]:
-    """Names of g_idx that AutoGPTQ left beside a layer's Marlin tensors, and that say what is so without them."""
+    """Return names of g_idx that AutoGPTQ left beside a layer's Marlin tensors, and that say what is so without them."""
     found = {layer: checkpoint.tensors.get(f"{layer.name}.g_idx") for layer in layers if layer.stored.perm is None}
     return {
         tensor.name
@@ -243,7 +243,7 @@ def _require_one_format(
 
 
 def _in_order(layers: list[RestoredLayer], copies: list[Tensor]) -> list[OutTensor]:
-    """Every tensor of the result, in the order of the source's files."""
+    """Return every tensor of the result, in the order of the source's files."""
     entries: list[tuple[tuple[str, int, str], list[OutTensor]]] = []
     for layer in layers:
         at = layer.stored.weight
@@ -309,7 +309,7 @@ def _restore_ties(main: dict[str, Any], ties: dict[str, Any]) -> None:
 
 
 def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any]:
-    """GPTQ settings for a checkpoint whose source's are not known: what its layers are."""
+    """Return GPTQ settings for a checkpoint whose source's are not known: what its layers are."""
 
     def of(layer: RestoredLayer) -> tuple[int, int, bool, bool]:
         group_size = -1 if layer.G == 1 else layer.group_size
@@ -337,7 +337,7 @@ def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any
 
 
 def _restore_card(checkpoint: Checkpoint, folder: Path) -> None:
-    """The source's card: as it is, or out of the one that marlin-convert wrote, if that holds it."""
+    """Write the source's card: as it is, or out of the one that marlin-convert wrote, if that holds it."""
     if CARD_FILE not in checkpoint.extra_files:
         return
     content = checkpoint.path(CARD_FILE).read_bytes()

@@ -116,7 +116,7 @@ class RestoringWriter(TensorStream):
         return groups + [partial(self._write_rows, layer, *block) for block in stored_blocks(stored)]
 
     def _write_rows(self, layer: RestoredLayer, k0: int, rows: int) -> int:
-        """Stored rows k0 … of a layer."""
+        """Write stored rows k0 … of a layer."""
         stored, bits, array = layer.stored, layer.bits, self.buffers.array
         B = array("B", (rows // TILE_K, stored.weight.shape[1]), np.int32)
         self.checkpoint.read_into(stored.weight, B, k0 * stored.stored_N * bits // 8)
@@ -130,7 +130,7 @@ class RestoringWriter(TensorStream):
         return layer.write_rows(self.shards, k0, np.ascontiguousarray(words[:own, : layer.N]), self.buffers)
 
     def _write_columns(self, layer: RestoredLayer, order: _Order, n0: int, columns: int) -> int:
-        """Columns n0 … , all rows of them: with act-order, any row may come from anywhere."""
+        """Write columns n0 … , all rows of them: with act-order, any row may come from anywhere."""
         stored, bits, array = layer.stored, layer.bits, self.buffers.array
         B = array("B columns", (stored.stored_K // TILE_K, columns * bits // 2), np.int32)
         self.checkpoint.read_columns(stored.weight, B, n0 * bits // 2)
@@ -149,7 +149,7 @@ class RestoringWriter(TensorStream):
         return layer.write_columns(self.shards, n0, own, self.buffers) if own.size else 0
 
     def _write_groups(self, layer: RestoredLayer, order: _Order | None) -> int:
-        """Scales and zero points, strip by strip, and the order of rows."""
+        """Write scales and zero points, strip by strip, and the order of rows."""
         strips = group_strips(layer.G, layer.N)
         written = layer.write_groups(
             self.shards, (restored_groups(self.checkpoint, layer, first, count) for first, count in strips)
@@ -191,7 +191,8 @@ def restored_groups(checkpoint: Checkpoint, layer: RestoredLayer, first: int, co
     at, rows = first * step, min((first + count) * step, used) - first * step
 
     def own(values: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
-        """Of stored rows, which repeat the source's where groups were cut, one for each group; without padding."""
+        """Return one row for each group of stored ones, which repeat the source's where groups were cut; without
+        padding."""
         values = values[:, : layer.N]
         found = np.ascontiguousarray(values[::step])
         if not np.array_equal(np.repeat(found, step, axis=0)[:rows], values):
@@ -208,7 +209,7 @@ def restored_groups(checkpoint: Checkpoint, layer: RestoredLayer, first: int, co
 
 
 def _as_dtype(scales: npt.NDArray[Any], layer: RestoredLayer) -> npt.NDArray[Any]:
-    """Scales [G, N] as stored (fp16, or bf16 as uint16) in the source's dtype."""
+    """Return scales [G, N] as stored (fp16, or bf16 as uint16) in the source's dtype."""
     if layer.stored.scales.dtype == layer.scales_dtype:
         return scales
     wide = bf16.widened(scales)

@@ -64,20 +64,20 @@ class SourceLayer(ABC):
         """Fill `words` [K bits/32, columns] with columns n0 …, as GPTQ words."""
 
     def defined_rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> None:
-        """As `rows`, by the format's definition, code by code: what a conversion is verified against."""
+        """Fill as `rows` does, by the format's definition, code by code: what a conversion is verified against."""
         self.rows(checkpoint, k0, words, buffers)
 
     def defined_columns(self, checkpoint: Checkpoint, n0: int, words: Words, buffers: Buffers) -> None:
-        """As `columns`, by the format's definition, code by code."""
+        """Fill as `columns` does, by the format's definition, code by code."""
         self.columns(checkpoint, n0, words, buffers)
 
     @abstractmethod
     def raw_scales(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> npt.NDArray[Any]:
-        """Scales [count, N] of groups `first` …, as the file has them (bf16 as uint16)."""
+        """Return scales [count, N] of groups `first` …, as the file has them (bf16 as uint16)."""
 
     @abstractmethod
     def zeros(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> ZeroPoints | None:
-        """Zero points [count, N] of groups `first` …; None if the source stores none."""
+        """Return zero points [count, N] of groups `first` …; None if the source stores none."""
 
     def read_order(self, checkpoint: Checkpoint) -> npt.NDArray[Any] | None:
         """Return the group of each row, int [K]; None where there is nothing that tells it."""

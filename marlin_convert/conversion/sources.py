@@ -21,8 +21,8 @@ FORMAT_TITLES = "GPTQ, AWQ or compressed-tensors"
 def format_of(
     tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[SourceFormat, list[str]]:
-    """The format of a checkpoint's quantized layers, and their names. Where there are none: that which one of the
-    quantization configs claims, else GPTQ, and [].
+    """Return the format of a checkpoint's quantized layers, and their names. Where there are none: that which one of
+    the quantization configs claims, else GPTQ, and [].
 
     Raises SourceError where layers have several.
     """
@@ -42,5 +42,5 @@ def format_of(
 
 
 def named(name: str) -> SourceFormat | None:
-    """The format that `marlin_convert.json` calls so."""
+    """Return the format that `marlin_convert.json` calls so."""
     return next((format for format in FORMATS if format.name == name), None)

@@ -113,7 +113,7 @@ def _largest(errors: list[float | None]) -> float:
 
 
 def _json_number(value: Any) -> Any:
-    """JSON has no NaN and no infinity: "nan" and "inf" then."""
+    """Return a number as JSON, which has no NaN and no infinity: "nan" and "inf" then."""
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
@@ -160,7 +160,8 @@ class Verifier:
         return None
 
     def report(self, result: Checkpoint) -> Verification:
-        """What was found, once every item is checked; and what `result`, with its configs, has or lacks beside them."""
+        """Return what was found, once every item is checked; and what `result`, with its configs, has or lacks beside
+        them."""
         plan = self._plan
         report = Verification(product_device(self._device))
         expected = {t.name for t in plan.out_tensors}
@@ -238,7 +239,7 @@ def _order_problem(reader: LayerReader, result: Checkpoint, buffers: Buffers) ->
 
 
 def _result_groups(result: Checkpoint, layer: Layer, first: int, count: int) -> Groups:
-    """Groups `first` … of a converted layer: `s` as it is stored, zero points in their own order."""
+    """Return groups `first` … of a converted layer: `s` as it is stored, zero points in their own order."""
     s = result.read_rows(result.tensors[layer.s.name], first, count)
     if layer.marlin_qzeros is None:
         return Groups(s, None)
@@ -281,7 +282,7 @@ def _shape_problem(result: Checkpoint, expected: OutTensor) -> str | None:
 
 
 def _check_config(report: Verification, plan: Plan, source: Checkpoint, result: Checkpoint) -> None:
-    """Each of the result's configs must describe the checkpoint as it is."""
+    """Check that each of the result's configs describes the checkpoint as it is."""
     required: dict[str, Any] = {
         "bits": 4, "group_size": plan.group_size, "sym": True, "desc_act": False,
         "checkpoint_format": Format.MARLIN.value, "is_marlin_format": True,

@@ -55,13 +55,14 @@ class Arriving:
     """A checkpoint on its way into an engine: its tensors wait here until its marks have found their layers."""
 
     def __init__(self, settings: MarlinSettings, names: Iterable[str]) -> None:
-        """`names` are the checkpoint's quantized layers, in its own words."""
+        """Take `names`, the checkpoint's quantized layers, in its own words."""
         self.settings, self.names = settings, set(names)
         self.stored: list[_Stored] = []
         self.now = ""  # the name that the engine got last
 
     def stream(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint's tensors, and `NAME.weight` with marks for each quantized layer as soon as it is complete.
+        """Return the checkpoint's tensors, and `NAME.weight` with marks for each quantized layer as soon as it is
+        complete.
 
         Raises ValueError at the end for layers that are not complete, or whose tensors do not fit their settings.
         """
@@ -97,7 +98,7 @@ class Arriving:
             self.stored[number - 1].left -= count
 
     def pieces(self, where: str, marks: Tensor, device: torch.device, given: Tensor | None = None) -> list[Piece]:
-        """The columns that `marks` name, as pieces on `device` that lie side by side in their order.
+        """Return the columns that `marks` name, as pieces on `device` that lie side by side in their order.
 
         Columns of zeros go with those before them; `given` are marks of the layer that they belong to if there are
         none. Raises ValueError that starts with `where` for marks that name nothing.
@@ -133,7 +134,7 @@ class Arriving:
         return shards.columns(shards.whole(stored.name, stored.settings, tensors, self.settings.format), columns)
 
     def unclaimed(self) -> list[str]:
-        """Layers of the checkpoint of which no layer of the engine has a column."""
+        """Return layers of the checkpoint of which no layer of the engine has a column."""
         return [stored.name for stored in self.stored if not stored.claimed]
 
 

@@ -16,7 +16,8 @@ _FUSED = tuple(f"{name}{bias}" for name in ("gate_up_proj", "up_proj", "down_pro
 
 
 def marker(parameter: Any) -> torch.Tensor:
-    """Stands for a tensor that is no more, for code that fills it with random numbers: it leaves alone what is done."""
+    """Return what stands for a tensor that is no more, for code that fills it with random numbers: it leaves alone what
+    is done."""
     marker = torch.empty_like(parameter, device="meta")
     marker._is_hf_initialized = True  # type: ignore[attr-defined]
     return marker
@@ -32,7 +33,7 @@ class MarlinExpert(nn.Module):
         self._parts = tuple(layers)
 
     def forward(self, x: torch.Tensor, activation: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """x [T, H] → [T, H]. `activation` makes of the outputs of all but the last layer the input of that."""
+        """Turn x [T, H] into [T, H]. `activation` makes of the outputs of all but the last layer the input of that."""
         *inner, down = (self._modules[name] for name in self._parts)
         result: torch.Tensor = down(activation(*(layer(x) for layer in inner)))  # type: ignore[misc]
         return result
@@ -65,7 +66,7 @@ class MarlinExperts(nn.Module):
         self._loops = False  # one expert after the other: something of them is no part of the operator
 
     def _in_one(self) -> GroupedExperts | None:
-        """All experts as one operator; None for those that it does not compute."""
+        """Return all experts as one operator; None for those that it does not compute."""
         if self._grouped is not None and self._grouped.current():
             return self._grouped
         if self._loops:
@@ -81,7 +82,7 @@ class MarlinExperts(nn.Module):
         return self._grouped
 
     def _activation(self, *parts: torch.Tensor) -> torch.Tensor:
-        """The block's own activation of (gate, up), or of up alone."""
+        """Return the block's own activation of (gate, up), or of up alone."""
         if len(parts) == 1 or self._gate is None:
             result: torch.Tensor = self.act_fn(parts[0])  # type: ignore[operator]
             return result * parts[1] if len(parts) == 2 else result
@@ -95,8 +96,8 @@ class MarlinExperts(nn.Module):
         return self.post_expert_norm(result) if self._norm else result  # type: ignore[operator]
 
     def forward(self, hidden_states: torch.Tensor, *choice: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
-        """hidden_states [T, H] and, whatever the model calls them, each token's experts [T, k] and their weights
-        [T, k] → [T, H]: each token's experts, weighted, summed. Without them, as Llama 4 has it: hidden_states holds
+        """Turn hidden_states [T, H] and, whatever the model calls them, each token's experts [T, k] and their weights
+        [T, k] into [T, H]: each token's experts, weighted, summed. Without them, as Llama 4 has it: hidden_states holds
         as many rows for each expert, in their order."""
         choice = (*choice, *named.values())
         if not choice:

@@ -58,7 +58,7 @@ class Generated:
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for `--json`."""
+        """Return everything, for `--json`."""
         times = {"seconds": round(self.seconds, 3), "load_seconds": round(self.load_seconds, 3),
                  "tokens_per_second": round(self.tokens_per_second, 2)}  # fmt: skip
         return {"ok": True, **asdict(self), **times, "greedy": self.sampling.greedy}
@@ -172,7 +172,7 @@ def _continue(
 
 @contextlib.contextmanager
 def transformers_quietly() -> Iterator[ModuleType]:
-    """`hf`, with Transformers quiet: what it would print of its own is not for the user of a command."""
+    """Give `hf`, with Transformers quiet: what it would print of its own is not for the user of a command."""
     require("torch", "transformers")
     try:
         from transformers.utils import logging
@@ -194,7 +194,7 @@ def transformers_quietly() -> Iterator[ModuleType]:
 
 @contextlib.contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """What Transformers and torch raise about a model or a device, as this program's errors."""
+    """Raise what Transformers and torch say about a model or a device as this program's errors."""
     import torch
 
     try:

@@ -40,7 +40,7 @@ class GroupedExperts:
             self.sets.append(moe.Set(inner[0], inner[1] if len(inner) > 1 else None, down))
 
     def current(self) -> bool:
-        """Whether the layers' tensors are still these: a module that moves gets new ones."""
+        """Tell whether the layers' tensors are still these: a module that moves gets new ones."""
         tensors = [layer._tensor("weight") for layer in self._first]
         return all(
             tensor is not None and tensor.data_ptr() == group.down.B.data_ptr()
@@ -48,7 +48,7 @@ class GroupedExperts:
         )
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """x [T, H]; ids, weights [T, k] → [T, H]. An id of no expert counts nothing."""
+        """Turn x [T, H], with ids and weights [T, k], into [T, H]. An id of no expert counts nothing."""
         sets = [_with_bias_of(group, x.dtype) for group in self.sets]
         return moe.experts(x, weights.float(), ids, sets, self.formula, count=self.count, position=self.position)
 
@@ -60,7 +60,8 @@ def _kind(layer: MarlinLinear) -> tuple[object, ...]:
 
 
 def _stack(layers: Sequence[MarlinLinear]) -> moe.Stack:
-    """One layer of each of some experts. Weights, scales and zero points of the layers become views of the result."""
+    """Return one layer of each of some experts. Weights, scales and zero points of the layers become views of the
+    result."""
     first = layers[0]
 
     def stacked(what: str, views: bool = True) -> Tensor | None:
@@ -84,7 +85,7 @@ def _stack(layers: Sequence[MarlinLinear]) -> moe.Stack:
 
 
 def _with_bias_of(group: moe.Set, dtype: torch.dtype) -> moe.Set:
-    """The set with biases of the activations' dtype."""
+    """Return the set with biases of the activations' dtype."""
     stacks = [group.gate, group.up, group.down]
     if all(stack is None or stack.bias is None or stack.bias.dtype == dtype for stack in stacks):
         return group
@@ -92,7 +93,7 @@ def _with_bias_of(group: moe.Set, dtype: torch.dtype) -> moe.Set:
 
 
 def formula_of(activation: Activation, gated: bool, **numbers: float | None) -> moe.Formula | None:
-    """The formula that computes what `activation` does; None if there is none.
+    """Return the formula that computes what `activation` does; None if there is none.
 
     Found by trying: what models call their activations says little. `numbers` are those that it may use: alpha, limit.
     """

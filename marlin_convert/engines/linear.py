@@ -112,7 +112,7 @@ class MarlinLinear(nn.Module):
             )
 
     def _stored(self) -> tuple[int, int, int]:
-        """(K, N, G) as stored, padding included."""
+        """Return (K, N, G) as stored, padding included."""
         K, N = padded_size(self.in_features, self.out_features)
         return K, N, stored_groups(self.in_features, self.group_size)
 
@@ -120,7 +120,7 @@ class MarlinLinear(nn.Module):
         return self._buffers.get(self._names.get(what, ""))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] of any floating dtype → [..., N] in the same dtype."""
+        """Turn x [..., K] of any floating dtype into [..., N] in the same dtype."""
         bias: Tensor | None = self._buffers["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
@@ -143,7 +143,7 @@ class MarlinLinear(nn.Module):
         return DequantizedWeight(self, self._dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W [K, N] in the source's order of rows, rounded once to `dtype` (that of the scales if None)."""
+        """Return W [K, N] in the source's order of rows, rounded once to `dtype` (that of the scales if None)."""
         B, s = self._buffers[self._names["weight"]], self._buffers[self._names["scales"]]
         assert B is not None
         assert s is not None
@@ -160,7 +160,7 @@ class MarlinLinear(nn.Module):
         return ", ".join(parts + ["bias"] * (self._buffers.get("bias") is not None))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarlinLinear:
-        """As of any module, but scales keep their dtype: `.to(torch.bfloat16)` must not round them.
+        """Do as any module does, but scales keep their dtype: `.to(torch.bfloat16)` must not round them.
 
         Raises DeviceError when the layer moves to a GPU that its kernels cannot run on.
         """
@@ -183,7 +183,7 @@ class MarlinLinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """As of any module; scales of another dtype than this layer's are an error, not rounded."""
+        """Load as any module does; scales of another dtype than this layer's are an error, not rounded."""
         name, own = prefix + self._names["scales"], self._tensor("scales")
         given = state_dict.get(name)
         if given is not None and own is not None and given.dtype != own.dtype:
@@ -252,7 +252,7 @@ def _reference(
     x: Tensor, B: Tensor, s: Tensor, bias: Tensor | None, zeros: Tensor | None, perm: Tensor | None,
     bits: int, in_features: int, out_features: int, row_by_row: bool = False,
 ) -> Tensor:  # fmt: skip
-    """x · W + bias with W dequantized in x's dtype, rounded once, BLOCK_COLUMNS of it at a time.
+    """Compute x · W + bias with W dequantized in x's dtype, rounded once, BLOCK_COLUMNS of it at a time.
 
     W goes back to the source's order of rows, not x to the stored one: fp16 sums depend on the order of their terms,
     and these are to be the sums of a plain linear layer with the same weights.
@@ -276,8 +276,8 @@ def _reference(
 
 
 def _weight(B: Tensor, s: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-    """W [K', columns] of a block of columns, rows as stored: from the native library where it has that, else from the
-    twin, which is the same bits."""
+    """Return W [K', columns] of a block of columns, rows as stored: from the native library where it has that, else
+    from the twin, which is the same bits."""
     if B.device.type != "cpu" or dtype != s.dtype or not cpu.native_available():
         return reference.dequantize_layer(B, s, zeros, bits=bits, dtype=dtype)
     words, numbers = B.contiguous().numpy(), s.contiguous().view(torch.uint16).numpy()  # numpy has no bfloat16

@@ -65,7 +65,7 @@ _DTYPES = {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def whole(name: str, settings: LayerSettings, tensors: dict[str, Tensor], format: Format = Format.MARLIN_EXT) -> Piece:
-    """A layer as the checkpoint has it; `tensors` by what they are (the keys of EXTENDED_NAMES).
+    """Return a layer as the checkpoint has it; `tensors` by what they are (the keys of EXTENDED_NAMES).
 
     Raises ValueError when they do not fit the settings.
     """
@@ -83,7 +83,7 @@ def whole(name: str, settings: LayerSettings, tensors: dict[str, Tensor], format
 
 
 def columns(piece: Piece, order: Tensor) -> Piece:
-    """The columns of a layer that `order` int64 [N of the result] names, in that order; -1 is a column of zeros.
+    """Return the columns of a layer that `order` int64 [N of the result] names, in that order; -1 is a column of zeros.
 
     Any order is exact: whole tiles are moved as they are, other columns are taken out of their tiles and put into new
     ones. The result is a copy, unless it is all of the layer.
@@ -115,14 +115,14 @@ def columns(piece: Piece, order: Tensor) -> Piece:
 
 
 def _take(matrix: Tensor, order: Tensor) -> Tensor:
-    """Columns of `matrix`, zeros where `order` is negative."""
+    """Return columns of `matrix`, zeros where `order` is negative."""
     taken = matrix[:, order.clamp(min=0)]
     taken[:, order < 0] = 0
     return taken
 
 
 def _take_tiles(tensor: Tensor, count: int, order: Tensor) -> Tensor:
-    """Columns of the tiles in `order` of a layer's tensor, which has `count` of them; tile `count` is zeros."""
+    """Return columns of the tiles in `order` of a layer's tensor, which has `count` of them; tile `count` is zeros."""
     tiles = tensor.reshape(tensor.shape[0], count, -1)
     taken = tiles[:, order.clamp(max=count - 1)]
     taken[:, order == count] = 0
@@ -130,13 +130,13 @@ def _take_tiles(tensor: Tensor, count: int, order: Tensor) -> Tensor:
 
 
 def cuts_whole_groups(piece: Piece, first: int, count: int) -> bool:
-    """Whether rows first .. first + count are whole groups of a layer, and blocks of rows that kernels take."""
+    """Tell whether rows first .. first + count are whole groups of a layer, and blocks of rows that kernels take."""
     group = piece.stored_K // piece.G if piece.G > 1 else -1
     return piece.perm is None and cuts.whole_groups(first, count, group)
 
 
 def rows(piece: Piece, first: int, count: int) -> Piece:
-    """Rows first .. first + count of a layer, in the source's order, as a rank of row parallelism has them.
+    """Return rows first .. first + count of a layer, in the source's order, as a rank of row parallelism has them.
 
     Whole groups that lie side by side are taken as they are. Others, those of act-order among them, become groups of
     16 rows each: a group's rows on this rank, filled up with rows of zeros, have its scales. Exact too, for kernels
@@ -202,14 +202,14 @@ def _regrouped(piece: Piece, first: int, count: int) -> Piece:
 
 
 def single_group(scales: Tensor) -> Tensor:
-    """Scales [1, N'] in the order of grouped scales → in that of a single group."""
+    """Turn scales [1, N'] in the order of grouped scales into that of a single group."""
     inverse = tuple(layout.SCALE_PERMUTATION.index(i) for i in range(TILE_N))
     natural = scales.reshape(-1, TILE_N)[:, list(inverse)].reshape(1, -1)
     return reference.permute_scales(natural)
 
 
 def join(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours that one product can do, joined along N: of the same kind, without padding between them."""
+    """Return neighbours that one product can do, joined along N: of the same kind, without padding between them."""
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None

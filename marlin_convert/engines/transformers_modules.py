@@ -54,7 +54,7 @@ def empty_module(layer: StoredLayer[Tensor]) -> MarlinLinear:
 
 
 def some(names: list[str]) -> str:
-    """The first few of `names`, and how many more there are."""
+    """Return the first few of `names`, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
@@ -125,14 +125,14 @@ def put_layers(
 
 
 def _renamed(key: str, renamings: list[WeightRenaming]) -> str:
-    """A checkpoint's name of a tensor as the model calls it."""
+    """Return a checkpoint's name of a tensor as the model calls it."""
     for renaming in renamings:
         key, _ = renaming.rename_source_key(key)
     return key
 
 
 def _place(model: PreTrainedModel, name: str, modules: dict[str, nn.Module]) -> str | None:
-    """Where in the model a checkpoint's layer belongs: with or without the base model's prefix."""
+    """Return where in the model a checkpoint's layer belongs: with or without the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, prefix + name, name.removeprefix(prefix)):
         if candidate in modules or _experts_above(candidate, modules) or _is_half(candidate, modules):
@@ -208,7 +208,7 @@ _HALVES = ("gate_proj", "up_proj")
 
 
 def _is_half(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether `name` is half of a model's `gate_up_proj`."""
+    """Tell whether `name` is half of a model's `gate_up_proj`."""
     owner, _, part = name.rpartition(".")
     return part in _HALVES and isinstance(modules.get(f"{owner}.gate_up_proj"), nn.Linear)
 
@@ -229,7 +229,7 @@ def _put_halves(model: PreTrainedModel, owner: str, found: dict[str, StoredLayer
 
 
 def _experts_above(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """`…experts` for the name of an expert's linear, `…experts.3.up_proj`, if the model holds its experts fused."""
+    """Return `…experts` for the name of an expert's linear, `…experts.3.up_proj`, if the model holds its experts fused."""
     parts = name.split(".")
     holder = modules.get(".".join(parts[:-2]))
     fused = len(parts) > 2 and parts[-2].isdigit() and isinstance(getattr(holder, "down_proj", None), nn.Parameter)
@@ -240,8 +240,8 @@ def _expert_layers(
     holder: str, module: nn.Module, parts: dict[str, StoredLayer[Tensor]], converters: list[WeightConverter],
     tensors: Mapping[str, Tensor], placed: Placed,
 ) -> MarlinExperts:  # fmt: skip
-    """The module for fused experts `module`, from the checkpoint's layers ("3.up_proj" → layer). Layers of some experts
-    that are not quantized are linears in it."""
+    """Return the module for fused experts `module`, from the checkpoint's layers ("3.up_proj" → layer). Layers of some
+    experts that are not quantized are linears in it."""
     kind = type(module).__name__
     gated = isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
     names = _names_of_experts(holder, {part.split(".", 1)[1] for part in parts}, converters, gated)
@@ -275,7 +275,7 @@ def _expert_layers(
 
 
 def _computed_as_usual(fused: nn.Module) -> bool:
-    """Whether fused experts are computed as Transformers' experts interface has it."""
+    """Tell whether fused experts are computed as Transformers' experts interface has it."""
     return hasattr(fused, "is_transposed") or type(fused).__name__ in _SAME_EXPERTS
 
 
@@ -317,7 +317,7 @@ def _dequantize_experts_later(
 def _plain_linear(
     place: str, name: str, size: tuple[int, int], tensors: Mapping[str, Tensor], placed: Placed, dtype: torch.dtype
 ) -> nn.Linear:
-    """An expert's layer that the checkpoint does not have quantized. Transformers would fuse it with the others."""
+    """Return an expert's layer that the checkpoint does not have quantized. Transformers would fuse it with the others."""
     found = {key: tensors.get(f"{name}.{key}") for key in ("weight", "bias")}
     if found["weight"] is None:
         raise SourceError(f"{name}: it is neither a Marlin layer nor a plain one, as the other experts' are.")
@@ -326,7 +326,7 @@ def _plain_linear(
 
 
 def _names_of_experts(holder: str, found: set[str], converters: list[WeightConverter], gated: bool) -> tuple[str, ...]:
-    """What the checkpoint, which has `found`, calls an expert's gate, up and down; without a gate, up and down."""
+    """Return what the checkpoint, which has `found`, calls an expert's gate, up and down; without a gate, up and down."""
     own: list[str] = []
     for target in ("gate_up_proj" if gated else "up_proj", "down_proj"):
         for converter in converters:

@@ -82,7 +82,7 @@ def _register() -> None:
 
 
 def tensors_of(files: Sequence[str | Path]) -> dict[str, Tensor]:
-    """What the safetensors `files` hold, by name."""
+    """Return what the safetensors `files` hold, by name."""
     tensors: dict[str, Tensor] = {}
     for file in map(Path, files):
         with contextlib.closing(LocalWeightFile(file, file.name, str(file))) as opened:
@@ -164,7 +164,7 @@ class MarlinQuantizer(HfQuantizer):
         return self._placed.dequantized
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """What `model.dequantize()` does: plain linear layers in place of Marlin's, one after the other."""
+        """Do what `model.dequantize()` asks for: plain linear layers in place of Marlin's, one after the other."""
         for name, module in list(model.named_modules()):
             if not isinstance(module, MarlinLinear):
                 continue
@@ -227,7 +227,7 @@ def load(
     cache_dir: Path | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The model of a Marlin checkpoint, a folder or a Hub id, ready to run.
+    """Return the model of a Marlin checkpoint, a folder or a Hub id, ready to run.
 
     `device` is auto (the GPU that suits, else the CPU), cpu, cuda or cuda:N; a `device_map` among `kwargs` takes its
     place. `dtype` is the checkpoint's unless given. `auto_class` is the Transformers class that builds the model;
@@ -245,7 +245,7 @@ def load_from(
     origin: Source, *, device: str = "auto", dtype: torch.dtype | str = "auto",
     auto_class: Any = AutoModelForCausalLM, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """`load`, of what is on this disk already."""
+    """Do what `load` does, of what is on this disk already."""
     chosen = None if "device_map" in kwargs else pick_device(device)
     where = torch.device("cpu") if chosen is None or chosen.kind == "cpu" else cuda.torch_device(chosen)
     config = AutoConfig.from_pretrained(origin.folder, trust_remote_code=kwargs.get("trust_remote_code"))
@@ -263,12 +263,12 @@ def load_from(
 def load_tokenizer(
     source: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None
 ) -> Any:
-    """The tokenizer of a checkpoint, a folder or a Hub id. Raises SourceError when it has none."""
+    """Return the tokenizer of a checkpoint, a folder or a Hub id. Raises SourceError when it has none."""
     return tokenizer_from(fetch(str(source), revision=revision, token=token, cache_dir=cache_dir))
 
 
 def tokenizer_from(origin: Source) -> Any:
-    """`load_tokenizer`, of what is on this disk already."""
+    """Do what `load_tokenizer` does, of what is on this disk already."""
     try:
         return AutoTokenizer.from_pretrained(origin.folder)
     except (OSError, ValueError) as error:
@@ -285,7 +285,8 @@ def load_dequantized(
     token: str | None = None,
     cache_dir: Path | None = None,
 ) -> Any:
-    """The model of a GPTQ checkpoint with its weights dequantized to fp16: what the converted one is compared with.
+    """Return the model of a GPTQ checkpoint with its weights dequantized to fp16: what the converted one is compared
+    with.
 
     Takes the memory of an fp16 model. Raises what `plan` and
     `fetch` raise for a source that cannot be converted.

@@ -83,7 +83,7 @@ def _load(values: dict[str, Any], headers: dict[str, Tensor]) -> Trial:
 
 
 def _class_of(config: Any, values: dict[str, Any]) -> tuple[Any, str | None]:
-    """The model's class, and what `load` has to be told to build it."""
+    """Return the model's class, and what `load` has to be told to build it."""
     auto: Any = AutoModelForCausalLM
     if type(config) in auto._model_mapping:
         with torch.device("meta"):

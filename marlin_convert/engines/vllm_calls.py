@@ -43,13 +43,13 @@ if _unknown or not set(_parameters) >= _GIVEN:
 
 
 def without_order(nothing: Tensor) -> dict[str, Any]:
-    """The arguments of `multiply` that say that there is no act-order, which is done around it; `nothing` is an empty
-    tensor."""
+    """Return the arguments of `multiply` that say that there is no act-order, which is done around it; `nothing` is an
+    empty tensor."""
     return {**dict.fromkeys(_EMPTY, nothing), **_FIXED}
 
 
 def rank(layer: Any) -> int:
-    """This process's rank in the layer's tensor parallelism."""
+    """Return this process's rank in the layer's tensor parallelism."""
     known = getattr(layer, "tp_rank", None)
     if known is not None:
         return int(known)
@@ -59,6 +59,6 @@ def rank(layer: Any) -> int:
 
 
 def kernel_bias(bias: Tensor, stored_N: int) -> Tensor:
-    """A bias [N], padded, in the order of columns that the kernel adds it in."""
+    """Return a bias [N], padded, in the order of columns that the kernel adds it in."""
     padded: Tensor = permute_bias(nn.functional.pad(bias.data, (0, stored_N - bias.shape[0])))
     return padded

@@ -41,7 +41,7 @@ class Kernel(NamedTuple):
 
 @cache
 def kernel() -> Kernel:
-    """The choice for this process. Raises ValueError for one that cannot be."""
+    """Return the choice for this process. Raises ValueError for one that cannot be."""
     asked = os.environ.get(KERNEL, "").strip().lower() or "auto"
     if asked not in _KERNELS:
         raise ValueError(f"{KERNEL} is {asked!r}; it should be one of {', '.join(_KERNELS)}")
@@ -65,14 +65,14 @@ def kernel() -> Kernel:
 
 @cache
 def say() -> None:
-    """One line of the log, once in a process."""
+    """Write one line of the log, once in a process."""
     choice = kernel()
     name = "marlin-convert's kernels" if choice.ours else "vLLM's Marlin kernel"
     logger.info("Linear layers of this Marlin checkpoint are computed by %s: %s", name, choice.why)
 
 
 def _part_of_the_cache_key() -> str:
-    """vLLM keys compiled graphs by its environment variables; this is ours among them, as it was decided."""
+    """Give vLLM, which keys compiled graphs by its environment variables, ours among them, as it was decided."""
     return f"{'ours' if kernel().ours else 'vllm'} {cuda.ABI_VERSION} {__version__}"
 
 
@@ -80,7 +80,7 @@ envs.environment_variables[KERNEL] = _part_of_the_cache_key
 
 
 def vllm_lacks(bits: int, zeros: bool, group_size: int) -> str:
-    """What vLLM's Marlin kernel does not have of such a layer, or nothing."""
+    """Return what vLLM's Marlin kernel does not have of such a layer, or nothing."""
     if (bits, zeros) not in calls.TYPES:
         return f"vLLM's Marlin kernel has no {bits}-bit codes with zero points"
     if group_size not in calls.GROUP_SIZES:
@@ -89,7 +89,7 @@ def vllm_lacks(bits: int, zeros: bool, group_size: int) -> str:
 
 
 def is_ours(name: str, bits: int, zeros: bool, group_size: int) -> bool:
-    """Whether our kernels compute such a layer. Raises ValueError if neither we nor vLLM can."""
+    """Tell whether our kernels compute such a layer. Raises ValueError if neither we nor vLLM can."""
     lacking = vllm_lacks(bits, zeros, group_size)
     if lacking and not_ours():
         raise ValueError(f"{name}: {lacking}, and marlin-convert's are not used: {not_ours()}")
@@ -97,18 +97,18 @@ def is_ours(name: str, bits: int, zeros: bool, group_size: int) -> bool:
 
 
 def not_ours() -> str:
-    """Why our kernels compute nothing here, not even what vLLM's cannot; or nothing."""
+    """Return why our kernels compute nothing here, not even what vLLM's cannot; or nothing."""
     choice = kernel()
     return choice.missing or ("" if choice.ours or not choice.why.startswith(KERNEL) else choice.why)
 
 
 def piece_is_ours(name: str, piece: Piece) -> bool:
-    """`is_ours` for what a rank has of a layer."""
+    """Tell, as `is_ours` does, for what a rank has of a layer."""
     return is_ours(name, piece.bits, piece.zeros is not None, -1 if piece.G == 1 else piece.stored_K // piece.G)
 
 
 def batch_invariant() -> bool:
-    """Whether vLLM promises results that do not depend on the number of rows."""
+    """Tell whether vLLM promises results that do not depend on the number of rows."""
     return bool(getattr(envs, "VLLM_BATCH_INVARIANT", False))
 
 
@@ -123,7 +123,7 @@ def check_invariance(name: str, experts: bool = False) -> None:
 
 
 def cast(name: str, piece: Piece, dtype: torch.dtype) -> Piece:
-    """`piece` with scales of `dtype`, for vLLM's kernels. Raises ValueError for scales beyond its range."""
+    """Return `piece` with scales of `dtype`, for vLLM's kernels. Raises ValueError for scales beyond its range."""
     scales = piece.scales.to(dtype)
     if not torch.isfinite(scales).all() or ((scales == 0) & (piece.scales != 0)).any():
         raise ValueError(f"{name}: its {piece.scales.dtype} scales do not fit {dtype}; load with --dtype bfloat16")

@@ -53,7 +53,7 @@ class CheckpointConfig(QuantizationConfig):  # type: ignore[misc]
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """This plugin's name for Marlin checkpoints, None for all others."""
+        """Return this plugin's name for Marlin checkpoints, None for all others."""
         asked = user_quant in (None, NAME, "gptq", "marlin", "gptq_marlin", "auto_gptq")
         return NAME if asked and is_marlin(hf_quant_cfg) else None
 
@@ -74,7 +74,7 @@ class CheckpointConfig(QuantizationConfig):  # type: ignore[misc]
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def parts(self, prefix: str) -> list[str]:
-        """The checkpoint's names of what vLLM fuses in `prefix`: q_proj, k_proj and v_proj of a qkv_proj, say."""
+        """Return the checkpoint's names of what vLLM fuses in `prefix`: q_proj, k_proj and v_proj of a qkv_proj, say."""
         parent, dot, last = prefix.rpartition(".")
         if prefix in self.quantized:
             return [prefix]

@@ -40,7 +40,7 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
     """One linear layer of vLLM, whose columns come from layers of the checkpoint."""
 
     def __init__(self, config: CheckpointConfig, prefix: str, names: Iterable[str] = ()) -> None:
-        """`names` are the layers of the checkpoint that are known to belong to it. Raises ValueError for those that
+        """Take `names`, the layers of the checkpoint that are known to belong to it. Raises ValueError for those that
         no kernel computes."""
         self.config, self.prefix = config, prefix
         self.pieces: list[Piece] = []
@@ -146,7 +146,7 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
             self.nothing = torch.empty(0, dtype=torch.int32, device=pieces[0].weight.device)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] of this rank → [..., N of this rank]."""
+        """Turn x [..., K] of this rank into [..., N of this rank]."""
         results = [
             (self._our_product if product.ours else self._product)(layer, x, product, bias is not None)
             for product in self.products
@@ -154,7 +154,7 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         return results[0] if len(results) == 1 else torch.cat(results, -1)
 
     def _our_product(self, layer: Any, x: Tensor, product: _Product, add_bias: bool) -> Tensor:
-        """Our operator: it takes a layer as stored, and chooses its way by the rows that come when it runs."""
+        """Compute by our operator: it takes a layer as stored, and chooses its way by the rows that come when it runs."""
         tensors = [getattr(layer, f"marlin{product.number}_{w}") for w in ("weight", "scales", "bias", "zeros", "perm")]
         weight, scales, bias, zeros, perm = tensors
         K = product.K
@@ -167,7 +167,7 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         return y
 
     def _product(self, layer: Any, x: Tensor, product: _Product, add_bias: bool) -> Tensor:
-        """vLLM's Marlin kernel: sizes as stored, act-order and padding around it."""
+        """Compute by vLLM's Marlin kernel: sizes as stored, act-order and padding around it."""
         own = x.index_select(-1, getattr(layer, f"marlin{product.number}_perm")) if product.sorted else x
         if product.stored_K != product.K:
             own = nn.functional.pad(own, (0, product.stored_K - product.K))

@@ -32,7 +32,7 @@ _expected: dict[type, CheckpointConfig] = {}  # classes of models that are about
 
 
 def _configure_model(quant_config: QuantizationConfig, model_class: Any) -> None:
-    """vLLM's own step before it builds a model; a model of a Marlin checkpoint then loads through `_load_model`."""
+    """Do vLLM's own step before it builds a model; a model of a Marlin checkpoint then loads through `_load_model`."""
     _configure(quant_config, model_class)
     _expected.pop(model_class, None)
     if isinstance(quant_config, CheckpointConfig):
@@ -52,7 +52,7 @@ loader_utils.configure_quant_config = _configure_model
 
 
 def _load_model(model: nn.Module, load: Callable[..., Any], weights: Any, *args: Any, **kwargs: Any) -> Any:
-    """`load` the checkpoint's tensors into a model of vLLM, which gets marks for the quantized ones.
+    """Let `load` read the checkpoint's tensors into a model of vLLM, which gets marks for the quantized ones.
 
     Raises ValueError, with names, for what the model cannot take, and for what it leaves out.
     """
@@ -170,7 +170,7 @@ def _some(names: list[str]) -> str:
 
 
 def _methods(model: nn.Module) -> list[tuple[Any, Any]]:
-    """The layers that this plugin computes, with their methods."""
+    """Return the layers that this plugin computes, with their methods."""
     kinds = (MarlinCheckpointMethod, MarlinExpertsMethod)
     found = [(layer, getattr(layer, "quant_method", None)) for layer in model.modules()]
     return [(layer, method) for layer, method in found if isinstance(method, kinds)]

@@ -67,7 +67,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return replace(self.config.layer(name), source_group_size=None)
 
     def _what_vllm_lacks(self, layer: Any, names: list[str]) -> str:
-        """What vLLM's fused Marlin product does not compute of these experts, or nothing."""
+        """Return what vLLM's fused Marlin product does not compute of these experts, or nothing."""
         kinds = {self._settings(name) for name in names}
         faults = {
             "experts without a gate, or with a limit on it": not self.gated
@@ -137,7 +137,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             layer.register_parameter(name, stand_in)
 
     def _make_sets(self) -> list[_Set]:
-        """This rank's experts by their settings."""
+        """Return this rank's experts by their settings."""
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for local in sorted(self.global_of):
             kind = tuple(self._settings(self._name(self.global_of[local], shard)) for shard in self.parts)
@@ -161,7 +161,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return next(made for made in self.sets if local in made.row)
 
     def _cut(self, layer: Any, name: str, shard: str, piece: Piece) -> Piece:
-        """This rank's piece of one expert's gate, up or down."""
+        """Return this rank's piece of one expert's gate, up or down."""
         ranks, rank = layer.moe_config.tp_size, layer.moe_config.tp_rank
         K, N = (self.own * ranks, self.hidden) if shard == "w2" else (self.hidden, self.own * ranks)
         if (piece.K, piece.N) != (K, N):
@@ -179,14 +179,14 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return piece if self.ours else choice.cast(name, piece, self.dtype)
 
     def _cut_bias(self, layer: Any, shard: str, bias: Tensor) -> Tensor:
-        """Of a sum over ranks, the first one adds the bias."""
+        """Return this rank's bias: of a sum over ranks, the first one adds it."""
         rank = layer.moe_config.tp_rank
         if shard != "w2":
             return bias[rank * self.own : (rank + 1) * self.own]
         return bias if rank == 0 else torch.zeros_like(bias)
 
     def finish(self, layer: Any) -> None:
-        """Raises ValueError for experts that have not come."""
+        """Raise ValueError for experts that have not come."""
         for made in self.sets:
             for shard, part in self.parts.items():
                 if made.missing(shard):
@@ -224,7 +224,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.position = None if own_order else torch.tensor(position, dtype=torch.int32, device=device)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
-        """None: `apply` knows its tensors itself."""
+        """Return None: `apply` knows its tensors itself."""
 
     def apply(
         self,
@@ -235,7 +235,8 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts: Any = None,
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
-        """x [T, H]; topk_weights, topk_ids [T, k] → [T, H], to be summed over tensor-parallel ranks by vLLM."""
+        """Turn x [T, H], with topk_weights and topk_ids [T, k], into [T, H], to be summed over tensor-parallel ranks by
+        vLLM."""
         if self.ours:
             return self._our_product(layer, x, topk_weights, topk_ids)
         kind = next(iter(self.sets[0].kinds.values()))
@@ -328,7 +329,7 @@ class _Set:
         self._biases.setdefault(shard, {})[number] = bias
 
     def stacks(self) -> dict[str, dict[str, Tensor | None]]:
-        """By shard its tensors; once."""
+        """Return, by shard its tensors; once."""
         if self._loose:
             ready = _alike([self._loose.pop(number) for number in self.row])
             self.kinds["w2"] = ready[0]
@@ -357,7 +358,8 @@ class _Set:
 
 
 def _alike(pieces: list[Piece]) -> list[Piece]:
-    """Pieces with act-order, brought to the same number of stored rows: by rows of zeros, in groups of their own."""
+    """Return pieces with act-order, brought to the same number of stored rows: by rows of zeros, in groups of their
+    own."""
     natural = [
         torch.arange(p.K, dtype=torch.int32, device=p.weight.device) if p.perm is None else p.perm for p in pieces
     ]

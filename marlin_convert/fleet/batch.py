@@ -69,7 +69,7 @@ class Runner(Protocol):
 
 
 def shard(lines: list[Line], part: tuple[int, int]) -> list[Line]:
-    """Part i of n of a list: every n-th line from the i-th on."""
+    """Return part i of n of a list: every n-th line from the i-th on."""
     index, count = part
     return lines[index - 1 :: count]
 

@@ -21,7 +21,7 @@ class TryAgain(Exception):
 
 
 def task(job: dict[str, Any]) -> dict[str, Any]:
-    """What runs on a node, in a process that ends with it. Raises TryAgain, upon which Ray starts it again."""
+    """Do a job on a node, in a process that ends with it. Raises TryAgain, upon which Ray starts it again."""
     outcome = work(Job(**job))
     if outcome["status"] == "failed" and outcome["exit_code"] in PASSING:
         raise TryAgain(outcome)
@@ -54,7 +54,7 @@ class Cluster:
         )(task)  # fmt: skip
 
     def __call__(self, job: Job, lock: int, moved: Callable[[int, int], None]) -> dict[str, Any]:
-        """The lock stays with the driver: a task ends with it."""
+        """Run the job as a task; the lock stays with the driver, with which the task ends."""
         reference = self._task.options(name=f"marlin-convert {job.source}").remote(asdict(job))
         with self._lock:
             self._running.add(reference)
@@ -90,7 +90,7 @@ def _require_answer(address: str) -> None:
 
 
 def resources(text: str) -> dict[str, float]:
-    """What `CPU=2,disk=1` asks for. Raises OptionError."""
+    """Return what `CPU=2,disk=1` asks for. Raises OptionError."""
     found: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, given, amount = part.partition("=")

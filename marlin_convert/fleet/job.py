@@ -78,7 +78,8 @@ class Job:
 
 
 def identity(source: str, revision: str | None, token: str | None) -> str:
-    """The commit that a revision of a Hub source is now; of a folder, a hash of its files' names, sizes and times."""
+    """Return the commit that a revision of a Hub source is now; of a folder, a hash of its files' names, sizes and
+    times."""
     if not is_folder(source):
         with explaining(source, revision):
             return describe(source, revision, checked_token(token)).commit
@@ -169,7 +170,8 @@ def _same(report: dict[str, Any], job: Job) -> bool:
 
 
 def _published(job: Job) -> bool:
-    """Whether the repository that the result goes to has it; another run may have been ended before it could say so."""
+    """Tell whether the repository that the result goes to has it; another run may have been ended before it could say
+    so."""
     from huggingface_hub import errors
 
     repo_id, token = str(job.publish), checked_token(job.token)

@@ -26,13 +26,13 @@ _PLACE = tuple(ORDER.index(column) for column in range(PER_WORD))
 
 
 def numbers(words: Words) -> Codes:
-    """Words of `gemm` [rows, N/8] → the numbers in them [rows, N], in the order of the columns."""
+    """Turn words of `gemm` [rows, N/8] into the numbers in them [rows, N], in the order of the columns."""
     stored = gptq_zeros(words, BITS, words.shape[1] * PER_WORD)
     return _reordered(stored, _PLACE)
 
 
 def words(numbers: Codes) -> Words:
-    """Numbers [rows, N] → words of `gemm` [rows, N/8]: the inverse of `numbers`."""
+    """Turn numbers [rows, N] into words of `gemm` [rows, N/8]: the inverse of `numbers`."""
     return pack_gptq_zeros(_reordered(numbers, ORDER), BITS)
 
 
@@ -41,7 +41,7 @@ def _reordered(rows: Codes, order: tuple[int, ...]) -> Codes:
 
 
 def gemv_zeros(stored: Words, G: int) -> Codes:
-    """`qzeros` of `gemv` [N, Z] → zero points [G, N]. Raises ValueError where padding is not 0."""
+    """Turn `qzeros` of `gemv` [N, Z] into zero points [G, N]. Raises ValueError where padding is not 0."""
     all_groups = gptq_zeros(stored, BITS, stored.shape[1] * PER_WORD)
     if all_groups[:, G:].any():
         raise ValueError(f"qzeros has numbers beyond its {G} groups that are not 0")
@@ -49,14 +49,14 @@ def gemv_zeros(stored: Words, G: int) -> Codes:
 
 
 def gemv_zero_words(zeros: Codes, width: int) -> Words:
-    """Zero points [G, N] → `qzeros` of `gemv` [N, width]: the inverse of `gemv_zeros`."""
+    """Turn zero points [G, N] into `qzeros` of `gemv` [N, width]: the inverse of `gemv_zeros`."""
     padded = np.zeros((zeros.shape[1], width * PER_WORD), np.uint8)
     padded[:, : len(zeros)] = zeros.T
     return pack_gptq_zeros(padded, BITS)
 
 
 def gemv_scales(stored: npt.NDArray[Any], G: int) -> npt.NDArray[Any]:
-    """`scales` of `gemv` [N, 8 Z] → scales [G, N]. Raises ValueError where padding is not 0."""
+    """Turn `scales` of `gemv` [N, 8 Z] into scales [G, N]. Raises ValueError where padding is not 0."""
     if stored[:, G:].any():
         raise ValueError(f"scales has numbers beyond its {G} groups that are not 0")
     return np.ascontiguousarray(stored[:, :G].T)

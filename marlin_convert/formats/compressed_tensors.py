@@ -53,7 +53,7 @@ def packed_bits(K: int, words: int) -> list[int]:
 
 
 def codes(packed: Words, bits: int) -> Codes:
-    """`weight_packed` [n, words] of 4 or 8 bits → codes [n, codes in the words], by the definition: bit by bit."""
+    """Turn `weight_packed` [n, words] of 4 or 8 bits into codes [n, codes in the words], by the definition: bit by bit."""
     stream = np.ascontiguousarray(packed).astype("<i4").view(np.uint8)  # bytes, the lowest bits first
     if bits == 8:
         return stream
@@ -64,7 +64,8 @@ def codes(packed: Words, bits: int) -> Codes:
 
 
 def decode_zeros(stored: npt.NDArray[Any], bits: int, N: int) -> Codes:
-    """`weight_zero_point` as it is stored, packed int32 [ceil(N bits/32), G] or int8 [N, G] → zero points [G, N].
+    """Turn `weight_zero_point` as it is stored, packed int32 [ceil(N bits/32), G] or int8 [N, G] into zero points [G,
+    N].
 
     Raises ValueError for int8 numbers that have more than `bits` bits, and for bits beyond the last zero point that are
     not 0.
@@ -82,7 +83,7 @@ def decode_zeros(stored: npt.NDArray[Any], bits: int, N: int) -> Codes:
 
 
 def encode_zeros(zeros: Codes, bits: int, dtype: str) -> npt.NDArray[Any]:
-    """Zero points [G, N] → `weight_zero_point`, packed (`dtype` I32) or as int8: the inverse of `decode_zeros`."""
+    """Turn zero points [G, N] into `weight_zero_point`, packed (`dtype` I32) or as int8: the inverse of `decode_zeros`."""
     if dtype == "I8":
         return np.ascontiguousarray((zeros.T.astype(np.int16) - zero_point(bits)).astype(np.int8))
     return np.ascontiguousarray(pack_gptq_zeros(zeros, bits).T)

@@ -57,7 +57,7 @@ class RuleError(Exception):
 
 
 def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
-    """For each name, the number of the first pattern that matches at its beginning (`re.match`).
+    """Return, for each name, the number of the first pattern that matches at its beginning (`re.match`).
 
     Raises RuleError for the first pattern that is no regular expression, or takes too long.
     """

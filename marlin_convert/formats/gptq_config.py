@@ -113,7 +113,7 @@ class GPTQSettings:
         return "autogptq" if "autogptq" in text else None
 
     def for_layers(self, names: Sequence[str]) -> dict[str, GPTQSettings]:
-        """The settings of each layer: the first `dynamic` rule whose pattern matches its name overrides.
+        """Return the settings of each layer: the first `dynamic` rule whose pattern matches its name overrides.
 
         A rule's key is a regular expression (`re.match`); "+:" before it is decoration, "-:" means that the
         layer was left unquantized and overrides nothing. Raises SourceError for a rule that cannot be used.
@@ -135,7 +135,7 @@ class GPTQSettings:
 
 
 def find_configs(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every quantization config in the source's parsed JSON files: where it stands → the config as it is."""
+    """Return every quantization config in the source's parsed JSON files: where it stands → the config as it is."""
     found: dict[str, dict[str, Any]] = {}
     main = configs.get("config.json", {})
     text = main.get("text_config")
@@ -189,7 +189,7 @@ def parse_settings(configs: dict[str, dict[str, Any]], *, awq: bool = False) -> 
 
 
 def _dynamic_rules(where: str, rules: object) -> dict[str, dict[str, Any]]:
-    """`dynamic` as a config has it → each rule's pattern, in order, and the settings that it changes."""
+    """Turn `dynamic` as a config has it into each rule's pattern, in order, and the settings that it changes."""
     if rules is None or rules is False:  # GPTQModel writes null where there are none
         return {}
     if not isinstance(rules, dict):
@@ -204,7 +204,8 @@ def _dynamic_rules(where: str, rules: object) -> dict[str, dict[str, Any]]:
 
 
 def _extra_rules(where: str, extra: object) -> dict[str, dict[str, Any]]:
-    """AutoRound's `extra_config`: what layers, named or by a regular expression, have of their own → as `dynamic`."""
+    """Return AutoRound's `extra_config`: what layers, named or by a regular expression, have of their own → as
+    `dynamic`."""
     if not extra:
         return {}
     if not isinstance(extra, dict):
@@ -214,7 +215,7 @@ def _extra_rules(where: str, extra: object) -> dict[str, dict[str, Any]]:
 
 
 def normalised(where: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """The settings of `raw` under one name each, None where it says nothing."""
+    """Return the settings of `raw` under one name each, None where it says nothing."""
     known: dict[str, Any] = {}
     for key, names in _ALIASES.items():
         known[key] = next((raw[n] for n in names if raw.get(n) is not None), None)
@@ -239,7 +240,7 @@ def normalised(where: str, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_format(config: dict[str, Any], checkpoint_format: str) -> dict[str, Any]:
-    """A GPTQ source's quantization config, saying that zero points are stored as `checkpoint_format` has them.
+    """Return a GPTQ source's quantization config, saying that zero points are stored as `checkpoint_format` has them.
 
     One that says nothing of it is left so where that means the same.
     """

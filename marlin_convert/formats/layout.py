@@ -132,7 +132,7 @@ SCALE_PERMUTATION_SINGLE = (
 
 
 def pack_factor(bits: int) -> int:
-    """Codes in an int32. Raises ValueError unless `bits` is 4 or 8."""
+    """Return codes in an int32. Raises ValueError unless `bits` is 4 or 8."""
     if bits not in EXT_BITS:
         raise ValueError(f"bits is {bits!r}; it should be 4 or 8")
     return 32 // bits
@@ -144,12 +144,12 @@ def zero_point(bits: int) -> int:
 
 
 def tile_words(bits: int = BITS) -> int:
-    """int32 words in a tile: 128 or 256."""
+    """Return int32 words in a tile: 128 or 256."""
     return TILE_K * TILE_N // pack_factor(bits)
 
 
 def tile_position(word: int, code: int, bits: int = BITS) -> tuple[int, int]:
-    """(row, column) within the 16 x 64 tile of a code (0 = lowest nibble or byte) of one of the tile's words."""
+    """Return (row, column) within the 16 x 64 tile of a code (0 = lowest nibble or byte) of one of the tile's words."""
     if not 0 <= word < tile_words(bits):
         raise ValueError(f"word is {word}; a tile has words 0..{tile_words(bits) - 1}")
     if not 0 <= code < pack_factor(bits):
@@ -174,7 +174,7 @@ def check_tiles(K: int, N: int) -> None:
 
 
 def group_count(K: int, group_size: int) -> int:
-    """G. Raises ValueError if `group_size` (rows; -1 means all K) does not divide K."""
+    """Return G. Raises ValueError if `group_size` (rows; -1 means all K) does not divide K."""
     if group_size == -1:
         return 1
     if group_size <= 0 or K % group_size:
@@ -183,19 +183,19 @@ def group_count(K: int, group_size: int) -> int:
 
 
 def qweight_shape(K: int, N: int, bits: int = BITS) -> tuple[int, int]:
-    """Shape of GPTQ's `qweight` (int32)."""
+    """Return shape of GPTQ's `qweight` (int32)."""
     check_tiles(K, N)
     return K // pack_factor(bits), N
 
 
 def b_shape(K: int, N: int, bits: int = BITS) -> tuple[int, int]:
-    """Shape of Marlin's `B` (int32), and of `marlin_qweight` for padded K and N."""
+    """Return shape of Marlin's `B` (int32), and of `marlin_qweight` for padded K and N."""
     check_tiles(K, N)
     return K // TILE_K, N * TILE_K // pack_factor(bits)
 
 
 def s_shape(K: int, N: int, group_size: int) -> tuple[int, int]:
-    """Shape of Marlin's `s` (fp16), which is that of GPTQ's `scales`: [G, N]."""
+    """Return shape of Marlin's `s` (fp16), which is that of GPTQ's `scales`: [G, N]."""
     check_tiles(K, N)
     return group_count(K, group_size), N
 
@@ -208,7 +208,7 @@ def scale_permutation(G: int) -> tuple[int, ...]:
 
 
 def permute_scales(scales: NDArray[Any], G: int | None = None) -> NDArray[Any]:
-    """GPTQ's `scales` [G, N] -> Marlin's `s` [G, N]; a new array of the same dtype.
+    """Turn GPTQ's `scales` [G, N] into Marlin's `s` [G, N]; a new array of the same dtype.
 
     `G` is the number of groups of the whole layer; give it when `scales` holds only some of the layer's rows.
     """
@@ -216,7 +216,7 @@ def permute_scales(scales: NDArray[Any], G: int | None = None) -> NDArray[Any]:
 
 
 def unpermute_scales(s: NDArray[Any], G: int | None = None) -> NDArray[Any]:
-    """Marlin's `s` [G, N] -> GPTQ's `scales` [G, N]: the inverse of `permute_scales`."""
+    """Turn Marlin's `s` [G, N] into GPTQ's `scales` [G, N]: the inverse of `permute_scales`."""
     return _permute_columns(s, _inverse(scale_permutation(_groups(s, "s", G))), "s")
 
 
@@ -224,7 +224,7 @@ def unpermute_scales(s: NDArray[Any], G: int | None = None) -> NDArray[Any]:
 
 
 def padded_size(K: int, N: int) -> tuple[int, int]:
-    """(K', N'): what a layer of K x N takes in the extended format."""
+    """Return (K', N'): what a layer of K x N takes in the extended format."""
     return -(-K // EXT_K) * EXT_K, -(-N // EXT_N) * EXT_N
 
 
@@ -237,25 +237,26 @@ def stored_group_size(group_size: int) -> int | None:
 
 
 def stored_groups(K: int, group_size: int) -> int:
-    """G of a layer of K rows with stored groups of `group_size`."""
+    """Return G of a layer of K rows with stored groups of `group_size`."""
     return 1 if group_size == -1 else -(-K // EXT_K) * EXT_K // group_size
 
 
 def pack_zeros(zeros: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
-    """Zero points uint8 [G, N'] in their own order of columns -> `marlin_qzeros` int32 [G, N' bits/32]."""
+    """Turn zero points uint8 [G, N'] in their own order of columns into `marlin_qzeros` int32 [G, N' bits/32]."""
     permuted = _permute_columns(zeros, SCALE_PERMUTATION, "zeros")
     return pack_gptq_zeros(_permute_columns(permuted, _interleave(bits), "zeros"), bits)
 
 
 def unpack_zeros(qzeros: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
-    """`marlin_qzeros` int32 [G, N' bits/32] -> zero points uint8 [G, N']: the inverse of `pack_zeros`."""
+    """Turn `marlin_qzeros` int32 [G, N' bits/32] into zero points uint8 [G, N']: the inverse of `pack_zeros`."""
     packed = gptq_zeros(qzeros, bits, qzeros.shape[1] * pack_factor(bits))
     permuted = _permute_columns(packed, _inverse(_interleave(bits)), "qzeros")
     return _permute_columns(permuted, _inverse(SCALE_PERMUTATION), "qzeros")
 
 
 def gptq_zeros(qzeros: NDArray[np.int32], bits: int, N: int) -> NDArray[np.uint8]:
-    """GPTQ's `qzeros` int32 [G, ceil(N bits/32)] -> the stored numbers uint8 [G, N], the first in the lowest bits."""
+    """Turn GPTQ's `qzeros` int32 [G, ceil(N bits/32)] into the stored numbers uint8 [G, N], the first in the lowest
+    bits."""
     G, words = qzeros.shape
     factor = pack_factor(bits)
     if words != -(-N // factor):
@@ -266,7 +267,7 @@ def gptq_zeros(qzeros: NDArray[np.int32], bits: int, N: int) -> NDArray[np.uint8
 
 
 def pack_gptq_zeros(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
-    """Numbers uint8 [G, N] -> GPTQ's `qzeros` int32 [G, ceil(N bits/32)]; zeros behind the last column."""
+    """Turn numbers uint8 [G, N] into GPTQ's `qzeros` int32 [G, ceil(N bits/32)]; zeros behind the last column."""
     G, N = stored.shape
     factor = pack_factor(bits)
     if stored.size and int(stored.max()) >> bits:
@@ -279,7 +280,7 @@ def pack_gptq_zeros(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
 
 
 def pack_gptq_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
-    """Codes uint8 [K, N] -> GPTQ's `qweight` int32 [K bits/32, N]; K is a multiple of the codes in a word."""
+    """Turn codes uint8 [K, N] into GPTQ's `qweight` int32 [K bits/32, N]; K is a multiple of the codes in a word."""
     K, N = codes.shape
     factor = pack_factor(bits)
     if K % factor:

@@ -36,7 +36,7 @@ class ScaleFit:
 
 
 def to_fp16(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
-    """`raw` [G, N] as read from a file of safetensors dtype F16, F32 or BF16 (the latter as uint16) → fp16."""
+    """Turn `raw` [G, N], as read from a file of safetensors dtype F16, F32 or BF16 (the latter as uint16), into fp16."""
     if dtype == "F16":
         scales = raw
         if ((raw.view(np.uint16) & 0x7C00) == 0x7C00).any():  # an exponent of all ones: inf or NaN
@@ -60,7 +60,7 @@ def to_fp16(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
 
 
 def to_extended(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
-    """`raw` [G, N] as in `to_fp16` → what the extended format stores: fp16 where it can hold them, else bf16.
+    """Turn `raw` [G, N], as in `to_fp16`, into what the extended format stores: fp16 where it can hold them, else bf16.
 
     bf16 scales are kept as they are where fp16 would round them, which it does only below 2^-14. fp32 scales beyond
     fp16's range are rounded to bf16.
@@ -74,7 +74,7 @@ def _fp16_will_do(half: ScaleFit | LayerFit, dtype: str) -> bool:
 
 
 def to_bf16(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
-    """`raw` [G, N] of dtype F32 or BF16, as in `to_fp16` → bf16, as uint16."""
+    """Turn `raw` [G, N] of dtype F32 or BF16, as in `to_fp16`, into bf16, as uint16."""
     if dtype == "BF16":
         return ScaleFit(raw, None if bf16.finite(raw).all() else NOT_FINITE)
     if not np.isfinite(raw).all():
@@ -110,7 +110,7 @@ def fit_layer(strips: Callable[[], Iterable[npt.NDArray[Any]]], dtype: str, *, e
 
 
 def _together(stored: str, dtype: str, fits: Iterable[ScaleFit]) -> LayerFit:
-    """One verdict for all strips: of several problems, the one that would be found first if they were one."""
+    """Return one verdict for all strips: of several problems, the one that would be found first if they were one."""
     problems: set[str | None] = set()
     rounding, zero = 0.0, True
     for fit in fits:
@@ -122,5 +122,5 @@ def _together(stored: str, dtype: str, fits: Iterable[ScaleFit]) -> LayerFit:
 
 
 def as_stored(raw: npt.NDArray[Any], dtype: str, stored: str) -> ScaleFit:
-    """Some scales of a layer, as a file of `dtype` has them, in the dtype on which `fit_layer` decided."""
+    """Return some scales of a layer, as a file of `dtype` has them, in the dtype on which `fit_layer` decided."""
     return to_fp16(raw, dtype) if stored == "F16" else to_bf16(raw, dtype)

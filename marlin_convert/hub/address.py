@@ -32,7 +32,7 @@ def repository(source: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def _from_address(text: str) -> tuple[str, str | None] | None:
-    """`https://huggingface.co/org/name/tree/branch`, also without https, and at HF_ENDPOINT."""
+    """Return `https://huggingface.co/org/name/tree/branch`, also without https, and at HF_ENDPOINT."""
     hosts = {*_HOSTS, _host(os.environ.get("HF_ENDPOINT", ""))} - {""}
     plain = text.startswith(("http://", "https://"))
     if _host(text if plain else f"https://{text}") not in hosts:
@@ -60,7 +60,7 @@ def _host(address: str) -> str:
 
 
 def _from_scheme(text: str) -> tuple[str, str | None] | None:
-    """`hf://org/name@branch`, also `hf://models/org/name`."""
+    """Return `hf://org/name@branch`, also `hf://models/org/name`."""
     if not text.startswith("hf://"):
         return None
     name = text.removeprefix("hf://").strip("/").removeprefix("models/")
@@ -74,7 +74,7 @@ def _from_scheme(text: str) -> tuple[str, str | None] | None:
 
 
 def _from_name(text: str) -> tuple[str, str | None] | None:
-    """`org/name:branch` and `org/name@branch`, unless a folder is called so."""
+    """Return `org/name:branch` and `org/name@branch`, unless a folder is called so."""
     match = _WITH_REVISION.fullmatch(text)
     if match is None or text.startswith((".", "/", "~")) or os.path.lexists(text):
         return None

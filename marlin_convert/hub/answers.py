@@ -59,8 +59,8 @@ class Account:
 
 
 def describe(repo_id: str, revision: str | None, token: str | None, *, unreachable: bool = True) -> Described:
-    """A repository at a revision (a branch, a tag, a commit; None: the default branch). Without a connection, it is
-    tried again only if `unreachable`."""
+    """Return a repository at a revision (a branch, a tag, a commit; None: the default branch). Without a connection, it
+    is tried again only if `unreachable`."""
     address = f"{_api(repo_id)}/revision/{quote(revision, safe='')}" if revision else _api(repo_id)
     answer, _ = _ask(repo_id, address, token, unreachable=unreachable)
     commit = answer.get("sha") if isinstance(answer, dict) else None

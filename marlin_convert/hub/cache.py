@@ -100,7 +100,7 @@ class Cache:
 
     @contextlib.contextmanager
     def fetching(self, file: RemoteFile) -> Iterator[None]:
-        """Alone among those that fetch a file's content, huggingface_hub in other programs included."""
+        """Hold a lock, alone among those that fetch a file's content, huggingface_hub in other programs included."""
         from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
         for folder in (self.folder / "blobs", self._locks):

@@ -73,8 +73,9 @@ def with_retries(
     garbled: bool = False,
     progress: Callable[[], int] | None = None,
 ) -> T:
-    """What `call` returns. While the Hub is in trouble, slow, or the connection breaks, it is called again, after
-    longer and longer waits: without any connection only if `unreachable`, after an answer that is no JSON if `garbled`.
+    """Return what `call` returns. While the Hub is in trouble, slow, or the connection breaks, it is called again,
+    after longer and longer waits: without any connection only if `unreachable`, after an answer that is no JSON if
+    `garbled`.
 
     Its error is raised after the last of WAITS, or after PATIENCE; both begin anew whenever `progress` has moved.
     """
@@ -127,7 +128,7 @@ def _or_a_folder(repo_id: str) -> str:
 
 @contextlib.contextmanager
 def errors_only() -> Iterator[None]:
-    """Without huggingface_hub's warnings, which name addresses, and with them what the Hub signed them by."""
+    """Silence huggingface_hub's warnings, which name addresses, and with them what the Hub signed them by."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
@@ -219,12 +220,12 @@ def interruptible(work: Callable[[], T]) -> T:
 
 
 def downloading() -> bool:
-    """Whether a download that was interrupted still goes on. Python itself would wait for its end before it exits."""
+    """Tell whether a download that was interrupted still goes on. Python itself would wait for its end before it exits."""
     return any(thread.name == DOWNLOAD_THREAD for thread in threading.enumerate())
 
 
 def unreachable(*, partly: bool) -> str:
-    """That the Hub cannot be asked and the cache has nothing, or only a part."""
+    """Return an error that says that the Hub cannot be asked and the cache has nothing, or only a part."""
     from huggingface_hub import constants
 
     where = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
@@ -233,7 +234,8 @@ def unreachable(*, partly: bool) -> str:
 
 
 def _why(error: Exception, doing: str, repo_id: str | None = None) -> str:
-    """What stopped a download or an upload, from the error that huggingface_hub gave or the one that it came from."""
+    """Return what stopped a download or an upload, from the error that huggingface_hub gave or the one that it came
+    from."""
     for cause in (error, error.__cause__):
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status in (401, 403):

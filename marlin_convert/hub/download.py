@@ -185,7 +185,7 @@ class _Hashed:
         return self._file.seek(position)
 
     def truncate(self) -> int:
-        """`http_get` goes back to the beginning when the server does not know where to go on."""
+        """Begin anew: `http_get` goes back to the beginning when the server does not know where to go on."""
         self._wait()
         position = self._file.tell()
         self._on_bytes(position - os.fstat(self._file.fileno()).st_size)
@@ -224,9 +224,9 @@ def _passing_bar(on_bytes: OnBytes) -> type[Any]:
             return None
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """What Xet has received and not yet written; those bytes come again to `update`."""
+            """Ignore what Xet has received and not yet written; those bytes come again to `update`."""
 
         def set_transfer_postfix_str(self, *_: Any, **__: Any) -> None:
-            """Nothing is drawn."""
+            """Draw nothing."""
 
     return PassingBar

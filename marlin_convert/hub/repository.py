@@ -61,7 +61,7 @@ class Remote:
         return [n for n in self.files if n in CONFIG_FILES or (n.endswith(INDEX_SUFFIX) and "/" not in n)]
 
     def weights_beside(self, weights: Sequence[str]) -> list[str]:
-        """Weights that are not the model's own (which `weights` are), and not fetched with the small files."""
+        """Return weights that are not the model's own (which `weights` are), and not fetched with the small files."""
         own = {*weights, *self.configs}
         return [name for name in self.files if name.endswith(WEIGHT_SUFFIXES) and name not in own]
 

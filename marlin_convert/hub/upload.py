@@ -22,13 +22,13 @@ _READ = (".safetensors", INDEX_SUFFIX)  # what engines read of a repository
 
 
 def default_name(label: str) -> str:
-    """The name of the repository for what was made from the source `label`."""
+    """Return the name of the repository for what was made from the source `label`."""
     name = re.sub(r"[^A-Za-z0-9._-]+|-{2,}|\.{2,}", "-", label.split("/")[-1]).strip("-.") or "model"
     return f"{name[:80].rstrip('-.')}-marlin"
 
 
 def check_target(target: PublishTarget, *, token: str | None, force: bool) -> PublishTarget:
-    """The target with its owner's name, if this user may write there; changes nothing on the Hub.
+    """Return the target with its owner's name, if this user may write there; changes nothing on the Hub.
 
     Raises HubError when the user may not, or, without `force`, when weights that are there would be overwritten.
     """
@@ -129,7 +129,7 @@ def _upload(api: HfApi, target: PublishTarget, added: CommitOperationAdd) -> Non
 
 
 def _own(api: HfApi, target: PublishTarget) -> PublishTarget:
-    """The target with its owner's name; raises HubError when whose token it is may not write there."""
+    """Return the target with its owner's name; raises HubError when whose token it is may not write there."""
     try:
         who = account_of(with_retries(api.whoami))
     except (AttributeError, LookupError, TypeError):
@@ -147,7 +147,7 @@ def _own(api: HfApi, target: PublishTarget) -> PublishTarget:
 
 
 def _exists(api: HfApi, target: PublishTarget, token: str | None) -> bool:
-    """Whether the repository is there; raises when it is and may not be written to."""
+    """Tell whether the repository is there; raises when it is and may not be written to."""
     from huggingface_hub import CommitOperationAdd, errors
 
     try:
@@ -163,7 +163,7 @@ def _exists(api: HfApi, target: PublishTarget, token: str | None) -> bool:
 
 
 def _head(target: PublishTarget, token: str | None) -> str | None:
-    """The commit that the result will follow; None when the target's branch is not there."""
+    """Return the commit that the result will follow; None when the target's branch is not there."""
     from huggingface_hub import errors
 
     revision = None if target.create_pr else target.branch
@@ -174,7 +174,7 @@ def _head(target: PublishTarget, token: str | None) -> str | None:
 
 
 def _weights_there(target: PublishTarget, commit: str | None, token: str | None) -> dict[str, str]:
-    """Names and SHA-256 (of LFS files, as weights are) of the weights and indexes at a commit, if it is one."""
+    """Return names and SHA-256 (of LFS files, as weights are) of the weights and indexes at a commit, if it is one."""
     if commit is None:
         return {}
     files = files_of(target.repo_id, commit, token)

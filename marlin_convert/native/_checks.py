@@ -38,7 +38,8 @@ def to_numpy(tensor: Tensor) -> NDArray[Any]:
 
 
 def check_array(array: Any, name: str, dtype: Any, ndim: int | None = None, *, rows_apart: bool = False) -> None:
-    """`rows_apart`: some columns of a matrix will do, each row C-contiguous."""
+    """Check an array's type, dimensions and memory. `rows_apart`: some columns of a matrix will do, each row
+    C-contiguous."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} is a {type(array).__name__}; it should be a numpy array")
     if array.dtype != dtype:
@@ -52,14 +53,14 @@ def check_array(array: Any, name: str, dtype: Any, ndim: int | None = None, *, r
 
 
 def gptq_size(qweight: Int32Array, bits: int) -> tuple[int, int]:
-    """(K, N) of `qweight` int32 [K bits/32, N]."""
+    """Return (K, N) of `qweight` int32 [K bits/32, N]."""
     factor = layout.pack_factor(bits)
     check_array(qweight, "qweight", np.int32, 2)
     return whole_tiles(qweight, "qweight", qweight.shape[0] * factor, qweight.shape[1])
 
 
 def marlin_size(B: Int32Array, bits: int) -> tuple[int, int]:
-    """(K, N) of `B` int32 [K/16, N bits/2]."""
+    """Return (K, N) of `B` int32 [K/16, N bits/2]."""
     words = layout.TILE_K // layout.pack_factor(bits)  # for a column
     check_array(B, "B", np.int32, 2)
     if B.shape[1] % words:
@@ -76,12 +77,12 @@ def whole_tiles(array: NDArray[Any], name: str, K: int, N: int) -> tuple[int, in
 
 
 def check_rows(array: Any, name: str, dtype: Any) -> None:
-    """A matrix, or some columns of one: each row C-contiguous."""
+    """Check a matrix, or some columns of one: each row C-contiguous."""
     check_array(array, name, dtype, 2, rows_apart=True)
 
 
 def stride(matrix: NDArray[Any]) -> int:
-    """Elements from a row to the next."""
+    """Return elements from a row to the next."""
     return max(
         int(matrix.strides[0]) // matrix.itemsize, int(matrix.shape[1])
     )  # numpy: any stride, where there is one row
@@ -104,7 +105,7 @@ def check_perm(perm: Int32Array, K: int) -> None:
 def sorted_size(
     qweight: Int32Array, bits: int, perm: Int32Array, fill: NDArray[np.uint8], rows: int
 ) -> tuple[int, int]:
-    """(K, N) of `qweight` int32 [K bits/32, N], the other arguments checked."""
+    """Return (K, N) of `qweight` int32 [K bits/32, N], the other arguments checked."""
     check_rows(qweight, "qweight", np.int32)
     K, N = qweight.shape[0] * layout.pack_factor(bits), qweight.shape[1]
     check_fill(fill, K, N, bits)

@@ -107,7 +107,7 @@ _loading = threading.Lock()
 
 
 def current() -> Native | Twin:
-    """What does the work. The library is loaded once; the environment variable is heeded at each call."""
+    """Return what does the work. The library is loaded once; the environment variable is heeded at each call."""
     global _loaded
     if os.environ.get(NO_NATIVE, "") not in ("", "0"):
         return _twin(f"{NO_NATIVE} is set")

@@ -32,7 +32,7 @@ def check_shape(name: str, tensor: T, shape: tuple[int, ...]) -> None:
 
 
 def check_memory(device: torch.device, **tensors: T | None) -> None:
-    """All on `device`, a GPU; all contiguous and aligned to 16 bytes, as the kernels load them."""
+    """Check that all are on `device`, a GPU, contiguous and aligned to 16 bytes, as the kernels load them."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -51,7 +51,7 @@ def _check_bits(bits: int) -> None:
 
 
 def stored_size(name: str, tensor: T, bits: int, gptq: bool = False) -> tuple[int, int]:
-    """(K, N) of codes in tile order, or as GPTQ has them."""
+    """Return (K, N) of codes in tile order, or as GPTQ has them."""
     _check_bits(bits)
     check_tensor(name, tensor, (torch.int32,))
     rows, columns = tensor.shape
@@ -75,7 +75,7 @@ def _unpadded(name: str, value: int | None, stored: int) -> int:
 def layer_sizes(
     B: T, s: T, zeros: T | None, perm: T | None, bits: int, in_features: int | None, out_features: int | None
 ) -> tuple[int, int, int, int, int]:
-    """(K, N, G, in_features, out_features) of a layer, its shapes and types checked."""
+    """Return (K, N, G, in_features, out_features) of a layer, its shapes and types checked."""
     K, N = stored_size("B", B, bits)
     check_tensor("s", s, (torch.float16, torch.bfloat16))
     G = s.shape[0]

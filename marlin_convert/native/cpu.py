@@ -53,12 +53,12 @@ if TYPE_CHECKING:
 
 
 def native_available() -> bool:
-    """Whether the native library does the work, and not the torch twin."""
+    """Tell whether the native library does the work, and not the torch twin."""
     return isinstance(current(), Native)
 
 
 def describe() -> str:
-    """One line for the user: what does the work, and if it is the twin, why and what to do about it."""
+    """Return one line for the user: what does the work, and if it is the twin, why and what to do about it."""
     backend = current()
     if isinstance(backend, Native):
         return f"native CPU library ({ISA_TITLES[backend.isas[-1]]})"
@@ -66,7 +66,7 @@ def describe() -> str:
 
 
 def available_isas() -> tuple[str, ...]:
-    """The values of `isa` that work here, slowest first; () if the twin does the work."""
+    """Return the values of `isa` that work here, slowest first; () if the twin does the work."""
     backend = current()
     return backend.isas if isinstance(backend, Native) else ()
 
@@ -82,7 +82,7 @@ def pack(
     threads: int = 1,
     isa: str | None = None,
 ) -> Int32Array:
-    """GPTQ `qweight` int32 [K bits/32, N] -> Marlin `B` int32 [K/16, N bits/2].
+    """Turn GPTQ `qweight` int32 [K bits/32, N] into Marlin `B` int32 [K/16, N bits/2].
 
     `out`, if given, receives the result and is returned. `threads` is the most to use; `isa` is "plain", "avx2" or
     "avx512" (see `available_isas`), by default the fastest that this CPU has.
@@ -107,7 +107,7 @@ def unpack(
     threads: int = 1,
     isa: str | None = None,
 ) -> Int32Array:
-    """Marlin `B` int32 [K/16, N bits/2] -> GPTQ `qweight` int32 [K bits/32, N]: the inverse of `pack`."""
+    """Turn Marlin `B` int32 [K/16, N bits/2] into GPTQ `qweight` int32 [K bits/32, N]: the inverse of `pack`."""
     K, N = marlin_size(B, bits)
     out = output_array(out, layout.qweight_shape(K, N, bits), B)
     backend, isa_code = choose(threads, isa)
@@ -132,7 +132,7 @@ def arrange(
     threads: int = 1,
     isa: str | None = None,
 ) -> Int32Array:
-    """Rows k0 .. k0 + rows of a layer in the order in which they are stored, as GPTQ words [rows bits/32, N'].
+    """Return rows k0 .. k0 + rows of a layer in the order in which they are stored, as GPTQ words [rows bits/32, N'].
 
     `qweight` int32 [K bits/32, N] is the whole layer's, K and N of any size. Row k0 + i is its row perm[k0 + i] (`perm`
     int32 [K]), or k0 + i. Rows from K and columns from N on are padding: the code `fill` uint8 [N'] of their column.
@@ -180,7 +180,7 @@ def transpose(a: Int32Array, out: Int32Array, *, threads: int = 1, isa: str | No
 
 
 def awq_to_gptq(words: Int32Array, out: Int32Array, *, threads: int = 1, isa: str | None = None) -> Int32Array:
-    """AWQ's words int32 [K, N/8], of eight columns each, -> GPTQ's int32 [K/8, N], of eight rows: into `out`."""
+    """Turn AWQ's words int32 [K, N/8], of eight columns each, into GPTQ's int32 [K/8, N], of eight rows: into `out`."""
     check_array(words, "words", np.int32, 2)
     out = output_array(out, (words.shape[0] // 8, words.shape[1] * 8), words)
     backend, isa_code = choose(threads, isa)
@@ -193,7 +193,7 @@ def awq_to_gptq(words: Int32Array, out: Int32Array, *, threads: int = 1, isa: st
 
 
 def gptq_to_awq(words: Int32Array, out: Int32Array, *, threads: int = 1, isa: str | None = None) -> Int32Array:
-    """GPTQ's words int32 [K/8, N], of eight rows each, -> AWQ's int32 [K, N/8]: the inverse of `awq_to_gptq`."""
+    """Turn GPTQ's words int32 [K/8, N], of eight rows each, into AWQ's int32 [K, N/8]: the inverse of `awq_to_gptq`."""
     check_array(words, "words", np.int32, 2)
     out = output_array(out, (words.shape[0] * 8, words.shape[1] // 8), words)
     backend, isa_code = choose(threads, isa)
@@ -218,7 +218,8 @@ def pack_sorted(
     threads: int = 1,
     isa: str | None = None,
 ) -> Int32Array:
-    """A layer with act-order as it is stored: `pack(arrange(qweight, …))` in one pass, `B` int32 [rows/16, N' bits/2].
+    """Return a layer with act-order as it is stored: `pack(arrange(qweight, …))` in one pass, `B` int32 [rows/16, N'
+    bits/2].
 
     `qweight` int32 [K bits/32, N] holds all rows of some of the layer's columns, and `out` the same columns of B; both
     may be views into wider arrays. `perm` int32 [K], `fill` uint8 [N'] and `rows` are as in `arrange`; rows and N' are
@@ -250,7 +251,8 @@ def sorted_difference(
     threads: int = 1,
     isa: str | None = None,
 ) -> tuple[int, int] | None:
-    """(row, column) of the first code of `B` that is not what `pack_sorted` should have made; None if there is none.
+    """Return (row, column) of the first code of `B` that is not what `pack_sorted` should have made; None if there is
+    none.
 
     The arguments are those of `pack_sorted`. The native code unpacks B and looks up every code of the source in it.
     """
@@ -278,7 +280,7 @@ def sorted_difference(
 
 
 def _arranged(qweight: Int32Array, bits: int, perm: Int32Array, fill: NDArray[np.uint8], rows: int) -> Tensor:
-    """Codes [rows, N'] as stored, by the twin."""
+    """Return codes [rows, N'] as stored, by the twin."""
     from . import reference
 
     return reference.arrange(
@@ -287,7 +289,7 @@ def _arranged(qweight: Int32Array, bits: int, perm: Int32Array, fill: NDArray[np
 
 
 def first_difference(a: Int32Array, b: Int32Array) -> int | None:
-    """Flat index of the first element in which two int32 arrays of one shape differ; None if they are equal."""
+    """Return flat index of the first element in which two int32 arrays of one shape differ; None if they are equal."""
     check_array(a, "a", np.int32)
     check_array(b, "b", np.int32)
     if a.shape != b.shape:

@@ -54,7 +54,7 @@ class _Block:
         )  # fmt: skip
 
     def dequantized(self) -> Tensor:
-        """W [k, N] by the twin, in the type of the scales."""
+        """Return W [k, N] by the twin, in the type of the scales."""
         import torch
 
         from . import reference
@@ -70,7 +70,7 @@ class _Block:
         return reference.dequantize(codes, self._of_each_row(scales), zeros, bits=self.bits)
 
     def _of_each_row(self, values: Tensor) -> Tensor:
-        """[G, N] → [k, N]: a block may begin or end within a group."""
+        """Turn [G, N] into [k, N]: a block may begin or end within a group."""
         return values.repeat_interleave(self.rows_per_group, dim=0)[self.k0 : self.k0 + self.k]
 
 
@@ -83,7 +83,7 @@ def dequantize_gptq(
     threads: int = 1,
     isa: str | None = None,
 ) -> ScaleArray:
-    """W [K, N] = (code - zero) * scale, rounded once to the type of `scales` [G, N]; G divides K."""
+    """Return W [K, N] = (code - zero) * scale, rounded once to the type of `scales` [G, N]; G divides K."""
     K, N = gptq_size(qweight, bits)
     G = check_groups(scales, "scales", zeros, K, N)
     return _dequantize(_Block("gptq", qweight, scales, zeros, bits, 0, K, K // G), threads, isa)
@@ -98,7 +98,7 @@ def dequantize_marlin(
     threads: int = 1,
     isa: str | None = None,
 ) -> ScaleArray:
-    """W [K, N] of a Marlin layer; `s` [G, N] in Marlin's order of columns, `zeros` in their own."""
+    """Return W [K, N] of a Marlin layer; `s` [G, N] in Marlin's order of columns, `zeros` in their own."""
     K, N = marlin_size(B, bits)
     G = check_groups(s, "s", zeros, K, N)
     return _dequantize(_Block("marlin", B, s, zeros, bits, 0, K, K // G), threads, isa)
@@ -130,7 +130,7 @@ def matmul_gptq(
     threads: int = 1,
     isa: str | None = None,
 ) -> None:
-    """y += x[:, k0 : k0 + kb] @ W_block: the share of a block of rows in a layer's product, in place.
+    """Compute y += x[:, k0 : k0 + kb] @ W_block: the share of a block of rows in a layer's product, in place.
 
     `qweight` int32 [kb bits/32, N] holds rows k0 .. k0 + kb of the layer; x float32 [M, K], `scales` and `zeros`
     [G, N] are the whole layer's, with G * rows_per_group == K; y is float32 [M, N]. The weights are rounded as by
@@ -155,7 +155,8 @@ def matmul_marlin(
     threads: int = 1,
     isa: str | None = None,
 ) -> None:
-    """As `matmul_gptq`, of a block `B` int32 [kb/16, N bits/2] with the layer's `s` [G, N] in Marlin's order.
+    """Compute what `matmul_gptq` does, of a block `B` int32 [kb/16, N bits/2] with the layer's `s` [G, N] in Marlin's
+    order.
 
     The native code decodes `B` on its own, and not by way of `unpack`.
     """

@@ -87,7 +87,7 @@ _MOST_LAYERS = 1 << 14
 def _layer(
     B: T, s: T, zeros: T | None, perm: T | None, bits: int, in_features: int | None, out_features: int | None
 ) -> _Layer:
-    """The layer of these tensors: looked up by all that its checks and it depend on, made if they are new."""
+    """Return the layer of these tensors: looked up by all that its checks and it depend on, made if they are new."""
     key: tuple[object, ...] = (
         B.data_ptr(), B.shape, B.dtype, B.is_contiguous(), B.get_device(),
         s.data_ptr(), s.shape, s.dtype, s.is_contiguous(), s.get_device(),
@@ -115,7 +115,7 @@ _captured: dict[tuple[int, int], tuple[int, Workspace]] = {}  # the same, with t
 
 
 def _workspace(index: int, stream: int) -> Workspace:
-    """Scratch memory for products, its counters zero: one for each device and stream.
+    """Return scratch memory for products, its counters zero: one for each device and stream.
 
     While a CUDA graph is captured, memory must come from the graph's own pool and be zeroed by the graph: once for
     all products that it captures on a stream, since each leaves the counters at zero.
@@ -136,7 +136,7 @@ def _workspace(index: int, stream: int) -> Workspace:
 
 
 def _capture_id(stream: int) -> int:
-    """The driver's number for the capture that `stream` takes part in; unique in the process."""
+    """Return the driver's number for the capture that `stream` takes part in; unique in the process."""
     status, number = ctypes.c_int(), ctypes.c_uint64()
     function = _driver().cuStreamGetCaptureInfo_v2
     code = function(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
@@ -155,7 +155,8 @@ def gemm(
     bits: int = 4, in_features: int | None = None, out_features: int | None = None, variant: int = 0,
     batch_invariant: bool | None = None,
 ) -> T:  # fmt: skip
-    """a [..., in_features] · W + bias → [..., out_features], in a's dtype (float16 or bfloat16), accumulated in fp32.
+    """Compute a [..., in_features] · W + bias as [..., out_features], in a's dtype (float16 or bfloat16), accumulated
+    in fp32.
 
     `a`'s rows may be a strided view (a slice of columns) as long as their stride is a multiple of 8 elements; other
     layouts are copied first, as are the activations of a layer with act-order, in another order of columns. With many
@@ -177,7 +178,7 @@ def matmul(
     bits: int = 4, in_features: int | None = None, out_features: int | None = None,
     batch_invariant: bool | None = None,
 ) -> T:  # fmt: skip
-    """The faster of `gemm` and dequantize + torch.matmul, chosen by shape; `batch_invariant`: `gemm`."""
+    """Compute by the faster of `gemm` and dequantize + torch.matmul, chosen by shape; `batch_invariant`: `gemm`."""
     layer = _layer(B, s, zeros, perm, bits, in_features, out_features)
     fixed = _fixed(batch_invariant)
     if fixed:
@@ -199,7 +200,7 @@ def matmul(
 
 
 def _fixed(batch_invariant: bool | None) -> int:
-    """The variant of a product: batch-invariant, or whatever is fastest."""
+    """Return the variant of a product: batch-invariant, or whatever is fastest."""
     return BATCH_INVARIANT if (INVARIANT if batch_invariant is None else batch_invariant) else 0
 
 
@@ -259,7 +260,7 @@ def _workspace_bytes(index: int) -> int:
 def dequantizing_pays(
     M: int, N: int, K: int, index: int, *, bits: int = 4, group_size: int = GROUP_SIZE, zeros: bool = False
 ) -> bool:
-    """Whether dequantizing and cuBLAS are expected to be faster than the kernel for this shape on GPU `index`."""
+    """Tell whether dequantizing and cuBLAS are expected to be faster than the kernel for this shape on GPU `index`."""
     G = K // group_size if group_size > 0 and K % group_size == 0 else 1
     return _choose(_ready(index), Weights(None, None, zeros or None, None, K, N, G, K, N, bits, 0), M, index)
 
@@ -272,7 +273,7 @@ def _choose(lib: ctypes.CDLL, weights: Weights, M: int, index: int) -> bool:
 
 
 def repack(qweight: T, *, bits: int = 4) -> T:
-    """GPTQ's `qweight` [K bits/32, N] → Marlin's `B` [K/16, N bits/2], both int32 on the GPU."""
+    """Turn GPTQ's `qweight` [K bits/32, N] into Marlin's `B` [K/16, N bits/2], both int32 on the GPU."""
     K, N = stored_size("qweight", qweight, bits, gptq=True)
     check_memory(qweight.device, qweight=qweight)
     B = torch.empty((K // TILE_K, N * TILE_K // pack_factor(bits)), dtype=torch.int32, device=qweight.device)
@@ -281,7 +282,7 @@ def repack(qweight: T, *, bits: int = 4) -> T:
 
 
 def unpack(B: T, *, bits: int = 4) -> T:
-    """Marlin's `B` [K/16, N bits/2] → GPTQ's `qweight` [K bits/32, N]: the inverse of `repack`."""
+    """Turn Marlin's `B` [K/16, N bits/2] into GPTQ's `qweight` [K bits/32, N]: the inverse of `repack`."""
     K, N = stored_size("B", B, bits)
     check_memory(B.device, B=B)
     qweight = torch.empty((K // pack_factor(bits), N), dtype=torch.int32, device=B.device)
@@ -299,8 +300,8 @@ def dequantize(
     B: T, s: T, dtype: torch.dtype = torch.float16, zeros: T | None = None, perm: T | None = None, *,
     bits: int = 4, in_features: int | None = None, out_features: int | None = None,
 ) -> T:  # fmt: skip
-    """W [in_features, out_features] = (code - zero) · scale in `dtype` (float16 or bfloat16), rounded once to nearest
-    even; rows in the source's order."""
+    """Return W [in_features, out_features] = (code - zero) · scale in `dtype` (float16 or bfloat16), rounded once to
+    nearest even; rows in the source's order."""
     if dtype not in DTYPES:
         raise TypeError(f"dtype is {dtype_name(dtype)}; it should be float16 or bfloat16")
     return _dequantize(_layer(B, s, zeros, perm, bits, in_features, out_features), dtype)

@@ -86,7 +86,7 @@ class Plan(ctypes.Structure):
 
 
 def instances(lib: ctypes.CDLL) -> dict[str, Instance]:
-    """The instances of the kernels in a library, by name. Needs no GPU."""
+    """Return the instances of the kernels in a library, by name. Needs no GPU."""
     found = [Instance() for _ in range(lib.marlin_cuda_instance_count())]
     for index, instance in enumerate(found):
         run(lib, "marlin_cuda_instance", index, ctypes.byref(instance))
@@ -94,7 +94,8 @@ def instances(lib: ctypes.CDLL) -> dict[str, Instance]:
 
 
 def variant(instance: int = 0, stages: int = 0, split: int = 0) -> int:
-    """MARLIN_CUDA_VARIANT: asks for an instance by its id, for a depth of the pipeline and a split; 0: any."""
+    """Return MARLIN_CUDA_VARIANT, which asks for an instance by its id, for a depth of the pipeline and a split; 0:
+    any."""
     return instance | stages << 12 | split << 16
 
 
@@ -105,7 +106,8 @@ PRODUCT = struct.Struct("@PPPPNPqqiiii")
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """`_cuda.so`, loaded and checked: built, of this version, with a driver that is new enough and a GPU that suits.
+    """Return `_cuda.so`, loaded and checked: built, of this version, with a driver that is new enough and a GPU that
+    suits.
 
     Raises DeviceError that says which of these is missing and what to do.
     """
@@ -178,7 +180,7 @@ def run(lib: ctypes.CDLL, function: str, *arguments: object) -> None:
 
 @cache
 def device_info(index: int) -> DeviceInfo:
-    """What the library knows of GPU `index`. Raises DeviceError if Marlin cannot run on it."""
+    """Return what the library knows of GPU `index`. Raises DeviceError if Marlin cannot run on it."""
     lib, info = load_library(), DeviceInfo()
     run(lib, "marlin_cuda_device_info", index, ctypes.byref(info))
     capability = (info.capability_major, info.capability_minor)
@@ -192,7 +194,7 @@ def device_info(index: int) -> DeviceInfo:
 
 
 def available() -> bool:
-    """Whether the kernels can run here: library, driver and a GPU of compute capability 8.0 or newer are there."""
+    """Tell whether the kernels can run here: library, driver and a GPU of compute capability 8.0 or newer are there."""
     try:
         load_library()
         return torch.cuda.is_available() and any(d.suits_marlin for d in cuda_devices())
@@ -201,7 +203,7 @@ def available() -> bool:
 
 
 def torch_device(device: Device) -> torch.device:
-    """The torch device of `device`, checked to be one that the kernels run on."""
+    """Return the torch device of `device`, checked to be one that the kernels run on."""
     load_library()
     if not torch.cuda.is_available():
         raise DeviceError(

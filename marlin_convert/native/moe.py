@@ -63,11 +63,11 @@ class Stack:
         return [self.bits, self.in_features, self.out_features]
 
     def with_bias(self, dtype: torch.dtype) -> Stack:
-        """The same, its bias cast."""
+        """Return the same, its bias cast."""
         return self if self.bias is None else replace(self, bias=self.bias.to(dtype))
 
     def check(self, name: str, dtype: torch.dtype) -> None:
-        """Raises TypeError or ValueError for tensors that do not fit."""
+        """Raise TypeError or ValueError for tensors that do not fit."""
         for what, tensor, dims in (
             ("B", self.B, 3),
             ("s", self.s, 3),
@@ -86,7 +86,7 @@ class Stack:
             raise ValueError(f"{name}: its tensors are of different numbers of experts")
 
     def product(self, number: int, a: T) -> T:
-        """a · W + bias of one of them, in a's dtype; weights are rounded to it once."""
+        """Compute a · W + bias of one of them, in a's dtype; weights are rounded to it once."""
         zeros, perm, bias = (
             None if tensor is None else tensor[number] for tensor in (self.zeros, self.perm, self.bias)
         )
@@ -131,7 +131,7 @@ def experts(
     x: T, weights: T, ids: T, sets: Sequence[Set], formula: Formula | None = None, *, count: int | None = None,
     position: T | None = None, weights_on_input: bool = False, variant: int = 0,
 ) -> T:  # fmt: skip
-    """x [T, in_features], weights and ids [T, k] → [T, out_features of down], in x's dtype.
+    """Compute x [T, in_features], with weights and ids [T, k], to [T, out_features of down], in x's dtype.
 
     ids int32 or int64 are numbers of experts, 0 .. count - 1 (the experts of `sets` unless given); any other: none.
     `position` int32 [count] tells where in the row of all sets each is, -1 for one that is not here. With
@@ -148,7 +148,7 @@ def experts(
 
 
 def flat(sets: Sequence[Set]) -> tuple[list[T | None], list[int]]:
-    """The tensors and the numbers of `sets`, as the operator takes them."""
+    """Return the tensors and the numbers of `sets`, as the operator takes them."""
     tensors: list[T | None] = []
     numbers: list[int] = []
     for group in sets:
@@ -159,7 +159,7 @@ def flat(sets: Sequence[Set]) -> tuple[list[T | None], list[int]]:
 
 
 def _sets(tensors: Sequence[T | None], numbers: Sequence[int]) -> list[Set]:
-    """The inverse of `flat`."""
+    """Undo `flat`."""
 
     def stack(at: int) -> Stack | None:
         B, s, bias, zeros, perm = tensors[5 * at : 5 * at + 5]
@@ -257,7 +257,7 @@ def _prepared(
     x: T, weights: T, ids: T, position: T | None, tensors: list[T | None], numbers: list[int], count: int,
     activation: str, joined: int, limit: float, alpha: float, beta: float, weights_on_input: bool, variant: int,
 ) -> tuple[_Mixture, CallArguments, T]:  # fmt: skip
-    """The call, all but its scratch memory, and what it will write to."""
+    """Return the call, all but its scratch memory, and what it will write to."""
     key: tuple[object, ...] = (
         *((t.data_ptr(), t.shape, t.dtype, t.get_device()) for t in tensors if t is not None),
         *(t is None for t in tensors), *numbers, count, x.dtype, ids.dtype, weights.dtype,
@@ -328,7 +328,7 @@ def _reference(
     activation: str, joined: int, limit: float, alpha: float, beta: float, weights_on_input: bool = False,
     variant: int = 0,
 ) -> T:  # fmt: skip
-    """One expert after the other, its weights dequantized at every call: slow, obvious."""
+    """Compute one expert after the other, its weights dequantized at every call: slow, obvious."""
     sets = _sets(tensors, numbers)
     _check(x, weights, ids, position, count, sets)
     places = [(group, number) for group in sets for number in range(group.count)]
@@ -362,7 +362,7 @@ def _expert(group: Set, number: int, rows: T, formula: Formula) -> T:
 
 
 def activate(gate: T, up: T | None, formula: Formula) -> T:
-    """(up + beta) · activation(gate), of any floating dtype, computed in fp32 at least."""
+    """Compute (up + beta) · activation(gate), of any floating dtype, computed in fp32 at least."""
     dtype = torch.promote_types(gate.dtype, torch.float32)
     gate = gate.to(dtype).clamp(max=formula.limit)
     ways = {

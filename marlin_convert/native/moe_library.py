@@ -58,5 +58,5 @@ def variant(
     portable: bool = False,
     rounding: bool = False,
 ) -> int:
-    """MARLIN_CUDA_MOE_VARIANT, for tests and measurements."""
+    """Return MARLIN_CUDA_MOE_VARIANT, for tests and measurements."""
     return block_m | block_n << 10 | split << 20 | one_by_one << 24 | portable << 25 | rounding << 26

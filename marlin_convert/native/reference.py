@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def unpack_gptq(qweight: Tensor, bits: int = BITS) -> Tensor:
-    """`qweight` int32 [K bits/32, N] -> codes int64 [K, N]."""
+    """Turn `qweight` int32 [K bits/32, N] into codes int64 [K, N]."""
     rows, N = _shape(qweight, "qweight")
     codes = _codes(qweight, bits)  # [rows, N, codes in a word]: neighbours along K
     return codes.permute(0, 2, 1).reshape(rows * pack_factor(bits), N)
 
 
 def pack_gptq(codes: Tensor, bits: int = BITS) -> Tensor:
-    """Codes [K, N] of any integer dtype -> `qweight` int32 [K bits/32, N]."""
+    """Turn codes [K, N] of any integer dtype into `qweight` int32 [K bits/32, N]."""
     K, N = _shape(codes, "codes")
     factor = pack_factor(bits)
     if K % factor:
@@ -41,7 +41,7 @@ def pack_gptq(codes: Tensor, bits: int = BITS) -> Tensor:
 
 
 def unpack_marlin(B: Tensor, bits: int = BITS) -> Tensor:
-    """`B` int32 [K/16, N bits/2] -> codes int64 [K, N]."""
+    """Turn `B` int32 [K/16, N bits/2] into codes int64 [K, N]."""
     import torch
 
     K, N = marlin_size(B, bits)
@@ -53,7 +53,7 @@ def unpack_marlin(B: Tensor, bits: int = BITS) -> Tensor:
 
 
 def pack_marlin(codes: Tensor, bits: int = BITS) -> Tensor:
-    """Codes [K, N] of any integer dtype -> `B` int32 [K/16, N bits/2]."""
+    """Turn codes [K, N] of any integer dtype into `B` int32 [K/16, N bits/2]."""
     K, N = _shape(codes, "codes")
     layout.check_tiles(K, N)
     tiles = codes.reshape(K // TILE_K, TILE_K, N // TILE_N, TILE_N).permute(0, 2, 1, 3)
@@ -62,18 +62,18 @@ def pack_marlin(codes: Tensor, bits: int = BITS) -> Tensor:
 
 
 def gptq_to_marlin(qweight: Tensor, bits: int = BITS) -> Tensor:
-    """`qweight` int32 [K bits/32, N] -> `B` int32 [K/16, N bits/2]."""
+    """Turn `qweight` int32 [K bits/32, N] into `B` int32 [K/16, N bits/2]."""
     return pack_marlin(unpack_gptq(qweight, bits), bits)
 
 
 def marlin_to_gptq(B: Tensor, bits: int = BITS) -> Tensor:
-    """`B` int32 [K/16, N bits/2] -> `qweight` int32 [K bits/32, N]: the inverse of `gptq_to_marlin`."""
+    """Turn `B` int32 [K/16, N bits/2] into `qweight` int32 [K bits/32, N]: the inverse of `gptq_to_marlin`."""
     return pack_gptq(unpack_marlin(B, bits), bits)
 
 
 def arrange(codes: Tensor, padded: tuple[int, int], fill: Tensor, perm: Tensor | None = None) -> Tensor:
-    """Codes [K, N] in the source's order -> codes of `padded` = (K', N') as stored: row k is row perm[k]; padding is
-    `fill` [K', N']."""
+    """Turn codes [K, N] in the source's order into codes of `padded` = (K', N') as stored: row k is row perm[k];
+    padding is `fill` [K', N']."""
     K, N = _shape(codes, "codes")
     stored = fill.to(codes.dtype).expand(padded).clone()
     stored[:K, :N] = codes if perm is None else codes[perm.long()]
@@ -84,7 +84,7 @@ def arrange(codes: Tensor, padded: tuple[int, int], fill: Tensor, perm: Tensor |
 
 
 def unpack_zeros(qzeros: Tensor, bits: int) -> Tensor:
-    """`marlin_qzeros` int32 [G, N' bits/32] -> zero points int64 [G, N'] in their own order of columns."""
+    """Turn `marlin_qzeros` int32 [G, N' bits/32] into zero points int64 [G, N'] in their own order of columns."""
     G, words = _shape(qzeros, "qzeros")
     packed = _codes(qzeros, bits).reshape(G, words * pack_factor(bits))
     permuted = _permute_columns(packed, _inverse(layout.ZERO_INTERLEAVE[bits]))
@@ -92,7 +92,7 @@ def unpack_zeros(qzeros: Tensor, bits: int) -> Tensor:
 
 
 def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
-    """Zero points [G, N'] of any integer dtype -> `marlin_qzeros` int32 [G, N' bits/32]."""
+    """Turn zero points [G, N'] of any integer dtype into `marlin_qzeros` int32 [G, N' bits/32]."""
     G, N = _shape(zeros, "zeros")
     permuted = _permute_columns(zeros, layout.SCALE_PERMUTATION)
     packed = _permute_columns(permuted, layout.ZERO_INTERLEAVE[bits])
@@ -103,19 +103,19 @@ def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
 
 
 def permute_scales(scales: Tensor) -> Tensor:
-    """`scales` [G, N] -> `s` [G, N], as `layout.permute_scales`, for tensors of any dtype."""
+    """Turn `scales` [G, N] into `s` [G, N], as `layout.permute_scales`, for tensors of any dtype."""
     return _permute_columns(scales, layout.scale_permutation(scales.shape[0]))
 
 
 def unpermute_scales(s: Tensor) -> Tensor:
-    """`s` [G, N] -> `scales` [G, N]: the inverse of `permute_scales`."""
+    """Turn `s` [G, N] into `scales` [G, N]: the inverse of `permute_scales`."""
     return _permute_columns(s, _inverse(layout.scale_permutation(s.shape[0])))
 
 
 def dequantize(
     codes: Tensor, scales: Tensor, zeros: Tensor | None = None, *, bits: int = BITS, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """W [K, N] = (code - zero) * scale, rounded once to `dtype` (that of the scales if None).
+    """Return W [K, N] = (code - zero) * scale, rounded once to `dtype` (that of the scales if None).
 
     codes [K, N]; `scales` fp16 or bf16 [G, N] with any G dividing K; `zeros` integers [G, N], the middle of the codes
     if None.
@@ -137,12 +137,12 @@ def dequantize(
 
 
 def dequantize_gptq(qweight: Tensor, scales: Tensor) -> Tensor:
-    """W fp16 [K, N] of a symmetric 4-bit GPTQ layer; `scales` fp16 [G, N]."""
+    """Return W fp16 [K, N] of a symmetric 4-bit GPTQ layer; `scales` fp16 [G, N]."""
     return dequantize(unpack_gptq(qweight), scales)
 
 
 def dequantize_marlin(B: Tensor, s: Tensor) -> Tensor:
-    """W fp16 [K, N] of an original Marlin layer; `s` fp16 [G, N] in Marlin's order of columns."""
+    """Return W fp16 [K, N] of an original Marlin layer; `s` fp16 [G, N] in Marlin's order of columns."""
     return dequantize(unpack_marlin(B), unpermute_scales(s))
 
 
@@ -157,7 +157,7 @@ def dequantize_layer(
     out_features: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """W [in_features, out_features] of a layer as stored in either format, in the order of the source's rows.
+    """Return W [in_features, out_features] of a layer as stored in either format, in the order of the source's rows.
 
     `B` int32 [K'/16, N' bits/2], `s` [G, N'], `zeros` int32 [G, N' bits/32] and `perm` int32 [in_features] are the
     checkpoint's tensors. in_features and out_features are K' and N' unless given. Rounded once to `dtype`: float16,
@@ -178,14 +178,14 @@ def dequantize_layer(
 
 
 def matmul(x: Tensor, W: Tensor) -> Tensor:
-    """x [M, K] @ W [K, N], summed in fp64; fp32 [M, N]."""
+    """Compute x [M, K] @ W [K, N], summed in fp64; fp32 [M, N]."""
     import torch
 
     return torch.matmul(x.to(torch.float64), W.to(torch.float64)).to(torch.float32)
 
 
 def matmul_gptq(x: Tensor, qweight: Tensor, scales: Tensor) -> Tensor:
-    """x [M, K] @ W [K, N] of a GPTQ layer, with the weights rounded to fp16; fp32 [M, N]."""
+    """Compute x [M, K] @ W [K, N] of a GPTQ layer, with the weights rounded to fp16; fp32 [M, N]."""
     return matmul(x, dequantize_gptq(qweight, scales))
 
 
@@ -198,7 +198,7 @@ def matmul_marlin(x: Tensor, B: Tensor, s: Tensor) -> Tensor:
 
 
 def marlin_size(B: Tensor, bits: int = BITS) -> tuple[int, int]:
-    """(K, N) of a Marlin `B` int32 [K/16, N bits/2]."""
+    """Return (K, N) of a Marlin `B` int32 [K/16, N bits/2]."""
     rows, words = _shape(B, "B")
     K, N = rows * TILE_K, words * pack_factor(bits) // TILE_K
     layout.check_tiles(K, N)
@@ -213,7 +213,7 @@ def _shape(matrix: Tensor, name: str) -> tuple[int, int]:
 
 
 def _tile_positions(device: torch.device, bits: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns, int64 [words of a tile, codes in a word], of each code of a tile."""
+    """Return rows and columns, int64 [words of a tile, codes in a word], of each code of a tile."""
     import torch
 
     positions = [[layout.tile_position(w, p, bits) for p in range(pack_factor(bits))] for w in range(tile_words(bits))]
@@ -222,7 +222,7 @@ def _tile_positions(device: torch.device, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _codes(words: Tensor, bits: int) -> Tensor:
-    """int32 [...] -> int64 [..., 32 / bits], the lowest bits first."""
+    """Turn int32 [...] into int64 [..., 32 / bits], the lowest bits first."""
     import torch
 
     shifts = torch.arange(0, 32, 32 // pack_factor(bits), device=words.device)
@@ -231,7 +231,7 @@ def _codes(words: Tensor, bits: int) -> Tensor:
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
-    """Integers 0 .. 2^bits - 1 [..., 32 / bits], the lowest bits first -> int32 [...]."""
+    """Turn integers 0 .. 2^bits - 1 [..., 32 / bits], the lowest bits first, into int32 [...]."""
     import torch
 
     shifts = torch.arange(0, 32, 32 // pack_factor(bits), device=codes.device)

@@ -267,7 +267,7 @@ def _prepared(folder: Path, *, private: bool) -> Path:
 
 
 def _environment(folder: Path, *, private: bool) -> dict[str, str]:
-    """The environment of a job's process; a `private` one finds no login and no cache but its own."""
+    """Return the environment of a job's process; a `private` one finds no login and no cache but its own."""
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {
@@ -283,8 +283,8 @@ def _environment(folder: Path, *, private: bool) -> dict[str, str]:
 
 
 def _own_folder(parent: Path | None) -> tuple[Path, IO[str]]:
-    """A new folder for one server, and its lock, which is held as long as the server lives; those of servers that are
-    gone are removed. Raises OutputError where there can be none."""
+    """Return a new folder for one server, and its lock, which is held as long as the server lives; those of servers
+    that are gone are removed. Raises OutputError where there can be none."""
     above = parent or Path(tempfile.gettempdir()) / f"marlin-convert-web-{os.getuid()}"
     try:
         above.mkdir(mode=0o700, parents=True, exist_ok=True)

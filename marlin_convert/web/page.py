@@ -134,7 +134,7 @@ class Page:
     # ---- what happens
 
     def on_load(self, request: gr.Request) -> Any:
-        """Whether it is this computer's user who looks, which their address tells."""
+        """Tell whether it is this computer's user who looks, which their address tells."""
         given = request.query_params.get("key") or ""
         own = self._key is not None and hmac.compare_digest(given.encode(), self._key.encode())
         if self.space:
@@ -230,7 +230,7 @@ def _given(token: str | None) -> str | None:
 
 
 def _ids(kept: Any) -> dict[str, str]:
-    """What the browser remembers, whatever it sends."""
+    """Return what the browser remembers, whatever it sends."""
     said = kept if isinstance(kept, dict) else {}
     return {kind: str(said.get(kind) or "") for kind in ("plan", "conversion")}
 
@@ -268,5 +268,5 @@ def serve(host: str, port: int, work_dir: Path | None, *, browser: bool, say: Ca
 
 
 def _theme() -> gr.themes.Base:
-    """Gradio's own look with the reader's own fonts: nothing is fetched from elsewhere."""
+    """Return Gradio's own look with the reader's own fonts: nothing is fetched from elsewhere."""
     return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

@@ -129,13 +129,13 @@ def published(upload: Callable[[], str], voice: Voice, waits: tuple[float, ...])
 
 
 def _cache(folder: Path) -> Path | None:
-    """The cache that this job's visitor alone uses; None, the standard one, where everything is one user's."""
+    """Return the cache that this job's visitor alone uses; None, the standard one, where everything is one user's."""
     cache = folder / "cache"
     return cache if cache.is_dir() else None
 
 
 def summary(origin: Source, plan: Plan, order: Order, folder: Path) -> dict[str, Any]:
-    """What the page shows of a plan."""
+    """Return what the page shows of a plan."""
     if plan.already_marlin:
         return {"source": origin.label, "commit": origin.commit, "already_marlin": True}
     kinds = Counter((x.K, x.N, x.bits, x.group_size, x.kind, x.source.scales.dtype.lower()) for x in plan.layers)
@@ -190,7 +190,7 @@ def _largest_file(plan: Plan) -> int:
 
 
 def outcome(report: Report) -> dict[str, Any]:
-    """What the page shows of a conversion that is published."""
+    """Return what the page shows of a conversion that is published."""
     verification = report.verification
     target = report.options.target
     if verification is None or target is None:
