@@ -144,7 +144,8 @@ def time_launched(decoder: Decoder, steps: int, synchronize: Callable[[], object
 
 
 def capture(decoder: Decoder) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of one step; `decoder` has to be prefilled afterwards. Raises RuntimeError if it cannot be."""
+    """Return a CUDA graph of one step; `decoder` has to be prefilled afterwards. Raises RuntimeError if it cannot
+    be."""
     import torch
 
     stream = torch.cuda.Stream(decoder.tokens.device)  # type: ignore[no-untyped-call]
