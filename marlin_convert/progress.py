@@ -23,7 +23,8 @@ class Progress:
         """Begin a stage that will move `total_bytes` bytes and finish `layers` layers."""
 
     def advance(self, nbytes: int, layer: str | None = None, *, done: bool = False) -> None:
-        """Say that `nbytes` more are finished; `layer` is what is being worked on; `done` says that it is complete now."""
+        """Say that `nbytes` more are finished; `layer` is what is being worked on; `done` says that it is complete
+        now."""
 
     def end(self) -> None:
         """End the current stage."""

@@ -71,7 +71,7 @@ def measure(request: Request, on_step: Callable[[str], object]) -> tuple[Side, d
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
 
     def generate(prompts: int, length: int, new: int) -> list[Any]:
-        """The time that each sequence was given its first and its last token at."""
+        """Return the times at which each sequence was given its first and its last token."""
         settings = vllm.SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
         ids = [[numbers.randrange(5, vocabulary) for _ in range(length)] for _ in range(prompts)]
         done = llm.generate([{"prompt_token_ids": x} for x in ids], settings, use_tqdm=False)

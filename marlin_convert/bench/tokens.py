@@ -232,7 +232,8 @@ def bench(
 
 
 def _in_fp16(model: Any, report: Report) -> Any:
-    """Return `model` with its Marlin layers dequantized in place; None, with a note, when that does not fit the memory."""
+    """Return `model` with its Marlin layers dequantized in place; None, with a note, when that does not fit the
+    memory."""
     import torch
 
     try:

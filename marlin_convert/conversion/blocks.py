@@ -70,7 +70,8 @@ def column_panels(layer: Stored, buffers: int = 2) -> Iterator[tuple[int, int]]:
 
 
 def strips(layer: Stored, columns: int) -> Iterator[tuple[int, int]]:
-    """Return (first column, columns) of the parts of a panel, each worked on as a whole, so that it stays in the cache."""
+    """Return (first column, columns) of the parts of a panel, each worked on as a whole, so that it stays in the
+    cache."""
     return _columns(layer, columns, BLOCK_BYTES)
 
 
@@ -85,7 +86,8 @@ def _columns(layer: Stored, columns: int, limit: int) -> Iterator[tuple[int, int
 
 
 def group_strips(G: int, N: int) -> Iterator[tuple[int, int]]:
-    """Return (first group, groups) of each strip of a layer's scales or zero points [G, N], each worked on as a whole."""
+    """Return (first group, groups) of each strip of a layer's scales or zero points [G, N], each worked on as a
+    whole."""
     count = max(1, STRIP_ELEMENTS // N)
     for first in range(0, G, count):
         yield first, min(count, G - first)

@@ -233,7 +233,8 @@ class CTInspection(LayerInspection):
         return Layer(source, bias, rows_per_group(K, G, self.settings) or 0)
 
     def _shape(self, tensor: Tensor) -> tuple[int, int]:
-        """Return (N, K) of weight_shape; a stack's has the number of experts before it, and N of all their projections."""
+        """Return (N, K) of weight_shape; a stack's has the number of experts before it, and N of all their
+        projections."""
         stack = self.member.stack if self.member else None
         if tensor.dtype not in ("I32", "I64") or tensor.shape != (3 if stack else 2,):
             raise SourceError(

@@ -90,7 +90,8 @@ def is_stack(name: str) -> bool:
 
 
 def stacks_in(tensors: Mapping[str, Tensor]) -> dict[str, Stack]:
-    """Return the stacks among tensors, by name: those that are packed, of three dimensions, and known by their names."""
+    """Return the stacks among tensors, by name: those that are packed, of three dimensions, and known by their
+    names."""
     found: dict[str, Stack] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")

@@ -368,7 +368,8 @@ def restored_gptq(stored: StoredLayer[Tensor], noted: Noted, *, v2: bool) -> Res
 
 
 def _g_idx_dtype(stored: StoredLayer[Tensor], noted: Noted) -> str | None:
-    """Return the dtype of the source's g_idx; None where it had none. Where nothing is noted, as other tools have it."""
+    """Return the dtype of the source's g_idx; None where it had none. Where nothing is noted, as other tools have
+    it."""
     found = noted.dtype(stored.name, "g_idx_dtype", ("I32", "I64"))
     unknown = "g_idx_dtype" not in noted.values
     return found or ("I32" if unknown or stored.perm is not None else None)

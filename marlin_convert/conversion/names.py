@@ -25,7 +25,8 @@ def span(names: list[str]) -> str:
 
 
 def _grids(rows: set[tuple[int, ...]]) -> list[tuple[str, ...]]:
-    """Write `rows` of equally many numbers, cut into grids: {(0, 4), (0, 5), (1, 4), (1, 5), (2, 4)} → {0-1}{4-5}, 2 4."""
+    """Write `rows` of equally many numbers, cut into grids: {(0, 4), (0, 5), (1, 4), (1, 5), (2, 4)} → {0-1}{4-5},
+    2 4."""
     if () in rows:
         return [()]
     heads_of: dict[frozenset[tuple[int, ...]], list[int]] = {}

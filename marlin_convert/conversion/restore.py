@@ -214,7 +214,8 @@ def marlin_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer[Tensor]]:
 
 
 def _stray_g_idx(checkpoint: Checkpoint, layers: list[RestoredLayer]) -> set[str]:
-    """Return names of g_idx that AutoGPTQ left beside a layer's Marlin tensors, and that say what is so without them."""
+    """Return names of g_idx that AutoGPTQ left beside a layer's Marlin tensors, and that say what is so without
+    them."""
     found = {layer: checkpoint.tensors.get(f"{layer.name}.g_idx") for layer in layers if layer.stored.perm is None}
     return {
         tensor.name

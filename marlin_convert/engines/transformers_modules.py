@@ -229,7 +229,8 @@ def _put_halves(model: PreTrainedModel, owner: str, found: dict[str, StoredLayer
 
 
 def _experts_above(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """Return `…experts` for the name of an expert's linear, `…experts.3.up_proj`, if the model holds its experts fused."""
+    """Return `…experts` for the name of an expert's linear, `…experts.3.up_proj`, if the model holds its experts
+    fused."""
     parts = name.split(".")
     holder = modules.get(".".join(parts[:-2]))
     fused = len(parts) > 2 and parts[-2].isdigit() and isinstance(getattr(holder, "down_proj", None), nn.Parameter)
@@ -317,7 +318,8 @@ def _dequantize_experts_later(
 def _plain_linear(
     place: str, name: str, size: tuple[int, int], tensors: Mapping[str, Tensor], placed: Placed, dtype: torch.dtype
 ) -> nn.Linear:
-    """Return an expert's layer that the checkpoint does not have quantized. Transformers would fuse it with the others."""
+    """Return an expert's layer that the checkpoint does not have quantized. Transformers would fuse it with the
+    others."""
     found = {key: tensors.get(f"{name}.{key}") for key in ("weight", "bias")}
     if found["weight"] is None:
         raise SourceError(f"{name}: it is neither a Marlin layer nor a plain one, as the other experts' are.")
@@ -326,7 +328,8 @@ def _plain_linear(
 
 
 def _names_of_experts(holder: str, found: set[str], converters: list[WeightConverter], gated: bool) -> tuple[str, ...]:
-    """Return what the checkpoint, which has `found`, calls an expert's gate, up and down; without a gate, up and down."""
+    """Return what the checkpoint, which has `found`, calls an expert's gate, up and down; without a gate, up and
+    down."""
     own: list[str] = []
     for target in ("gate_up_proj" if gated else "up_proj", "down_proj"):
         for converter in converters:

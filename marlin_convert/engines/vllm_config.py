@@ -74,7 +74,8 @@ class CheckpointConfig(QuantizationConfig):  # type: ignore[misc]
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def parts(self, prefix: str) -> list[str]:
-        """Return the checkpoint's names of what vLLM fuses in `prefix`: q_proj, k_proj and v_proj of a qkv_proj, say."""
+        """Return the checkpoint's names of what vLLM fuses in `prefix`: q_proj, k_proj and v_proj of a qkv_proj,
+        say."""
         parent, dot, last = prefix.rpartition(".")
         if prefix in self.quantized:
             return [prefix]

@@ -154,7 +154,8 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         return results[0] if len(results) == 1 else torch.cat(results, -1)
 
     def _our_product(self, layer: Any, x: Tensor, product: _Product, add_bias: bool) -> Tensor:
-        """Compute by our operator: it takes a layer as stored, and chooses its way by the rows that come when it runs."""
+        """Compute by our operator: it takes a layer as stored, and chooses its way by the rows that come when it
+        runs."""
         tensors = [getattr(layer, f"marlin{product.number}_{w}") for w in ("weight", "scales", "bias", "zeros", "perm")]
         weight, scales, bias, zeros, perm = tensors
         K = product.K

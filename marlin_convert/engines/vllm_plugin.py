@@ -23,7 +23,8 @@ from .vllm_moe import MarlinExpertsMethod
 
 
 def register() -> None:
-    """Do nothing when vLLM calls it in each of its processes. Importing this module has registered the configuration."""
+    """Do nothing when vLLM calls it in each of its processes. Importing this module has registered the
+    configuration."""
 
 
 @register_quantization_config(NAME)

@@ -53,7 +53,8 @@ def packed_bits(K: int, words: int) -> list[int]:
 
 
 def codes(packed: Words, bits: int) -> Codes:
-    """Turn `weight_packed` [n, words] of 4 or 8 bits into codes [n, codes in the words], by the definition: bit by bit."""
+    """Turn `weight_packed` [n, words] of 4 or 8 bits into codes [n, codes in the words], by the definition: bit by
+    bit."""
     stream = np.ascontiguousarray(packed).astype("<i4").view(np.uint8)  # bytes, the lowest bits first
     if bits == 8:
         return stream
@@ -83,7 +84,8 @@ def decode_zeros(stored: npt.NDArray[Any], bits: int, N: int) -> Codes:
 
 
 def encode_zeros(zeros: Codes, bits: int, dtype: str) -> npt.NDArray[Any]:
-    """Turn zero points [G, N] into `weight_zero_point`, packed (`dtype` I32) or as int8: the inverse of `decode_zeros`."""
+    """Turn zero points [G, N] into `weight_zero_point`, packed (`dtype` I32) or as int8: the inverse of
+    `decode_zeros`."""
     if dtype == "I8":
         return np.ascontiguousarray((zeros.T.astype(np.int16) - zero_point(bits)).astype(np.int8))
     return np.ascontiguousarray(pack_gptq_zeros(zeros, bits).T)

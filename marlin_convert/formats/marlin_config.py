@@ -195,7 +195,8 @@ def _extended_layer(where: str, values: Mapping[str, Any]) -> LayerSettings:
 
 
 def marlin_ext_settings(layers: Mapping[str, LayerSettings], *, lm_head: bool) -> dict[str, Any]:
-    """Return the quantization config of a checkpoint in the extended format; `layers` has all of its quantized layers."""
+    """Return the quantization config of a checkpoint in the extended format; `layers` has all of its quantized
+    layers."""
     common = Counter(tuple(getattr(x, key) for key in _SHARED) for x in layers.values()).most_common(1)[0][0]
     shared = dict(zip(_SHARED, common, strict=True))
     entries = {}

@@ -36,7 +36,8 @@ class ScaleFit:
 
 
 def to_fp16(raw: npt.NDArray[Any], dtype: str) -> ScaleFit:
-    """Turn `raw` [G, N], as read from a file of safetensors dtype F16, F32 or BF16 (the latter as uint16), into fp16."""
+    """Turn `raw` [G, N], as read from a file of safetensors dtype F16, F32 or BF16 (the latter as uint16), into
+    fp16."""
     if dtype == "F16":
         scales = raw
         if ((raw.view(np.uint16) & 0x7C00) == 0x7C00).any():  # an exponent of all ones: inf or NaN

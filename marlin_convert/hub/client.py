@@ -220,7 +220,8 @@ def interruptible(work: Callable[[], T]) -> T:
 
 
 def downloading() -> bool:
-    """Tell whether a download that was interrupted still goes on. Python itself would wait for its end before it exits."""
+    """Tell whether a download that was interrupted still goes on. Python itself would wait for its end before it
+    exits."""
     return any(thread.name == DOWNLOAD_THREAD for thread in threading.enumerate())
 
 
