@@ -57,7 +57,7 @@ picture: $(VENV)/.dev
 
 # All pictures of the documentation but those of the page: from the demo, and from figures that are kept.
 figures: picture
-	$(RUN)/python tools/tokens_picture.py
+	$(RUN)/python tools/figures.py
 
 # The site, into site/: nothing is fetched, and a link that leads nowhere is an error.
 docs: $(VENV)/.dev

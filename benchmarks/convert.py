@@ -1,7 +1,7 @@
 """How fast is a conversion, beside `cp -r` of the same folder? And how much memory does it take?
 
     python benchmarks/convert.py [--shape mistral-7b] [--act-order] [--bits 8] [--format awq] [--runs 5]
-        [--folder DIR] [--verify]
+        [--folder DIR] [--verify] [--json OUT.json]
 
 Makes a checkpoint of the shape (kept in DIR for the next time), then alternates, in one run: `cp -r` and `sync`;
 the conversion; with --verify the conversion with --verify. Prints the median of the ratios, pair by pair, and the
@@ -13,6 +13,7 @@ size in DIR (4.2 GB for mistral-7b; 7.7 GB with 8 bits).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -50,6 +51,11 @@ def timed(command: list[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1000
 
 
+def machine() -> str:
+    models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+    return f"{os.cpu_count()} cores" + (f", {models[0].partition(': ')[2]}" if models else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
@@ -59,6 +65,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "marlin-convert-bench")
     parser.add_argument("--verify", action="store_true", help="also time --verify")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
 
     title = options.shape + ("-act-order" if options.act_order else "") + ("-8-bit" if options.bits == 8 else "")
@@ -96,13 +103,17 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
     print(f"{title}: {nbytes / 1e9:.2f} GB, median of {options.runs}, {os.cpu_count()} cores")
+    rows: list[dict[str, object]] = []
     for name, values in times.items():
         ratio = statistics.median(t / c for t, c in zip(values, times["cp -r"], strict=True))
-        rate = nbytes / 1e9 / statistics.median(values)
-        print(
-            f"  {name:17} {statistics.median(values):6.2f} s  {rate:5.2f} GB/s  {ratio:5.2f} x cp"
-            f"  peak {peaks[name]:4.0f} MB"
-        )
+        seconds = statistics.median(values)
+        rate = nbytes / 1e9 / seconds
+        rows.append({"what": name, "seconds": round(seconds, 2), "times_cp": round(ratio, 2),
+                     "peak_mb": None if name == "cp -r" else round(peaks[name])})  # fmt: skip
+        print(f"  {name:17} {seconds:6.2f} s  {rate:5.2f} GB/s  {ratio:5.2f} x cp  peak {peaks[name]:4.0f} MB")
+    if options.json:
+        figures = {"checkpoint": f"{title}, {nbytes / 1e9:.2f} GB", "machine": machine(), "runs": options.runs}
+        options.json.write_text(json.dumps({**figures, "rows": rows}, indent=1) + "\n")
     print(flush=True)
     subprocess.run([sys.executable, str(Path(__file__).with_name("repack.py"))], check=True)
 

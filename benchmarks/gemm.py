@@ -72,6 +72,11 @@ class Kind:
     def __str__(self) -> str:
         return f"{self.bits}:{self.group_size}{'z' * self.zeros}{'a' * self.act_order}"
 
+    @property
+    def words(self) -> str:
+        groups = "one group" if self.group_size < 0 else f"groups of {self.group_size}"
+        return f"{self.bits} bits, {groups}{', zero points' * self.zeros}{', act-order' * self.act_order}"
+
     def groups(self, k: int) -> int:
         return 1 if self.group_size < 0 else k // self.group_size
 
@@ -277,7 +282,9 @@ def main() -> None:
         results += bench_layer(library, name, kind, rows, wanted, options.replays)
         torch.cuda.empty_cache()
         if options.json:
-            options.json.write_text(json.dumps(results, indent=1))
+            title = "; ".join(kind.words for kind in options.weights)
+            measured = {"title": title, "machine": {"name": torch.cuda.get_device_name()}, "rows": results}
+            options.json.write_text(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

@@ -119,11 +119,6 @@ class Report:
         """Return, by label, what computes the quantized linear layers."""
         return {LABELS[name]: ", ".join(side.kernels) for name, side in self.sides.items() if side.kernels}
 
-    def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """Return, by label, (batch size, tokens/s of decoding)."""
-        names = [name for name in (MARLIN, GPTQ, FP16) if name in self.sides]
-        return {LABELS[name]: list(self.sides[name].decode.items()) for name in names}
-
     def as_dict(self) -> dict[str, Any]:
         """Return everything, for `--json`."""
         return {

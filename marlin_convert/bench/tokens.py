@@ -69,14 +69,6 @@ class Report:
     way: dict[str, str] = field(default_factory=dict)  # "fp16" and "marlin" → GRAPHS or LAUNCHES
     notes: Notes = field(default_factory=dict)
 
-    def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """Return, by label, (batch size, tokens/s)."""
-        kinds = {"Marlin": [cell.marlin for cell in self.cells], "fp16": [cell.fp16 for cell in self.cells]}
-        return {
-            label: [(cell.batch, rate) for cell, rate in zip(self.cells, rates, strict=True) if rate]
-            for label, rates in kinds.items()
-        }
-
     def as_dict(self) -> dict[str, Any]:
         """Return everything, for `--json`. Rates are tokens of all sequences together, a second."""
         return {

@@ -80,18 +80,30 @@ _whole_model_options = collected(
     type=click.Path(path_type=Path, dir_okay=False),
     help=f"Draw speedup against batch size into a .png, .svg or .pdf; needs {INSTALL_PLOT}.",
 )
+@click.option(
+    "--from-json",
+    "run_file",
+    metavar="RUN.json",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --plot: draw what an earlier run printed with --json, and measure nothing.",
+)
 @source_options
 @output_options
 @click.pass_obj
 def bench(
     output: OutputOptions, /, source: str | None, preset: str | None, batch: tuple[int, ...] | None, model: WholeModel,
-    compare: bool, plot_file: Path | None, device: str, access: HubAccess,
+    compare: bool, plot_file: Path | None, run_file: Path | None, device: str, access: HubAccess,
 ) -> None:  # fmt: skip
     """Measure this GPU: fp16 (cuBLAS) against Marlin, for the layers of SOURCE or of a preset.
 
     SOURCE is a checkpoint, GPTQ or Marlin, a folder or a Hub id; its headers tell the shapes. Prints times, GB/s,
     TFLOP/s, speedup, and the share of what memory and tensor cores allow.
     """
+    if run_file is not None:
+        if plot_file is None or source or preset or batch or model.tokens or compare:
+            raise click.UsageError("--from-json goes with --plot, and with nothing that is measured.")
+        _draw_again(output, run_file, plot_file)
+        return
     if source is not None and preset is not None:
         raise click.UsageError("Give a SOURCE or --preset, not both.")
     if model.tokens and (source is None or compare):
@@ -110,7 +122,7 @@ def bench(
         elif not model.tokens:
             settings |= {"preset": preset, "compare": compare}
         report = _measured(source, batch, settings, model)
-    problem = (plot.draw_tokens(report) if model.tokens else plot.draw(report)) if plot else None
+    problem = plot.draw(report.as_dict()) if plot else None
     if problem:  # the numbers took minutes; they are shown all the same
         report.notes[problem.message] = ["--plot"]
     show = screen.served if model.served else screen.tokens if model.tokens else screen.bench
@@ -118,6 +130,16 @@ def bench(
     if problem:
         with said_in_json(output):
             raise problem
+
+
+def _draw_again(output: OutputOptions, run_file: Path, plot_file: Path) -> None:
+    from ..checkpoint.bounded import read_json
+    from .bench_output import BenchScreen
+    from .plot import Plot
+
+    document = read_json(run_file)
+    Plot(plot_file).draw_again(document, str(run_file))
+    BenchScreen(output).drawn_again(document, plot_file)
 
 
 def _measured(source: str | None, batch: tuple[int, ...] | None, settings: dict[str, Any], model: WholeModel) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..text import size
 from .output import Screen
@@ -52,6 +52,11 @@ class BenchScreen(Screen):
             self._note(f"{note}: {'; '.join(places)}")
         if plot:
             self._say(f"plot:  {plot}")
+
+    def drawn_again(self, document: dict[str, Any], plot: Path) -> None:
+        """The result of `marlin-convert bench --from-json`: the document that was drawn, and where to."""
+        self._json({**document, "plot": str(plot)})
+        self._say(f"plot:  {plot}")
 
     def tokens(self, report: TokenReport, plot: Path | None) -> None:
         """Show the result of `marlin-convert bench --tokens`."""

@@ -1,20 +1,19 @@
-"""What `bench --plot` draws."""
+"""What `bench --plot` draws: from what `bench --json` prints, so that a picture can be drawn again without a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import INSTALL_PLOT, MarlinConvertError, OutputError
+from ..errors import INSTALL_PLOT, MarlinConvertError, OutputError, SourceError
 
-if TYPE_CHECKING:
-    from ..bench.results import Report as BenchReport
-    from ..bench.served import Report as ServedReport
-    from ..bench.tokens import Report as TokenReport
+#: One line: its points (batch size, value).
+Points = list[tuple[int, float]]
 
 
 class Plot:
-    """Speedup over fp16 against batch size, one line for each layer, as an image at `path`.
+    """Speedup over fp16, or tokens per second, against batch size, as an image at `path`.
 
     Made before the measurement, so that what is missing is said at once: MarlinConvertError without matplotlib or
     for a file type that it cannot write, OutputError for a folder that is not there.
@@ -36,33 +35,67 @@ class Plot:
         if not path.parent.is_dir():
             raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
 
-    def draw(self, report: BenchReport) -> OutputError | None:
-        """Draw and write the image; the error when it cannot be written."""
+    def draw(self, document: Mapping[str, Any]) -> OutputError | None:
+        """Draw and write the image; the error when it cannot be written. Raises KeyError, TypeError, AttributeError or
+        ValueError for what is no document of `bench`."""
         axes = self._figure.subplots()
-        for layer in report.layers:
-            rows, speedups = [cell.M for cell in layer.cells], [cell.speedup for cell in layer.cells]
-            axes.plot(rows, speedups, marker="o", markersize=4, label=str(layer.shape))
+        if "layers" in document:
+            self._speedups(axes, document["layers"])
+        else:
+            self._tokens(axes, _rates(document))
+        axes.set_title(f"Marlin on {document['machine']['name']}: {document['title']}".replace("$", r"\$"))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        try:
+            self._figure.savefig(self.path, dpi=150)
+        except OSError as error:
+            return OutputError(f"{self.path}: the plot cannot be written: {error.strerror or error}.")
+        return None
+
+    def draw_again(self, document: Mapping[str, Any], label: str) -> None:
+        """Draw a document that was read from a file, which `label` names. Raises SourceError where it is none, and
+        OutputError when the image cannot be written."""
+        try:
+            problem = self.draw(document)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise SourceError(f"{label}: it is not what `marlin-convert bench --json` prints.") from None
+        if problem:
+            raise problem
+
+    def _speedups(self, axes: Any, layers: list[dict[str, Any]]) -> None:
+        lines = {
+            f"{x['name']} {x['K']} x {x['N']}": [(cell["M"], cell["marlin"]["speedup"]) for cell in x["cells"]]
+            for x in layers
+        }
+        self._lines(axes, lines)
         axes.axhline(self.IDEAL, color="0.4", linestyle="--", linewidth=1, label=f"ideal {self.IDEAL}x")
         axes.axhspan(0, 1, color="0.9", zorder=0, label="slower than fp16")
-        self._batches(axes, {cell.M for layer in report.layers for cell in layer.cells})
         axes.set_ylim(bottom=0)
         axes.set_xlabel("batch size M")
         axes.set_ylabel("speedup over fp16 (cuBLAS)")
-        return self._written(axes, report.machine.name, report.title)
 
-    def draw_tokens(self, report: TokenReport | ServedReport) -> OutputError | None:
-        """Draw the same for tokens per second, one line for Marlin and one for each of the others, both axes
-        logarithmic."""
-        axes = self._figure.subplots()
-        curves = report.curves()
-        for label, points in curves.items():
-            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=label)
-        self._batches(axes, {batch for points in curves.values() for batch, _ in points})
+    def _tokens(self, axes: Any, lines: dict[str, Points]) -> None:
+        """Marlin first, then what it is compared with; its points say how many times as fast as the first of those."""
+        self._lines(axes, lines)
+        marlin, *others = lines.values()
+        if others:
+            below = dict(others[0])
+            for batch, rate in marlin:
+                if batch in below:
+                    axes.annotate(
+                        f"{rate / below[batch]:.2f}x", (batch, rate), xytext=(0, 6), textcoords="offset points",
+                        ha="center", fontsize=8,
+                    )  # fmt: skip
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.set_xlabel("batch size")
+        axes.margins(y=0.1)
+        axes.set_xlabel("batch size" + (f" (factors: Marlin / {list(lines)[1]})" if others else ""))
         axes.set_ylabel("tokens per second, all sequences")
-        return self._written(axes, report.machine.name, report.title)
+
+    def _lines(self, axes: Any, lines: dict[str, Points]) -> None:
+        for label, points in lines.items():
+            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=label)
+        self._batches(axes, {batch for points in lines.values() for batch, _ in points})
 
     @staticmethod
     def _batches(axes: Any, sizes: set[int]) -> None:
@@ -71,12 +104,15 @@ class Plot:
         axes.set_xticks(ticks, labels=[str(M) for M in ticks])
         axes.minorticks_off()
 
-    def _written(self, axes: Any, machine: str, title: str) -> OutputError | None:
-        axes.set_title(f"Marlin on {machine}: {title}".replace("$", r"\$"))
-        axes.grid(alpha=0.3)
-        axes.legend()
-        try:
-            self._figure.savefig(self.path, dpi=150)
-        except OSError as error:
-            return OutputError(f"{self.path}: the plot cannot be written: {error.strerror or error}.")
-        return None
+
+def _rates(document: Mapping[str, Any]) -> dict[str, Points]:
+    """Tokens per second of each way that a whole model was run, Marlin first; what failed is left out."""
+    from ..bench.served import FP16, GPTQ, LABELS, MARLIN
+
+    lines: dict[str, Points] = {}
+    for way in (MARLIN, GPTQ, FP16):
+        if "sides" not in document:
+            lines[LABELS[way]] = [(x["batch"], x[way]) for x in document["cells"] if x.get(way) is not None]
+        elif way in document["sides"]:
+            lines[LABELS[way]] = [(x["batch"], x["tokens_per_s"]) for x in document["sides"][way]["decode"]]
+    return {label: points for label, points in lines.items() if points}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from marlin_convert.cli.plot import Plot
 from marlin_convert.cli.progress import Bars, PlainLines
 from marlin_convert.errors import MarlinConvertError, OutputError
 from tests.support.bench import MACHINE, SHAPE, Bench, peer
-from tests.support.cli import Run
+from tests.support.cli import Run, validate
 from tests.support.gptq_checkpoints import Source
 
 
@@ -210,7 +211,7 @@ def test_a_plot(main: Callable[..., Run], tmp_path: Path, name: str, magic: byte
 @needs_matplotlib
 def test_what_the_plot_shows(report: Report, tmp_path: Path) -> None:
     plot = Plot(tmp_path / "out.png")
-    assert plot.draw(report) is None
+    assert plot.draw(report.as_dict()) is None
     (axes,) = plot._figure.axes
     lines: dict[str, Any] = {str(line.get_label()): line for line in axes.get_lines()}
     assert list(lines["qkv 256 x 128"].get_xdata()) == [1, 256]
@@ -239,6 +240,44 @@ def test_plots_that_cannot_be_written(main: Callable[..., Run], report: Report, 
     document = as_json.json()
     assert document["plot"] is None
     assert "No space left" in document["notes"][0]["note"]
+
+
+@needs_matplotlib
+def test_a_plot_drawn_again(main: Callable[..., Run], tmp_path: Path) -> None:
+    """From the document alone: nothing is measured, and the picture is the same."""
+    run = main("--plot", "first.svg", "--json")
+    (tmp_path / "run.json").write_text(run.out)
+    del main.asked  # type: ignore[attr-defined]
+    again = main("--plot", "again.svg", "--from-json", "run.json")
+    assert (again.code, again.out) == (0, "plot:  again.svg\n")
+    assert not hasattr(main, "asked")
+    first, second = ((tmp_path / name).read_text() for name in ("first.svg", "again.svg"))
+    shape = re.compile(r'<use xlink:href="[^"]+" x="([\d.]+)" y="([\d.]+)"|<!-- .* -->')
+    assert [m[0].split('"', 3)[-1] for m in shape.finditer(first)] == [
+        m[0].split('"', 3)[-1] for m in shape.finditer(second)
+    ]
+    document = main("--plot", "again.svg", "--from-json", "run.json", "--json").json()
+    validate(document)
+    assert document == {**run.json(), "source": "run.json", "plot": "again.svg"} | {"source": document["source"]}
+
+
+@needs_matplotlib
+@pytest.mark.parametrize(
+    "content", ["{}", '{"layers": 1}', '{"layers": [{"name": "a"}]}', '{"sides": {}}', '{"cells": [{"batch": 1}]}']
+)
+def test_what_cannot_be_drawn_again(main: Callable[..., Run], tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    result = main("--plot", "again.svg", "--from-json", "run.json")
+    assert (result.code, result.out) == (3, "")
+    assert "run.json: it is not what `marlin-convert bench --json` prints." in result.err
+    assert not (tmp_path / "again.svg").exists()
+
+
+def test_from_json_goes_with_plot_alone(main: Callable[..., Run]) -> None:
+    for others in ([], ["--plot", "a.svg", "--preset", "mistral-7b"], ["--plot", "a.svg", "--compare"]):
+        result = main("--from-json", "run.json", *others)
+        assert result.code == 2
+        assert "--from-json goes with --plot, and with nothing that is measured." in result.err
 
 
 def test_cells_as_documents_are_strict_json(report: Report) -> None:

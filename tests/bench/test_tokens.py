@@ -152,7 +152,7 @@ def shown(pair: Pair, capsys: pytest.CaptureFixture[str], as_json: bool, plot: P
     capsys.readouterr()
     BenchScreen(OutputOptions(as_json=as_json, source="out")).tokens(report, plot)
     if plot:
-        assert Plot(plot).draw_tokens(report) is None
+        assert Plot(plot).draw(report.as_dict()) is None
     return capsys.readouterr().out
 
 
@@ -178,7 +178,7 @@ def test_plot(pair: Pair, capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     report = bench("m", marlin_convert.load(pair.out, device="cpu"), rig(), batch=(1,))
     plot = Plot(tmp_path / "a.png")
     plot.path = tmp_path / "nowhere" / "a.png"
-    assert isinstance(plot.draw_tokens(report), OutputError)
+    assert isinstance(plot.draw(report.as_dict()), OutputError)
 
 
 def test_refusals(pair: Pair, run: Callable[..., Run]) -> None:
