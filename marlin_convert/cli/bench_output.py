@@ -54,7 +54,7 @@ class BenchScreen(Screen):
             self._say(f"plot:  {plot}")
 
     def drawn_again(self, document: dict[str, Any], plot: Path) -> None:
-        """The result of `marlin-convert bench --from-json`: the document that was drawn, and where to."""
+        """Show the result of `marlin-convert bench --from-json`: the document that was drawn, and where to."""
         self._json({**document, "plot": str(plot)})
         self._say(f"plot:  {plot}")
 
