@@ -9,7 +9,7 @@ from types import FrameType
 #: Ctrl-C, a request of the system or of another program, a terminal that went away.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-#: Seconds in which further signals do not interrupt the cleaning up that the first one began.
+#: Seconds during which further signals do not interrupt the cleanup that the first one started.
 _PAUSE = 3.0
 _raised_at = float("-inf")
 

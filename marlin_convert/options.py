@@ -19,9 +19,9 @@ from .text import shortened
 #: The largest weight file that is written, as Transformers cuts its shards.
 DEFAULT_SHARD_SIZE = "5GB"
 
-#: What every finished output holds: how it was made. It also tells that a folder may be replaced by --force.
+#: In every finished output: how it was made. Its presence also means that --force may replace the folder.
 REPORT_FILE = "marlin_convert.json"
-#: What verifying has shown.
+#: The result of verification.
 VERIFY_FILE = "verify.json"
 #: The model card.
 CARD_FILE = "README.md"
@@ -72,7 +72,7 @@ class QuantMethod(Word):
     MARLIN = "marlin"
 
 
-#: What people call them.
+#: Their names in messages.
 FORMAT_NAMES = {Format.MARLIN: "original Marlin format", Format.MARLIN_EXT: "extended Marlin format"}
 
 

@@ -22,7 +22,7 @@ def shortened(value: object) -> str:
     """Return a value as Python writes it, on one line and not too long."""
     try:
         text = visible(repr(value))
-    except (ValueError, RecursionError):  # a number of very many digits, a list in lists without an end
+    except (ValueError, RecursionError):  # an integer of too many digits, or endless nesting
         text = f"a {type(value).__name__} that is too long to be shown"
     return text if len(text) <= _SHORT else f"{text[: _SHORT - 20]}…"
 

@@ -18,8 +18,8 @@ from .results import REPLAYS, Calls, Machine, Rig
 if TYPE_CHECKING:
     import torch
 
-GRAPH_US = 2000.0  # a graph should take at least so long, so that its own start (a few µs) does not count …
-REPEATS = 16  # … for which its launches are repeated, at most so often
+GRAPH_US = 2000.0  # a graph should run at least this long, so that its launch (a few µs) does not matter …
+REPEATS = 16  # … so its calls are repeated, at most this many times
 
 
 def pick_gpu(request: str) -> Device:
@@ -28,7 +28,7 @@ def pick_gpu(request: str) -> Device:
         raise DeviceError("bench measures a GPU: give --device cuda or cuda:N.")
     try:
         cuda_devices()
-    except DeviceError as error:  # pick_device would advise to convert on the CPU
+    except DeviceError as error:  # pick_device's message would advise converting on the CPU
         raise DeviceError(f"bench measures a GPU: {error.message}.") from None
     return pick_device(request)
 
@@ -45,9 +45,9 @@ class GraphTimer:
         """Return the median time of one call, in µs."""
         import torch
 
-        torch.cuda.synchronize(self.stream.device)  # the tensors come from another stream
+        torch.cuda.synchronize(self.stream.device)  # the tensors were made on another stream
         with torch.cuda.stream(self.stream):
-            for call in calls[:2]:  # loads kernels, tunes: none of that may happen while a graph is captured
+            for call in calls[:2]:  # loads and tunes kernels, which must not happen during graph capture
                 call()
             once = self._elapsed_us(lambda: _run_all(calls))
         repeats = max(1, min(REPEATS, round(GRAPH_US / max(once, 1.0))))
@@ -75,7 +75,7 @@ class GraphTimer:
 
 def _run_all(calls: Calls) -> None:
     for call in calls:
-        call()  # its result is dropped at once, so that the next one may take its memory
+        call()  # the result is dropped at once, so that the next call can reuse its memory
 
 
 def cuda_rig(device: Device) -> Rig:

@@ -35,7 +35,7 @@ BATCH = tuple(2**i for i in range(13))  # M = 1 … 4096
 
 MAX_COPIES = 1024
 SLACK_BYTES = 512 << 20  # workspaces of cuBLAS and of the kernels, graphs, fragmentation
-BUSY_US = 1.5e6  # how long the GPU is kept busy while its clocks are read
+BUSY_US = 1.5e6  # how long the GPU is kept busy while its clocks are read, in µs
 
 
 # ---- What measures ----
@@ -102,7 +102,9 @@ def bytes_needed(shape: Shape, M: int, rig: Rig, peers: Sequence[Peer] = ()) -> 
     """Return device memory for measuring a layer at M rows."""
     weights = copies(shape.packed_bytes, rig.l2_bytes) * shape.packed_bytes
     own = sum(weights for peer in peers if peer.own_weights)
-    plain = (copies(shape.fp16_bytes, rig.l2_bytes) + 1) * shape.fp16_bytes  # and one that is dequantized into
+    plain = (
+        copies(shape.fp16_bytes, rig.l2_bytes) + 1
+    ) * shape.fp16_bytes  # plus one that weights are dequantized into
     rows = 2 * M * (shape.K + 2 * shape.N)  # activations, an output, another output
     return weights + own + plain + rows + SLACK_BYTES
 
@@ -114,7 +116,7 @@ def measure_limits(rig: Rig) -> tuple[Limits, Machine]:
     words = min(rig.copy_bytes, rig.free_bytes() // 8) // 4
     source = torch.randint(-(2**31), 2**31 - 1, (words,), dtype=torch.int32, device=rig.device)
     target = torch.empty_like(source)
-    # The driver's copy, and a kernel that reads and writes as much: the better one counts.
+    # The driver's copy, and a kernel that reads and writes as much: the faster one counts.
     us = min(rig.time([copy]) for copy in (partial(target.copy_, source), partial(torch.neg, source, out=target)))
     bandwidth = 2 * source.nbytes / us * 1e6
     del source, target

@@ -44,7 +44,7 @@ class Rig:
     describe: Callable[[], Machine]
     free_bytes: Callable[[], int]
     synchronize: Callable[[], None]  # raises when the device has failed
-    release: Callable[[], None]  # hands memory that no tensor holds back to the driver
+    release: Callable[[], None]  # returns memory that no tensor uses to the driver
     l2_bytes: int
     copy_bytes: int = 1 << 30  # of the copy that tells the bandwidth
     product_size: int = 8192  # of the square product that tells the peak

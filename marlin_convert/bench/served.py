@@ -30,9 +30,9 @@ from .results import Machine
 from .shapes import Notes
 
 BATCH = tuple(2**i for i in range(8))  # 1 … 128
-PROMPT = NEW = 128  # tokens that each sequence has before, and gets by, decoding
+PROMPT = NEW = 128  # tokens of each sequence before decoding, and decoded
 PREFILLS = ((1, 512), (1, 2000), (4, 2000))  # prompts x tokens, each of one step
-LENGTH = 2048  # tokens of a sequence, if the model takes as many
+LENGTH = 2048  # longest sequence, if the model allows it
 TOKENS_OF_A_STEP = 8192
 
 MARLIN, GPTQ, FP16 = "marlin", "gptq", "fp16"
@@ -280,7 +280,7 @@ def bench(
             progress.advance(1, f"{LABELS[name]}, {what}")
 
         progress.advance(0, f"{LABELS[name]}, start")
-        # nothing of marlin-convert where it is not what is measured
+        # the plugin is loaded only where it is what is measured
         own = environment if name == MARLIN else {**environment, "VLLM_PLUGINS": ""}
         try:
             sides[name], machine = _measure(request, own, verbose, on_step)

@@ -27,7 +27,7 @@ TIMES = 3  # of each measurement; the shortest counts
 
 def main() -> None:
     answers = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
-    os.set_inheritable(answers.fileno(), False)  # processes of vLLM are not to keep it open
+    os.set_inheritable(answers.fileno(), False)  # vLLM's processes must not keep it open
 
     def answer(kind: str, value: Any) -> None:
         print(json.dumps([kind, value]), file=answers, flush=True)

@@ -144,7 +144,7 @@ def capture(decoder: Decoder) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize(decoder.tokens.device)
     with torch.cuda.stream(stream):
         decoder.prefill()
-        decoder.step()  # loads kernels, tunes: none of that may happen while the graph is captured
+        decoder.step()  # loads and tunes kernels, which must not happen during graph capture
     torch.cuda.synchronize(decoder.tokens.device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -192,7 +192,7 @@ class ModelRig:
 
     describe: Callable[[], Machine]
     time: Timer
-    release: Callable[[], None]  # hands memory that no tensor holds back to the driver
+    release: Callable[[], None]  # returns memory that no tensor uses to the driver
 
 
 def bench(

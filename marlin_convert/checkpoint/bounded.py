@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import SourceError
 
 #: Bytes of a file that is read whole (as many as safetensors allows to a header); commas and opening brackets in it,
-#: each of which may become an object; levels of lists within lists.
+#: each of which may become an object; depth of nesting.
 MAX_FILE_BYTES, MAX_ITEMS, MAX_DEPTH = 100_000_000, 4_000_000, 100
 
 _ITEMS = (b",", b"[", b"{")
@@ -62,7 +62,7 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES, label: str | None = None)
 def read_bytes(fd: int, start: int, count: int) -> bytes:
     """Return bytes `start` to `start + count` of an open file, fewer where it ends. Raises OSError."""
     parts: list[bytes] = []
-    piece = max(1 << 20, os.fstat(fd).st_size - start + 1)  # in general all of it, which then is there once only
+    piece = max(1 << 20, os.fstat(fd).st_size - start + 1)  # usually all of it, so that there is only one copy
     while count and (part := os.pread(fd, min(count, piece), start)):
         parts.append(part)
         start, count = start + len(part), count - len(part)

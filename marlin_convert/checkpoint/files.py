@@ -43,7 +43,7 @@ class CheckpointFiles(ABC):
         self.label = label
         self.names: Sequence[str] = ()
         self._states: dict[str, tuple[Path, FileState]] = {}
-        self._unfit: dict[str, str] = {}  # what may not be copied, and why
+        self._unfit: dict[str, str] = {}  # files that may not be copied, and why
 
     @abstractmethod
     def weight_file(self, name: str) -> WeightFile:

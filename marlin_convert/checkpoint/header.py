@@ -72,7 +72,7 @@ def read_header(read: Callable[[int, int], bytearray], size: int, file: str, lab
         raise _damaged(label, f"its header is not valid JSON ({error})") from None
     del raw
     header.pop("__metadata__", None)
-    # Each entry's memory is the next tensor's.
+    # pop frees an entry as soon as its tensor has been made.
     tensors = [_tensor(name, header.pop(name), file, data_start, label) for name in list(header)]
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     _require_gapless(tensors, data_start, size, label)
@@ -98,7 +98,7 @@ def _raw_header(read: Callable[[int, int], bytearray], size: int, label: str) ->
 
 def _tensor(name: str, claims: Any, file: str, data_start: int, label: str) -> Tensor:
     """Return the tensor that an entry of a header describes, once its name, dtype, shape and size are sound."""
-    if not is_tensor_name(name):  # no exporter writes such a name, and a message could not show it
+    if not is_tensor_name(name):  # no tool writes such a name, and a message could not show it
         raise _damaged(label, f"the tensor name {shortened(name)} is too long, or cannot be printed")
     if not isinstance(claims, _Claims) or not claims.well_formed():
         raise _damaged(label, f"the header entry of {name} is malformed")

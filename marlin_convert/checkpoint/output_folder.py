@@ -32,7 +32,7 @@ from ..options import REPORT_FILE
 
 _LOCK_FILE = ".lock"
 _libc = ctypes.CDLL(None, use_errno=True)
-_ATTEMPTS = 100  # to make, or to rename, what other runs change meanwhile
+_ATTEMPTS = 100  # attempts to create or rename what other runs are changing at the same time
 _NEW = "new"
 _REPLACED = "replaced"  # where an earlier result waits while the new one takes its place
 
@@ -68,9 +68,9 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
             try:
                 yield folder
                 sync_tree(folder)
-                check_free(out, force=force)  # it may have appeared while the work went on
+                check_free(out, force=force)  # it may have appeared during the work
                 _swap_in(folder, out, force=force)
-            except BrokenPipeError:  # of the screen that shows the progress, not of the disk
+            except BrokenPipeError:  # an error of the progress display, not of the disk
                 raise
             except OSError as error:
                 raise OutputError(
@@ -100,7 +100,7 @@ def _locked_folder(out: Path) -> Iterator[Path]:
     for _ in range(_ATTEMPTS):
         try:
             hidden = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".tmp", dir=out.parent))
-        except FileNotFoundError:  # another run has ended that had made the folders above, and removed them
+        except FileNotFoundError:  # another run that had created the parent folders has ended and removed them
             out.parent.mkdir(parents=True, exist_ok=True)
             continue
         with contextlib.ExitStack() as cleaning:
@@ -112,7 +112,7 @@ def _locked_folder(out: Path) -> Iterator[Path]:
             cleaning.callback(os.close, lock)
             cleaning.callback(_remove, hidden)
             fcntl.flock(lock, fcntl.LOCK_EX)
-            # Another run that starts now may have found the lock before it was held, and removed the folder.
+            # Another run may have found the lock before it was held, and removed the folder.
             if (hidden / _LOCK_FILE).exists():
                 yield hidden
                 return
@@ -154,7 +154,7 @@ def clear_leftovers(out: Path) -> list[Path]:
     """
     try:
         found = [f for f in out.parent.iterdir() if f.name.startswith(_prefix(out)) and f.suffix == ".tmp"]
-    except OSError:  # one may create files there without seeing what there is; or another run has just removed it
+    except OSError:  # the folder may be writable but not readable, or another run has just removed it
         return []
     return [hidden for hidden in found if _clear(hidden, out)]
 
@@ -170,7 +170,7 @@ def _clear(hidden: Path, out: Path) -> bool:
             return False
         try:
             lock = os.open(_LOCK_FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-        except FileNotFoundError:  # about to get its lock, or killed just before: then it is empty
+        except FileNotFoundError:  # its run is about to take the lock, or was killed just before: it is empty
             if time.time() - os.fstat(folder).st_mtime > 60:
                 hidden.rmdir()
                 return True
@@ -179,7 +179,7 @@ def _clear(hidden: Path, out: Path) -> bool:
             is_ours = stat.S_ISREG(os.fstat(lock).st_mode) and os.path.samestat(os.fstat(folder), hidden.lstat())
             if not is_ours:
                 return False
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where the run is still alive
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its run is alive
             replaced = hidden / _REPLACED
             if replaced.is_dir() and not replaced.is_symlink() and not os.path.lexists(out):
                 replaced.rename(out)  # killed between the two renames of `_exchange`
@@ -303,7 +303,7 @@ def _swap_in(folder: Path, out: Path, *, force: bool) -> None:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            check_free(out, force=force)  # another run was faster; with `force`, its result gives way like any other
+            check_free(out, force=force)  # another run was faster; with `force`, its result is replaced like any other
     else:
         raise OutputError(f"{out}: other programs keep changing it; choose another name.")
     _sync_folder(out.parent)

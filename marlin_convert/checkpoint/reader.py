@@ -68,7 +68,7 @@ class Checkpoint:
             self._weights[file] = self._files.weight_file(file)
             for tensor in self._weights[file].header():
                 home = index.get(tensor.name, file) if index else file
-                if home != file:  # another shard owns this name; the index says which one counts
+                if home != file:  # another shard holds this name as well; the index says which one counts
                     continue
                 if tensor.name in found:
                     raise SourceError(

@@ -44,7 +44,7 @@ def require_unique(tensors: Sequence[OutTensor]) -> None:
 
 def _split(tensors: Sequence[OutTensor], max_shard_size: int | str) -> Any:
     """Return which tensor goes into which file, by huggingface_hub's own rule."""
-    from huggingface_hub.serialization._base import split_state_dict_into_shards_factory  # late: it is slow
+    from huggingface_hub.serialization._base import split_state_dict_into_shards_factory  # imported late: it is slow
 
     return split_state_dict_into_shards_factory(
         {t.name: t for t in tensors},
@@ -83,8 +83,8 @@ class Shards:
         self._split = _split(tensors, max_shard_size)
         self._fds: dict[str, int] = {}
         self._places: dict[str, _Place] = {}
-        self._missing: dict[str, int] = {}  # bytes, of tensors that come column by column
-        # The kernel lets one writer at a time into a file, and makes the others spin: they wait here instead.
+        self._missing: dict[str, int] = {}  # bytes still to come of tensors that come column by column
+        # The kernel admits one writer at a time to a file and lets the others spin; they wait here instead.
         self._turn = threading.Lock()
         self.written = 0  # bytes of tensors
         try:
@@ -142,7 +142,7 @@ class Shards:
             self._missing[name] -= data.nbytes
             self.written += data.nbytes
             complete = not self._missing[name]
-        if complete:  # not before: the disk's blocks would be given out in pieces of a row's part
+        if complete:  # not earlier: the disk's blocks would be allocated in pieces
             _start_writeback(fd, place.offset, rows * width * data.itemsize)
 
     def close(self) -> None:

@@ -155,7 +155,7 @@ def batch(
             from ..fleet.cluster import Cluster, resources
 
             needed = resources(ray["ray_resources"])
-            cleaning.enter_context(contextlib.redirect_stdout(sys.stderr))  # Ray tells there what becomes of its nodes
+            cleaning.enter_context(contextlib.redirect_stdout(sys.stderr))  # Ray prints messages about its nodes there
             cluster = Cluster(ray["address"], retries=plan.retries, resources=needed)
             runner = cleaning.enter_context(contextlib.closing(cluster))
             plan = replace(plan, retries=0, jobs=settings["jobs"] or min(len(lines), 256))
@@ -167,7 +167,7 @@ def batch(
     screen.batch(rows, dict(counts), _STYLES)
     if failed:
         error = MarlinConvertError(f"{len(failed)} of {len(rows)} checkpoints failed; run it again to try these again.")
-        if output.as_json:  # the document has said it
+        if output.as_json:  # the JSON document has already said it
             error = MarlinConvertError("")
         raise error
 

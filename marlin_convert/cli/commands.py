@@ -384,7 +384,7 @@ def _convert(
         require("torch", "transformers")
         with screen.doing("continuing a prompt with source and result"):
             texts = compare(Path(source), out, prompt, DEMO_TOKENS, str(report.device))
-    except MarlinConvertError as error:  # the conversion is done, whatever runs here
+    except MarlinConvertError as error:  # the conversion is complete, even if nothing can run here
         screen.report(report, timed.stages, missing=error.message)
     else:
         screen.report(report, timed.stages, texts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Raised when a key changes its meaning or goes; not when one is added.
+#: Increased when a key is removed or changes its meaning; not when one is added.
 SCHEMA_VERSION = 1
 
 

@@ -23,7 +23,7 @@ from .commands import cli
 from .documents import document
 from .params import OutputOptions
 
-#: What may happen to a file, or a device, that standard output is sent to.
+#: Errors of the file or device that standard output is redirected to.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
@@ -52,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is said
         if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
-            _leave(sys.stdout)  # errors of all other files have been caught, and have their names
+            _leave(sys.stdout)  # errors of all other files have been caught and named
             _fail(OutputOptions(), 1, "OutputError", f"standard output cannot be written: {error.strerror}.")
         if isinstance(error, OSError) and _nowhere():
             text = "the working directory was removed; change to one that exists."
@@ -70,7 +70,7 @@ def _mend_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until the program ends
-            if stream.fileno() != number:  # no other file is to take this number, and what is printed with it
+            if stream.fileno() != number:  # no other file may get this descriptor, and what is printed to it
                 os.dup2(stream.fileno(), number)
             setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):

@@ -51,7 +51,7 @@ class Screen:
         self.as_json, self.verbose = output.as_json, output.verbose
         self.silent = output.quiet or output.as_json
         self._source = output.source
-        # A file or a pipe has no width of its own; tables should not be folded for it.
+        # A file or a pipe has no width of its own; tables need not be folded for it.
         self.out = PlainConsole(width=None if sys.stdout.isatty() else 200)
         self.err = PlainConsole(file=Lossy(sys.stderr))
         hub.quiet()
@@ -215,7 +215,7 @@ class Screen:
         log = logging.getLogger("marlin_convert")
         level = log.level
         if self.silent:
-            log.setLevel(logging.ERROR)  # that a CPU is slow
+            log.setLevel(logging.ERROR)  # silences the warning that a CPU is slow
         try:
             yield piece
         finally:

@@ -30,10 +30,10 @@ from ..options import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Whether OUT can be read and written is not for click to judge: a failure there has its own exit code.
+#: click does not check whether OUT can be read and written: such a failure has its own exit code.
 OUT = click.Path(path_type=Path, readable=False)
 
-#: Most rows of activations that `bench` takes.
+#: The largest batch size that `bench` accepts.
 MAX_BATCH = 1 << 20
 
 
@@ -145,7 +145,7 @@ class WordChoice(click.Choice):  # type: ignore[type-arg]  # generic from click 
         try:
             return self._words.chosen(value, "the option")
         except OptionError:
-            return self._words(super().convert(value, param, ctx))  # fails, in click's words
+            return self._words(super().convert(value, param, ctx))  # fails with click's own message
 
 
 # ---- Options on their own ----

@@ -27,7 +27,7 @@ from rich.text import Text
 from ..progress import OnBytes, Progress
 from ..text import size
 
-#: Seconds between plain progress lines when the output is no terminal.
+#: Seconds between progress lines when the output is not a terminal.
 PLAIN_INTERVAL = 5.0
 
 
@@ -71,7 +71,7 @@ class TimeColumn(ProgressColumn):
         return Text("") if self._waits(task) else self._left(task)
 
 
-#: Columns of a terminal from which on there is room for the layer's name, for the rate, and for a bar.
+#: Widths of a terminal from which there is room for the layer's name, the rate, and a bar.
 FOR_LAYER, FOR_RATE, FOR_BAR = 80, 72, 60
 
 

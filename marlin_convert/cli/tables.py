@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..bench.tokens import Report as TokenReport
     from ..conversion.verify import Verification
 
-#: Rows of a table before the rest is summed up (--verbose shows all).
+#: Rows of a table; the rest is only counted (--verbose shows all).
 SHORT_TABLE = 12
 
 

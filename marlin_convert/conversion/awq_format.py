@@ -146,7 +146,7 @@ def layout_of(tensors: Mapping[str, Tensor], name: str) -> type[AWQLayer] | None
     (rows, width), (scale_rows, scale_width) = qweight.shape, scales.shape
     if qweight.dtype != "I32":
         return None
-    # As many rows in all three: of GPTQ's layers, only one with a scale for each word of a column is like it.
+    # All three have as many rows; of GPTQ's layers, only one with a scale for each word of a column is like that.
     same = qzeros is not None and len(qzeros.shape) == 2 and qzeros.shape[0] == scale_rows == rows
     if same and qzeros is not None and scale_width == qzeros.shape[1] * awq.PER_WORD and f"{name}.g_idx" not in tensors:
         return GEMVLayer
@@ -276,7 +276,7 @@ class AWQInspection(LayerInspection):
             self.refusals.append("no qzeros, without which AWQ's tensors tell no weight")
             return layer
         if isinstance(source, GEMVLayer) and not self.refusals:
-            source.raw_scales(self.checkpoint, 0, 1, kept)  # its padding is judged now
+            source.raw_scales(self.checkpoint, 0, 1, kept)  # reads the scales now, which checks their padding
         middle = zero_point(awq.BITS)
         zeros = source.zeros(self.checkpoint, 0, layer.G, kept)
         if zeros is None or (zeros == middle).all():

@@ -31,9 +31,9 @@ TAGS = ("marlin",)
 
 #: Tags by which the Hub offers commands that do not load a Marlin checkpoint.
 _OFFERING = {"transformers", "text-generation-inference", "vllm"}
-#: What the source's card says about itself only: results and successors are not this repository's.
+#: What the source's card says about itself alone; its evaluation results and successors are not this repository's.
 _NOT_CARRIED_OVER = {"model-index", "model_name", "eval_results", "new_version", "ignore_metadata_errors", "self"}
-#: What stands for the repository's id in a card that is written before the id is known.
+#: Placeholder for the repository's id in a card that is written before the id is known.
 _SOME_REPOSITORY = "REPO"
 #: Bytes of a card, and characters of its metadata, that are read.
 _MAX_CARD_BYTES, _MAX_METADATA = 16 << 20, 1 << 16
@@ -132,7 +132,7 @@ def _source_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
         return {}, content
     metadata = None
     if len(block.group(2)) <= _MAX_METADATA:
-        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
+        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
             metadata = yaml.load(block.group(2), Loader)
     return metadata if isinstance(metadata, dict) else {}, content[block.end() :]
 

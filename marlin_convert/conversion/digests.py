@@ -96,7 +96,7 @@ def report_with(changed: dict[str, bytes], out: Path) -> dict[str, bytes]:
 
 def _report_of(out: Path) -> dict[str, Any]:
     """Return the report of the result `out`, if it is one that says the SHA-256 of files; else {}."""
-    with contextlib.suppress(SourceError):  # it is damaged, or there is none
+    with contextlib.suppress(SourceError):  # damaged or missing
         noted = read_json(out / REPORT_FILE)
         if isinstance(noted.get("result_files"), dict):
             return noted

@@ -261,7 +261,7 @@ class GPTQInspection(LayerInspection):
         present, factor = np.zeros(2**layer.bits, np.bool_), pack_factor(layer.bits)
         for first, count in group_strips(layer.G, layer.N):
             words, columns = self.checkpoint.read_rows(qzeros, first, count), layer.N
-            if layer.N % factor == 0 and (words == words[0, 0]).all():  # as they mostly are: one word tells all
+            if layer.N % factor == 0 and (words == words[0, 0]).all():  # the usual case: looking at one word is enough
                 words, columns = words[:1, :1], factor
             present[gptq_zeros(words, layer.bits, columns)] = True
         return set(np.flatnonzero(present).tolist())
@@ -279,7 +279,7 @@ class GPTQInspection(LayerInspection):
         if self.reading is not None:
             return READINGS[self.reading]
         highest = 2**layer.bits - 1
-        if highest not in numbers:  # every reading agrees
+        if highest not in numbers:  # all readings agree
             return ZeroPointEncoding.V1_NIBBLE
         writer = self.settings.writer
         if writer == "gptqmodel":

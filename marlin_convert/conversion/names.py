@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-#: A number within a name, of those that count something: "07" counts nothing.
+#: A number within a name that counts something; "07" does not.
 _NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]*)(?![0-9])")
 
 

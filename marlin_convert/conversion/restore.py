@@ -151,7 +151,7 @@ def _is_noted(key: str, value: Any) -> bool:
     if key == "dtypes":
         return isinstance(value, dict) and value.keys() <= {"torch_dtype", "dtype"}
     kinds: dict[str, Any] = {"zero_points_stored": int, "ties": (bool, type(None))}
-    if isinstance(value, dict):  # of layers' names
+    if isinstance(value, dict):  # layer names
         return all(isinstance(entry, kinds.get(key, (str, type(None)))) for entry in value.values())
     if key in kinds:
         return False

@@ -96,7 +96,7 @@ class Supply:
     def __init__(self, checkpoint: Checkpoint, plan: Plan, stop: Callable[[], None], *, drop: bool) -> None:
         self._checkpoint, self.stop, self._drop = checkpoint, stop, drop
         order = {file: number for number, file in enumerate(checkpoint.weight_files)}
-        self._complete: dict[str, list[Item]] = {file: [] for file in order}  # by the last file that they need
+        self._complete: dict[str, list[Item]] = {file: [] for file in order}  # keyed by the last file that they need
         self._users: Counter[str] = Counter()
         for item in items(plan):
             files = files_of(item)

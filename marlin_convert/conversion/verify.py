@@ -219,7 +219,7 @@ def _check_layer(
         progress.advance(B.nbytes, layer.name)
     max_error, relative_error = product.errors()
     exact = problem is None
-    if exact and not relative_error <= TOLERANCE:  # so written, NaN fails too
+    if exact and not relative_error <= TOLERANCE:  # written this way, NaN fails too
         problem = f"outputs differ by {relative_error:.2e} relative to the reference (allowed: {TOLERANCE:.0e})"
     progress.advance(0, layer.name, done=True)
     return LayerCheck(layer.name, layer.K, layer.N, layer.G, exact, max_error, relative_error, problem)

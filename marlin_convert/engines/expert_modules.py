@@ -11,7 +11,7 @@ from torch import nn
 from .grouped_experts import GroupedExperts, formula_of
 from .linear import MarlinLinear
 
-#: What fused experts hold.
+#: Parameters of fused experts.
 _FUSED = tuple(f"{name}{bias}" for name in ("gate_up_proj", "up_proj", "down_proj") for bias in ("", "_bias"))
 
 
@@ -59,11 +59,11 @@ class MarlinExperts(nn.Module):
             if name in fused._parameters:
                 own[name] = marker(fused._parameters[name])
         self._gate = getattr(type(fused), "_apply_gate", None)
-        self._identity = hasattr(fused, "identity_expert")  # of those that come after the others
+        self._identity = hasattr(fused, "identity_expert")  # "identity" experts come after the real ones
         self._interleaved = not getattr(fused, "is_concatenated", True)
         self._norm = bool(getattr(fused, "has_post_expert_norm", False))
         self._grouped: GroupedExperts | None = None
-        self._loops = False  # one expert after the other: something of them is no part of the operator
+        self._loops = False  # True: loop over the experts, because the operator cannot compute them
 
     def _in_one(self) -> GroupedExperts | None:
         """Return all experts as one operator; None for those that it does not compute."""
@@ -104,7 +104,9 @@ class MarlinExperts(nn.Module):
             rows = hidden_states.view(self._count, -1, hidden_states.shape[-1])
             return torch.cat([self._computed(number, x) for number, x in enumerate(rows)])
         index, weights = choice
-        gradient = hidden_states.requires_grad and torch.is_grad_enabled()  # layers say that they have none
+        gradient = (
+            hidden_states.requires_grad and torch.is_grad_enabled()
+        )  # the layers themselves raise: they have no gradient
         if hidden_states.is_cuda and not gradient and (together := self._in_one()) is not None:
             return together(hidden_states, index, weights)
         result = torch.zeros_like(hidden_states)

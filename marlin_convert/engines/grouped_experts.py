@@ -28,7 +28,7 @@ class GroupedExperts:
             kinds.setdefault(tuple(map(_kind, layers)), []).append(number)
         order = [number for numbers in kinds.values() for number in numbers]
         device = experts[0][0]._tensor("weight").device  # type: ignore[union-attr]
-        self.position: Tensor | None = None  # the experts' own order
+        self.position: Tensor | None = None  # None: the experts' own order
         if order != sorted(order):
             position = torch.empty(self.count, dtype=torch.int32)
             position[torch.tensor(order)] = torch.arange(self.count, dtype=torch.int32)
@@ -73,7 +73,7 @@ def _stack(layers: Sequence[MarlinLinear]) -> moe.Stack:
         result = tensor.new_empty((len(layers), *tensor.shape))
         for row, layer in zip(result, layers, strict=True):
             row.copy_(layer._buffers[name])
-            if views:  # rows of the others may start anywhere, and kernels want 16 bytes
+            if views:  # only rows of whole 16 bytes, as kernels need them aligned
                 layer._buffers[name] = row
         return result
 

@@ -38,7 +38,7 @@ from ..native import cpu, cpu_weights, cuda, reference
 
 log = logging.getLogger(__name__)
 
-#: Columns that the reference dequantizes at once: a few dozen MB for the largest layers.
+#: Columns that the reference dequantizes at a time: a few dozen MB for the largest layers.
 BLOCK_COLUMNS = 1024
 
 
@@ -73,7 +73,7 @@ class MarlinLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        #: Whether `weight` is [K, N], as that of Transformers' Conv1D, and not [N, K].
+        #: Whether `weight` is [K, N], as in Transformers' Conv1D, instead of [N, K].
         self.weight_by_rows = False
         self._dtype = dtype or torch.get_default_dtype()
         self.bits, self.group_size, self.sym, self.desc_act, self.extended = bits, group_size, sym, desc_act, extended
@@ -197,7 +197,7 @@ class MarlinLinear(nn.Module):
 class DequantizedWeight(Tensor):
     """A tensor that is made when something is computed with it: a layer's weights. Nothing can be written into it."""
 
-    #: For Transformers' functions that fill weights with random numbers: there is nothing to fill.
+    #: Tells Transformers' random initialization that there is nothing to initialize.
     _is_hf_initialized = True
     _layer: MarlinLinear
 
@@ -265,7 +265,9 @@ def _reference(
         block_zeros = None if zeros is None else zeros[:, n0 * bits // 32 : n1 * bits // 32]
         W = _weight(B[:, n0 * bits // 2 : n1 * bits // 2], s[:, n0:n1], block_zeros, bits, x.dtype)
         W = W[:in_features, : end - n0]
-        W = (W if natural is None else W[natural]).t().contiguous()  # as nn.Linear has it: the sums are the same
+        W = (
+            (W if natural is None else W[natural]).t().contiguous()
+        )  # the layout of nn.Linear, so that sums are in the same order
         own = None if bias is None else bias[n0:end]
         if row_by_row:
             rows = [nn.functional.linear(row, W, own) for row in x.reshape(-1, 1, x.shape[-1])]

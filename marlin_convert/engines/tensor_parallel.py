@@ -20,7 +20,7 @@ from ..formats.stored import StoredLayer, tensor_names
 from ..native import reference
 from ..options import Format
 
-#: Codes that are unpacked at once when columns leave their tiles: 128 MiB of int64.
+#: Codes unpacked at a time when columns are taken out of their tiles: 128 MiB of int64.
 _CODES_AT_ONCE = 1 << 24
 
 
@@ -174,7 +174,9 @@ def _regrouped(piece: Piece, first: int, count: int) -> Piece:
     target = begin[group] + torch.arange(count, device=device) - inside[group]
     K = -(-int(filled.sum()) // EXT_K) * EXT_K
     of_row = torch.repeat_interleave(torch.arange(piece.G, device=device), filled)
-    of_row = torch.nn.functional.pad(of_row, (0, K - of_row.shape[0]))  # rows of zeros behind them: any group will do
+    of_row = torch.nn.functional.pad(
+        of_row, (0, K - of_row.shape[0])
+    )  # rows of zeros follow; their group does not matter
     groups = of_row[::TILE_K] if piece.G > 1 else of_row[:1]
 
     scales = reference.permute_scales(reference.unpermute_scales(piece.scales)[groups])
@@ -194,7 +196,7 @@ def _regrouped(piece: Piece, first: int, count: int) -> Piece:
         weight[:, w] = reference.pack_marlin(new, piece.bits)
     perm = torch.zeros(K, dtype=torch.int32, device=device)
     perm[target] = (source[stored] - first).int()
-    if torch.equal(target, torch.arange(count, device=device)):  # the filling lies behind all of them
+    if torch.equal(target, torch.arange(count, device=device)):  # the padding comes after all of them
         perm = perm[:count]
     in_order = torch.equal(perm, torch.arange(count, device=device))
     packed = None if zeros is None else reference.pack_zeros(zeros[groups], piece.bits)

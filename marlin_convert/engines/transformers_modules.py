@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 
 _SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
-#: Names that a message lists before it only counts.
+#: How many names a message lists; the rest are counted.
 _SHOWN = 6
 
 #: What checkpoints call an expert's gate, up and down, beside what Transformers' own conversion knows of the model: as
 #: Transformers 5 and GPTQModel 7 name them in every model, and Mixtral's.
 _EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-#: Experts that are computed as those of Transformers' experts interface, without being declared so.
+#: Experts computed as in Transformers' experts interface, although they do not declare it.
 _SAME_EXPERTS = ("Llama4TextExperts", "LongcatFlashExperts", "Step3p7Experts")
 
 
@@ -65,7 +65,7 @@ class Placed:
 
     #: Layers of the checkpoint for which the model has no place.
     nowhere: list[str] = field(default_factory=list)
-    #: Layers that take the memory of 16-bit weights, as the model computes them in its own way.
+    #: Layers that are dequantized to 16 bits, because the model computes them in its own way.
     dequantized: list[str] = field(default_factory=list)
     #: Tensors of the model → tensors of the checkpoint: what Transformers would put elsewhere.
     plain: dict[str, Tensor] = field(default_factory=dict)
@@ -150,17 +150,17 @@ def _put_layer(
         size = (module.in_features, module.out_features)
     elif isinstance(module, Conv1D):
         size = (module.nx, module.nf)
-    else:  # also linears that compute something of their own, as Llama 4's router
+    else:  # includes linears with a forward of their own, such as Llama 4's router
         _dequantize_later(model, place, module, layer, placed)
         return
     _check_size(layer, size, type(model).__name__)
-    if f"{place}.weight" in model.all_tied_weights_keys:  # a quantized lm_head has weights of its own
+    if f"{place}.weight" in model.all_tied_weights_keys:  # a quantized lm_head is not tied to the embeddings
         del model.all_tied_weights_keys[f"{place}.weight"]
         model.config.tie_word_embeddings = False
     linear = empty_module(layer)
     linear.weight_by_rows = isinstance(module, Conv1D)
     model.set_submodule(place, linear)
-    for value in vars(model.get_submodule(place.rpartition(".")[0])).values():  # some hold it in a list besides
+    for value in vars(model.get_submodule(place.rpartition(".")[0])).values():  # some models also keep it in a list
         if isinstance(value, list):
             value[:] = [linear if entry is module else entry for entry in value]
 
@@ -188,7 +188,9 @@ def _dequantize_later(
     for name in names:
         module.register_buffer(name, linear._buffers[name])
     del module._parameters["weight"]
-    module.__dict__["weight"] = DequantizedWeight(linear, weight.dtype)  # for code that looks at it meanwhile
+    module.__dict__["weight"] = DequantizedWeight(
+        linear, weight.dtype
+    )  # for code that reads it before the weights are loaded
 
     def finish() -> None:
         del module.__dict__["weight"]

@@ -52,7 +52,7 @@ class MarlinConfig(QuantizationConfigMixin):
     """The `quantization_config` of a Marlin checkpoint; it is saved as it was read."""
 
     def __init__(self, **settings: Any) -> None:
-        self.quant_method: Any = "marlin"  # the quantizer below, whatever the checkpoint calls itself
+        self.quant_method: Any = "marlin"  # select the quantizer below, whatever quant_method the checkpoint names
         self.settings = settings
         self.marlin = read_marlin_settings(settings)
 
@@ -99,14 +99,14 @@ TRIED: ContextVar[dict[str, Tensor] | None] = ContextVar("TRIED", default=None)
 class MarlinQuantizer(HfQuantizer):
     """Puts `MarlinLinear` where a checkpoint has Marlin layers, and sees to it that every key found its place."""
 
-    requires_calibration = True  # there is nothing to quantize with: only finished checkpoints are read
+    requires_calibration = True  # quantizing is not supported: only finished checkpoints are loaded
     quantization_config: MarlinConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse GPUs that the kernels cannot run on before anything is loaded: DeviceError."""
         if isinstance(device_map, dict):
             devices = list(device_map.values())
-        else:  # "auto" and its kind: any GPU that torch sees
+        else:  # "auto" and the like: any GPU that torch sees
             devices = [] if device_map is None else list(range(torch.cuda.device_count()))
         for device in devices:
             if isinstance(device, int) or str(device).startswith("cuda"):  # others: cpu, disk
@@ -139,13 +139,13 @@ class MarlinQuantizer(HfQuantizer):
 
         def checked(loading_info: Any) -> None:
             adjust(loading_info)
-            loading_info.missing_keys -= self._placed.plain.keys()  # read by us, afterwards
+            loading_info.missing_keys -= self._placed.plain.keys()  # loaded by `Placed.finish`
             _require_all_keys(
                 model, loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys
             )
             self._complete = True
 
-        model.__dict__["_adjust_missing_and_unexpected_keys"] = checked  # before the class's own
+        model.__dict__["_adjust_missing_and_unexpected_keys"] = checked  # takes precedence over the class attribute
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model.__dict__.pop("_adjust_missing_and_unexpected_keys", None)
@@ -206,7 +206,7 @@ def _require_all_keys(model: PreTrainedModel, missing: Any, unexpected: Any, mis
         )
 
 
-#: Names of tensors that only quantized layers have.
+#: Suffixes of tensors that only quantized layers have.
 _QUANTIZED = {*MARLIN_PARTS, "qweight", "qzeros", "g_idx"}
 
 
@@ -236,7 +236,7 @@ def load(
     device does not suit, HubError when the Hub does not give it.
     """
     if "device_map" not in kwargs:
-        pick_device(device)  # what is wrong with it is said before anything is downloaded
+        pick_device(device)  # report a wrong device before anything is downloaded
     origin = fetch(str(source), revision=revision, token=token, cache_dir=cache_dir)
     return load_from(origin, device=device, dtype=dtype, auto_class=auto_class, **kwargs)
 
@@ -253,10 +253,10 @@ def load_from(
     _name_weights(config, origin.folder, origin.label)
     if chosen is not None and where.type == "cuda" and is_accelerate_available():
         kwargs["device_map"] = {"": where}  # straight to the GPU, without a copy in memory
-    kwargs.setdefault("ignore_mismatched_sizes", True)  # `_require_all_keys` refuses them, and names them
+    kwargs.setdefault("ignore_mismatched_sizes", True)  # `_require_all_keys` raises an error that names them
     model = auto_class.from_pretrained(origin.folder, config=config, dtype=dtype, **kwargs)
     if hasattr(model.config, "transformers_weights"):
-        del model.config.transformers_weights  # it is saved under the usual name
+        del model.config.transformers_weights  # so that saving uses the usual file name
     return model if chosen is None or model.device == where else model.to(where)
 
 

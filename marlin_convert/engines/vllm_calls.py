@@ -29,7 +29,7 @@ multiply_experts = fused_marlin_moe
 make_workspace = marlin_make_workspace_new
 permute_bias = marlin_permute_bias
 
-# g_idx and what goes with it are no longer there in 0.33.
+# vLLM 0.33 has no g_idx parameters any more.
 _parameters = inspect.signature(apply_gptq_marlin_linear).parameters
 _EMPTY = tuple(name for name in ("g_idx", "g_idx_sort_indices") if name in _parameters)
 _FIXED = {"is_k_full": True} if "is_k_full" in _parameters else {}

@@ -21,13 +21,13 @@ from ..native import cuda
 from . import vllm_calls as calls
 from .tensor_parallel import Piece
 
-logger = init_logger("vllm.marlin_convert")  # only loggers of this name are shown by vLLM
+logger = init_logger("vllm.marlin_convert")  # vLLM shows only loggers below its own name
 
 
 #: The environment variable that chooses the kernel of linear layers, and its values.
 KERNEL = "MARLIN_CONVERT_VLLM_KERNEL"
 _KERNELS = ("auto", "ours", "vllm")
-#: Where ours has been measured to be at least as fast as vLLM's Marlin kernel: capability, major.
+#: Major compute capabilities on which our kernel was measured to be at least as fast as vLLM's Marlin kernel.
 _FASTER_ON = (9,)
 
 

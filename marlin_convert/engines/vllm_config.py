@@ -24,7 +24,7 @@ class CheckpointConfig(QuantizationConfig):  # type: ignore[misc]
         self.layers = dict(self.settings.layers)
         self.quantized: set[str] = set()
         self.biases: set[str] = set()  # layers with a bias, quantized or not
-        self.stored: frozenset[str] = frozenset()  # the quantized layers in the checkpoint's own words
+        self.stored: frozenset[str] = frozenset()  # the quantized layers, by the checkpoint's names
         self.arriving: Arriving | None = None  # while weights are loaded
 
     def __repr__(self) -> str:

@@ -27,7 +27,7 @@ class _Product(NamedTuple):
     number: int
     ours: bool
     bits: int
-    type: Any  # vLLM's name of the codes
+    type: Any  # vLLM's scalar type of the codes
     K: int  # of the activations
     stored_K: int
     N: int
@@ -140,7 +140,7 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
             products.append(_Product(number, ours, piece.bits, kind, *sizes, sort, spread))
             column += piece.N
         self.products = tuple(products)
-        layer.qweight = layer.marlin0_weight  # where vLLM looks for a device when it takes a layer's weights apart
+        layer.qweight = layer.marlin0_weight  # vLLM looks here for the device of the layer's weights
         if not all(product.ours for product in products):
             self.workspace = calls.make_workspace(pieces[0].weight.device)
             self.nothing = torch.empty(0, dtype=torch.int32, device=pieces[0].weight.device)

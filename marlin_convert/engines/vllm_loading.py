@@ -28,7 +28,7 @@ from .vllm_linear import MarlinCheckpointMethod
 from .vllm_moe import MarlinExpertsMethod
 
 _configure = loader_utils.configure_quant_config
-_expected: dict[type, CheckpointConfig] = {}  # classes of models that are about to be built
+_expected: dict[type, CheckpointConfig] = {}  # model classes being built
 
 
 def _configure_model(quant_config: QuantizationConfig, model_class: Any) -> None:
@@ -144,7 +144,7 @@ def _load_watched(
     if not watched.ours:
         watched.ours = True
         del layer.weight
-        own = getattr(watched.way, "__self__", None) is not layer  # a loader of the model's own: it cuts marks as well
+        own = getattr(watched.way, "__self__", None) is not layer  # the model's own weight loader shards marks as well
         way: Any = watched.way if own else type(layer).weight_loader.__get__(layer)
         with param.device:
             _adopt(layer, MarlinCheckpointMethod(config, name), way, param.dtype)

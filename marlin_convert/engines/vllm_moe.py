@@ -23,9 +23,9 @@ from .column_marks import Marks
 from .tensor_parallel import Piece
 from .vllm_config import CheckpointConfig
 
-#: Blocks of the experts' kernel on each multiprocessor: its workspace has a lock for each.
+#: Thread blocks of the experts' kernel per multiprocessor; its workspace has a lock for each.
 _BLOCKS_OF_EXPERTS = 4
-#: Our formula of each of vLLM's activations that has one; `_no_mul` behind the name: without up.
+#: Our formula for each of vLLM's activations that has one; the suffix `_no_mul` means without up.
 _FORMULAS = {
     "silu": moe.Formula("silu"), "gelu": moe.Formula("gelu"), "gelu_tanh": moe.Formula("gelu_tanh"),
     "relu2": moe.Formula("relu_squared"), "swigluoai": moe.Formula("silu", limit=7.0, alpha=1.702, beta=1.0),
@@ -40,7 +40,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def __init__(self, config: CheckpointConfig, prefix: str, layer: Any) -> None:
         super().__init__(layer.moe_config)
         self.config, self.prefix, self.gated = config, prefix, bool(self.moe.is_act_and_mul)
-        #: What the checkpoint calls the gate, up and down of an expert, by what vLLM calls them.
+        #: The checkpoint's names of an expert's gate, up and down, by vLLM's names.
         self.parts = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
         if not self.gated:
             del self.parts["w3"]

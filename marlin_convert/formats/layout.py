@@ -312,4 +312,4 @@ def _permute_columns(scales: NDArray[Any], permutation: tuple[int, ...], name: s
     if N == 0 or N % run:
         raise ValueError(f"{name} has N = {N} columns; N should be a positive multiple of {run}")
     runs = scales.reshape(rows, N // run, run)
-    return np.take(runs, permutation, axis=2).reshape(rows, N)  # five times as fast as indexing with a list
+    return np.take(runs, permutation, axis=2).reshape(rows, N)  # five times faster than indexing with a list

@@ -55,7 +55,7 @@ def _from_address(text: str) -> tuple[str, str | None] | None:
 def _host(address: str) -> str:
     try:
         return urlsplit(address).netloc.lower()
-    except ValueError:  # brackets that do not belong together
+    except ValueError:  # unbalanced brackets
         return ""
 
 

@@ -113,7 +113,7 @@ def _file(repo_id: str, entry: dict[str, Any]) -> RemoteFile:
     if type(size) is not int or not 0 <= size <= MAX_FILE_BYTES:
         raise not_a_hub(repo_id, f"it gives {name} a size of {shortened(size)}")
     if lfs is None:
-        oid, pattern = entry.get("oid"), _COMMIT  # git names contents as it names commits
+        oid, pattern = entry.get("oid"), _COMMIT  # git names blobs as it names commits
     else:
         oid, pattern = lfs.get("oid") if isinstance(lfs, dict) else None, _SHA256
     if not isinstance(oid, str) or not pattern.fullmatch(oid):

@@ -27,7 +27,7 @@ from .answers import RemoteFile
 
 _PARTIAL, _TEMPORARY, _IN_USE = ".marlin-convert.incomplete", ".marlin-convert.passing", ".marlin-convert.lock"
 
-#: Seconds for which a content stays at least.
+#: Seconds that a blob is kept at least.
 _GRACE = 0.5
 
 
@@ -74,14 +74,14 @@ class Cache:
         if link.exists():
             return link
         link.parent.mkdir(parents=True, exist_ok=True)
-        new = link.with_name(f".{uuid.uuid4().hex}")  # in one step: others may be at it
+        new = link.with_name(f".{uuid.uuid4().hex}")  # atomically: other processes may be doing the same
         try:
             new.symlink_to(os.path.relpath(blob, link.parent))
             new.replace(link)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            blob.replace(link)  # a file system without links: there the file itself, as huggingface_hub has it
+            blob.replace(link)  # a file system without links: the file itself, as huggingface_hub does it
         return link
 
     def name(self, revision: str | None, commit: str) -> None:
@@ -138,7 +138,7 @@ class Cache:
         with contextlib.closing(use):
             if not (use.only_one() and self.is_temporary(file)):
                 return
-            # Whoever waits for the content, in another program, asks for its lock several times in a second.
+            # Another program that waits for the content tries its lock several times a second.
             with contextlib.suppress(OSError):
                 time.sleep(min(_GRACE, max(0.0, self.blob(file).stat().st_mtime + _GRACE - time.time())))
             with contextlib.suppress(Timeout, OSError), FileLock(self._fetching(file), timeout=0, mode=0o664):

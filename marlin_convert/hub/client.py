@@ -34,9 +34,9 @@ _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 #: Seconds to wait before each further try, where huggingface_hub itself does not try again.
 WAITS = (0.5, 1.0, 2.0, 4.0)
-#: Seconds after which nothing is tried again: one may have waited for an answer that long.
+#: Seconds after which nothing is retried: waiting for an answer may have taken that long.
 PATIENCE = 15.0
-#: Answers that may be better the next time: too many requests, and a Hub or a proxy in trouble.
+#: HTTP statuses worth a retry: too many requests, and a Hub or a proxy in trouble.
 _PASSING = (408, 429, 500, 502, 503, 504)
 
 
@@ -179,7 +179,7 @@ def explaining(repo_id: str, revision: str | None, *, doing: str = "download") -
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         if not _raised_by_client(error):
             raise
-        raise not_a_hub(repo_id) from None  # its answers have other types than a Hub's
+        raise not_a_hub(repo_id) from None  # its answers have other types than the Hub's
 
 
 def _raised_by_client(error: BaseException) -> bool:

@@ -111,7 +111,7 @@ def opened_for_planning(
     access = replace(access, revision=revision)
     origin = _folder(source, revision) if is_folder(source) else _looked_into(source, access, transfer)
     with Checkpoint(origin.files) as checkpoint:
-        if origin.on_hub and origin.hub is None:  # nobody to ask what else the repository has
+        if origin.on_hub and origin.hub is None:  # offline, nobody can be asked what else the repository has
             checkpoint.notes.append(NOT_REACHED)
         yield origin, checkpoint
 
@@ -134,7 +134,7 @@ def _looked_into(source: str, access: HubAccess, transfer: StartTransfer) -> Sou
         remote = interruptible(
             lambda: Remote.find(source, access.revision, checked_token(access.token), access.cache_dir)
         )
-        if remote is None:  # no network: what the cache holds will do, if it holds all
+        if remote is None:  # offline: the cache is enough if it is complete
             return _cached(source, access.revision, access.cache_dir)
     return Source(remote.cache.snapshot(remote.commit), source, remote.commit, HubFiles(remote, transfer))
 
@@ -143,7 +143,7 @@ def _folder(source: str, revision: str | None) -> Source:
     if revision:
         raise SourceError(f"{source} is a folder; --revision applies to a Hub id only.")
     path = Path(source).expanduser()
-    name = os.fsencode(path.resolve().name).decode(errors="replace")  # a name on disk may be any bytes
+    name = os.fsencode(path.resolve().name).decode(errors="replace")  # a file name may be any bytes
     return Source(path, name)
 
 

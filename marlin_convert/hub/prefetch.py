@@ -79,7 +79,7 @@ class Prefetch:
 
     def _count(self, nbytes: int) -> None:
         if self._stopped:
-            raise HubError("the download was stopped.")  # nobody waits for it any more
+            raise HubError("the download was stopped.")  # nobody is waiting for it any more
         self._on_bytes(nbytes)
 
     def _has_room(self, number: int) -> bool:

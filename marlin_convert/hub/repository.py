@@ -89,7 +89,7 @@ class Remote:
         """
         file, cache = self.files[name], self.cache
         link = cache.snapshot(self.commit) / name
-        if link.exists() and not cache.is_temporary(file):  # also in a cache that cannot be written to
+        if link.exists() and not cache.is_temporary(file):  # this works in a read-only cache too
             return link
         use = cache.use(file)
         try:
@@ -97,7 +97,7 @@ class Remote:
             if cache.find(file, self.commit) is None:
                 download(self.repo_id, file, self.commit, self.token, cache, on_bytes)
             link = cache.link(file, self.commit)
-            cache.keep(file)  # whoever waited for it meanwhile may have noted something else
+            cache.keep(file)  # another run that waited for it may have marked it otherwise
         finally:
             use.close()
         return link

@@ -95,7 +95,7 @@ def push(
             branch = target.branch
             with_retries(lambda: api.create_branch(target.repo_id, branch=branch, exist_ok=True))
             head = _head(target, token)
-        # Weights of another result beside these would be read with them.
+        # Other weights in the repository would be loaded together with these.
         there = _weights_there(target, head, token)
         stale = [CommitOperationDelete(n) for n in there if n not in added and n.endswith(_READ) and "/" not in n]
         if transfer is not None:
@@ -111,7 +111,7 @@ def push(
                     target.repo_id, [*added.values(), *stale], commit_message=message, create_pr=target.create_pr,
                     revision=target.branch, parent_commit=head,  # refused if somebody else has committed since
                 ),
-                garbled=True,  # huggingface_hub takes any answer about the card for JSON
+                garbled=True,  # huggingface_hub assumes that any answer about the card is JSON
             )
         )  # fmt: skip
     return str(done.pr_url or done.commit_url)

@@ -29,7 +29,7 @@ def pointer(array: NDArray[Any]) -> ctypes.c_void_p:
 def to_torch(array: NDArray[Any]) -> Tensor:
     import torch
 
-    # torch wants aligned, writable memory; the twin is slow anyway.
+    # torch needs aligned, writable memory; the twin is slow anyway.
     return torch.from_numpy(np.array(array, copy=True, order="C"))
 
 
@@ -85,7 +85,7 @@ def stride(matrix: NDArray[Any]) -> int:
     """Return elements from a row to the next."""
     return max(
         int(matrix.strides[0]) // matrix.itemsize, int(matrix.shape[1])
-    )  # numpy: any stride, where there is one row
+    )  # numpy may give any stride where there is a single row
 
 
 def check_fill(fill: NDArray[np.uint8], K: int, N: int, bits: int) -> None:

@@ -88,7 +88,7 @@ class Native:
 
     def call(self, function: str, *arguments: Any) -> None:
         code = getattr(self.native, function)(*arguments)
-        if code:  # the arguments were checked, so this is a bug in this file
+        if code:  # the arguments have been checked, so this is a bug here
             raise RuntimeError(f"{function} failed with code {code}: {ERRORS.get(code, 'unknown')}")
 
     def first_difference(self, a: ctypes.c_void_p, b: ctypes.c_void_p, count: int) -> int:

@@ -29,7 +29,7 @@ def usable_device(request: str, *, computes: bool) -> tuple[Device, str | None]:
     if device.kind == "cpu":
         return device, None
     if request == "auto" and not computes:
-        return device, None  # nothing to compute there: see `packer`
+        return device, None  # there is nothing to compute on a GPU: see `packer`
     try:
         require("torch")
         from . import cuda
@@ -77,7 +77,7 @@ class CUDAPacker:
 
         from . import cuda
 
-        # Of a wide layer come fewer rows than the kernel takes; each tile row is packed by itself.
+        # A block of a wide layer may have fewer rows than the kernel takes; each tile row is then packed by itself.
         missing = -len(B) % (cuda.K_MULTIPLE // TILE_K) * TILE_K * bits // 32
         given = torch.nn.functional.pad(torch.from_numpy(words).to(self._target), (0, 0, 0, missing))
         torch.from_numpy(B).copy_(cuda.repack(given, bits=bits)[: len(B)])

@@ -56,7 +56,7 @@ __all__ = [
 
 T: TypeAlias = torch.Tensor
 
-#: Whether products are batch-invariant that do not say.
+#: Whether products are batch-invariant by default.
 INVARIANT = os.environ.get("MARLIN_BATCH_INVARIANT", "") not in ("", "0")
 
 
@@ -74,7 +74,7 @@ class _Layer:
         self.K, self.N, self.in_features, self.out_features = K, N, rows, columns
         self.perm = pointers[3]
         self.gathers = perm is not None or rows % 8 != 0
-        # The product of activations that marlin_cuda_gather made.
+        # The product on activations that marlin_cuda_gather has reordered.
         self.gathered = Weights(*pointers, K, N, G, K, columns, bits, DTYPES[s.dtype])
         self.kernels = _ready(self.index)
         self.dequantizing_pays: dict[int, bool] = {}  # by M
@@ -108,10 +108,10 @@ def _layer(
 
 # ---- The functions ----
 
-# Scratch memory, its address and its bytes.
+# Scratch memory: the tensor, its address, its size in bytes.
 Workspace: TypeAlias = tuple[T, int, int]
 _workspaces: dict[tuple[int, int], Workspace] = {}
-_captured: dict[tuple[int, int], tuple[int, Workspace]] = {}  # the same, with the id of the capture that they belong to
+_captured: dict[tuple[int, int], tuple[int, Workspace]] = {}  # the same, with the id of the graph capture it belongs to
 
 
 def _workspace(index: int, stream: int) -> Workspace:

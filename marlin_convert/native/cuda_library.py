@@ -13,7 +13,7 @@ import torch
 from ..device import MIN_CAPABILITY, Device, cuda_devices
 from ..errors import INSTALL, DeviceError
 
-#: Where the library is; MARLIN_CUDA_LIBRARY names another one, to compare builds.
+#: The library's path; MARLIN_CUDA_LIBRARY names another build, for comparison.
 LIBRARY = Path(os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "_cuda.so")
 
 # MARLIN_CUDA_* of kernels/marlin_cuda.h; a test compares them.
@@ -100,7 +100,7 @@ def variant(instance: int = 0, stages: int = 0, split: int = 0) -> int:
 
 
 #: marlin_cuda_product_t: A, bias, C, workspace, its bytes, stream, M, lda, dtype, device, variant, unused. Packed, as
-#: that is quicker than a ctypes.Structure.
+#: it is faster to fill than a ctypes.Structure.
 PRODUCT = struct.Struct("@PPPPNPqqiiii")
 
 

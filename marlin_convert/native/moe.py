@@ -284,7 +284,7 @@ def _prepared(
         dtype=DTYPES[x.dtype], device=mixture.index, variant=variant, weights_on_input=weights_on_input,
         activation=ACTIVATIONS[activation], joined=joined, limit=limit, alpha=alpha, beta=beta,
     )  # fmt: skip
-    call.kept = (rows, weights, ids)  # their memory, until the launch
+    call.kept = (rows, weights, ids)  # keeps their memory alive until the launch
     return mixture, call, out
 
 

@@ -30,18 +30,18 @@ from .order import Order
 
 #: Plans that are made at the same time; conversions are made one after another.
 PLANNERS = 2
-#: Most that wait, of each kind.
+#: The longest queue, for each kind of job.
 LONGEST_QUEUE = 20
-#: Seconds for which a job that is over can still be looked at, and how many at most.
+#: How long a finished job can still be viewed, in seconds, and how many are kept at most.
 KEPT_SECONDS, KEPT_JOBS = 3600.0, 500
-#: Seconds that a cancelled process has to end.
+#: Seconds that a cancelled process gets to end.
 GRACE = 15.0
 #: Seconds over which a rate is taken.
 RATE_SPAN = 10.0
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 
-#: What no process of a visitor's may find: logins of whoever runs the page.
+#: Environment variables hidden from visitors' processes: logins of whoever runs the page.
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "OAUTH_CLIENT_SECRET", "OAUTH_CLIENT_ID")
 
 

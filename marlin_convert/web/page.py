@@ -111,7 +111,7 @@ class Page:
         token: list[Any] = []
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         if self.space:
-            # Gradio finds the token of whoever clicks by this annotation.
+            # Gradio passes the visitor's token because of this annotation.
             def plan_logged_in(kept: Any, own: bool, login: gr.OAuthToken | None, *asked: Any) -> Any:
                 return self.on_plan(kept, own, login.token if login else None, *asked)
 
@@ -172,7 +172,7 @@ class Page:
                 where == PULL_REQUEST,
             )  # fmt: skip
             planned = job.order
-            # What was shown is what is converted, whatever is committed meanwhile.
+            # The commit that was shown is converted, whatever has been committed since.
             return Order(
                 planned.source, job.result["commit"], planned.format, planned.zero_points, planned.quant_method,
                 target, bool(force), own=own, token=_given(token),
@@ -250,7 +250,7 @@ def serve(host: str, port: int, work_dir: Path | None, *, browser: bool, say: Ca
     jobs = Jobs(work_dir)
     try:
         page = Page(jobs, key)
-        # No other site can reach a local page by a name of its own that leads here; and Gradio's history of runs would
+        # No other site may reach a local page by a host name that resolves to it; and Gradio's history of runs would
         # keep in the browser what was typed, tokens too.
         guard = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])] if local else []
         _, address, _ = page.blocks.queue(max_size=200).launch(

@@ -67,7 +67,7 @@ class Voice:
 def main(folder: Path) -> None:
     order = Order.of_line(sys.stdin.readline())
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
-        os.dup2(2, 1)  # whatever prints must not be taken for an answer
+        os.dup2(2, 1)  # printed text must not be taken for an answer
         voice = Voice(stream)
         raise_on_signals()
         orphaned = threading.Event()
