@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,6 +275,44 @@ def test_two_users_at_once(filled: Hub, visit: Callable[..., Visitor]) -> None:
     # What alone bob may read, alice cannot: nothing that was read for him is kept for others.
     first.ask("bob/secret", ALICE)
     assert "no such repository" in first.problem("#plan")
+
+
+def test_a_token_is_nowhere_but_in_its_process(
+    filled: Hub, server: Server, tmp_path: Path, visit: Callable[..., Visitor]
+) -> None:
+    """While a conversion runs: in no process's environment or arguments, in no file, and no login of the computer."""
+    visitor = visit()
+    visitor.ask("org/gptq", ALICE)
+    visitor.plan()
+    filled.rate = 2e5
+    visitor.convert()
+    visitor.page.locator("#progress progress").first.wait_for()
+    job = [
+        pid
+        for pid in descendants(server.process.pid)
+        if b"marlin_convert.web" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert job, "the conversion has no process of its own"
+    for pid in [server.process.pid, *descendants(server.process.pid)]:
+        for what in ("environ", "cmdline"):
+            assert ALICE.encode() not in Path(f"/proc/{pid}/{what}").read_bytes()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(server.work_dir in path.parents for path in files)
+    for path in files:
+        with suppress(FileNotFoundError):  # it is at work
+            assert ALICE.encode() not in path.read_bytes(), path
+    assert not [path for path in files if path.name in ("token", "stored_tokens")]
+    filled.rate = None
+    visitor.published()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that these have."""
+    found = []
+    for path in Path("/proc").glob(f"{pid}/task/*/children"):
+        for child in map(int, path.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
 
 
 def test_at_phone_width(visit: Callable[..., Visitor]) -> None:
