@@ -204,7 +204,7 @@ class Checkpoint:
             "I8": np.int8,
         }
         if tensor.dtype not in numpy_dtype:
-            raise UnsupportedError(f"{tensor.name}: dtype {tensor.dtype} is none that a quantized layer has.")
+            raise UnsupportedError(f"{tensor.name}: dtype {tensor.dtype} is not one that a quantized layer has.")
         return numpy_dtype[tensor.dtype]
 
     # ---- Weight files

@@ -209,7 +209,7 @@ class AWQFormat(SourceFormat):
         )
         if stored.perm is not None or stored.bits != awq.BITS or not found.fits():
             raise SourceError(
-                f"{stored.name}: its tensors are none that an AWQ layer becomes; the checkpoint is damaged."
+                f"{stored.name}: its tensors are not those that an AWQ layer becomes; the checkpoint is damaged."
             )
         return found
 

@@ -197,8 +197,9 @@ class CTInspection(LayerInspection):
             return None
         if len(packed.shape) != 2 or len(scales.shape) != 2:
             self.refusals.append(
-                f"weight_packed is {len(packed.shape)}-D, weight_scale {len(scales.shape)}-D, and its name none "
-                f"that stacked experts are known by (experts.gate_up_proj, experts.down_proj and the like); {_APART}"
+                f"weight_packed is {len(packed.shape)}-D, weight_scale {len(scales.shape)}-D, and its name is "
+                "not one that stacked experts are known by (experts.gate_up_proj, experts.down_proj and the like); "
+                f"{_APART}"
             )
             return None
         if self.member is not None and not self._is_expert(self.member):
@@ -286,7 +287,7 @@ class CTInspection(LayerInspection):
         shapes = {"I32": (-(-layer.N * layer.bits // 32), layer.G), "I8": (layer.N, layer.G)}
         if tensor.dtype not in shapes:
             self.refusals.append(
-                f"weight_zero_point is {tensor.dtype}; zero points that are no whole numbers cannot be repacked"
+                f"weight_zero_point is {tensor.dtype}; zero points that are not whole numbers cannot be repacked"
             )
             return layer
         if tensor.shape != shapes[tensor.dtype]:

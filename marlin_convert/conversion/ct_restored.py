@@ -116,8 +116,8 @@ def stacked_again(layers: Mapping[str, RestoredCT], noted: Noted) -> Iterator[Re
         kinds = {_kind(layers.get(member)) for member in found}
         if len(kinds) != 1 or None in kinds or members.keys() & found.keys():
             raise SourceError(
-                f"{shortened(name)}: it was made of {shortened(count)} stacked experts, and they are not all there, or "
-                "of several kinds; the checkpoint is damaged."
+                f"{shortened(name)}: it was made of {shortened(count)} stacked experts, and some are missing, or "
+                "they are of several kinds; the checkpoint is damaged."
             )
         members |= found
     for name, layer in layers.items():

@@ -36,8 +36,8 @@ def require_free_names(checkpoint: Checkpoint, weights: Collection[str]) -> None
     for name in copied_files(checkpoint):
         if name.split("/")[0] in own:
             raise SourceError(
-                f"{checkpoint.called(name)}: it is none of the model's own files, and would take the place of one in "
-                "the result; give it another name, or remove it."
+                f"{checkpoint.called(name)}: it is not one of the model's own files, and would take the place of one "
+                "in the result; give it another name, or remove it."
             )
 
 

@@ -83,8 +83,8 @@ def noted_of(result: Side) -> dict[str, Any]:
     )
     if not fits:
         raise SourceError(
-            f"{label}: its {REPORT_FILE} names {shortened(source)} at {shortened(commit)} as its source, which is no "
-            "repository and commit."
+            f"{label}: its {REPORT_FILE} names {shortened(source)} at {shortened(commit)} as its source, which is not "
+            "a repository and a commit."
         )
     if not isinstance(noted.get("options"), dict):
         raise SourceError(
@@ -106,4 +106,4 @@ def noted_options(noted: dict[str, Any], label: str) -> Options:
             target=None if published is None else PublishTarget(published),
         )  # fmt: skip
     except (KeyError, OptionError) as error:
-        raise SourceError(f"{label}: the options in its {REPORT_FILE} are none ({error}).") from None
+        raise SourceError(f"{label}: the options in its {REPORT_FILE} are not valid ({error}).") from None

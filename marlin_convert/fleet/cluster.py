@@ -99,7 +99,7 @@ def resources(text: str) -> dict[str, float]:
         except ValueError:
             given = ""
         if not (given and name.strip() and 0 <= found[name.strip()] < 1e18):
-            raise OptionError(f"{text!r} are no resources; write them like CPU=2,disk=1.")
+            raise OptionError(f"{text!r} are not resources; write them like CPU=2,disk=1.")
     return found
 
 

@@ -37,7 +37,7 @@ def _from_address(text: str) -> tuple[str, str | None] | None:
     plain = text.startswith(("http://", "https://"))
     if _host(text if plain else f"https://{text}") not in hosts:
         if plain:
-            raise SourceError(f"{text}: no address of the Hugging Face Hub; give a folder, or a Hub id.")
+            raise SourceError(f"{text}: not an address of the Hugging Face Hub; give a folder, or a Hub id.")
         return None
     parts = urlsplit(text if plain else f"https://{text}")
     words = [unquote(word) for word in parts.path.split("/") if word]
@@ -46,7 +46,7 @@ def _from_address(text: str) -> tuple[str, str | None] | None:
     at = next((i for i, word in enumerate(words) if word in _VIEWS), len(words))
     name, rest = words[:at], words[at + 1 :]
     if not name or len(name) > 2:
-        raise SourceError(f"{text}: no address of a model; a model's is like https://huggingface.co/org/name.")
+        raise SourceError(f"{text}: not the address of a model; a model's looks like https://huggingface.co/org/name.")
     if len(rest) > 1 and words[at] == "tree":
         raise SourceError(f"{text}: the address of a folder in a repository; only a whole repository can be read.")
     return "/".join(name), rest[0] if rest else None
@@ -69,7 +69,7 @@ def _from_scheme(text: str) -> tuple[str, str | None] | None:
         raise SourceError(f"{text}: the address of {_OTHERS[kind]}, not of a model.")
     name, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise SourceError(f"{text}: no address of a model; a model's is like hf://org/name@revision.")
+        raise SourceError(f"{text}: not the address of a model; a model's looks like hf://org/name@revision.")
     return name, revision or None
 
 

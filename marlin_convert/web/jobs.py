@@ -301,5 +301,7 @@ def _own_folder(parent: Path | None) -> tuple[Path, IO[str]]:
             held = folder.with_name(f"{folder.name}.lock").open("w")
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise OutputError(f"{above}: no folder to work in: {shortened(error.strerror or error)}.") from None
+        raise OutputError(
+            f"{above}: it cannot be the folder to work in: {shortened(error.strerror or error)}."
+        ) from None
     return folder, held

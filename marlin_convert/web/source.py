@@ -13,5 +13,5 @@ def hub_source(text: str, revision: str | None) -> tuple[str, str | None]:
     """Return a Hub id and a revision from what was pasted; raises SourceError for anything else."""
     name, revision = repository(text.strip(), revision)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII):
-        raise SourceError(f"{shortened(name)} is no repository on the Hub; write it like owner/name.")
+        raise SourceError(f"{shortened(name)}is not a repository on the Hub; write it like owner/name.")
     return name, revision

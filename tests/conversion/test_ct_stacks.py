@@ -117,7 +117,7 @@ def test_an_expert_of_which_a_code_changed_is_found(tmp_path: Path) -> None:
         (
             {f"model.mixture.{k.rpartition('.')[2]}": t for k, t in stacked("x", layers(64, 64)).items()},
             HIDDEN,
-            "its name none that stacked experts are known by",
+            "its name is not one that stacked experts are known by",
         ),
     ],
 )

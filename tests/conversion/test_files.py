@@ -119,8 +119,8 @@ def test_names_that_the_result_needs(tmp_path: Path, name: str, wanted: str, how
     (folder / name).write_text("somebody's")
     options = Options(device="cpu", max_shard_size="120KB" if "00001" in name else "5GB")
     assert refusal(how, folder, tmp_path / "out", options) == (
-        f"{folder / wanted}: it is none of the model's own files, and would take the place of one in the result; give "
-        "it another name, or remove it."
+        f"{folder / wanted}: it is not one of the model's own files, and would take the place of one in the result; "
+        "give it another name, or remove it."
     )
 
 

@@ -275,9 +275,12 @@ def test_results_that_do_not_say_enough(hub: Hub, online: Callable[..., Run], ou
         (lambda out: (out / "marlin_convert.json").unlink(), "it has no marlin_convert.json"),
         (note(lambda n: n.update(source_commit=None)), "it was made from a folder, 'org/gptq'"),
         (note(lambda n: n.update(source="../../etc")), "names '../../etc' at"),
-        (note(lambda n: n.update(source_commit="main")), "at 'main' as its source, which is no repository and commit"),
+        (
+            note(lambda n: n.update(source_commit="main")),
+            "at 'main' as its source, which is not a repository and a commit",
+        ),
         (note(lambda n: n.pop("options")), "it is of an earlier version"),
-        (note(lambda n: n["options"].update(format="x")), "the options in its marlin_convert.json are none"),
+        (note(lambda n: n["options"].update(format="x")), "the options in its marlin_convert.json are not valid"),
     ]
     for number, (change, said) in enumerate(cases):
         folder = tmp_path / f"case{number}"

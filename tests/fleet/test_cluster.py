@@ -23,7 +23,7 @@ def test_what_a_checkpoint_takes() -> None:
     assert resources("CPU=2,disk=0.5") == {"CPU": 2.0, "disk": 0.5}
     assert resources("") == {}
     for text in ("CPU", "CPU=", "=1", "CPU=x", "CPU=-1", "CPU=nan"):
-        with pytest.raises(OptionError, match="are no resources"):
+        with pytest.raises(OptionError, match="are not resources"):
             resources(text)
 
 

@@ -195,9 +195,9 @@ def test_a_refused_source_says_why_and_offers_no_conversion(
     [
         ("org/nothing", "org/nothing: no such repository, or it is private and needs a token of yours"),
         ("org/gated", "ask for access at"),
-        ("/etc", "is no repository on the Hub; write it like owner/name"),
-        ("..", "is no repository on the Hub"),
-        ("", "is no repository on the Hub"),
+        ("/etc", "is not a repository on the Hub; write it like owner/name"),
+        ("..", "is not a repository on the Hub"),
+        ("", "is not a repository on the Hub"),
         ("https://huggingface.co/datasets/org/data", "the address of a dataset, not of a model"),
         ("<img src=x onerror=alert(1)>", "<img src=x onerror=alert(1)>"),  # shown, not obeyed
     ],
