@@ -223,9 +223,6 @@ class AWQInspection(LayerInspection):
         assert qweight is not None
         assert scales is not None
         assert kind is not None
-        if self.part("g_idx") is not None:
-            self.refusals.append("g_idx beside tensors packed as AWQ does it, which has no act-order")
-            return None
         if scales.dtype not in SCALE_DTYPES:
             self.refusals.append(f"scales are {scales.dtype}; F16, BF16 or F32 was expected")
             return None

@@ -33,7 +33,7 @@ from .layer import GROUP_SIZE, Layer
 from .names import span
 from .source_format import SourceFormat
 from .source_layer import Kept
-from .sources import FORMAT_TITLES, GPTQ, format_of
+from .sources import FORMAT_TITLES, FORMATS, GPTQ, format_of
 
 #: A text → the layers that it concerns, in source order.
 Reasons: TypeAlias = "dict[str, list[str]]"
@@ -161,7 +161,7 @@ def make_plan(
         what = _what_else(source, settings, tensors)
         raise UnsupportedError(f"{checkpoint.label}: {what}; a checkpoint of {FORMAT_TITLES} is needed.")
     source.require_complete(tensors)
-    _require_no_marlin(tensors, source, names)
+    _require_one_kind(tensors, source, names)
     small = (f"{name}.{part}" for name in found for part in source.parts[1:])
     checkpoint.read_ahead((tensors[name] for name in small if name in tensors), "reading scales and zero points")
 
@@ -315,14 +315,17 @@ def is_marlin_checkpoint(tensors: dict[str, Tensor]) -> bool:
     return any(name.rpartition(".")[2] in weights and is_marlin_part(tensors, name) for name in tensors)
 
 
-def _require_no_marlin(tensors: dict[str, Tensor], source: SourceFormat, names: list[str]) -> None:
-    """Raise SourceError for names that are the result's own."""
+def _require_one_kind(tensors: dict[str, Tensor], source: SourceFormat, names: list[str]) -> None:
+    """Raise SourceError for names that are the result's own, or those of a layer in another format."""
     layers = set(names)
+    others = {part: other.title for other in FORMATS for part in other.telling if part not in source.parts}
+    others |= dict.fromkeys(MARLIN_PARTS, "Marlin")
     for name in tensors:
         layer, _, part = name.rpartition(".")
-        if layer in layers and part in MARLIN_PARTS:
+        if layer in layers and part in others:
             raise SourceError(
-                f"{layer}: it has a {source.parts[0]} and, as Marlin layers do, {part}; remove the one or the other."
+                f"{layer}: it has a {source.parts[0]} and, as {others[part]} layers do, {part}; remove the one or the "
+                "other."
             )
         if is_marlin_part(tensors, name):
             raise SourceError(

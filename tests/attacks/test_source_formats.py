@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.convert import convert
+from marlin_convert.conversion.plan import make_plan, plan_as_dict
 from marlin_convert.errors import MarlinConvertError
 from marlin_convert.options import Options
-from tests.support.awq_checkpoints import AWQLayer, awq_config, write_awq
-from tests.support.ct_checkpoints import CTLayer, ct_config, write_ct
+from tests.support import format_reader, source_definitions
+
+DATA = Path(__file__).parents[1] / "data" / "sources"
+NAMES = tuple(sorted(path.name for path in DATA.iterdir()))
+#: How the names of a quantized layer's tensors end.
+PARTS = (".qweight", ".qzeros", ".scales", ".g_idx", "_packed", "_scale", "_shape", "_zero_point", "_g_idx")
 
 ODD: list[Any] = [None, -1, 0, 3, 1 << 40, 1.5, True, "", "gemv", "group", [], [1], {}, {"a": {}}, "\x1b[2J", "x" * 999]
 DTYPES = (
@@ -63,40 +70,118 @@ def changed_tensor(tensor: torch.Tensor, chance: random.Random) -> torch.Tensor 
     return torch.from_numpy(noise).view(tensor.dtype).reshape(tensor.shape)
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "awq gemm", "awq gemv"])
-@pytest.mark.parametrize("what", ["config", "tensors"])
-def test_changed_by_chance(tmp_path: Path, format: str, what: str) -> None:
-    zeros = np.random.default_rng(0).integers(0, 16, (4, 64))
-    if format == "compressed-tensors":
-        order = np.random.default_rng(1).permutation(128) // 32
-        config = ct_config({"symmetric": False, "actorder": "group", "group_size": 32})
-        layer = CTLayer(K=128, N=64, group_size=32, zeros=zeros, g_idx=order, bias=True)
-        source = write_ct(tmp_path / "source", layer, config)
+def outcome(source: Path, out: Path) -> tuple[str, dict[str, Any] | None]:
+    """What a conversion says against the source, "" if nothing; and its plan. A dry run says and plans the same."""
+    said, planned = "", None
+    try:
+        with Checkpoint(source) as checkpoint:
+            plan = make_plan(checkpoint)
+            planned = plan_as_dict(plan, "")
+            plan.require_convertible()
+    except MarlinConvertError as error:
+        said = str(error)
+    try:
+        report = convert(source, out, Options(device="cpu", verify=True))
+    except MarlinConvertError as error:
+        refused = str(error)
     else:
-        config = awq_config(group_size=32, version=format.split()[1])
-        awq = AWQLayer(K=128, N=64, group_size=32, zeros=zeros, layout=format.split()[1], bias=True)
-        source = write_awq(tmp_path / "source", awq, config)
-    main = json.loads((source / "config.json").read_text())
-    tensors = load_file(source / "model.safetensors")
-    ends: list[bool] = []
-    for seed in range(40):
-        chance = random.Random(f"{format} {what} {seed}")
-        if what == "config":
-            own = {**main, "quantization_config": changed_config(config, chance)}
-            (source / "config.json").write_text(json.dumps(own))
+        refused = ""
+    assert refused == said
+    if refused:
+        assert not out.exists()
+        return said, planned
+    assert plan_as_dict(report.plan, "") == planned
+    assert report.verification is not None
+    assert report.verification.ok
+    return said, planned
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_changed_by_chance(tmp_path: Path, name: str) -> None:
+    """Each source of the test data, its config or a tensor of a layer changed. What is converted is what an independent
+    reader of the format's definition finds there."""
+    source = tmp_path / "source"
+    source.mkdir()
+    main = json.loads((DATA / name / "config.json").read_text())
+    tensors = load_file(DATA / name / "model.safetensors")
+    own = sorted(n for n in tensors if n.endswith(PARTS))
+    said: list[str] = []
+    for seed in range(14):
+        chance = random.Random(f"{name} {seed}")
+        config = main
+        kept: dict[str, torch.Tensor | None] = dict(tensors)
+        if seed < 5:
+            config = {**main, "quantization_config": changed_config(main["quantization_config"], chance)}
         else:
-            name = chance.choice(sorted(n for n in tensors if n.startswith("layer.")))
-            other = changed_tensor(tensors[name], chance)
-            kept = {**tensors, name: other}
-            save_file({n: t for n, t in kept.items() if t is not None}, source / "model.safetensors")
+            key = chance.choice(own)
+            kept[key] = changed_tensor(tensors[key], chance)
+        (source / "config.json").write_text(json.dumps(config))
+        save_file({n: t for n, t in kept.items() if t is not None}, source / "model.safetensors")
         out = tmp_path / f"out {seed}"
-        try:
-            report = convert(source, out, Options(device="cpu", verify=True))
-        except MarlinConvertError:
-            assert not out.exists()
-            ends.append(False)
-        else:
-            assert report.verification is not None
-            assert report.verification.ok
-            ends.append(True)
-    assert set(ends) == {False, True}
+        said.append(outcome(source, out)[0])
+        if not said[-1] and seed >= 5:
+            expected = source_definitions.read(source)
+            found = format_reader.read(out)
+            assert found.keys() == expected.keys()
+            for layer, weight in found.items():
+                np.testing.assert_array_equal(weight, expected[layer])
+    assert any(said)
+    assert not all(said)
+
+
+#: Of a layer whose tensors have these endings: what is put in their place, and what is said of it.
+Change = Callable[[torch.Tensor], torch.Tensor]
+LIES: list[tuple[str, str, Change, str]] = [
+    ("ct-g128", "weight_scale", lambda t: torch.full_like(t, float("inf")), "scales contain inf or NaN"),
+    ("ct-g128", "weight_scale", lambda t: torch.full_like(t, float("nan")), "scales contain inf or NaN"),
+    ("awq-g64", "scales", lambda t: torch.full_like(t, float("nan")), "scales contain inf or NaN"),
+    ("awq-gemv-g64", "scales", lambda t: torch.full_like(t, float("inf")), "damaged"),
+    ("autoround-plain-g32", "scales", lambda t: torch.full_like(t, float("-inf")), "scales contain inf or NaN"),
+    (
+        "ct-stacked-8bit-channel-bf16",
+        "weight_scale",
+        lambda t: torch.full_like(t, float("nan")),
+        "scales contain inf or NaN",
+    ),
+    ("ct-g128", "weight_shape", lambda t: t + 1, "is not that of weight_shape"),
+    ("ct-g128", "weight_shape", lambda t: -t, "an empty layer"),
+    ("ct-g128", "weight_shape", lambda t: t * 0 + (1 << 62), "is not that of weight_shape"),
+    ("ct-stacked-g32-asym", "weight_shape", lambda t: t + 1, "is not that of 4 experts"),
+    ("ct-g32-asym-int8", "weight_zero_point", lambda t: t * 0 + 8, "which 4 bits cannot hold"),
+    ("ct-g32-asym-int8", "weight_zero_point", lambda t: t * 0 - 9, "which 4 bits cannot hold"),
+    ("ct-g32-asym", "weight_zero_point", lambda t: t.to(torch.int8), "does not match"),
+    ("ct-g32-asym", "weight_zero_point", lambda t: t.half(), "no whole numbers"),
+    ("ct-g32-act-order", "weight_g_idx", lambda t: t + 1, "g_idx names group"),
+    ("ct-g32-act-order", "weight_g_idx", lambda t: t - 1, "g_idx names group -1"),
+    ("ct-8bit-g64-asym-act-order", "weight_g_idx", lambda t: t * 0, "every row into group 0"),
+    ("awq-g64", "qzeros", lambda t: t[:1].contiguous(), "does not match"),
+    ("awq-g64", "qzeros", lambda t: t.half(), "only zero points packed in int32"),
+    ("awq-gemv-g32", "qzeros", lambda t: t.to(torch.int64), "int32"),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "change", "reason"), LIES, ids=[f"{x[0]} {x[1]} {x[3]}" for x in LIES])
+def test_lies(tmp_path: Path, name: str, part: str, change: Change, reason: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = load_file(DATA / name / "model.safetensors")
+    key = next(n for n in sorted(tensors) if n.endswith((f"down_proj.{part}", f"output_linear.{part}")))
+    save_file({**tensors, key: change(tensors[key]).contiguous()}, source / "model.safetensors")
+    (source / "config.json").write_bytes((DATA / name / "config.json").read_bytes())
+    said, _ = outcome(source, tmp_path / "out")
+    assert reason in said
+    assert key.rpartition(".")[0].removesuffix(".output_linear").removesuffix(".experts.down_proj") in said
+
+
+@pytest.mark.parametrize("name", ["ct-g128", "ct-g32-asym", "awq-g64", "awq-gemv-g64", "autoround-plain-g32"])
+def test_two_layers_of_one_name(tmp_path: Path, name: str) -> None:
+    """Whoever looks at a layer's tensors finds those of another format, or of the result, beside them."""
+    tensors = load_file(DATA / name / "model.safetensors")
+    layer = "model.layers.0.mlp.up_proj"
+    for extra in ("marlin_qweight", "B", "weight_packed" if "ct" not in name else "qweight"):
+        source = tmp_path / extra
+        source.mkdir()
+        beside = {f"{layer}.{extra}": torch.zeros(16, 16, dtype=torch.int32)}
+        save_file({**tensors, **beside}, source / "model.safetensors")
+        (source / "config.json").write_bytes((DATA / name / "config.json").read_bytes())
+        assert layer in outcome(source, tmp_path / f"out {extra}")[0]

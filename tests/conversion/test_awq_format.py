@@ -243,7 +243,6 @@ def replaced(**parts: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
         (replaced(qzeros=None), "no qzeros, without which AWQ's tensors tell no weight"),
         (replaced(qzeros=torch.zeros(2, 32)), "qzeros are F32"),
         (replaced(scales=torch.ones(2, 256, dtype=torch.float64)), "scales are F64"),
-        (replaced(g_idx=torch.zeros(256).int()), "g_idx beside tensors packed as AWQ does it"),
         (replaced(qweight=torch.zeros(252, 32).int()), "K = 252 or N = 256 does not fill whole words"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -266,6 +265,7 @@ def test_other_bits_by_the_config(tmp_path: Path) -> None:
         ("gemm", {"other.qzeros": torch.zeros(2, 32).int()}, "other: it has qzeros and no qweight"),
         ("gemv", replaced(qzeros=torch.full((256, 1), 0x100).int()), "qzeros has numbers beyond its 2 groups"),
         ("gemv", replaced(scales=torch.ones(256, 8).half()), "scales has numbers beyond its 2 groups"),
+        ("gemm", replaced(g_idx=torch.zeros(256).int()), "it has a qweight and, as GPTQ layers do, g_idx"),
         ("gemm", {"layer.B": torch.zeros(1).int()}, "it has a qweight and, as Marlin layers do, B"),
     ],
 )

@@ -44,35 +44,43 @@ def compressed_tensors(tensors: dict[str, torch.Tensor], layer: str) -> Float:
     return ((codes - zeros[:, groups]) * scales[:, groups]).T
 
 
-def gptq(tensors: dict[str, torch.Tensor], layer: str, less: int) -> Float:
-    """W [K, N] of a GPTQ layer whose zero points are stored less `less`; rows in order, no zero point 0."""
-    qweight, qzeros, scales = (tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros", "scales"))
-    bits = 32 * qzeros.shape[1] // scales.shape[1]
+def gptq(tensors: dict[str, torch.Tensor], layer: str, less: int, bits: int) -> Float:
+    """W [K, N] of a GPTQ layer whose zero points are stored less `less`; rows in order, no zero point 0. Without zero
+    points, it has `bits` and is symmetric."""
+    qweight, scales = tensors[f"{layer}.qweight"].numpy(), tensors[f"{layer}.scales"].double().numpy()
+    qzeros = tensors.get(f"{layer}.qzeros")
+    zeros = np.full(scales.shape, 2 ** (bits - 1))
+    if qzeros is not None:
+        bits = 32 * qzeros.shape[1] // scales.shape[1]
+        zeros = stream(qzeros.numpy(), bits, scales.shape[1]) + less
     K = qweight.shape[0] * 32 // bits
-    codes, zeros = stream(np.ascontiguousarray(qweight.T), bits, K).T, stream(qzeros, bits, scales.shape[1]) + less
+    codes = stream(np.ascontiguousarray(qweight.T), bits, K).T
     groups = np.arange(K) // (K // len(scales))
-    return (codes - zeros[groups]) * scales.astype(np.float64)[groups]
+    weight: Float = (codes - zeros[groups]) * scales[groups]
+    return weight
 
 
 def awq_gemm(tensors: dict[str, torch.Tensor], layer: str) -> Float:
     """W [K, N] of an AWQ layer: of eight columns, a word holds 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits up."""
-    qweight, qzeros, scales = (tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros", "scales"))
+    qweight, qzeros = (tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros"))
+    scales = tensors[f"{layer}.scales"].double().numpy()
     N = scales.shape[1]
     columns = np.arange(N).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
     codes, zeros = np.empty((len(qweight), N), np.int64), np.empty(scales.shape, np.int64)
     codes[:, columns], zeros[:, columns] = stream(qweight, 4, N), stream(qzeros, 4, N)
     groups = np.arange(len(codes)) // (len(codes) // len(scales))
-    return (codes - zeros[groups]) * scales.astype(np.float64)[groups]
+    return (codes - zeros[groups]) * scales[groups]
 
 
 def awq_gemv(tensors: dict[str, torch.Tensor], layer: str, group_size: int) -> Float:
     """W [K, N] of an AWQ layer in the layout gemv: each output's codes together, in their order; scales and zero points
     of its groups too, and beyond them padding."""
-    qweight, qzeros, scales = (tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros", "scales"))
+    qweight, qzeros = (tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros"))
+    scales = tensors[f"{layer}.scales"].double().numpy()
     K = 8 * qweight.shape[1]
     groups = np.arange(K) // group_size
     steps = stream(qweight, 4, K) - stream(qzeros, 4, scales.shape[1])[:, groups]
-    weight: Float = (steps * scales.astype(np.float64)[:, groups]).T
+    weight: Float = (steps * scales[:, groups]).T
     return weight
 
 
@@ -83,7 +91,7 @@ def quantized(tensors: dict[str, torch.Tensor], layer: str, config: dict[str, An
         return awq_gemv(tensors, layer, config["group_size"])
     if config["quant_method"] == "awq" or packing.endswith("awq"):
         return awq_gemm(tensors, layer)
-    return gptq(tensors, layer, less=1 if packing.endswith("auto_gptq") else 0)
+    return gptq(tensors, layer, 1 if packing.endswith("auto_gptq") else 0, config["bits"])
 
 
 def experts(tensors: dict[str, torch.Tensor], stack: str) -> dict[str, Float]:
