@@ -104,8 +104,7 @@ def _no_safetensors(label: str, names: Sequence[str]) -> Exception:
     ggufs = [n for n in names if n.endswith((".gguf", ".ggml"))]
     if ggufs:
         return UnsupportedError(
-            f"{label}: a GGUF checkpoint ({ggufs[0]}), which has nothing to repack; a GPTQ checkpoint is needed. "
-            "llama.cpp runs it as it is."
+            f"{label}: a GGUF checkpoint ({ggufs[0]}), which has nothing to repack. llama.cpp runs it as it is."
         )
     pickles = [n for n in names if n.endswith(PICKLE_SUFFIXES)]
     if pickles:

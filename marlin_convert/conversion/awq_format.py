@@ -13,7 +13,7 @@ from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, Shards
 from ..errors import SourceError
 from ..formats import awq
-from ..formats.gptq_config import AWQ_METHODS, GPTQSettings, parse_settings
+from ..formats.gptq_config import AWQ_METHODS, ROUNDED, GPTQSettings, parse_settings
 from ..formats.layout import TILE_K, TILE_N, pack_gptq_rows, permute_scales, unpermute_scales, zero_point
 from ..formats.stored import StoredLayer
 from ..native import cpu
@@ -157,6 +157,14 @@ def layout_of(tensors: Mapping[str, Tensor], name: str) -> type[AWQLayer] | None
     return TilesLayer if qzeros is None and width == 2 * scale_width else None
 
 
+def _is_fast(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a layer has the tensors of the layouts gemv_fast and llm-awq: codes by four, zero points no whole
+    numbers."""
+    qweight, qzeros = tensors.get(f"{name}.qweight"), tensors.get(f"{name}.qzeros")
+    scaled = f"{name}.scaled_zeros" in tensors or (qzeros is not None and qzeros.dtype in SCALE_DTYPES)
+    return qweight is not None and qweight.dtype == "I16" and scaled
+
+
 class AWQFormat(SourceFormat):
     """What AutoAWQ, GPTQModel and AutoRound (auto_awq) write."""
 
@@ -167,7 +175,7 @@ class AWQFormat(SourceFormat):
 
     def layer_names(self, tensors: Mapping[str, Tensor]) -> list[str]:
         names = (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
-        return [name for name in names if layout_of(tensors, name)]
+        return [name for name in names if layout_of(tensors, name) or _is_fast(tensors, name)]
 
     def claimed_by(self, config: Mapping[str, Any]) -> bool:
         return str(config.get("quant_method", "")).lower() in AWQ_METHODS
@@ -220,6 +228,9 @@ class AWQInspection(LayerInspection):
     def measured(self) -> Layer | None:
         qweight, scales, qzeros = self.part("qweight"), self.part("scales"), self.part("qzeros")
         bias, kind = self.part("bias"), layout_of(self.checkpoint.tensors, self.name)
+        if _is_fast(self.checkpoint.tensors, self.name):
+            self.refusals.append(f"tensors of the layout gemv_fast or llm-awq, which stores {ROUNDED}")
+            return None
         assert qweight is not None
         assert scales is not None
         assert kind is not None

@@ -27,6 +27,15 @@ from .restored import RestoredLayer
 from .source_format import Noted, SourceFormat, commonest
 from .source_layer import Kept, SourceLayer, Words, ZeroPoints
 
+#: Parts of layers that hold more than whole numbers with their scales and zero points → what.
+_OTHERS = {
+    "input_scale": "quantized activations",
+    "input_zero_point": "quantized activations",
+    "input_global_scale": "quantized activations",
+    "weight_global_scale": "NVFP4, or another kind of scales upon scales",
+    "bitmask": "sparse weights",
+    "compressed": "sparse weights",
+}
 #: What to do where stacked experts cannot be taken apart.
 _APART = "save the model with one linear for each expert"
 
@@ -183,15 +192,15 @@ class CTInspection(LayerInspection):
         packed, scales, shape = self.part("weight_packed"), self.part("weight_scale"), self.part("weight_shape")
         zeros, g_idx, bias = self.part("weight_zero_point"), self.part("weight_g_idx"), self.part("bias")
         assert packed is not None  # the layer was found by it
+        for part, means in _OTHERS.items():
+            if self.part(part) is not None:
+                self.refusals.append(f"{part} beside weight_packed: {means}, which Marlin has not")
+                return None
         for part, tensor in (("weight_scale", scales), ("weight_shape", shape)):
             if tensor is None:
                 raise SourceError(f"{self.name}: it has a weight_packed and no {part}; the checkpoint is incomplete.")
         assert scales is not None
         assert shape is not None
-        for part in ("input_scale", "weight_global_scale", "input_global_scale"):
-            if self.part(part) is not None:
-                self.refusals.append(f"{part} beside weight_packed: not of whole numbers alone, or activations too")
-                return None
         if packed.dtype != "I32":
             self.refusals.append(f"weight_packed is {packed.dtype}; only whole numbers in int32 words can be repacked")
             return None

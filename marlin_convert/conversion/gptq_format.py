@@ -172,7 +172,7 @@ class GPTQInspection(LayerInspection):
         return Layer(source, bias, group_rows)
 
     def _bits(self, rows: int, N: int, G: int, qzeros: Tensor | None, g_idx: Tensor | None) -> int | None:
-        fitting = [bits for bits in (2, 3, 4, 8) if rows * 32 % bits == 0]
+        fitting = [bits for bits in range(2, 9) if rows * 32 % bits == 0]
         if qzeros is not None:
             if qzeros.dtype != "I32":
                 self.refusals.append(
@@ -188,6 +188,7 @@ class GPTQInspection(LayerInspection):
                     f"{self.name}: g_idx {g_idx.dtype} {list(g_idx.shape)}: one int32 for each row was expected."
                 )
             fitting = [bits for bits in fitting if rows * 32 // bits == g_idx.shape[0]]
+        fitting = [bits for bits in fitting if bits not in (5, 6, 7)] or fitting  # which only GPTQModel's planes have
         if not fitting:
             raise SourceError(
                 f"{self.name}: no bit width explains its shapes: qweight has {rows} rows and N = {N}, "

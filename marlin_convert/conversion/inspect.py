@@ -59,7 +59,9 @@ class LayerInspection(ABC):
     def _check_format(self, layer: Layer) -> None:
         """Check what the formats can hold, by shape."""
         if layer.bits not in EXT_BITS:
-            self.refusals.append(f"{layer.bits}-bit weights; Marlin has 4 and 8 bits")
+            self.refusals.append(
+                f"{layer.bits}-bit weights; Marlin has 4 and 8 bits, with which the model has to be quantized"
+            )
         elif layer.bits != 4:
             self.why_extended.append(f"{layer.bits}-bit weights; the original format has 4 bits only")
         groups = _group_text(layer)

@@ -44,6 +44,9 @@ _FOREIGN_TENSORS = {
     ".quant_state.bitsandbytes__fp4": "a bitsandbytes checkpoint",
     ".SCB": "a bitsandbytes checkpoint",
     ".q_weight": "an EXL2 checkpoint",
+    ".trellis": "an EXL3 checkpoint",
+    ".W_q": "an HQQ checkpoint",
+    "_proj_blocks": "an MXFP4 checkpoint",
 }
 
 
@@ -339,6 +342,8 @@ def _what_else(source: SourceFormat, settings: GPTQSettings, tensors: dict[str, 
         for ending, kind in _FOREIGN_TENSORS.items():
             if name.endswith(ending):
                 return f"{kind} ({name})"
+        if tensors[name].dtype.startswith("F8_"):
+            return f"an FP8 checkpoint ({name} is {tensors[name].dtype})"
     if source is not GPTQ:
         return f"its config says {source.title}, and none of its tensors is a {source.parts[0]}"
     if settings.is_marlin:

@@ -32,6 +32,10 @@ OTHER_METHODS = {
     "compressed-tensors": "a compressed-tensors checkpoint",
     "gguf": "a GGUF checkpoint",
     "fp8": "an FP8 checkpoint",
+    "fbgemm_fp8": "an FP8 checkpoint",
+    "higgs": "a HIGGS checkpoint",
+    "spqr": "an SpQR checkpoint",
+    "vptq": "a VPTQ checkpoint",
     "aqlm": "an AQLM checkpoint",
     "hqq": "an HQQ checkpoint",
     "exl2": "an EXL2 checkpoint",
@@ -50,7 +54,8 @@ RUN_BY = {
     "awq": "vLLM", "bitsandbytes": "Transformers", "compressed-tensors": "vLLM", "gguf": "llama.cpp", "fp8": "vLLM",
     "aqlm": "Transformers", "hqq": "Transformers", "exl2": "ExLlamaV2", "exl3": "ExLlamaV3", "eetq": "Transformers",
     "quanto": "Transformers", "torchao": "Transformers", "mxfp4": "vLLM", "modelopt": "vLLM",
-    "paroquant": "GPTQModel", "qqq": "GPTQModel",
+    "paroquant": "GPTQModel", "qqq": "GPTQModel", "fbgemm_fp8": "vLLM", "higgs": "Transformers", "spqr": "Transformers",
+    "vptq": "Transformers",
 }  # fmt: skip
 
 _GPTQ_METHODS = {"gptq", "gptqmodel", "marlin"}
@@ -64,6 +69,11 @@ AWQ_METHODS = {"awq"}
 _AWQ_FORMATS = {"gemm", "gemv", "marlin"}
 #: Of AWQ too: what they store is a zero point times its scale, rounded, which tells the zero point no longer.
 _ROUNDED_ZEROS = {"gemv_fast", "llm-awq"}
+#: What those layouts store, and what to do instead.
+ROUNDED = (
+    "zero points only as rounded products with their scales; quantize the model in the layout gemm, which can be "
+    "repacked"
+)
 
 #: AutoRound's packing_format, less its prefix → the checkpoint_format in whose way zero points are stored.
 _AUTO_ROUND_PACKINGS = {
@@ -322,10 +332,7 @@ def _require_awq(where: str, raw: dict[str, Any]) -> None:
             raise _other_tensors(where, "GPTQ", "AWQ's")
         return
     if layout in _ROUNDED_ZEROS:
-        raise UnsupportedError(
-            f"{where}: an AWQ checkpoint in the layout {layout}, which stores zero points only as rounded products "
-            "with their scales; quantize the model in the layout gemm, which can be repacked."
-        )
+        raise UnsupportedError(f"{where}: an AWQ checkpoint in the layout {layout}, which stores {ROUNDED}.")
     old = not method and ("w_bit" in raw or "q_group_size" in raw)
     if method not in AWQ_METHODS and not old and layout not in _AWQ_FORMATS - _GPTQ_FORMATS:
         raise _other_tensors(where, method.upper() if method in _GPTQ_METHODS else shortened(method), "AWQ's")

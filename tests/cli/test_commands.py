@@ -146,7 +146,7 @@ def test_0_a_refused_source_has_no_format(run: Callable[..., Run], tmp_path: Pat
     write_source(tmp_path / "source", {"a": GPTQLayer(bits=2, stored_zero=1)}, plain={})
     result = run(tmp_path / "source", "--dry-run")
     assert result.code == 4
-    assert "2-bit weights; Marlin has 4 and 8 bits: a" in result.err
+    assert "2-bit weights; Marlin has 4 and 8 bits, with which the model has to be quantized: a" in result.err
     assert "format:" not in result.out
 
 
