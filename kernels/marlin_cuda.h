@@ -210,8 +210,8 @@ typedef struct {
   int64_t tokens, ldx;
   int32_t top_k, experts, positions, wide_ids;  // wide_ids: ids are int64
   int32_t dtype, device;                        // of x, biases and out
-  int32_t variant;                              // 0: the library's choice; others, for tests: MARLIN_CUDA_MOE_VARIANT
-  int32_t weights_on_input;                     // x is multiplied by the weights, rounded, instead of the result
+  int32_t variant;           // 0: the library's choice; others: MARLIN_CUDA_BATCH_INVARIANT; MARLIN_CUDA_MOE_VARIANT
+  int32_t weights_on_input;  // x is multiplied by the weights, rounded, instead of the result
   int32_t activation, joined;
   float limit, alpha, beta;  // up is clamped to -limit .. limit, then beta is added
   int32_t unused;
@@ -219,7 +219,7 @@ typedef struct {
 
 // block_m: 8, 16, 32, 64 or 128 rows; block_n: 128 or 256 columns; split: MARLIN_CUDA_STREAM_K or
 // MARLIN_CUDA_DATA_PARALLEL; each 0: the library's choice. one_by_one: kernels do not overlap; portable: the
-// kernels for every GPU (16 or 64 rows, 256 columns); rounding: with 64 rows, those that round weights.
+// kernels for every GPU (16 or 64 rows, 256 columns); rounding: with 64 rows, those that round weights. All for tests.
 #define MARLIN_CUDA_MOE_VARIANT(block_m, block_n, split, one_by_one, portable, rounding) \
   ((block_m) | (block_n) << 10 | (split) << 20 | (one_by_one) << 24 | (portable) << 25 | (rounding) << 26)
 

@@ -42,6 +42,7 @@ Instance grouped_sm80_instance(int id, const char* name) {
   i.id = id;
   i.name = name;
   i.loop = MainLoop::kSm80;
+  i.invariant = S::WK == 2;
   i.kernels[0] = reinterpret_cast<const void*>(&grouped_sm80_kernel<__half, S>);
   i.kernels[1] = reinterpret_cast<const void*>(&grouped_sm80_kernel<__nv_bfloat16, S>);
   if constexpr (SCALED) {

@@ -100,6 +100,7 @@ Instance grouped_instance(int id, const char* name) {
   i.id = id;
   i.name = name;
   i.loop = MainLoop::kSm90;
+  i.invariant = S::WK == 2;
   i.kernels[0] = reinterpret_cast<const void*>(&grouped_sm90_kernel<__half, S>);
   i.kernels[1] = reinterpret_cast<const void*>(&grouped_sm90_kernel<__nv_bfloat16, S>);
   i.bits = S::BITS;

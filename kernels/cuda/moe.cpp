@@ -18,11 +18,12 @@ namespace {
 
 struct MoeVariant {
   int block_m, block_n, split;
-  bool one_by_one, portable, rounding;
+  bool invariant, one_by_one, portable, rounding;
   explicit MoeVariant(int v)
       : block_m(v & 0x3ff),
         block_n(v >> 10 & 0x3ff),
         split(v >> 20 & 0xf),
+        invariant(split == MARLIN_CUDA_BATCH_INVARIANT >> 20),
         one_by_one(v >> 24 & 1),
         portable(v >> 25 & 1),
         rounding(v >> 26 & 1) {}
@@ -160,6 +161,7 @@ int make_moe_plan(const marlin_cuda_experts_t* sets, int count, const marlin_cud
   marlin_cuda_moe_layout_t& layout = plan->layout;
   std::memset(&layout, 0, sizeof(layout));
   layout.block_m = wanted.block_m != 0 ? wanted.block_m : choose_block_m(x, sm90);
+  if (wanted.invariant) layout.block_m = sm90 ? std::min(layout.block_m, 64) : 16;  // weights enter in one way
   layout.rounds_weights = sm90 ? layout.block_m > 64 || wanted.rounding : layout.block_m > 16;
   layout.gathered_columns = gathered;
   layout.hidden_columns = hidden;
@@ -208,7 +210,8 @@ int choose_instance(const Product& product, const MoePlan& plan, const marlin_cu
   double least = std::numeric_limits<double>::infinity();
   for (const Instance& i : moe_instances()) {
     if (!runs(i, facts) || !fits(i, w) || i.block_m != block_m ||
-        i.rounds_weights != (plan.layout.rounds_weights != 0) || (wanted.block_n != 0 && i.block_n != wanted.block_n) ||
+        i.rounds_weights != (plan.layout.rounds_weights != 0) || (wanted.invariant && !i.invariant) ||
+        (wanted.block_n != 0 && i.block_n != wanted.block_n) ||
         (plan.few == MainLoop::kSm80) != (i.loop == MainLoop::kSm80))
       continue;
     const double tiles = active * std::ceil(rows / block_m) * std::ceil(static_cast<double>(w.N) / i.block_n);
@@ -291,9 +294,9 @@ int launch_product(const Product& product, const MoePlan& plan, const marlin_cud
   p.early = product.early && launcher.early;
   p.tiles_n = tiles_n;
   constexpr int kExchange = 10;  // steps
-  p.exchange = wanted.split == kStreamK        ? GroupedArguments::kShared
-               : wanted.split == kDataParallel ? GroupedArguments::kWhole
-                                               : kExchange;
+  p.exchange = wanted.split == kStreamK                            ? GroupedArguments::kShared
+               : wanted.split == kDataParallel || wanted.invariant ? GroupedArguments::kWhole
+                                                                   : kExchange;
   void* parameters[] = {&p, &weights_map, &activations_map};
   return launch(launcher, i.kernels[kernel], dim3(facts.multiprocessors), i.threads, shared, parameters);
 }

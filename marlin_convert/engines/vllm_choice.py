@@ -1,7 +1,7 @@
 """Which kernel computes a layer in vLLM: ours or vLLM's own Marlin kernel, and what neither computes.
 
-MARLIN_CONVERT_VLLM_KERNEL chooses for linear layers: `ours`, `vllm`, or `auto`, which is ours where it has been
-measured to be the faster one and for layers that vLLM's kernel does not have.
+MARLIN_CONVERT_VLLM_KERNEL chooses, for linear layers and for experts: `ours`, `vllm`, or `auto`, which is ours where it
+has been measured to be the faster one and for layers that vLLM's kernel does not have.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .tensor_parallel import Piece
 logger = init_logger("vllm.marlin_convert")  # vLLM shows only loggers below its own name
 
 
-#: The environment variable that chooses the kernel of linear layers, and its values.
+#: The environment variable that chooses the kernel, and its values.
 KERNEL = "MARLIN_CONVERT_VLLM_KERNEL"
 _KERNELS = ("auto", "ours", "vllm")
 #: Major compute capabilities on which our kernel was measured to be at least as fast as vLLM's Marlin kernel.
@@ -32,7 +32,7 @@ _FASTER_ON = (9,)
 
 
 class Kernel(NamedTuple):
-    """What computes linear layers, and why. `missing` says why our kernels cannot run here, if they cannot."""
+    """What computes quantized layers, and why. `missing` says why our kernels cannot run here, if they cannot."""
 
     ours: bool
     why: str
@@ -68,7 +68,7 @@ def say() -> None:
     """Write one line of the log, once in a process."""
     choice = kernel()
     name = "marlin-convert's kernels" if choice.ours else "vLLM's Marlin kernel"
-    logger.info("Linear layers of this Marlin checkpoint are computed by %s: %s", name, choice.why)
+    logger.info("Quantized layers of this Marlin checkpoint are computed by %s: %s", name, choice.why)
 
 
 def _part_of_the_cache_key() -> str:
@@ -112,13 +112,12 @@ def batch_invariant() -> bool:
     return bool(getattr(envs, "VLLM_BATCH_INVARIANT", False))
 
 
-def check_invariance(name: str, experts: bool = False) -> None:
-    """Raise ValueError where vLLM promises what the kernels that compute this layer do not give."""
-    if batch_invariant() and (experts or not kernel().ours):
-        which = "those for experts" if experts else f"vLLM's for Marlin checkpoints ({kernel().why})"
+def check_invariance(name: str, ours: bool) -> None:
+    """Raise ValueError where vLLM promises what its kernels, which compute this layer unless `ours` do, do not give."""
+    if batch_invariant() and not ours:
         raise ValueError(
             f"{name}: VLLM_BATCH_INVARIANT=1 asks for results that do not depend on the number of rows; of the "
-            f"kernels, {which} do not give them. Start vLLM without it"
+            f"kernels, vLLM's for Marlin checkpoints ({kernel().why}) do not give them. Start vLLM without it"
         )
 
 

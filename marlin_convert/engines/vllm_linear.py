@@ -45,7 +45,7 @@ class MarlinCheckpointMethod(LinearMethodBase):  # type: ignore[misc]
         self.config, self.prefix = config, prefix
         self.pieces: list[Piece] = []
         choice.say()
-        choice.check_invariance(prefix)
+        choice.check_invariance(prefix, choice.kernel().ours)
         for name in names:
             settings = config.layer(name)
             choice.is_ours(name, settings.bits, not settings.sym, settings.group_size)

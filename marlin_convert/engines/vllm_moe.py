@@ -53,7 +53,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             raise ValueError(f"{prefix}: vLLM computes its experts as one layer, and {odd} {why}")
         if self.moe.moe_parallel_config.use_all2all_kernels:
             raise ValueError(f"{prefix}: this plugin does not run experts spread over data-parallel ranks")
-        choice.check_invariance(prefix, experts=True)
+        choice.say()
         self.biases = sorted(names & config.biases)
         lacking = self._what_vllm_lacks(layer, sorted(names))
         if lacking and choice.not_ours():
@@ -62,6 +62,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 "checkpoint, which vLLM repacks itself (`marlin-convert to-gptq` restores it)"
             )
         self.ours = choice.kernel().ours or bool(lacking)
+        choice.check_invariance(prefix, self.ours)
 
     def _settings(self, name: str) -> Any:
         return replace(self.config.layer(name), source_group_size=None)
@@ -277,6 +278,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return moe.experts(
             x, topk_weights.float(), topk_ids, sets, self.formula, count=layer.global_num_experts,
             position=self.position, weights_on_input=bool(layer.apply_router_weight_on_input),
+            batch_invariant=choice.batch_invariant() or None,
         )  # fmt: skip
 
 

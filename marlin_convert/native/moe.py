@@ -21,8 +21,8 @@ from torch import nn
 
 from . import reference as twin
 from ._cuda_checks import check_memory, check_shape, check_tensor, dtype_name, layer_sizes
-from .cuda import _workspace
-from .cuda_library import DTYPES, Weights, device_info, error_text, load_library, run
+from .cuda import _fixed, _workspace
+from .cuda_library import BATCH_INVARIANT, DTYPES, Weights, device_info, error_text, load_library, run
 from .moe_library import CallArguments, Layout, SetArguments, StackArguments
 
 T: TypeAlias = torch.Tensor
@@ -129,20 +129,23 @@ class Formula:
 
 def experts(
     x: T, weights: T, ids: T, sets: Sequence[Set], formula: Formula | None = None, *, count: int | None = None,
-    position: T | None = None, weights_on_input: bool = False, variant: int = 0,
+    position: T | None = None, weights_on_input: bool = False, variant: int = 0, batch_invariant: bool | None = None,
 ) -> T:  # fmt: skip
     """Compute x [T, in_features], with weights and ids [T, k], to [T, out_features of down], in x's dtype.
 
     ids int32 or int64 are numbers of experts, 0 .. count - 1 (the experts of `sets` unless given); any other: none.
     `position` int32 [count] tells where in the row of all sets each is, -1 for one that is not here. With
-    `weights_on_input` x is multiplied by the weights, not the result. Raises TypeError and ValueError for arguments
-    that do not fit, DeviceError when the kernels cannot run.
+    `weights_on_input` x is multiplied by the weights, not the result. `batch_invariant` (default: whether
+    MARLIN_BATCH_INVARIANT=1): a token has the bits that it has alone, whatever tokens are beside it. `variant`, for
+    tests, asks for tiles, and comes before it. Raises TypeError and ValueError for arguments that do not fit,
+    DeviceError when the kernels cannot run.
     """
     formula = formula or Formula()
     tensors, numbers = flat(sets)
     result: T = torch.ops.marlin_convert.experts(
         x, weights, ids, position, tensors, numbers, count or sum(s.count for s in sets),
-        *(getattr(formula, field.name) for field in fields(formula)), weights_on_input, variant,
+        *(getattr(formula, field.name) for field in fields(formula)), weights_on_input,
+        variant or _fixed(batch_invariant),
     )  # fmt: skip
     return result
 
@@ -342,7 +345,8 @@ def _reference(
         rows, weight = x[token], weights[token, choice, None]
         if weights_on_input:
             rows, weight = (rows.float() * weight).to(x.dtype), torch.ones_like(weight)
-        y = _expert(group, number, rows, Formula(activation, joined, limit, alpha, beta))
+        apart = rows.split(1) if variant == BATCH_INVARIANT else [rows]  # on a CPU, sums depend on the number of rows
+        y = torch.cat([_expert(group, number, x, Formula(activation, joined, limit, alpha, beta)) for x in apart])
         out.index_add_(0, token, y.float() * weight)
     return out.to(x.dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from marlin_convert.native import cuda, moe, moe_library
 from tests.cuda.cuda_library import (
+    BATCH_INVARIANT,
     DATA_PARALLEL,
     STREAM_K,
     assert_close,
@@ -361,6 +363,27 @@ def test_equal_bits_every_time() -> None:
             for v in (0, 0, moe_library.variant(one_by_one=True)) * 10
         ]
         assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("kind", KINDS[:14], ids=NAMES[:14])
+def test_tokens_have_the_bits_that_they_have_alone(kind: Kind, portable: bool) -> None:
+    """However many tokens are beside them: an expert has from none to hundreds of rows."""
+    torch.manual_seed(12)
+    variant = BATCH_INVARIANT | moe_library.variant(portable=portable)
+    for hidden, inner, dtype in ((384, 256, FP16), (512, 4096, BF16)):
+        experts = Experts(8, hidden, inner, kind, kind, dtype)
+        x = torch.randn((700, hidden), device="cuda").to(dtype)
+        weights, ids = choices(700, 2, 8)
+        whole = moe.experts(x, weights, ids, [experts.set], variant=variant)
+        for first, last in pairwise([0, 1, 2, 5, 21, 60, 250, 700]):
+            own = slice(first, last)
+            part = moe.experts(x[own], weights[own], ids[own], [experts.set], variant=variant)
+            assert torch.equal(part, whole[own])
+        if not portable:
+            assert torch.equal(moe.experts(x, weights, ids, [experts.set], batch_invariant=True), whole)
+    for T in (1, 30, 700):
+        check(T, 2, 8, 384, 256, kind, kind, FP16, variant=variant)
 
 
 def test_cuda_graph() -> None:

@@ -18,6 +18,7 @@ from marlin_convert.engines.column_marks import Arriving  # noqa: E402
 from marlin_convert.engines.tensor_parallel import Piece  # noqa: E402
 from marlin_convert.formats.layout import EXTENDED_NAMES  # noqa: E402
 from marlin_convert.formats.marlin_config import LayerSettings, marlin_ext_settings  # noqa: E402
+from marlin_convert.native.cuda_library import BATCH_INVARIANT  # noqa: E402
 from tests.engines.test_vllm_plugin import choose  # noqa: E402
 
 plugin: Any = vllm_plugin
@@ -191,6 +192,28 @@ def test_what_arrives_is_stacked_at_once() -> None:
     }
     assert block.marlin0_w13_weight.shape == (E, H // 16, 2 * INNER * 2)
     assert method.sets[0]._stacks == {}
+
+
+@pytest.mark.parametrize("asked", ["1", "0"])
+def test_fixed_bits_when_vllm_promises_them(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", asked)
+    block, method, _ = load({})
+    passed: list[int] = []
+
+    def product(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passed.append(rest[-1])
+        return x
+
+    monkeypatch.setattr(torch.ops.marlin_convert, "experts", product)
+    method.apply(block, torch.randn(6, H).half(), torch.rand(6, 2), torch.zeros(6, 2, dtype=torch.int32))
+    assert passed == [BATCH_INVARIANT if asked == "1" else 0]
+
+
+def test_fixed_bits_are_refused_with_vllms_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, "vllm")
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match=r"^experts: VLLM_BATCH_INVARIANT=1 asks for results that do not depend on"):
+        load({})
 
 
 def test_what_is_refused() -> None:

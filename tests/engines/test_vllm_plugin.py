@@ -283,7 +283,7 @@ def test_one_line_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("a", "b"):
         plugin.MarlinCheckpointMethod(config_of({}, False), name)
     why = "the faster one on compute capability 9.0"
-    assert lines == [f"Linear layers of this Marlin checkpoint are computed by marlin-convert's kernels: {why}"]
+    assert lines == [f"Quantized layers of this Marlin checkpoint are computed by marlin-convert's kernels: {why}"]
     assert choice.logger.name.startswith("vllm.")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from marlin_convert.formats.layout import pack_factor
-from marlin_convert.native import cuda_library, moe, moe_library
+from marlin_convert.native import cuda, cuda_library, moe, moe_library
 from marlin_convert.native import reference as twin
 
 HIDDEN, INNER = 64, 128
@@ -168,3 +168,29 @@ def test_what_does_not_fit(name: str, value: torch.Tensor, message: str) -> None
     with pytest.raises(ValueError, match="up has 1 experts"):
         moe.experts(**given, sets=[moe.Set(sets[0].gate, stack(1, HIDDEN, INNER), sets[0].down)])
     assert math.isinf(moe.Formula().limit)
+
+
+def test_tokens_have_the_bits_that_they_have_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, or by MARLIN_BATCH_INVARIANT; where it is not, fp32 sums depend on the number of rows somewhere."""
+    torch.manual_seed(0)
+    experts = [moe.Set(stack(4, HIDDEN, 4 * INNER), stack(4, HIDDEN, 4 * INNER), stack(4, 4 * INNER, HIDDEN))]
+    x, weights, ids = torch.randn(40, HIDDEN).half(), torch.rand(40, 2), torch.rand(40, 4).argsort(1)[:, :2]
+
+    def computed(rows: slice, **asked: bool) -> torch.Tensor:
+        return moe.experts(x[rows], weights[rows], ids[rows], experts, **asked)
+
+    def alone(**asked: bool) -> torch.Tensor:
+        return torch.cat([computed(slice(t, t + 1), **asked) for t in range(40)])
+
+    every = slice(None)
+    assert torch.equal(computed(every, batch_invariant=True), alone(batch_invariant=True))
+    want = formula(experts, x, weights, ids, moe.Formula())
+    assert (computed(every, batch_invariant=True).double() - want).norm() <= 2e-3 * want.norm()
+    passed: list[int] = []
+    monkeypatch.setattr(torch.ops.marlin_convert, "experts", lambda *given: passed.append(given[-1]))
+    for invariant in (False, True):
+        monkeypatch.setattr(cuda, "INVARIANT", invariant)
+        computed(every)
+        computed(every, batch_invariant=False)
+    moe.experts(x, weights, ids, experts, batch_invariant=True, variant=7)
+    assert passed == [0, 0, cuda_library.BATCH_INVARIANT, 0, 7]
