@@ -345,7 +345,8 @@ def _reference(
         rows, weight = x[token], weights[token, choice, None]
         if weights_on_input:
             rows, weight = (rows.float() * weight).to(x.dtype), torch.ones_like(weight)
-        apart = rows.split(1) if variant == BATCH_INVARIANT else [rows]  # on a CPU, sums depend on the number of rows
+        size = 1 if variant == BATCH_INVARIANT else len(rows)  # on a CPU, sums depend on the number of rows
+        apart = [rows[first : first + size] for first in range(0, len(rows), size)]
         y = torch.cat([_expert(group, number, x, Formula(activation, joined, limit, alpha, beta)) for x in apart])
         out.index_add_(0, token, y.float() * weight)
     return out.to(x.dtype)
