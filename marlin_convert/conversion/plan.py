@@ -33,7 +33,7 @@ from .layer import GROUP_SIZE, Layer
 from .names import span
 from .source_format import SourceFormat
 from .source_layer import Kept
-from .sources import FORMAT_TITLES, FORMATS, GPTQ, format_of
+from .sources import FORMAT_TITLES, FORMATS, format_of
 
 #: A text → the layers that it concerns, in source order.
 Reasons: TypeAlias = "dict[str, list[str]]"
@@ -161,7 +161,7 @@ def make_plan(
     if is_marlin_checkpoint(tensors):
         return Plan(settings, source, notes=notes, bytes_in=bytes_in, config=main, already_marlin=True)
     if not names:
-        what = _what_else(source, settings, tensors)
+        what = _what_else(source, settings, checkpoint)
         raise UnsupportedError(f"{checkpoint.label}: {what}; a checkpoint of {FORMAT_TITLES} is needed.")
     source.require_complete(tensors)
     _require_one_kind(tensors, source, names)
@@ -337,14 +337,15 @@ def _require_one_kind(tensors: dict[str, Tensor], source: SourceFormat, names: l
             )
 
 
-def _what_else(source: SourceFormat, settings: GPTQSettings, tensors: dict[str, Tensor]) -> str:
+def _what_else(source: SourceFormat, settings: GPTQSettings, checkpoint: Checkpoint) -> str:
+    tensors, configs = checkpoint.tensors, find_configs(checkpoint.configs)
     for name in tensors:
         for ending, kind in _FOREIGN_TENSORS.items():
             if name.endswith(ending):
                 return f"{kind} ({name})"
         if tensors[name].dtype.startswith("F8_"):
             return f"an FP8 checkpoint ({name} is {tensors[name].dtype})"
-    if source is not GPTQ:
+    if any(source.claimed_by(config) for config in configs.values()):
         return f"its config says {source.title}, and none of its tensors is a {source.parts[0]}"
     if settings.is_marlin:
         return "its config says Marlin, and it has neither Marlin's tensors (B, marlin_qweight) nor GPTQ's (qweight)"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import format_reader
+from tests.support import format_reader, source_definitions
 from tests.support.awq_checkpoints import AWQLayer, write_awq
 from tests.support.cli import Run
 from tests.support.ct_checkpoints import CTLayer, write_ct
@@ -17,6 +17,7 @@ from tests.support.gptq_checkpoints import shuffled, tensors_of
 from tests.support.hub_server import Hub, Request
 
 REPO = "quantizers/packed"
+DATA = Path(__file__).parents[1] / "data" / "sources"
 
 
 def packed(folder: Path) -> tuple[Path, dict[str, CTLayer]]:
@@ -85,3 +86,41 @@ def test_awq_streamed(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> N
     ours, theirs = tensors_of(tmp_path / "again"), tensors_of(source)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "autoround-auto_awq-g64",
+        "autoround-llm_compressor",
+        "autoround-plain-g32",
+        "awq-gemv-g64",
+        "ct-8bit-g64-asym-act-order",
+        "ct-g32-asym-int8",
+        "ct-stacked-g32-asym",
+        "gptq_p-g32-asym",
+    ],
+)
+def test_what_real_tools_write_streamed(hub: Hub, online: Callable[..., Run], tmp_path: Path, name: str) -> None:
+    """Each kind of source, converted as it comes and let go of; proved, twice; restored bit for bit."""
+    source = tmp_path / "upload"
+    source.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (source / file).write_bytes((DATA / name / file).read_bytes())
+    hub.add(REPO, source)
+    out = tmp_path / "out"
+    result = online(REPO, out, "--cache-dir", tmp_path / "cache", "--verify", "--low-disk", "--json")
+    assert result.code == 0, result.out
+    assert result.json()["verification"]["ok"]
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    expected, found = source_definitions.read(source), format_reader.read(out)
+    assert found.keys() == expected.keys()
+    for layer, weight in found.items():
+        np.testing.assert_array_equal(weight, expected[layer])
+    proved = online("verify", out, "--json", "--cache-dir", tmp_path / "cache")
+    assert proved.code == 0, proved.out
+    restored = online("restore", out, tmp_path / "again", "--json")
+    assert restored.code == 0, restored.out
+    ours, theirs = tensors_of(tmp_path / "again"), tensors_of(source)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[n].dtype == theirs[n].dtype and torch.equal(ours[n], theirs[n]) for n in theirs)
