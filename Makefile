@@ -51,9 +51,9 @@ GENERATED := docs/reference/cli.md docs/reference/exit-codes.md
 reference: $(VENV)/.dev
 	COLUMNS=100 $(RUN)/cog -r -P $(GENERATED)
 
-# docs/images/demo.svg, of a run of the demo.
+# docs/images/demo.svg and conversion-run.svg, of runs of the program.
 picture: $(VENV)/.dev
-	$(RUN)/python tools/demo_picture.py
+	$(RUN)/python tools/terminal_pictures.py
 
 # All pictures of the documentation but those of the page: from the demo, and from figures that are kept.
 figures: picture

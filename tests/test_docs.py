@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import html
-import importlib.util
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from tests.support.cli import Run
 from tests.support.gptq_checkpoints import Source
 from tests.support.hub_server import Hub
 from tests.test_rooms import ROOMS
+from tools import terminal_pictures
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -248,7 +248,7 @@ def text_of(picture: Path) -> str:
     """What a terminal's picture shows, line after line."""
     lines: dict[float, str] = {}
     svg = picture.read_text(encoding="utf-8")
-    for y, text in re.findall(r'<text class="demo-r\d+" x="[^"]*" y="([^"]*)"[^>]*>(.*?)</text>', svg):
+    for y, text in re.findall(r'<text class="[\w-]+-r\d+" x="[^"]*" y="([^"]*)"[^>]*>(.*?)</text>', svg):
         lines[float(y)] = lines.get(float(y), "") + html.unescape(text)
     return "".join(lines[y] for y in sorted(lines))
 
@@ -261,15 +261,12 @@ def steady(text: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_demo_ends_as_the_picture_shows(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("demo_picture", ROOT / "tools" / "demo_picture.py")
-    assert spec
-    assert spec.loader
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    shown = steady(text_of(tool.PICTURE))
+@pytest.mark.parametrize("name", terminal_pictures.PICTURES)
+def test_terminals_end_as_their_pictures_show(tmp_path: Path, name: str) -> None:
+    _, lines_in = terminal_pictures.PICTURES[name]
+    shown = steady(text_of(terminal_pictures.IMAGES / f"{name}.svg"))
     assert "verified56of56layers" in shown
-    assert shown == steady("".join(tool.end_of(tool.run_demo(tmp_path))))
+    assert shown == steady("".join(lines_in(tmp_path)))
 
 
 # ---- Tables ----
