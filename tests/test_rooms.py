@@ -38,7 +38,7 @@ ROOMS = (
     ("ground",),
 )
 LEVEL = {room: level for level, rooms in enumerate(reversed(ROOMS)) for room in rooms}
-DOORS = {"_api", "hf", "vllm"}
+DOORS = {"_api", "hf", "sglang", "vllm"}
 
 HEAVY = ("torch", "transformers", "numpy", "rich", "huggingface_hub", "safetensors", "tqdm")
 
@@ -123,8 +123,11 @@ TORCH_MODULES = {
     "engines.linear", "engines.tensor_parallel", "engines.transformers_modules", "engines.transformers_quantizer",
     "engines.transformers_trial",
     "engines.vllm_calls", "engines.vllm_choice", "engines.vllm_config", "engines.vllm_linear",
-    "engines.vllm_loading", "engines.vllm_moe", "engines.vllm_plugin", "hf", "native._cuda_checks", "native.cuda",
-    "native.cuda_library", "native.moe", "native.moe_library", "vllm",
+    "engines.vllm_loading", "engines.vllm_moe", "engines.vllm_plugin", "engines.serving_config",
+    "engines.serving_experts", "engines.serving_linear", "engines.serving_loading", "engines.sglang_config",
+    "engines.sglang_linear", "engines.sglang_loading", "engines.sglang_moe", "engines.sglang_plugin", "hf",
+    "native._cuda_checks", "native.cuda",
+    "native.cuda_library", "native.moe", "native.moe_library", "sglang", "vllm",
 }  # fmt: skip
 
 

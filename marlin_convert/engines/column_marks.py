@@ -59,6 +59,7 @@ class Arriving:
         self.settings, self.names = settings, set(names)
         self.stored: list[_Stored] = []
         self.now = ""  # the name that the engine got last
+        self.biased: set[str] = set()  # quantized layers with a bias that is not zero
 
     def stream(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Return the checkpoint's tensors, and `NAME.weight` with marks for each quantized layer as soon as it is
@@ -73,6 +74,8 @@ class Arriving:
             name, _, ending = key.rpartition(".")
             if name not in self.names or ending not in kinds:
                 self.now = key
+                if ending == "bias" and name in self.names and bool(tensor.any()):
+                    self.biased.add(name)
                 yield key, tensor
                 continue
             tensors = parts.setdefault(name, {})
@@ -132,6 +135,11 @@ class Arriving:
         if stored.left <= 0:
             stored.tensors = {}
         return shards.columns(shards.whole(stored.name, stored.settings, tensors, self.settings.format), columns)
+
+    def sources(self, marks: Tensor) -> set[str]:
+        """Return the layers of the checkpoint that `marks` name columns of."""
+        numbers = torch.unique(_plain(marks) >> _SHIFT).tolist()
+        return {self.stored[number - 1].name for number in numbers if number > 0}
 
     def unclaimed(self) -> list[str]:
         """Return layers of the checkpoint of which no layer of the engine has a column."""

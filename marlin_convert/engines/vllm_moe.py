@@ -1,7 +1,6 @@
-"""vLLM's mixtures of experts from Marlin layers: the experts of a block stacked as they arrive, for one product.
+"""vLLM's mixtures of experts from Marlin layers: computed by our product, or by vLLM's fused Marlin product.
 
-Ours (`native/moe.py`) takes experts as the checkpoint has them, with whatever settings; it is chosen as for linear
-layers, and for all that vLLM's fused Marlin product does not compute.
+Ours is chosen as for linear layers, and for all that vLLM's does not compute.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from .. import engine_support
-from ..formats.layout import TILE_K, TILE_N
+from ..formats.layout import TILE_N
 from ..native import moe
 from . import tensor_parallel as shards
 from . import vllm_calls as calls
 from . import vllm_choice as choice
 from .column_marks import Marks
+from .serving_experts import ExpertSet, ServedExperts
 from .tensor_parallel import Piece
 from .vllm_config import CheckpointConfig
 
@@ -31,14 +31,13 @@ _FORMULAS = {
     "relu2": moe.Formula("relu_squared"), "swigluoai": moe.Formula("silu", limit=7.0, alpha=1.702, beta=1.0),
     "swigluoai_uninterleave": moe.Formula("silu", limit=7.0, alpha=1.702, beta=1.0),
 }  # fmt: skip
-_PARTS = ("weight", "scales", "zeros", "perm")
 
 
-class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
+class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[misc]
     """The experts of one block: stacked, and computed by our product or vLLM's fused one."""
 
     def __init__(self, config: CheckpointConfig, prefix: str, layer: Any) -> None:
-        super().__init__(layer.moe_config)
+        FusedMoEMethodBase.__init__(self, layer.moe_config)
         self.config, self.prefix, self.gated = config, prefix, bool(self.moe.is_act_and_mul)
         #: The checkpoint's names of an expert's gate, up and down, by vLLM's names.
         self.parts = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
@@ -127,7 +126,8 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                         raise ValueError(f"{name}: the engine joins layers of the checkpoint in it")
                     self._set_of(local).put(local, shard_id, self._cut(layer, name, shard_id, pieces[0]))
                 elif name in self.biases and loaded_weight.dim() == 1:
-                    self._set_of(local).put_bias(local, shard_id, self._cut_bias(layer, shard_id, loaded_weight))
+                    rank = layer.moe_config.tp_rank
+                    self._set_of(local).put_bias(local, shard_id, self.own_bias(shard_id, loaded_weight, rank))
                 else:
                     raise ValueError(f"{name}: its weights are not those of the checkpoint")
             return local >= 0 if return_success else None
@@ -137,7 +137,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             stand_in.weight_loader = load
             layer.register_parameter(name, stand_in)
 
-    def _make_sets(self) -> list[_Set]:
+    def _make_sets(self) -> list[ExpertSet]:
         """Return this rank's experts by their settings."""
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for local in sorted(self.global_of):
@@ -147,7 +147,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         for kind, numbers in kinds.items():
             plain = len(set(kind[:-1])) == 1 and not kind[0].desc_act and self.own % TILE_N == 0
             joined = self.gated and plain and kind[0].out_features is None
-            sets.append(_Set(numbers, self.prefix, joined, kind[-1].desc_act))
+            sets.append(ExpertSet(numbers, self.prefix, joined, kind[-1].desc_act))
         if not all(made.joined for made in sets):
             if not self.ours:
                 raise ValueError(
@@ -158,33 +158,20 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 made.joined = False
         return sets
 
-    def _set_of(self, local: int) -> _Set:
+    def _set_of(self, local: int) -> ExpertSet:
         return next(made for made in self.sets if local in made.row)
 
     def _cut(self, layer: Any, name: str, shard: str, piece: Piece) -> Piece:
         """Return this rank's piece of one expert's gate, up or down."""
         ranks, rank = layer.moe_config.tp_size, layer.moe_config.tp_rank
-        K, N = (self.own * ranks, self.hidden) if shard == "w2" else (self.hidden, self.own * ranks)
-        if (piece.K, piece.N) != (K, N):
-            raise ValueError(f"{name}: it is {piece.K} x {piece.N}, the model {K} x {N}")
-        if shard == "w2":
-            first = rank * self.own
-            if not self.ours and ranks > 1 and not shards.cuts_whole_groups(piece, first, self.own):
-                raise ValueError(
-                    f"{self.prefix}: vLLM's fused product does not run experts whose rows {first} to "
-                    f"{first + self.own}, of this rank, cut through groups; start vLLM with {choice.KERNEL}=ours"
-                )
-            piece = shards.rows(piece, first, self.own)
-        else:
-            piece = shards.columns(piece, torch.arange(rank * self.own, (rank + 1) * self.own))
+        first = rank * self.own
+        if shard == "w2" and not self.ours and ranks > 1 and not shards.cuts_whole_groups(piece, first, self.own):
+            raise ValueError(
+                f"{self.prefix}: vLLM's fused product does not run experts whose rows {first} to "
+                f"{first + self.own}, of this rank, cut through groups; start vLLM with {choice.KERNEL}=ours"
+            )
+        piece = self.own_piece(name, shard, piece, rank, ranks)
         return piece if self.ours else choice.cast(name, piece, self.dtype)
-
-    def _cut_bias(self, layer: Any, shard: str, bias: Tensor) -> Tensor:
-        """Return this rank's bias: of a sum over ranks, the first one adds it."""
-        rank = layer.moe_config.tp_rank
-        if shard != "w2":
-            return bias[rank * self.own : (rank + 1) * self.own]
-        return bias if rank == 0 else torch.zeros_like(bias)
 
     def finish(self, layer: Any) -> None:
         """Raise ValueError for experts that have not come."""
@@ -198,12 +185,7 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Register the stacks; nothing is repacked."""
-        for number, made in enumerate(self.sets):
-            for shard, tensors in made.stacks().items():
-                for what, tensor in tensors.items():
-                    value = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-                    layer.register_parameter(f"marlin{number}_{shard}_{what}", value)
-        device = getattr(layer, f"marlin0_{self.sets[0].shards()[0]}_weight").device
+        device = self.register(layer)
         if not self.ours:
             self.workspace = calls.make_workspace(device, _BLOCKS_OF_EXPERTS)
             return
@@ -217,12 +199,8 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             joined=moe.JOINED if self.sets[0].joined else moe.NOT_JOINED,
             limit=known.limit if limit is None else limit,
         )
-        places = {local: place for place, local in enumerate(n for made in self.sets for n in made.row)}
-        experts = layer.global_num_experts
         local_of = {number: local for local, number in self.global_of.items()}
-        position = [places.get(local_of.get(number, -1), -1) for number in range(experts)]
-        own_order = position == list(range(experts))
-        self.position = None if own_order else torch.tensor(position, dtype=torch.int32, device=device)
+        self.place(local_of, layer.global_num_experts, device)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """Return None: `apply` knows its tensors itself."""
@@ -239,7 +217,9 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Turn x [T, H], with topk_weights and topk_ids [T, k], into [T, H], to be summed over tensor-parallel ranks by
         vLLM."""
         if self.ours:
-            return self._our_product(layer, x, topk_weights, topk_ids)
+            on_input = bool(layer.apply_router_weight_on_input)
+            fixed = choice.batch_invariant()
+            return self.our_product(layer, x, topk_weights, topk_ids, layer.global_num_experts, on_input, fixed)
         kind = next(iter(self.sets[0].kinds.values()))
         result: Tensor = calls.multiply_experts(
             hidden_states=x,
@@ -261,129 +241,3 @@ class MarlinExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             workspace=self.workspace,
         )
         return result
-
-    def _our_product(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        sets = []
-        for number, made in enumerate(self.sets):
-            found: dict[str, moe.Stack] = {}
-            for shard in made.shards():
-                parts = {w: getattr(layer, f"marlin{number}_{shard}_{w}") for w in (*_PARTS, "bias")}
-                kind = made.kinds[shard]
-                bias = None if parts["bias"] is None else parts["bias"].to(x.dtype)
-                rows = kind.K if parts["perm"] is None else parts["perm"].shape[1]
-                found[shard] = moe.Stack(
-                    parts["weight"], parts["scales"], bias, parts["zeros"], parts["perm"], kind.bits, rows, kind.N
-                )
-            sets.append(moe.Set(found.get("w13") or found["w1"], found.get("w3"), found["w2"]))
-        return moe.experts(
-            x, topk_weights.float(), topk_ids, sets, self.formula, count=layer.global_num_experts,
-            position=self.position, weights_on_input=bool(layer.apply_router_weight_on_input),
-            batch_invariant=choice.batch_invariant() or None,
-        )  # fmt: skip
-
-
-class _Set:
-    """Experts with the same settings. What arrives is put into a stack that is made for all of them at once."""
-
-    def __init__(self, numbers: list[int], prefix: str, joined: bool, sorted_down: bool) -> None:
-        self.row = {number: row for row, number in enumerate(numbers)}
-        self.prefix, self.joined, self._sorted_down = prefix, joined, sorted_down
-        self.kinds: dict[str, Piece] = {}  # by shard of the stacks: sizes, without tensors
-        self._stacks: dict[str, dict[str, Tensor | None]] = {}
-        self._there: dict[str, set[int]] = {}
-        self._loose: dict[int, Piece] = {}  # act-order of down: a rank's rows of it are as many as groups make them
-        self._biases: dict[str, dict[int, Tensor]] = {}
-
-    def shards(self) -> list[str]:
-        return sorted(self.kinds)
-
-    def missing(self, shard: str) -> bool:
-        return len(self._there.get(shard, ())) < len(self.row)
-
-    def put(self, number: int, shard: str, piece: Piece) -> None:
-        self._there.setdefault(shard, set()).add(number)
-        if shard == "w2" and self._sorted_down:
-            self._loose[number] = piece
-            return
-        half = {"w1": 0, "w3": 1}.get(shard) if self.joined else None
-        stack, times = (shard, 1) if half is None else ("w13", 2)
-        tensors = {what: getattr(piece, what) for what in _PARTS}
-        if stack not in self._stacks:
-            self._stacks[stack] = {
-                what: None if t is None else t.new_empty((len(self.row), *t.shape[:-1], t.shape[-1] * times))
-                for what, t in tensors.items()
-            }
-            self.kinds[stack] = replace(piece, N=piece.N * times)
-        for what, tensor in tensors.items():
-            whole = self._stacks[stack][what]
-            if (whole is None) != (tensor is None):
-                raise ValueError(f"{self.prefix}: experts of one kind are stored in different ways")
-            if whole is None or tensor is None:
-                continue
-            target = whole[self.row[number]]
-            if half is not None:
-                target = target.chunk(2, -1)[half]
-            if target.shape != tensor.shape:
-                raise ValueError(f"{self.prefix}: experts of one kind are stored in different sizes")
-            target.copy_(tensor)
-
-    def put_bias(self, number: int, shard: str, bias: Tensor) -> None:
-        self._biases.setdefault(shard, {})[number] = bias
-
-    def stacks(self) -> dict[str, dict[str, Tensor | None]]:
-        """Return, by shard its tensors; once."""
-        if self._loose:
-            ready = _alike([self._loose.pop(number) for number in self.row])
-            self.kinds["w2"] = ready[0]
-            self._stacks["w2"] = {
-                what: None if getattr(ready[0], what) is None else torch.stack([getattr(p, what) for p in ready])
-                for what in _PARTS
-            }
-        found, self._stacks = self._stacks, {}
-        for shard, tensors in found.items():
-            tensors["bias"] = self._bias_of(shard)
-            weight = tensors["weight"]
-            assert weight is not None
-            kind = self.kinds[shard]
-            none = {what: None if tensors[what] is None else tensors[what][:0] for what in _PARTS}  # type: ignore[index]
-            self.kinds[shard] = replace(kind, **none)  # type: ignore[arg-type]
-        return found
-
-    def _bias_of(self, shard: str) -> Tensor | None:
-        parts = [self._biases.get(part) for part in (("w1", "w3") if shard == "w13" else (shard,))]
-        if all(part is None for part in parts):
-            return None
-        if any(part is None or part.keys() != self.row.keys() for part in parts):
-            raise ValueError(f"{self.prefix}: some of its experts have a bias, others have none")
-        device = self.kinds[shard].weight.device
-        return torch.stack([torch.cat([part[number] for part in parts]) for number in self.row]).to(device)  # type: ignore[index]
-
-
-def _alike(pieces: list[Piece]) -> list[Piece]:
-    """Return pieces with act-order, brought to the same number of stored rows: by rows of zeros, in groups of their
-    own."""
-    natural = [
-        torch.arange(p.K, dtype=torch.int32, device=p.weight.device) if p.perm is None else p.perm for p in pieces
-    ]
-    if len({(piece.stored_K, perm.numel()) for piece, perm in zip(pieces, natural, strict=True)}) == 1:
-        return [replace(piece, perm=perm) for piece, perm in zip(pieces, natural, strict=True)]
-    rows = max(piece.stored_K for piece in pieces)
-
-    def longer(tensor: Tensor | None, count: int) -> Tensor | None:
-        return None if tensor is None else nn.functional.pad(tensor, (0, 0, 0, count))
-
-    alike = []
-    for piece, perm in zip(pieces, natural, strict=True):
-        more, size = rows - piece.stored_K, piece.stored_K // piece.G
-        if more and piece.G == 1:
-            raise ValueError("experts with act-order and one group are stored in different sizes")
-        groups = more // size if more else 0
-        weight, scales, zeros = (
-            longer(tensor, count)
-            for tensor, count in ((piece.weight, more // TILE_K), (piece.scales, groups), (piece.zeros, groups))
-        )
-        assert weight is not None
-        assert scales is not None
-        perm = nn.functional.pad(perm, (0, rows - perm.numel()))
-        alike.append(replace(piece, weight=weight, scales=scales, zeros=zeros, perm=perm))
-    return alike

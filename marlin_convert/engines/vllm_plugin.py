@@ -38,11 +38,6 @@ class MarlinCheckpointConfig(CheckpointConfig):
             return None
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
             return None
-        names = self.parts(prefix)
-        there = [name in self.quantized for name in names]
-        if all(there):
+        if names := self.quantized_parts(prefix, "vLLM"):
             return MarlinCheckpointMethod(self, prefix, names)
-        if any(there):
-            plain = [name for name, quantized in zip(names, there, strict=True) if not quantized]
-            raise ValueError(f"{prefix}: vLLM computes it as one layer, and {', '.join(plain)} of it is not quantized")
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PretrainedConfig, Qwen2Config
 
-from tests.support.extended_layers import points
-from tests.support.gptq_checkpoints import shuffled
-from tests.support.tiny_models import BLOCKS, Pair, llama, make, mixtral, qwen3_moe
+from tests.support.served_models import MODELS, is_mixture
+from tests.support.tiny_models import Pair, make
 from tests.support.vllm_architectures import ARCHITECTURES, LINEARS, REFUSED, ROUNDED, configuration
 
 if importlib.util.find_spec("vllm") is None:
@@ -30,38 +28,6 @@ if importlib.util.find_spec("vllm") is None:
 WORKER = Path(__file__).parents[1] / "support" / "vllm_worker.py"
 SECONDS = 1800
 
-
-#: Four ranks have a group of 128 rows each, and two heads.
-SIZES = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
-
-
-def qwen2() -> Qwen2Config:
-    settings = llama(**SIZES).to_diff_dict()
-    settings.pop("model_type")
-    return Qwen2Config(**settings)
-
-
-ORDER = {"group_size": 64, "g_idx": shuffled(512, 64)}
-EIGHT = {"bits": 8, "group_size": 64}
-#: (model, which layers, how they are quantized); the first must be a mixture of experts.
-MODELS: dict[str, tuple[PretrainedConfig, str, dict[str, Any]]] = {
-    "Mixtral": (mixtral(**SIZES), BLOCKS, {}),
-    "Mixtral, one group": (mixtral(**SIZES), BLOCKS, {"group_size": -1}),
-    "Mixtral, act-order": (mixtral(**SIZES), BLOCKS, ORDER),
-    "Qwen3-MoE, 8 bits": (qwen3_moe(**SIZES, moe_intermediate_size=512), BLOCKS, {"bits": 8, "group_size": 32}),
-    "Llama": (llama(**SIZES), BLOCKS, {}),
-    "Llama, one group, head": (llama(**SIZES), f"{BLOCKS}|^lm_head$", {"group_size": -1}),
-    "Llama, heads shared by ranks": (llama(**{**SIZES, "num_key_value_heads": 2}), BLOCKS, {"group_size": 64}),
-    "Llama, asymmetric": (llama(**SIZES), BLOCKS, {"group_size": 64, "stored_zero": points(8, 512, 4)}),
-    "Llama, act-order": (llama(**SIZES), BLOCKS, ORDER),
-    "Qwen2, biases": (qwen2(), BLOCKS, {}),
-    "Llama, groups of 16": (llama(**SIZES), BLOCKS, {"group_size": 16}),
-    "Llama, 8 bits, asymmetric": (
-        llama(**SIZES),
-        BLOCKS,
-        {"bits": 8, "group_size": 64, "stored_zero": points(8, 512, 8)},
-    ),
-}
 #: What vLLM's own kernel does not have.
 LACKING = {
     "Llama, groups of 16": "vLLM's Marlin kernel has no groups of 16, and marlin-convert's are not used",
@@ -73,10 +39,6 @@ RANKS = [
     (1, "tensors", "ours"), (2, "tensors", "ours"), (4, "tensors", "ours"), (2, "experts", "ours"),
 ]  # fmt: skip
 CLOSE = {"vllm": 1e-9, "ours": 2e-3}
-
-
-def mixture(name: str) -> bool:
-    return hasattr(MODELS[name][0], "num_experts_per_tok")
 
 
 EXPERTS_REFUSED = "vLLM's fused product does not run experts with act-order, and marlin-convert's kernels are not used"
@@ -99,7 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
 def ranks(request: pytest.FixtureRequest, folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(RANKS, what each found: by model its layers' errors, or why it was refused)."""
     count, shared, kernel = request.param
-    names = [name for name in MODELS if shared == "tensors" or mixture(name)]
+    names = [name for name in MODELS if shared == "tensors" or is_mixture(name)]
     found = run(count, shared, [folders[name] for name in names], tmp_path_factory.mktemp("results"), kernel)
     return request.param, [dict(zip(names, of_rank, strict=True)) for of_rank in found]
 
@@ -135,18 +97,18 @@ def run(
 @pytest.mark.parametrize("name", MODELS)
 def test_every_rank_has_its_piece(ranks: Any, name: str) -> None:
     (count, shared, kernel), found = ranks
-    if shared == "experts" and not mixture(name):
+    if shared == "experts" and not is_mixture(name):
         pytest.skip("vLLM shares out the experts of mixtures only")
     for result in (of_rank[name] for of_rank in found):
-        if "act-order" in name and kernel == "vllm" and (mixture(name) or count > 1):
-            assert (EXPERTS_REFUSED if mixture(name) else ROWS_REFUSED) in result
+        if "act-order" in name and kernel == "vllm" and (is_mixture(name) or count > 1):
+            assert (EXPERTS_REFUSED if is_mixture(name) else ROWS_REFUSED) in result
             continue
         if name in LACKING and kernel == "vllm":
             assert LACKING[name] in result
             continue
         assert isinstance(result, dict), result
         errors = result["errors"]
-        kinds = ["qkv_proj", "o_proj", *(["routed_experts"] if mixture(name) else ["gate_up_proj", "down_proj"])]
+        kinds = ["qkv_proj", "o_proj", *(["routed_experts"] if is_mixture(name) else ["gate_up_proj", "down_proj"])]
         wanted = sorted(2 * kinds + ["lm_head"] * ("lm_head" in MODELS[name][1]))
         assert sorted(layer.rpartition(".")[2] for layer in errors) == wanted
         assert max(errors.values()) < CLOSE[kernel], errors

@@ -1,0 +1,89 @@
+"""Whole models of SGLang's own classes on a CPU: configuration, loader and tensor parallelism as they are, one process
+for each of 1, 2 and 4 ranks, and of 2 that share out experts. Every rank's layers against those of the plain fp16
+model, which SGLang itself has cut: to the byte, and a product of each.
+
+The kernels need a GPU: our operators' references stand in their place. `sglang_worker` is what each rank runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.served_models import MODELS, is_mixture
+from tests.support.tiny_models import make
+
+if importlib.util.find_spec("sglang") is None:
+    pytest.skip("SGLang is not installed", allow_module_level=True)
+
+WORKER = Path(__file__).parents[1] / "support" / "sglang_worker.py"
+SECONDS = 1800
+#: (number of ranks, what they share out).
+RANKS = [(1, "tensors"), (2, "tensors"), (4, "tensors"), (2, "experts")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """(MARLIN, DENSE) of each model."""
+    pairs = {}
+    for name, (config, which, layer) in MODELS.items():
+        pair = make(tmp_path_factory.mktemp("model"), config, which, **layer)
+        pairs[name] = (pair.out, pair.dense)
+    return pairs
+
+
+@pytest.fixture(scope="module", params=RANKS, ids=str)
+def ranks(request: pytest.FixtureRequest, folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """((number of ranks, what they share out), what each found: by model its layers' errors, or why it was refused)."""
+    count, shared = request.param
+    names = [name for name in MODELS if shared == "tensors" or is_mixture(name)]
+    found = run(count, shared, [folders[name] for name in names], tmp_path_factory.mktemp("results"))
+    return request.param, [dict(zip(names, of_rank, strict=True)) for of_rank in found]
+
+
+def run(count: int, shared: str, models: list[tuple[Path, Path]], results: Path) -> list[list[Any]]:
+    """What each of `count` ranks says of each model, (MARLIN, DENSE)."""
+    folders = [str(folder) for pair in models for folder in pair]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(WORKER.parents[2])])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(count), port, shared, str(results / str(rank)), *folders],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    try:
+        for worker in workers:
+            _, messages = worker.communicate(timeout=SECONDS)
+            assert worker.returncode == 0, messages[-3000:]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    return [json.loads((results / str(rank)).read_text()) for rank in range(count)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_rank_has_its_piece(ranks: Any, name: str) -> None:
+    (_, shared), found = ranks
+    if shared == "experts" and not is_mixture(name):
+        pytest.skip("ranks share out the experts of mixtures only")
+    for result in (of_rank[name] for of_rank in found):
+        assert isinstance(result, dict), result
+        errors = result["errors"]
+        kinds = ["qkv_proj", "o_proj", *(["experts"] if is_mixture(name) else ["gate_up_proj", "down_proj"])]
+        wanted = sorted(2 * kinds + ["lm_head"] * ("lm_head" in MODELS[name][1]))
+        assert sorted(layer.rpartition(".")[2] for layer in errors) == wanted
+        assert max(errors.values()) < 2e-3, errors  # sums of fp16
