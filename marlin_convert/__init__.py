@@ -1,8 +1,8 @@
-"""Repack GPTQ checkpoints into the Marlin format: exactly, on a CPU, with bounded memory.
+"""Repack GPTQ, AWQ and compressed-tensors checkpoints into the Marlin format: exactly, on a CPU, with bounded memory.
 
-    convert   a GPTQ checkpoint into a Marlin one       plan      what that would do
+    convert   a checkpoint into a Marlin one            plan      what that would do
     verify    one against the other                     prove     a result, by the source that it names
-    restore   the GPTQ checkpoint again                 push      a result to the Hugging Face Hub
+    restore   the source again                          push      a result to the Hugging Face Hub
     load      a Marlin model, ready to run
 
 `MarlinLinear` is one layer as a torch module. Errors derive from `MarlinConvertError`. What is not named in `__all__`

@@ -36,7 +36,7 @@ def convert(
     cache_dir: str | Path | None = None,
     progress: Callable[[ProgressEvent], object] | None = None,
 ) -> Report:
-    """Convert a GPTQ checkpoint into a Marlin one. `out` appears complete or not at all.
+    """Convert a GPTQ, AWQ or compressed-tensors checkpoint into a Marlin one. `out` appears complete or not at all.
 
     Args:
         source: A folder, or an id on the Hugging Face Hub.
@@ -116,7 +116,7 @@ def plan(
     Raises:
         OptionError: An argument has a value that it may not have.
         SourceError: The source is missing, damaged, or not a checkpoint.
-        UnsupportedError: The source is no GPTQ checkpoint.
+        UnsupportedError: The source is in none of these formats, or Marlin cannot hold it.
         HubError: The Hub did not give what was asked for.
     """
     from .conversion.convert import plan_only
@@ -140,10 +140,10 @@ def verify(
     cache_dir: str | Path | None = None,
     progress: Callable[[ProgressEvent], object] | None = None,
 ) -> Verification:
-    """Check a Marlin checkpoint against the GPTQ checkpoint that it was made from; writes `verify.json` into `out`.
+    """Check a Marlin checkpoint against the checkpoint that it was made from; writes `verify.json` into `out`.
 
     Args:
-        source: The GPTQ checkpoint: a folder, or an id on the Hugging Face Hub.
+        source: That checkpoint: a folder, or an id on the Hugging Face Hub.
         out: The folder of the Marlin checkpoint.
         zero_points: How the source's zero points are read, as for `convert`; by default as the result's report says.
         device: Where to multiply: "auto", "cpu", "cuda" or "cuda:N".
@@ -158,7 +158,7 @@ def verify(
 
     Raises:
         SourceError: One of the two is missing, damaged, or not a checkpoint.
-        UnsupportedError: `source` is no GPTQ checkpoint that Marlin can hold.
+        UnsupportedError: `source` is no checkpoint that Marlin can hold.
         DeviceError: The device is missing, or too old.
         OutputError: `verify.json` cannot be written.
         HubError: The Hub did not give what was asked for.
@@ -197,7 +197,7 @@ def prove(
 
     Raises:
         SourceError: The result does not say what it was made from, or it was made from a folder.
-        UnsupportedError: What it names is no GPTQ checkpoint that Marlin can hold.
+        UnsupportedError: What it names is no checkpoint that Marlin can hold.
         DeviceError: The device is missing, or too old.
         OutputError: The statement cannot be written.
         HubError: The Hub did not give what was asked for.

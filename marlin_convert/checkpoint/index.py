@@ -35,8 +35,8 @@ def weight_files(
         return ["model.safetensors"], None, None
     if "adapter_config.json" in names and not indexes and all(n.startswith("adapter_model") for n in found):
         raise UnsupportedError(
-            f"{files.label}: a LoRA adapter (it has adapter_config.json and no model); convert the GPTQ model that it "
-            "was trained on, and load the adapter beside the result."
+            f"{files.label}: a LoRA adapter (it has adapter_config.json and no model); convert the model that it was "
+            "trained on, and load the adapter beside the result."
         )
     if indexes:
         if len(indexes) > 1 and preferred not in indexes:
@@ -112,4 +112,4 @@ def _no_safetensors(label: str, names: Sequence[str]) -> Exception:
             f"{label}: the weights are in a pickle file ({pickles[0]}), which can run code when it is opened and is "
             "therefore never read; save the checkpoint as safetensors first."
         )
-    return SourceError(f"{label}: no .safetensors file in it; give the folder of a GPTQ checkpoint.")
+    return SourceError(f"{label}: no .safetensors file in it; give the folder of a quantized checkpoint.")

@@ -1,1 +1,1 @@
-"""From a GPTQ checkpoint to a Marlin one and back, planned, checked and reported."""
+"""From a quantized checkpoint to a Marlin one and back, planned, checked and reported."""

@@ -112,7 +112,7 @@ def generate(
 
 
 def compare(source: Path, result: Path, prompt: str, max_new_tokens: int, device: str) -> Comparison:
-    """Continue `prompt` greedily with the GPTQ checkpoint `source`, dequantized, and with `result`, made from it."""
+    """Continue `prompt` greedily with `source`, dequantized, and with `result`, made from it."""
     sampling = Sampling(max_new_tokens=max_new_tokens)
     with transformers_quietly() as hf, _explained(str(result)):
         tokenizer = hf.load_tokenizer(result)

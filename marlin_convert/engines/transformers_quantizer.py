@@ -285,7 +285,7 @@ def load_dequantized(
     token: str | None = None,
     cache_dir: Path | None = None,
 ) -> Any:
-    """Return the model of a GPTQ checkpoint with its weights dequantized to fp16: what the converted one is compared
+    """Return the model of a source with its weights dequantized to fp16: what the converted one is compared
     with.
 
     Takes the memory of an fp16 model. Raises what `plan` and

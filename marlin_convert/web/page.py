@@ -29,10 +29,10 @@ from .source import hub_source
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-TITLE = "GPTQ to Marlin"
+TITLE = "Quantized to Marlin"
 INTRODUCTION = (
-    "Turns a GPTQ checkpoint on the Hugging Face Hub into a Marlin one, exactly, proves it layer by layer, and "
-    "publishes the result in your account. Nothing is downloaded or written before you have seen the plan."
+    "Turns a GPTQ, AWQ or compressed-tensors checkpoint on the Hub into a Marlin one, exactly, proves it layer by "
+    "layer, and publishes the result in your account. Nothing is downloaded or written before you have seen the plan."
 )
 
 #: Where a commit goes.
@@ -65,7 +65,7 @@ class Page:
             )  # fmt: skip
             self.login = gr.HTML(show.note(""), visible=False, elem_id="own-login")
         self.source = gr.Textbox(
-            label="GPTQ checkpoint on the Hub", placeholder="owner/name, or its address", elem_id="source"
+            label="Checkpoint on the Hub", placeholder="owner/name, or its address", elem_id="source"
         )
         with gr.Accordion("More", open=False, elem_id="more"):
             self.revision = gr.Textbox(label="Branch, tag or commit", placeholder="main", elem_id="revision")

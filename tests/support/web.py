@@ -81,7 +81,7 @@ class Visitor:
     def ask(self, source: str, token: str = "") -> None:
         """Give a token and a source, and ask for the plan."""
         self.page.get_by_label("Hugging Face token").fill(token)
-        self.page.get_by_label("GPTQ checkpoint on the Hub").fill(source)
+        self.page.get_by_label("Checkpoint on the Hub").fill(source)
         self.page.get_by_role("button", name="Show the plan").click()
 
     def plan(self) -> str:
