@@ -20,7 +20,7 @@
 #include "marlin.h"
 
 // Raise it with every change of a prototype or of a meaning, here and in marlin_convert/native/cuda_library.py.
-#define MARLIN_CUDA_ABI_VERSION 6
+#define MARLIN_CUDA_ABI_VERSION 7
 
 #define MARLIN_CUDA_K_MULTIPLE 64
 #define MARLIN_CUDA_N_MULTIPLE 64
@@ -90,7 +90,7 @@ typedef struct {
   int32_t dtype;  // of A, bias and C
   int32_t device;
   int32_t variant;  // 0: the library's choice; others, for tests and tuning: MARLIN_CUDA_VARIANT
-  int32_t unused;
+  int32_t early;    // 1: weights have been there for a while (below); else 0
 } marlin_cuda_product_t;
 
 MARLIN_EXPORT int marlin_cuda_abi_version(void);
@@ -114,6 +114,11 @@ MARLIN_EXPORT int marlin_cuda_device_info(int device, marlin_cuda_device_info_t*
 // run that round each weight to `dtype` once, as marlin_cuda_dequantize does: weights beyond 65504 are infinite in fp16.
 // marlin_cuda_plan tells which instance runs, its `rounds_weights` whether it does so. With one group of scales none
 // rounds.
+//
+// With `early`, on compute capability 9.0, a product may begin while the work queued before it on the stream still runs
+// (programmatic dependent launch) and copy weights, scales and zero points meanwhile; it waits for that work before it
+// reads or writes anything else. So none of these three may be written by work on the stream that has not ended: say it of
+// weights that stay, not of those that were just loaded or repacked. The bits of the result are the same.
 #define MARLIN_CUDA_COUNTER_BYTES 8192
 MARLIN_EXPORT int marlin_cuda_gemm(const marlin_cuda_weights_t* weights /* host */,
                                    const marlin_cuda_product_t* product /* host */);

@@ -12,8 +12,7 @@ struct OutputTile;
 
 struct GemmArguments {
   template <typename S>
-  using Tile = OutputTile<S>;            // what a block needs to know of an output tile (tile_scheduler.cuh)
-  static constexpr bool kEarly = false;  // weights may be copied before activations are there
+  using Tile = OutputTile<S>;  // what a block needs to know of an output tile (tile_scheduler.cuh)
 
   const void* A;      // [M, lda] activations
   const uint4* B;     // [K / 16, N / 64, 32 lanes] packed weights, for 8 bits [.., 64]
@@ -39,6 +38,7 @@ struct GemmArguments {
   int parts;  // data-parallel, gemm_sm90 (parts_in_turn): whole tiles are done in so many parts along K, and these added
               // up, as a cluster of so many blocks would; else 1
   int next_n, next_m;  // gemm_sm80: from one output tile of a block to its next, along N and (modulo tiles_m) M
+  bool early;          // gemm_sm90: the kernel before may still run, but weights, scales and zero points are there
 };
 
 }  // namespace marlin

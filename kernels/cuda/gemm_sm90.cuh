@@ -111,7 +111,11 @@ struct Sm90Shape {
   static constexpr int kRoundRows = kRoundMB * 8;
   static constexpr int kSumBytes = WK * kRoundRows * kSumPitch * 4;
   static constexpr int kMaxStages = 12;
-  static constexpr int kBarrierBytes = 2 * 8 * kMaxStages;
+  static constexpr int kBarrierBytes = (2 * kMaxStages + 1) * 8;
+  // How a cluster adds up its sums: with few each block puts its own where they are added, with more these are fetched.
+  static constexpr bool kPushes = MB == 1;
+  static_assert(!kPushes || WK * (kBlockM * kBlockN + 4 * 7) * 4 <= kSumBytes,
+                "a share for each of up to 8 blocks fits");
   static constexpr int kExtraBytes = kSumBytes + 16 + kBarrierBytes + 1024;  // 1024: to align the first stage
   static_assert(MB % kRoundMB == 0, "rounds are whole");
   static_assert(EXTENDED || (BITS == 4 && GROUP == 128), "8 bits and small groups are extensions");
@@ -135,13 +139,26 @@ struct Constant {
   static constexpr int value = N;
 };
 
+// How the outputs of a tile, in items of four, are shared out to the blocks of a cluster: equal ranges.
+struct ClusterShare {
+  int items;  // of a block, at most
+
+  __device__ __forceinline__ ClusterShare(int all, int blocks)
+      : items((all + blocks - 1) / blocks), multiplier_(0xffffffffu / items + 1) {}
+  // Whose an item is. Exact while item * items < 2^32; there are at least two items for each block.
+  __device__ __forceinline__ int owner(int item) const { return __umulhi(item, multiplier_); }
+
+ private:
+  uint32_t multiplier_;
+};
+
 // The block's shared memory: the stages, the sums of a tile, and the barriers.
 template <typename S>
 struct Ring {
   unsigned char* memory;  // the first stage
   float* sums;
   unsigned* is_last;
-  uint32_t stages, full, empty;  // shared-memory addresses
+  uint32_t stages, full, empty, received;  // shared-memory addresses
 
   __device__ __forceinline__ Ring(unsigned char* shared, int count) {
     stages = (shared_address(shared) + 1023) / 1024 * 1024;
@@ -151,67 +168,91 @@ struct Ring {
     is_last = reinterpret_cast<unsigned*>(after + S::kSumBytes);
     full = shared_address(after + S::kSumBytes + 16);
     empty = full + 8 * S::kMaxStages;
+    received = empty + 8 * S::kMaxStages;
+  }
+};
+
+// Where the producer is: a step of an output tile.
+template <typename S, typename P>
+struct CopyPlace {
+  int step, line, tile_row, row;        // of the tile: its first line of weights, row of tiles, row of activations
+  int column, scale_bytes, zero_bytes;  // and its columns, of one group
+  int64_t group;                        // its first
+
+  __device__ __forceinline__ CopyPlace(const P& p, int iteration) : step(iteration % p.steps) { enter(p, iteration); }
+  // To the step of `iteration`, the one after this.
+  __device__ __forceinline__ void next(const P& p, int iteration) {
+    if (++step < p.steps) return;
+    step = 0;
+    enter(p, iteration);
+  }
+
+ private:
+  __device__ __forceinline__ void enter(const P& p, int iteration) {
+    const typename P::template Tile<S> at(p, TileScheduler::tile(p, iteration));
+    column = at.column();
+    line = column / S::kLineColumns;
+    tile_row = at.first_tile_row(p);
+    row = at.row;
+    const int columns = min(S::kBlockN, p.N - column);
+    scale_bytes = columns * 2;
+    zero_bytes = S::kExtended && p.zeros != nullptr ? columns * S::BITS / 8 : 0;
+    group = at.first_group(p);
   }
 };
 
 // The producer: one thread fills stage after stage with the block's iterations, as far ahead as the ring is long.
-// Where activations may come later than weights (P::kEarly), the first pass over the ring copies weights, then waits,
-// then copies activations.
 template <typename S, typename P>
 __device__ __forceinline__ void fill_ring(const P& p, const TileScheduler& schedule, const Ring<S>& ring,
                                           const CUtensorMap* weights_map, const CUtensorMap* activations_map) {
-  constexpr int KT = S::KT;
-  int slot = 0;
-  uint32_t parity = 1;  // the first pass over the ring waits for nothing
-  int tile = TileScheduler::tile(p, schedule.begin);
-  int step = schedule.begin % p.steps;
-  typename P::template Tile<S> at(p, tile);
-  const auto copy_activations = [&](uint32_t stage, int of_step, int row, uint32_t full) {
-    copy_box(stage, activations_map, of_step * S::kBlockK, row, full);
-    copy_box(stage + S::kBoxBytes, activations_map, of_step * S::kBlockK + 64, row, full);
+  using Place = CopyPlace<S, P>;
+  const auto copy_activations = [&](const Place& at, uint32_t stage, uint32_t full) {
+    copy_box(stage, activations_map, at.step * S::kBlockK, at.row, full);
+    copy_box(stage + S::kBoxBytes, activations_map, at.step * S::kBlockK + 64, at.row, full);
   };
-  const int weights_alone = P::kEarly ? min(schedule.end, schedule.begin + p.stages) : schedule.begin;
-  for (int iteration = schedule.begin; iteration < schedule.end; iteration++) {
-    const uint32_t stage = ring.stages + slot * S::kStageBytes;
-    const int columns = min(S::kBlockN, p.N - at.column());
-    const int scale_bytes = columns * 2, zero_bytes = S::kExtended && p.zeros != nullptr ? columns * S::BITS / 8 : 0;
-    const uint32_t full = ring.full + 8 * slot;
-    mbarrier_wait(ring.empty + 8 * slot, parity);
-    mbarrier_expect(full, S::kActivationBytes + S::kWeightBytes + S::kSubgroups * (scale_bytes + zero_bytes));
-    copy_weights(stage + S::kActivationBytes, weights_map, at.column() / S::kLineColumns,
-                 at.first_tile_row(p) + step * KT, full);
-    if (!P::kEarly || iteration >= weights_alone) copy_activations(stage, step, at.row, full);
+  const auto copy_rest = [&](const Place& at, uint32_t stage, uint32_t full) {
+    mbarrier_expect(full, S::kActivationBytes + S::kWeightBytes + S::kSubgroups * (at.scale_bytes + at.zero_bytes));
+    copy_weights(stage + S::kActivationBytes, weights_map, at.line, at.tile_row + at.step * S::KT, full);
     const uint32_t scales = stage + S::kActivationBytes + S::kWeightBytes;
     const uint32_t zeros = scales + S::kSubgroups * S::kScaleBytes;
 #pragma unroll
     for (int i = 0; i < S::kSubgroups; i++) {
       // With one scale for each column there is group 0 alone; beyond K any group will do.
-      const int64_t group = at.first_group(p) + min(step * S::kSubgroups + i, p.groups - 1);
-      copy_bytes(scales + i * S::kScaleBytes, p.s + group * p.N + at.column(), scale_bytes, full);
+      const int64_t group = at.group + min(at.step * S::kSubgroups + i, p.groups - 1);
+      copy_bytes(scales + i * S::kScaleBytes, p.s + group * p.N + at.column, at.scale_bytes, full);
       if (S::kExtended && p.zeros != nullptr)
         copy_bytes(zeros + i * S::kZeroBytes,
-                   static_cast<const char*>(p.zeros) + (group * p.N + at.column()) * S::BITS / 8, zero_bytes, full);
+                   static_cast<const char*>(p.zeros) + (group * p.N + at.column) * S::BITS / 8, at.zero_bytes, full);
     }
+  };
+  int slot = 0, iteration = schedule.begin;
+  uint32_t parity = 1;  // the first pass over the ring waits for nothing
+  if (p.early) {        // in the first pass activations come later
+    const int first = min(schedule.end - iteration, p.stages);
+    const auto pass = [&](auto copy) {
+      Place at(p, iteration);
+#pragma unroll 1
+      for (int i = 0; i < first; i++) {
+        copy(at, ring.stages + i * S::kStageBytes, ring.full + 8 * i);
+        at.next(p, iteration + i + 1);
+      }
+    };
+    pass(copy_rest);
+    wait_for_activations(p);
+    pass(copy_activations);
+    iteration += first;
+    parity = 0;  // there is a second pass only if the ring was filled
+  }
+  Place at(p, iteration);
+  while (iteration < schedule.end) {
+    const uint32_t stage = ring.stages + slot * S::kStageBytes, full = ring.full + 8 * slot;
+    mbarrier_wait(ring.empty + 8 * slot, parity);
+    copy_rest(at, stage, full);
+    copy_activations(at, stage, full);
+    at.next(p, ++iteration);
     if (++slot == p.stages) {
       slot = 0;
       parity ^= 1;
-    }
-    if (++step == p.steps) {
-      step = 0;
-      tile = TileScheduler::tile(p, iteration + 1);
-      at = typename P::template Tile<S>(p, tile);
-    }
-    if (P::kEarly && iteration + 1 == weights_alone) {
-      wait_for_activations(p);
-      int of_step = schedule.begin % p.steps;
-      typename P::template Tile<S> of(p, TileScheduler::tile(p, schedule.begin));
-      for (int i = 0; i < weights_alone - schedule.begin; i++) {
-        copy_activations(ring.stages + i * S::kStageBytes, of_step, of.row, ring.full + 8 * i);
-        if (++of_step == p.steps) {
-          of_step = 0;
-          of = typename P::template Tile<S>(p, TileScheduler::tile(p, schedule.begin + i + 1));
-        }
-      }
     }
   }
 }
@@ -422,7 +463,53 @@ __device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedu
                g] = sum[j][b][c];
         }
     };
-    if (p.split_k > 0) {
+    if (S::kPushes && p.split_k > 0) {
+      // Each block of the cluster adds up an equal share of the outputs. All put their sums of a share straight into the
+      // shared memory of its owner, [even and odd steps][rank][share], so that nobody waits before or after.
+      const typename P::template Tile<S> at(p, tile);
+      const int rows = at.rows(p), columns = min(S::kBlockN, p.out_features - at.column());
+      constexpr int kFours = S::kBlockN / 4;
+      const ClusterShare share(rows * kFours, p.split_k);
+      const int rank = blockIdx.x % p.split_k;
+      const uint32_t sums = shared_address(ring.sums);
+      // Apart for even and odd steps of the tile, which two warpgroups along K take in turn: so it is for whole tiles.
+      const int set = WK == 2 ? wk ^ (step_begin & 1) : 0;
+      const uint32_t place = sums + (set * p.split_k + rank) * share.items * 16;
+      cluster_wait();
+#pragma unroll
+      for (int b = 0; b < MB; b++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          const int row = b * 8 + 2 * t + c;
+          if (row >= rows) continue;
+#pragma unroll
+          for (int j = 0; j < J; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+              const int column = (first_subtile + j) * 16 + h * 8 + g, item = row * kFours + column / 4;
+              const int owner = share.owner(item);
+              push_cluster(shared_of_rank(place + (item - owner * share.items) * 16 + column % 4 * 4, owner),
+                           sum[j][b][2 * h + c], shared_of_rank(ring.received, owner));
+            }
+        }
+      const int first = rank * share.items, count = min(share.items, rows * kFours - first);
+      if (count > 0) mbarrier_wait_for_cluster(ring.received, 0);
+      for (int i = tid; i < count; i += S::kConsumers) {
+        const int item = first + i, row = item / kFours, column = item % kFours * 4;
+        if (column >= columns) continue;
+        float4 v[WK];
+#pragma unroll
+        for (int w = 0; w < WK; w++) v[w] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (int r = 0; r < p.split_k; r++)
+#pragma unroll
+          for (int w = 0; w < WK; w++)
+            v[w] = v[w] + *reinterpret_cast<const float4*>(ring.sums + ((w * p.split_k + r) * share.items + i) * 4);
+#pragma unroll
+        for (int w = 1; w < WK; w++) v[0] = v[0] + v[w];
+        store_outputs<T>(p, at.template bias<T>(p), at.row + row, at.column() + column, v[0]);
+      }
+    } else if (p.split_k > 0) {
       // The ring is free: this was the block's only tile. Every block puts its sums there; each adds up its share of
       // the outputs, reading the others' shared memory in ascending K.
       synchronize();
@@ -432,6 +519,9 @@ __device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedu
       const typename P::template Tile<S> at(p, tile);
       const int rows = at.rows(p), columns = min(S::kBlockN, p.out_features - at.column());
       constexpr int kFours = S::kBlockN / 4;
+      uint32_t odd_parts = 0;  // a bit for each part that begins at an odd step
+      for (int rank = 0; rank < p.split_k; rank++)
+        odd_parts |= static_cast<uint32_t>(TileScheduler::part_begin(p, rank, p.split_k) & 1) << rank;
       for (int item = blockIdx.x % p.split_k * S::kConsumers + tid; item < rows * kFours;
            item += p.split_k * S::kConsumers) {
         const int row = item / kFours, column = item % kFours * 4;
@@ -440,12 +530,14 @@ __device__ __forceinline__ void multiply(const P& p, const TileScheduler& schedu
         float4 v[WK];
 #pragma unroll
         for (int w = 0; w < WK; w++) v[w] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        const uint32_t mine_at = ring.stages + (row * S::kSumPitch + column) * 4;
+#pragma unroll 4
         for (int rank = 0; rank < p.split_k; rank++) {
-          const uint32_t theirs = shared_of_rank(ring.stages + (row * S::kSumPitch + column) * 4, rank);
-          const int first = TileScheduler::part_begin(p, rank, p.split_k) % WK;  // that the first of them has
+          const uint32_t theirs = shared_of_rank(mine_at, rank);
+          const uint32_t swaps = WK == 2 ? odd_parts >> rank & 1 : 0;
 #pragma unroll
           for (int w = 0; w < WK; w++)
-            v[w] = v[w] + load_cluster(theirs + (w ^ first) * (S::kBlockM * S::kSumPitch * 4));
+            v[w] = v[w] + load_cluster(theirs + (w ^ swaps) * (S::kBlockM * S::kSumPitch * 4));
         }
 #pragma unroll
         for (int w = 1; w < WK; w++) v[0] = v[0] + v[w];
@@ -477,9 +569,19 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       mbarrier_init(ring.full + 8 * i, 1);             // the producer, with the bytes to expect
       mbarrier_init(ring.empty + 8 * i, 128 * S::WN);  // the threads that read a stage
     }
+    if (S::kPushes && p.split_k > 0) {
+      const OutputTile<S> at(p, TileScheduler::tile(p, schedule.begin));
+      const int all = at.rows(p) * (S::kBlockN / 4);
+      const ClusterShare share(all, p.split_k);
+      const int count = min(share.items, all - static_cast<int>(blockIdx.x) % p.split_k * share.items);
+      mbarrier_init(ring.received, 1);
+      if (count > 0) mbarrier_expect(ring.received, count * 16 * S::WK * p.split_k);
+    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  let_next_kernel_begin();
+  if (S::kPushes && p.split_k > 0) cluster_arrive();
 
   // The exchange (with lane 0, of the same value) tells the compiler that `warp` is the same in all lanes.
   const int warp = __shfl_sync(0xffffffff, tid / 32, 0);
@@ -488,6 +590,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (tid == S::kConsumers) fill_ring<S>(p, schedule, ring, &weights_map, &activations_map);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kConsumerRegisters));
+    wait_for_activations(p);
     multiply<T, S>(p, schedule, ring, warp);
   }
 }

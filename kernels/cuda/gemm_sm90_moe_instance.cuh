@@ -56,7 +56,6 @@ struct GroupedWideParts {
 
   __device__ __forceinline__ explicit GroupedWideParts(const GroupedWideArguments& p) : begin(0), count(p.steps) {
     if (!p.early) wait_for_kernel_before();
-    let_next_kernel_begin();
     list_begin = __ldcg(p.list.first_block + p.list.first);
     const int tiles = (__ldcg(p.list.first_block + p.list.last) - list_begin) * p.tiles_n, blocks = gridDim.x;
     parts_ = (tiles - static_cast<int>(blockIdx.x) + blocks - 1) / blocks;

@@ -198,7 +198,10 @@ struct WideMemory {
 
 // ---- Producers ----
 
-__device__ __forceinline__ void wait_for_activations(const WideArguments&) {}
+// With `early`, a kernel began without waiting, and waits here, before it reads activations or writes anything.
+__device__ __forceinline__ void wait_for_activations(const WideArguments& p) {
+  if (p.early) wait_for_kernel_before();
+}
 
 // One producer lane: calls copy(stage, full, place, step) for every step of the block, as far ahead as the ring
 // is long. `copy` tells the barrier how many bytes will land, and starts their copies.
@@ -632,6 +635,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
   const typename P::Parts work(p);
   __syncthreads();
+  let_next_kernel_begin();
 
   // The exchange (with lane 0, of the same value) tells the compiler that `warp` is the same in all lanes.
   const int warp = __shfl_sync(0xffffffff, tid / 32, 0);

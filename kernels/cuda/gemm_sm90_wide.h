@@ -43,6 +43,7 @@ struct WideArguments {
   int M, out_features;
   bool bf16_scales;
   bool weights_once;  // one block reads them: L2 need not keep them
+  bool early;         // the kernel before may still run, but weights, scales and zero points are there
   int step_groups;    // groups that the 64 rows of a step meet: 1, 2 or 4; 0: one group for all of K
   int group_shift;    // log2 of the steps that share a group: 1 with groups of 128, else 0
   int steps;          // along K: K / 64

@@ -12,28 +12,6 @@
 
 namespace marlin {
 
-// Kernels that follow each other are launched early (programmatic dependent launch): one begins while the last blocks of
-// the one before still run, and waits here before it reads or writes anything that others touch. A kernel that was not
-// launched so waits for nothing.
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_kernel_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// With `early`, the kernel began without waiting, and waits here, before it reads activations or writes anything.
-__device__ __forceinline__ void wait_for_activations(const GroupedArguments& p) {
-  if (p.early) wait_for_kernel_before();
-}
-__device__ __forceinline__ void wait_for_activations(const GroupedWideArguments& p) {
-  if (p.early) wait_for_kernel_before();
-}
-
 // Written by a kernel before this one, perhaps after this one had begun: read past L1.
 __device__ __forceinline__ RowBlock load_block(const RowBlock* from) {
   const int4 v = __ldcg(reinterpret_cast<const int4*>(from));

@@ -29,15 +29,13 @@ struct GroupedTile;
 struct GroupedWidePlace;
 struct GroupedWideParts;
 
-// gemm_sm80.cuh and gemm_sm90.cuh. M, iterations, iterations_per_block, split_k and what goes with them are made by the
+// gemm_sm80.cuh and gemm_sm90.cuh; `early`: the list is there, too. M, iterations, iterations_per_block, split_k and what goes with them are made by the
 // kernel; A, s, zeros, bias and B have all experts, one after the other.
 struct GroupedArguments : GemmArguments {
   template <typename S>
   using Tile = GroupedTile<S>;
-  static constexpr bool kEarly = true;
   RowList list;
   int tiles_n;
-  bool early;    // weights and the list are there before the kernel before this one has ended
   int exchange;  // steps that are as long as the exchange of sums where blocks share tiles: kWhole, kShared or between
   int list_begin;  // made by the kernel: the first block of rows,
   int tiles;       //   and how many output tiles there are
@@ -50,7 +48,6 @@ struct GroupedWideArguments : WideArguments {
   using Place = GroupedWidePlace;
   static constexpr bool kSplits = false;
   RowList list;
-  bool early;  // as above
   int tiles_n, N;
   int tile_rows, groups;  // of one expert: K / 16, G
 };

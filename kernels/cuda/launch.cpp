@@ -31,6 +31,7 @@ int launch_wide(const Plan& plan, int kernel, const marlin_cuda_weights_t& w, co
   p.counters = static_cast<unsigned*>(x.workspace);
   p.partials = reinterpret_cast<float*>(static_cast<char*>(x.workspace) + MARLIN_CUDA_COUNTER_BYTES);
   p.weights_once = s.tiles_m == 1;
+  p.early = x.early != 0;
   p.M = static_cast<int>(x.M);
   p.out_features = static_cast<int>(w.out_features);
   p.bf16_scales = w.scale_dtype == MARLIN_CUDA_BF16;
@@ -62,6 +63,9 @@ int launch_wide(const Plan& plan, int kernel, const marlin_cuda_weights_t& w, co
   launch.blockDim = dim3(instance.threads);
   launch.dynamicSmemBytes = shared_bytes(instance, plan.stages);
   launch.stream = static_cast<cudaStream_t>(x.stream);
+  cudaLaunchAttribute attribute = early_launch();
+  launch.attrs = &attribute;
+  launch.numAttrs = p.early;
   return cudaLaunchKernelExC(&launch, instance.kernels[kernel], parameters);
 }
 
@@ -100,6 +104,8 @@ int launch_few(const Plan& plan, int kernel, const marlin_cuda_weights_t& w, con
   arguments.stages = plan.stages;
   arguments.split_k = s.split <= kMostSplitK ? s.split : 0;
   arguments.parts = plan.parts;
+  // A cluster of one block is launched without clusters; launched early it stopped at an illegal instruction.
+  arguments.early = x.early != 0 && instance.loop == MainLoop::kSm90 && s.split != 1;
 
   CUtensorMap weights_map, activations_map;
   if (instance.loop == MainLoop::kSm90) {
@@ -112,9 +118,11 @@ int launch_few(const Plan& plan, int kernel, const marlin_cuda_weights_t& w, con
   launch.blockDim = dim3(instance.threads);
   launch.dynamicSmemBytes = shared_bytes(instance, plan.stages);
   launch.stream = static_cast<cudaStream_t>(x.stream);
-  cudaLaunchAttribute attribute = {};
+  cudaLaunchAttribute attributes[2];
+  launch.attrs = attributes;
   if (instance.loop == MainLoop::kSm90 && s.split <= kMostSplitK && s.split > 1)
-    set_cluster(&launch, &attribute, s.split);
+    attributes[launch.numAttrs++] = cluster_of(s.split);
+  if (arguments.early) attributes[launch.numAttrs++] = early_launch();
   return cudaLaunchKernelExC(&launch, instance.kernels[kernel], parameters);
 }
 

@@ -62,8 +62,9 @@ int resident_clusters(const Instance& i, int size, const Device& facts, int devi
       launch.gridDim = dim3(facts.multiprocessors / size * size);
       launch.blockDim = dim3(i.threads);
       launch.dynamicSmemBytes = shared_bytes(i, most_stages(i, facts));
-      cudaLaunchAttribute attribute = {};
-      set_cluster(&launch, &attribute, size);
+      cudaLaunchAttribute attribute = cluster_of(size);
+      launch.attrs = &attribute;
+      launch.numAttrs = 1;
       if (cudaOccupancyMaxActiveClusters(&count, i.kernels[0], &launch) != cudaSuccess) {
         cudaGetLastError();  // not the caller's concern
         count = 0;
@@ -273,13 +274,20 @@ int allow_shared_memory(const Instance& i, int kernel, const Device& facts, int 
   return MARLIN_OK;
 }
 
-void set_cluster(cudaLaunchConfig_t* launch, cudaLaunchAttribute* attribute, int size) {
-  attribute->id = cudaLaunchAttributeClusterDimension;
-  attribute->val.clusterDim.x = size;
-  attribute->val.clusterDim.y = 1;
-  attribute->val.clusterDim.z = 1;
-  launch->attrs = attribute;
-  launch->numAttrs = 1;
+cudaLaunchAttribute cluster_of(int size) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = size;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
+cudaLaunchAttribute early_launch() {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
 }
 
 // A model has a few shapes of layers, and a plan is the best of dozens of candidates: each thread looks its latest up.

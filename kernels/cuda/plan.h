@@ -35,7 +35,9 @@ int shared_bytes(const Instance& instance, int stages);
 // Lets a kernel of the instance use more than 48 KB of shared memory, once per device, which is current.
 int allow_shared_memory(const Instance& instance, int kernel, const Device& facts, int device);
 
-void set_cluster(cudaLaunchConfig_t* launch, cudaLaunchAttribute* attribute, int size);
+// Attributes of a launch: clusters of `size` blocks; a launch before the kernel before it has ended.
+cudaLaunchAttribute cluster_of(int size);
+cudaLaunchAttribute early_launch();
 
 // The fastest of what `variant` leaves open. `device` is current. With MARLIN_PRINT_PLAN=1 in the environment it is
 // printed to stderr when it is made; each thread remembers its latest.

@@ -97,4 +97,18 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a) {
   return r;
 }
 
+// Kernels may be launched early (programmatic dependent launch): one begins when all blocks of the kernel before it have
+// said let_next_kernel_begin or ended, and waits here before it reads or writes anything that others touch: then the
+// kernel before has ended, and what it wrote is there. A kernel that was not launched so waits for nothing.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 }  // namespace marlin

@@ -170,6 +170,26 @@ __device__ __forceinline__ int weight_offset(int lane, int subtile) {
   return line * 128 + (piece ^ line) * 16 + subtile % 2 * 8;
 }
 
+// Puts v to `to` in a block of the cluster; its four bytes count on `barrier` there.
+__device__ __forceinline__ void push_cluster(uint32_t to, float v, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(v),
+               "r"(barrier)
+               : "memory");
+}
+// As mbarrier_wait, for what other blocks of the cluster put here.
+__device__ __forceinline__ void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nagain:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 // A barrier for all threads of a cluster that have not ended.
 __device__ __forceinline__ void cluster_synchronize() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

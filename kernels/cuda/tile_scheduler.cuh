@@ -29,6 +29,7 @@
 #pragma once
 
 #include "arguments.cuh"
+#include "ptx.cuh"
 
 namespace marlin {
 
@@ -52,7 +53,10 @@ struct OutputTile {
   }
 };
 
-__device__ __forceinline__ void wait_for_activations(const GemmArguments&) {}
+// With `early`, a kernel began without waiting, and waits here, before it reads activations or writes anything.
+__device__ __forceinline__ void wait_for_activations(const GemmArguments& p) {
+  if (p.early) wait_for_kernel_before();
+}
 
 // The iterations of one block, and which output tiles they belong to.
 struct TileScheduler {

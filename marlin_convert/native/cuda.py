@@ -13,6 +13,12 @@ batch_invariant=True fixes the bits of a row: how K is split and the order of ev
 alone, one way for all numbers of rows, without dequantizing for cuBLAS. MARLIN_BATCH_INVARIANT=1 in the environment
 makes that the default.
 
+early=True lets a product begin while the work before it on the stream still runs (programmatic dependent launch, on
+Hopper): its weights are copied meanwhile, activations are waited for. The bits are the same. It says that nothing on
+the stream that has not ended writes this layer's B, s or zeros. A layer's first product never begins early, so that
+weights may just have been loaded or repacked; who writes into them again must wait for the device before the next
+product. MARLIN_EARLY=1 in the environment makes that the default.
+
 All but `matmul` are also torch operators (`torch.ops.marlin_convert.…`) with fake implementations, so that
 torch.compile and CUDA graphs take them; on eager paths the Python functions are quicker. Arguments are checked here,
 a layer's tensors only when they are new; messages name the argument, what it is and what it should be.
@@ -58,6 +64,8 @@ T: TypeAlias = torch.Tensor
 
 #: Whether products are batch-invariant by default.
 INVARIANT = os.environ.get("MARLIN_BATCH_INVARIANT", "") not in ("", "0")
+#: Whether products begin early by default.
+EARLY = os.environ.get("MARLIN_EARLY", "") not in ("", "0")
 
 
 class _Layer:
@@ -78,6 +86,7 @@ class _Layer:
         self.gathered = Weights(*pointers, K, N, G, K, columns, bits, DTYPES[s.dtype])
         self.kernels = _ready(self.index)
         self.dequantizing_pays: dict[int, bool] = {}  # by M
+        self.multiplied = False  # its tensors have been there for a product: the next may begin early
 
 
 _layers: dict[tuple[object, ...], _Layer] = {}
@@ -153,7 +162,7 @@ def _driver() -> ctypes.CDLL:
 def gemm(
     a: T, B: T, s: T, bias: T | None = None, zeros: T | None = None, perm: T | None = None, *,
     bits: int = 4, in_features: int | None = None, out_features: int | None = None, variant: int = 0,
-    batch_invariant: bool | None = None,
+    batch_invariant: bool | None = None, early: bool | None = None,
 ) -> T:  # fmt: skip
     """Compute a [..., in_features] · W + bias as [..., out_features], in a's dtype (float16 or bfloat16), accumulated
     in fp32.
@@ -167,28 +176,33 @@ def gemm(
     are beside it; docs/kernels/results.md has what that costs. On Hopper no weights are rounded then, elsewhere all
     are, with any number of rows. `variant`, for tests and tuning, asks for a kernel, and comes before it.
 
+    `early` (default: whether MARLIN_EARLY=1): the product may begin before the work before it has ended, see above.
+
     Raises TypeError and ValueError for arguments that do not fit, DeviceError when the kernels cannot run.
     """
     layer = _layer(B, s, zeros, perm, bits, in_features, out_features)
-    return _product(layer, a, bias, variant or _fixed(batch_invariant))
+    return _product(layer, a, bias, variant or _fixed(batch_invariant), early)
 
 
 def matmul(
     a: T, B: T, s: T, bias: T | None = None, zeros: T | None = None, perm: T | None = None, *,
     bits: int = 4, in_features: int | None = None, out_features: int | None = None,
-    batch_invariant: bool | None = None,
+    batch_invariant: bool | None = None, early: bool | None = None,
 ) -> T:  # fmt: skip
-    """Compute by the faster of `gemm` and dequantize + torch.matmul, chosen by shape; `batch_invariant`: `gemm`."""
+    """Compute by the faster of `gemm` and dequantize + torch.matmul, chosen by shape; `batch_invariant`: `gemm`.
+
+    `early` is for `gemm`.
+    """
     layer = _layer(B, s, zeros, perm, bits, in_features, out_features)
     fixed = _fixed(batch_invariant)
     if fixed:
-        return _product(layer, a, bias, fixed)
+        return _product(layer, a, bias, fixed, early)
     M = a.numel() // layer.in_features
     pays = layer.dequantizing_pays.get(M)
     if pays is None:
         pays = layer.dequantizing_pays[M] = M > 0 and _choose(layer.kernels, layer.weights, M, layer.index)
     if not pays:
-        return _product(layer, a, bias, 0)
+        return _product(layer, a, bias, 0, early)
     check_activations(a, bias, layer.in_features, layer.out_features)
     if a.get_device() != layer.index:
         raise ValueError(f"a is on {a.device}; it should be on {layer.device}, like B")
@@ -204,7 +218,7 @@ def _fixed(batch_invariant: bool | None) -> int:
     return BATCH_INVARIANT if (INVARIANT if batch_invariant is None else batch_invariant) else 0
 
 
-def _product(layer: _Layer, a: T, bias: T | None, variant: int) -> T:
+def _product(layer: _Layer, a: T, bias: T | None, variant: int, early: bool | None) -> T:
     index, in_features, shape, dtype = layer.index, layer.in_features, a.shape, DTYPES.get(a.dtype)
     if dtype is None or not shape or shape[-1] != in_features or bias is not None:
         check_activations(a, bias, in_features, layer.out_features)
@@ -232,11 +246,13 @@ def _product(layer: _Layer, a: T, bias: T | None, variant: int) -> T:
         )  # fmt: skip
         address, lda, weights = gathered.data_ptr(), layer.K, layer.gathered
     _, workspace, nbytes = _workspace(index, stream)
+    begins_early = layer.multiplied and (EARLY if early is None else early)
+    layer.multiplied = True
     status = layer.kernels.marlin_cuda_gemm(
         weights,
         PRODUCT.pack(
             address, 0 if bias is None else bias.data_ptr(), out.data_ptr(), workspace, nbytes, stream, M, lda, dtype,
-            index, variant, 0,
+            index, variant, begins_early,
         ),
     )  # fmt: skip
     if status:
@@ -320,7 +336,7 @@ def _dequantize(layer: _Layer, dtype: torch.dtype) -> T:
 
 _operators = torch_library.Library("marlin_convert", "DEF")  # type: ignore[no-untyped-call]
 _LAYER = "Tensor? zeros=None, Tensor? perm=None, *, int bits=4, int? in_features=None, int? out_features=None"
-_FIXED = "bool? batch_invariant=None"
+_FIXED = "bool? batch_invariant=None, bool? early=None"
 for _signature in (
     f"gemm(Tensor a, Tensor B, Tensor s, Tensor? bias=None, {_LAYER}, int variant=0, {_FIXED}) -> Tensor",
     "repack(Tensor qweight, *, int bits=4) -> Tensor",
@@ -338,7 +354,7 @@ _operators.impl("dequantize", dequantize, "CUDA")  # type: ignore[no-untyped-cal
 def _(
     a: T, B: T, s: T, bias: T | None = None, zeros: T | None = None, perm: T | None = None, *,
     bits: int = 4, in_features: int | None = None, out_features: int | None = None, variant: int = 0,
-    batch_invariant: bool | None = None,
+    batch_invariant: bool | None = None, early: bool | None = None,
 ) -> T:  # fmt: skip
     _, _, _, rows, columns = layer_sizes(B, s, zeros, perm, bits, in_features, out_features)
     check_activations(a, bias, rows, columns)

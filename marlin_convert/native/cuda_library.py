@@ -17,7 +17,7 @@ from ..errors import INSTALL, DeviceError
 LIBRARY = Path(os.environ.get("MARLIN_CUDA_LIBRARY") or Path(__file__).parents[1] / "_cuda.so")
 
 # MARLIN_CUDA_* of kernels/marlin_cuda.h; a test compares them.
-ABI_VERSION = 6
+ABI_VERSION = 7
 K_MULTIPLE = 64
 N_MULTIPLE = 64
 GROUP_SIZE = 128
@@ -99,7 +99,7 @@ def variant(instance: int = 0, stages: int = 0, split: int = 0) -> int:
     return instance | stages << 12 | split << 16
 
 
-#: marlin_cuda_product_t: A, bias, C, workspace, its bytes, stream, M, lda, dtype, device, variant, unused. Packed, as
+#: marlin_cuda_product_t: A, bias, C, workspace, its bytes, stream, M, lda, dtype, device, variant, early. Packed, as
 #: it is faster to fill than a ctypes.Structure.
 PRODUCT = struct.Struct("@PPPPNPqqiiii")
 

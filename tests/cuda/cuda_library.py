@@ -73,9 +73,22 @@ def variant(name: str = "", stages: int = 0, split: int = 0) -> int:
 
 def product(**fields: int | None) -> bytes:
     """marlin_cuda_product_t"""
-    names = ("A", "bias", "C", "workspace", "workspace_bytes", "stream", "M", "lda", "dtype", "device", "variant")
+    names = (
+        "A",
+        "bias",
+        "C",
+        "workspace",
+        "workspace_bytes",
+        "stream",
+        "M",
+        "lda",
+        "dtype",
+        "device",
+        "variant",
+        "early",
+    )
     assert set(fields) == set(names)
-    return struct.pack("@PPPPNPqqiiii", *(fields[name] or 0 for name in names), 0)
+    return struct.pack("@PPPPNPqqiiii", *(fields[name] or 0 for name in names))
 
 
 class CudaError(Exception):
@@ -138,6 +151,7 @@ class Library:
         bias: torch.Tensor | None = None,
         variant: int = 0,
         workspace: Any = None,
+        early: bool = False,
         **layer: Any,
     ) -> torch.Tensor:
         """out [M, out_features] = a [M, in_features] @ W + bias."""
@@ -145,7 +159,7 @@ class Library:
         x = product(
             A=a.data_ptr(), bias=None if bias is None else bias.data_ptr(), C=out.data_ptr(),
             workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(), stream=self.stream(), M=a.shape[0],
-            lda=a.stride(0), dtype=DTYPES[a.dtype], device=self.device, variant=variant,
+            lda=a.stride(0), dtype=DTYPES[a.dtype], device=self.device, variant=variant, early=early,
         )  # fmt: skip
         self.check(self.lib.marlin_cuda_gemm(self.weights(b, s, **layer), x))
         return out

@@ -463,7 +463,7 @@ def test_in_a_graph(library: Library) -> None:
 
 
 def test_version_and_device(library: Library) -> None:
-    assert library.lib.marlin_cuda_abi_version() == 6
+    assert library.lib.marlin_cuda_abi_version() == 7
     count = ctypes.c_int()
     library.check(library.lib.marlin_cuda_device_count(ctypes.byref(count)))
     assert count.value == torch.cuda.device_count()
