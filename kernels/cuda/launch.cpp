@@ -102,10 +102,12 @@ int launch_few(const Plan& plan, int kernel, const marlin_cuda_weights_t& w, con
   arguments.next_n = next / s.tiles_m;
   arguments.next_m = next % s.tiles_m;
   arguments.stages = plan.stages;
-  arguments.split_k = s.split <= kMostSplitK ? s.split : 0;
+  // A cluster of one block would be launched without clusters, where a kernel that lets the next one begin stops at a
+  // cluster's barrier with an illegal instruction. It has a whole tile, as blocks without clusters may have.
+  const bool shares = s.split <= kMostSplitK && s.split > 1;
+  arguments.split_k = shares ? s.split : 0;
   arguments.parts = plan.parts;
-  // A cluster of one block is launched without clusters; launched early it stopped at an illegal instruction.
-  arguments.early = x.early != 0 && instance.loop == MainLoop::kSm90 && s.split != 1;
+  arguments.early = x.early != 0 && instance.loop == MainLoop::kSm90;
 
   CUtensorMap weights_map, activations_map;
   if (instance.loop == MainLoop::kSm90) {
@@ -120,8 +122,7 @@ int launch_few(const Plan& plan, int kernel, const marlin_cuda_weights_t& w, con
   launch.stream = static_cast<cudaStream_t>(x.stream);
   cudaLaunchAttribute attributes[2];
   launch.attrs = attributes;
-  if (instance.loop == MainLoop::kSm90 && s.split <= kMostSplitK && s.split > 1)
-    attributes[launch.numAttrs++] = cluster_of(s.split);
+  if (instance.loop == MainLoop::kSm90 && shares) attributes[launch.numAttrs++] = cluster_of(s.split);
   if (arguments.early) attributes[launch.numAttrs++] = early_launch();
   return cudaLaunchKernelExC(&launch, instance.kernels[kernel], parameters);
 }
