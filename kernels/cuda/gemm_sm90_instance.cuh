@@ -7,19 +7,17 @@
 
 namespace marlin {
 
+// What all instances of a shape have, whatever kernel runs its main loop.
 template <typename S>
-Instance sm90_instance(int id, const char* name) {
+Instance instance_of_shape(int id, const char* name) {
   Instance i = {};
   i.id = id;
   i.name = name;
   i.loop = MainLoop::kSm90;
-  i.kernels[0] = reinterpret_cast<const void*>(&gemm_sm90_kernel<__half, S>);
-  i.kernels[1] = reinterpret_cast<const void*>(&gemm_sm90_kernel<__nv_bfloat16, S>);
+  i.invariant = S::WK == 2;
   i.bits = S::BITS;
   i.group_size = S::GROUP;
   i.zero_points = S::kExtended ? kEither : kNever;
-  i.invariant = S::WK == 2;
-  i.parts_in_turn = S::kPartsInTurn;
   i.threads = S::kThreads;
   i.block_m = S::kBlockM;
   i.block_n = S::kBlockN;
@@ -29,6 +27,15 @@ Instance sm90_instance(int id, const char* name) {
   i.max_stages = S::kMaxStages;
   i.stage_multiple = S::WK;
   i.line_bytes = S::kLineBytes;
+  return i;
+}
+
+template <typename S>
+Instance sm90_instance(int id, const char* name) {
+  Instance i = instance_of_shape<S>(id, name);
+  i.kernels[0] = reinterpret_cast<const void*>(&gemm_sm90_kernel<__half, S>);
+  i.kernels[1] = reinterpret_cast<const void*>(&gemm_sm90_kernel<__nv_bfloat16, S>);
+  i.parts_in_turn = S::kPartsInTurn;
   return i;
 }
 

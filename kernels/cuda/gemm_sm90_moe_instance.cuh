@@ -2,8 +2,8 @@
 // The instances stand in several translation units, gemm_sm90_moe_*.cu, because they take long to compile.
 #pragma once
 
-#include "gemm_sm90.cuh"
-#include "gemm_sm90_wide.cuh"
+#include "gemm_sm90_instance.cuh"
+#include "gemm_sm90_wide_instance.cuh"
 #include "grouped.cuh"
 #include "moe.h"
 
@@ -95,54 +95,9 @@ struct GroupedWidePlace {
 
 template <typename S>
 Instance grouped_instance(int id, const char* name) {
-  Instance i = {};
-  i.id = id;
-  i.name = name;
-  i.loop = MainLoop::kSm90;
-  i.invariant = S::WK == 2;
+  Instance i = instance_of_shape<S>(id, name);
   i.kernels[0] = reinterpret_cast<const void*>(&grouped_sm90_kernel<__half, S>);
   i.kernels[1] = reinterpret_cast<const void*>(&grouped_sm90_kernel<__nv_bfloat16, S>);
-  i.bits = S::BITS;
-  i.group_size = S::GROUP;
-  i.zero_points = S::kExtended ? kEither : kNever;
-  i.threads = S::kThreads;
-  i.block_m = S::kBlockM;
-  i.block_n = S::kBlockN;
-  i.block_k = S::kBlockK;
-  i.stage_bytes = S::kStageBytes;
-  i.extra_bytes = S::kExtraBytes;
-  i.max_stages = S::kMaxStages;
-  i.stage_multiple = S::WK;
-  i.line_bytes = S::kLineBytes;
-  return i;
-}
-
-template <int MB, int J, int WN, int BITS, bool ZEROS>
-Instance grouped_wide_instance(int id, const char* name) {
-  using S = WideShape<MB, J, WN, BITS, ZEROS, false>;
-  using Mixed = WideShape<MB, J, WN, BITS, ZEROS, true>;
-  using P = GroupedWideArguments;
-  Instance i = {};
-  i.id = id;
-  i.name = name;
-  i.loop = MainLoop::kSm90Wide;
-  i.kernels[0] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__half, S, P>);
-  i.kernels[1] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__nv_bfloat16, S, P>);
-  i.kernels[2] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__half, Mixed, P>);
-  i.kernels[3] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__nv_bfloat16, Mixed, P>);
-  i.rounds_weights = true;
-  i.bits = BITS;
-  i.group_size = 0;
-  i.zero_points = ZEROS ? kAlways : kNever;
-  i.threads = S::kThreads;
-  i.block_m = S::kBlockM;
-  i.block_n = S::kBlockN;
-  i.block_k = S::kBlockK;
-  i.stage_bytes = S::kStageBytes;
-  i.extra_bytes = S::kExtraBytes;
-  i.max_stages = S::kMaxStages;
-  i.stage_multiple = 1;
-  i.line_bytes = S::kLineBytes;
   return i;
 }
 
@@ -155,9 +110,9 @@ Instance grouped_wide_instance(int id, const char* name) {
       grouped_instance<Sm90Shape<8, 2, 2, 1, __VA_ARGS__>>(ID + 4, "moe90_m64n256_" SUFFIX)
 
 // Many.
-#define MARLIN_GROUPED_WIDE(ID, SUFFIX, BITS, ZEROS)                                       \
-  grouped_wide_instance<16, 1, 2, BITS, ZEROS>(ID + 0, "moe90_wide_m128n128_" SUFFIX),     \
-      grouped_wide_instance<16, 2, 2, BITS, ZEROS>(ID + 1, "moe90_wide_m128n256_" SUFFIX), \
-      grouped_wide_instance<8, 2, 2, BITS, ZEROS>(ID + 2, "moe90_wide_m64n256_" SUFFIX)
+#define MARLIN_GROUPED_WIDE(ID, SUFFIX, BITS, ZEROS)                                                     \
+  wide_instance<16, 1, 2, BITS, ZEROS, GroupedWideArguments>(ID + 0, "moe90_wide_m128n128_" SUFFIX),     \
+      wide_instance<16, 2, 2, BITS, ZEROS, GroupedWideArguments>(ID + 1, "moe90_wide_m128n256_" SUFFIX), \
+      wide_instance<8, 2, 2, BITS, ZEROS, GroupedWideArguments>(ID + 2, "moe90_wide_m64n256_" SUFFIX)
 
 }  // namespace marlin

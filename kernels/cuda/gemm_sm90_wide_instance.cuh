@@ -7,7 +7,8 @@
 
 namespace marlin {
 
-template <int MB, int J, int WN, int BITS, bool ZEROS>
+// P: the arguments, of products with one matrix of weights or with several (grouped.h).
+template <int MB, int J, int WN, int BITS, bool ZEROS, typename P = WideArguments>
 Instance wide_instance(int id, const char* name) {
   using S = WideShape<MB, J, WN, BITS, ZEROS, false>;
   using Mixed = WideShape<MB, J, WN, BITS, ZEROS, true>;
@@ -16,10 +17,10 @@ Instance wide_instance(int id, const char* name) {
   i.id = id;
   i.name = name;
   i.loop = MainLoop::kSm90Wide;
-  i.kernels[0] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__half, S>);
-  i.kernels[1] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__nv_bfloat16, S>);
-  i.kernels[2] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__half, Mixed>);
-  i.kernels[3] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__nv_bfloat16, Mixed>);
+  i.kernels[0] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__half, S, P>);
+  i.kernels[1] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__nv_bfloat16, S, P>);
+  i.kernels[2] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__half, Mixed, P>);
+  i.kernels[3] = reinterpret_cast<const void*>(&gemm_sm90_wide_kernel<__nv_bfloat16, Mixed, P>);
   i.rounds_weights = true;
   i.bits = BITS;
   i.group_size = 0;
