@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing import Any
+
 import pytest
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def run(
     a: torch.Tensor,
     choice: int,
     bias: torch.Tensor | None = None,
-    **rest: int,
+    **rest: Any,
 ) -> torch.Tensor | None:
     """The product, or None where the library refuses: no rest of tiles to split so, too few steps, or other stages."""
     out = poisoned(a.shape[0], rest.get("out_features") or layer.n, a.dtype)
