@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +19,7 @@ from ..options import HubAccess, Options, ZeroPointReading
 from ..progress import StageTimes
 from .batch import batch
 from .bench import bench
+from .generate import generate
 from .params import (
     OUT,
     DryRun,
@@ -43,7 +44,6 @@ from .showing import said_in_json, screen_for
 
 if TYPE_CHECKING:
     from ..conversion.plan import Plan
-    from ..engines.generate import Sampling
     from ..engines.transformers_trial import Trial
     from .output import Screen
 
@@ -247,59 +247,7 @@ def restore(
     screen.restored(report)
 
 
-def _sampling(**values: Any) -> Sampling:
-    from ..engines.generate import Sampling
-
-    return Sampling(**values)
-
-
-_sampling_options = collected(
-    "sampling",
-    _sampling,
-    click.option(
-        "--max-new-tokens",
-        type=click.IntRange(min=1),
-        default=128,
-        show_default=True,
-        metavar="N",
-        help="Stop after so many tokens, if the model does not stop before.",
-    ),
-    click.option(
-        "--temperature", type=click.FloatRange(min=0), metavar="T", help="Sample, at this temperature; 0 is greedy."
-    ),
-    click.option(
-        "--top-p",
-        type=click.FloatRange(min=0, max=1, min_open=True),
-        metavar="P",
-        help="Sample from the most likely tokens that together have this probability.",
-    ),
-    click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Sample from the K most likely tokens."),
-    click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Make sampling repeatable."),
-)
-
-
-@cli.command()
-@click.argument("out")
-@click.option("--prompt", required=True, help="The text to continue.")
-@_sampling_options
-@source_options
-@output_options
-@click.pass_obj
-def generate(
-    output: OutputOptions, /, out: str, prompt: str, sampling: Sampling, device: str, access: HubAccess
-) -> None:
-    """Continue a prompt with the Marlin checkpoint OUT, a folder or a Hub id; the text appears while it is made.
-
-    Greedy (the same text every time) unless --temperature, --top-p or --top-k is given. With --quiet, only the text.
-    Without a GPU it is exact, and slow.
-    """
-    from ..engines.generate import generate as continue_prompt
-
-    output.source = out
-    screen = screen_for(output)
-    with screen.progress() as progress, screen.text(prompt) as on_text:
-        done = continue_prompt(out, prompt, sampling, device, on_text, progress, access=access)
-    screen.generated(done)
+cli.add_command(generate)
 
 
 @cli.command()

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from ..conversion.report import Report
     from ..conversion.restore import Restored
     from ..conversion.verify import Verification
-    from ..engines.generate import Comparison, Generated
+    from ..engines.generate import Comparison
     from ..engines.transformers_trial import Trial
     from ..hub.open import Source
     from .params import OutputOptions
@@ -76,7 +75,7 @@ class Screen:
     def _say(self, text: str = "", label: str = "", style: str = "") -> None:
         """Print one line, behind a coloured `label`."""
         if not self.silent:
-            self.out.print(_labelled(text, label, style), soft_wrap=True)
+            self.out.print(labelled(text, label, style), soft_wrap=True)
 
     def _note(self, text: str) -> None:
         self._say(text, "note", "yellow")
@@ -90,7 +89,7 @@ class Screen:
         from ..native import cpu
 
         if not self.silent and not cpu.native_available():
-            self.err.print(_labelled(cpu.describe(), "slow:", "yellow"), soft_wrap=True)
+            self.err.print(labelled(cpu.describe(), "slow:", "yellow"), soft_wrap=True)
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -197,44 +196,6 @@ class Screen:
         for note, names in plan.notes.items():
             where = "" if not names else f": {', '.join(names) if self.verbose else span(names)}"
             self._note(f"{note}{where}")
-
-    @contextlib.contextmanager
-    def text(self, prompt: str) -> Iterator[Callable[[str], None]]:
-        """Give where generated text goes, piece by piece; the prompt before it, unless --quiet wants the text alone."""
-        started = False
-
-        def piece(text: str) -> None:
-            nonlocal started
-            if not started and not self.silent:
-                self.out.print(prompt, style="dim", end="", soft_wrap=True)
-            started = True
-            if not self.as_json:
-                sys.stdout.write(visible(text))
-                sys.stdout.flush()
-
-        log = logging.getLogger("marlin_convert")
-        level = log.level
-        if self.silent:
-            log.setLevel(logging.ERROR)  # silences the warning that a CPU is slow
-        try:
-            yield piece
-        finally:
-            log.setLevel(level)
-        if not self.as_json:
-            print(flush=True)
-
-    def generated(self, done: Generated) -> None:
-        """Show what `generate` says after the text: on standard error, so that the text can go into a file."""
-        self._json(done.as_dict())
-        if self.silent:
-            return
-        self.err.print(
-            f"{done.new_tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_second:.1f} tokens/s on {done.device} "
-            f"in {done.dtype}; loaded in {done.load_seconds:.1f} s",
-            soft_wrap=True,
-        )  # fmt: skip
-        if done.note:
-            self.err.print(_labelled(done.note, "note", "yellow"), soft_wrap=True)
 
     def report(
         self, report: Report, stages: Sequence[tuple[str, int, float]] = (), texts: Comparison | None = None,
@@ -405,7 +366,7 @@ def _times(stages: Sequence[tuple[str, int, float]], report: Report) -> str:
     return ", ".join([*parts, f"{report.seconds:.1f} s in all, {report.backend}"])
 
 
-def _labelled(text: str, label: str, style: str) -> Text:
+def labelled(text: str, label: str, style: str) -> Text:
     return Text.assemble((label, style), " " if label and text else "", text)
 
 
