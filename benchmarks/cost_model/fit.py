@@ -31,7 +31,7 @@ MULTIPROCESSORS = 132
 #: The constants that are fitted; the others of the struct belong to other kernels or are no part of a choice.
 FITTED = (
     "launch", "memory", "step", "step_column", "step_output", "step_product", "step_weights", "sm_bytes", "group",
-    "zero_points", "shared", "shared_kb", "whole_kb", "misaligned", "misaligned_kb",
+    "zero_points", "shared", "shared_kb", "whole_kb", "misaligned", "misaligned_kb", "stream_k",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ class TileShape(ctypes.Structure):
     _fields_ = (
         ("clusters", ctypes.c_bool),
         ("wide", ctypes.c_bool),
-        *((name, ctypes.c_int) for name in ("block_m", "block_n", "block_k", "bits", "stages")),
+        *((name, ctypes.c_int) for name in ("block_m", "block_n", "block_k", "bits", "stages", "blocks", "decodes")),
     )
 
 
@@ -110,18 +110,21 @@ class Model:
         return us
 
 
-def block_k(name: str, m: int, n: int) -> int:
-    """Rows of K in a step, which names do not tell: those of gemm_sm80_b4.cu and gemm_sm80_extended.cu."""
-    if "k64" in name or (m, n) == (128, 256) or ("b8" in name and m >= 64):
-        return 64
-    return 256 if n == 128 and m <= 32 else 128
+#: What names do not tell (gemm_sm80_*.cu), where not 128 rows of K in a step, one block of an SM, one warp along M.
+BLOCK_K = {"m8n128_b4_g128": 256, "m128n256": 64, "m64n256k64": 64, "m64n256_b8": 64, "m128n128_b8": 64}
+BLOCKS = {"m16n128": 3, "m32n128": 3, "m64n128": 2}
+DECODES = {"m128n128_b8": 4, "m128": 2, "m64n256_b8": 2}
 
 
 def tile_of(name: str) -> TileShape:
     parts = re.fullmatch(r"sm80_m(\d+)n(\d+)(?:k64)?_b([48])_g\w+", name)
     assert parts, name
     m, n, bits = map(int, parts.groups())
-    return TileShape(False, False, m, n, block_k(name, m, n), bits, 4)
+
+    def told(table: dict[str, int], otherwise: int) -> int:
+        return next((v for start, v in table.items() if name.startswith(f"sm80_{start}")), otherwise)
+
+    return TileShape(False, False, m, n, told(BLOCK_K, 128), bits, 4, told(BLOCKS, 1), told(DECODES, 1))
 
 
 def problem_of(row: dict[str, str]) -> Problem:

@@ -29,6 +29,7 @@ CostModel sm90_on_h100() {
   m.shared_kb = 0.043;
   m.misaligned = 1.3;
   m.misaligned_kb = 0.19;
+  m.stream_k = 1;
   m.product_flops = 540e6;  // with groups of 128
   m.dense_launches = 5.0;
   m.dense_memory = 2.45e6;
@@ -56,21 +57,22 @@ CostModel sm90_wide_on_h100() {
 // Fitted to gemm_sm80 forced on an H100 (benchmarks/cost_model).
 CostModel sm80_on_h100() {
   CostModel m = {};
-  m.launch = 1.12;
-  m.memory = 3.03e+06;
-  m.step = 0.14;
-  m.step_weights = 0.0138;
-  m.step_column = 5.85e-05;
-  m.step_output = 1.16e-05;
-  m.step_product = 4.22e-07;
-  m.sm_bytes = 2.67e+04;
-  m.shared = 4.15;
-  m.shared_kb = 0.0264;
-  m.whole_kb = 0.0652;
-  m.misaligned = 1.52;
-  m.misaligned_kb = 0.0382;
-  m.group = 0.0415;
-  m.zero_points = 0.047;
+  m.launch = 0.7851;
+  m.memory = 2.526e+06;
+  m.step = 0.3482;
+  m.step_weights = 0.009527;
+  m.step_column = 1.614e-05;
+  m.step_output = 1.099e-06;
+  m.step_product = 4.152e-07;
+  m.sm_bytes = 2.782e+04;
+  m.shared = 3.316;
+  m.shared_kb = 0.0186;
+  m.whole_kb = 1e-06;
+  m.misaligned = 2.396;
+  m.misaligned_kb = 1e-06;
+  m.stream_k = 0.9931;
+  m.group = 0.01512;
+  m.zero_points = 0.003777;
   m.product_flops = 380e6;
   m.dense_launches = 4.0;
   m.dense_memory = 2.45e6;
@@ -183,6 +185,8 @@ bool make_schedule(const TileShape& tile, const Problem& x, int split, bool forc
   const int64_t tiles = tiles_m * ceil_div(x.N, tile.block_n), iterations = tiles * steps;
   if (iterations > kMaxIterations) return false;
   int64_t blocks, per_block = steps, waves = 1, busiest;  // a cluster's range is its tile's
+  const int64_t resident = static_cast<int64_t>(multiprocessors) * tile.blocks;
+  if (!tile.clusters) resident_tiles = static_cast<int>(resident / split);
   if (split <= kMostSplitK) {
     if (split > steps || resident_tiles < 1 || (split == 1 && !tile.clusters)) return false;
     waves = ceil_div(tiles, resident_tiles);
@@ -191,14 +195,14 @@ bool make_schedule(const TileShape& tile, const Problem& x, int split, bool forc
     if (!tile.clusters && (waves > 1 || blocks > kMaxCounters)) return false;  // the workspace is for those resident
   } else {
     if (split == kDataParallel) {
-      blocks = std::min<int64_t>(tiles, multiprocessors);
+      blocks = std::min<int64_t>(tiles, resident);
       per_block = 0;
       busiest = ceil_div(tiles, blocks) * steps;
     } else {
       // Ranges scatter the blocks over the matrices; with many rows, activations then fall out of L2.
       const int most_tiles_m = tile.clusters ? 4 : 64;
       if (tiles_m > most_tiles_m && !forced) return false;
-      busiest = per_block = ceil_div(iterations, multiprocessors);
+      busiest = per_block = ceil_div(iterations, resident);
       blocks = ceil_div(iterations, per_block);
     }
     if (blocks > kMaxCounters) return false;
@@ -213,7 +217,8 @@ bool make_schedule(const TileShape& tile, const Problem& x, int split, bool forc
                waves,
                busiest,
                0,
-               0};
+               0,
+               static_cast<int>(std::min<int64_t>(tile.blocks, ceil_div(blocks, multiprocessors)))};
   return true;
 }
 
@@ -227,16 +232,19 @@ Prediction predict(const CostModel& m, const TileShape& tile, const Problem& x, 
   const double rows = static_cast<double>(std::min<int64_t>(x.M, tile.block_m));
   const int64_t groups = groups_in_step(tile, x);
   const double step_bytes =
-      tile.block_k * (tile.block_n * weight_bytes + rows * 2) + groups * tile.block_n * group_bytes;
+      schedule.per_sm * (tile.block_k * (tile.block_n * weight_bytes + rows * 2) + groups * tile.block_n * group_bytes);
   const double outputs = static_cast<double>(tile.block_m) * tile.block_n;
   constexpr double kTwoStages = 1.3;  // times longer: nothing is under way while a step is waited for (a guess)
+  // Blocks that share an SM hide each other's chains of instructions, and take their products in turn.
   const double plain =
-      (m.step + m.step_column * tile.block_n + m.step_output * outputs + m.step_product * outputs * tile.block_k +
-       m.step_weights * tile.block_n * tile.block_k * weight_bytes / 1024) *
+      (m.step + schedule.per_sm *
+                    (m.step_column * tile.block_n + m.step_output * outputs + m.step_product * outputs * tile.block_k +
+                     m.step_weights * tile.decodes * tile.block_n * tile.block_k * weight_bytes / 1024)) *
       (tile.stages == 2 ? kTwoStages : 1);
-  const double grouped =
-      plain + (groups - 1) * (m.group + m.group_output * outputs) + (x.zeros ? groups * m.zero_points : 0);
-  const double stepping = schedule.busiest * std::max(step_bytes / m.sm_bytes, grouped);
+  const double grouped = plain + (groups - 1) * (m.group + m.group_output * outputs) +
+                         (x.zeros ? schedule.per_sm * groups * m.zero_points : 0);
+  const double stepping =
+      schedule.busiest * std::max(step_bytes / m.sm_bytes, grouped) * (schedule.split == kStreamK ? m.stream_k : 1);
 
   double ends = 0;
   const int64_t steps = schedule.steps, per_block = schedule.iterations_per_block;

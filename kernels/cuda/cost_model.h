@@ -20,7 +20,9 @@ struct TileShape {
   bool wide;      // sm90_wide: output tiles are split in another way (make_schedule)
   int block_m, block_n, block_k;
   int bits;
-  int stages;  // of the pipeline
+  int stages;   // of the pipeline
+  int blocks;   // that an SM runs at once
+  int decodes;  // times that a block decodes each weight: its warps along M
 };
 
 struct Problem {
@@ -34,10 +36,11 @@ struct Schedule {
   int64_t waves;                                         // of clusters, or of whole tiles, one after the other
   int64_t busiest;                                       // iterations of the SM that has most
   int whole_tiles, ranges;                               // as in WideArguments
+  int per_sm;                                            // blocks of the busiest SM, at once
 };
 
 // Lays out `split`; false if it cannot be done, or, unless `forced`, should not. `resident_tiles`: how many times `split`
-// blocks the device holds at once.
+// blocks, of a cluster, the device holds at once.
 //
 // Wide tiles: as many whole ones as fill all SMs some times, then 2 .. 8: each of the rest is cut into that many equal
 // parts, and kStreamK: the rest into one for each SM. No blocks but those that run at the same time share a tile.
@@ -48,11 +51,11 @@ bool make_schedule(const TileShape& tile, const Problem& problem, int split, boo
 struct CostModel {
   double launch;         // us: a launch, with the end of a tile
   double memory;         // bytes per us from device memory
-  double step;           // us of a step: for its chain of dependent instructions,
+  double step;           // us of a step: for its chain of dependent instructions, and for each block on the SM
   double step_column;    //   for each column of the tile,
   double step_output;    //   for each output,
   double step_product;   //   for each product of two numbers,
-  double step_weights;   //   and for each KB of weights;
+  double step_weights;   //   and for each KB of weights, each time that they are decoded;
   double sm_bytes;       // but no more bytes per us into an SM
   double group;          // us for each further group in a step,
   double group_output;   //   and for each output;
@@ -73,7 +76,7 @@ struct CostModel {
   double exchange;             //   cycles to exchange sums,
   double exchange_output;      //     and for each output that a block exchanges,
   double exchange_misaligned;  // and so many times that where ranges end inside of tiles
-  double stream_k;             //   and steps so many times as long: blocks that are apart in K share less in L2
+  double stream_k;             // steps of ranges are so many times as long: blocks that are apart in K share less in L2
   double product_flops;        // flops per us of large products, 2 M N K
   double dense_launches;       // us: dequantizing and then cuBLAS, its launches,
   double dense_memory;         //   bytes per us read and written by dequantizing,

@@ -55,6 +55,39 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
+// The blocks that share an output tile, `first` to `last`, and where their sums stand in the workspace.
+struct Sharers {
+  int first, last;
+  // Of `block`, in tiles: a block shares at most two tiles with others, it is the first block of one and a later block of
+  // the other.
+  __device__ __forceinline__ int64_t slot(int block) const {
+    return static_cast<int64_t>(block) * 2 + (block == first);
+  }
+};
+
+template <typename S, typename P>
+__device__ __forceinline__ Sharers sharers_of(const P& p, int tile) {
+  if (S::kSplitKInWorkspace && p.split_k > 0) return {tile * p.split_k, tile * p.split_k + p.split_k - 1};
+  return {tile * p.steps / p.iterations_per_block, ((tile + 1) * p.steps - 1) / p.iterations_per_block};
+}
+
+// Counts this block, whose sums are written, and says whether it is the last of its tile.
+template <typename P, typename Synchronize>
+__device__ __forceinline__ bool arrive_last(const P& p, const Sharers& sharers, unsigned* is_last, int tid,
+                                            Synchronize synchronize) {
+  synchronize();
+  if (tid == 0) {
+    __threadfence();  // the block's sums, then the count
+    const unsigned before = atomicAdd(p.arrived + sharers.first, 1u);
+    const bool last = before == static_cast<unsigned>(sharers.last - sharers.first);
+    if (last) p.arrived[sharers.first] = 0;
+    *is_last = last;
+    __threadfence();  // the count, then the other blocks' sums
+  }
+  synchronize();
+  return *is_last != 0;
+}
+
 // The end of a tile, for one block: adds up the warps along K, and writes C or, where several blocks share the tile,
 // leaves the sums in the workspace and lets the last block of them write C. In rounds, through `sums`
 // [WK][kRoundRows][kSumPitch] in shared memory. `write_sums(round, sums)` puts a thread's share there, `synchronize`
@@ -67,13 +100,9 @@ __device__ __forceinline__ void finish_output_tile(const P& p, float* sums, unsi
   const int rows = at.rows(p);
   const int columns = min(S::kBlockN, p.out_features - at.column());
   const bool alone = step_begin == 0 && step_end == p.steps;
-  const bool split_k = S::kSplitKInWorkspace && p.split_k > 0;
-  const int first_block = alone ? 0 : split_k ? tile * p.split_k : tile * p.steps / p.iterations_per_block;
-  // A block shares at most two tiles with others: it is the first block of one and a later block of the other.
+  const Sharers sharers = alone ? Sharers{} : sharers_of<S>(p, tile);
   constexpr int kTileFloats = S::kBlockM * S::kBlockN;
-  auto partial_of = [&](int block) {
-    return p.partials + (static_cast<int64_t>(block) * 2 + (block == first_block)) * kTileFloats;
-  };
+  auto partial_of = [&](int block) { return p.partials + sharers.slot(block) * kTileFloats; };
   constexpr int kFours = S::kBlockN / 4;
 
 #pragma unroll
@@ -96,20 +125,11 @@ __device__ __forceinline__ void finish_output_tile(const P& p, float* sums, unsi
         __stcg(reinterpret_cast<float4*>(partial_of(blockIdx.x) + row * S::kBlockN + column), v);
     }
   }
-  synchronize();  // the sums are read: the next tile may overwrite them
-  if (alone) return;
-
-  const int last_block = split_k ? first_block + p.split_k - 1 : ((tile + 1) * p.steps - 1) / p.iterations_per_block;
-  if (tid == 0) {
-    __threadfence();  // the block's sums, then the count
-    const unsigned before = atomicAdd(p.arrived + first_block, 1u);
-    const bool last = before == static_cast<unsigned>(last_block - first_block);
-    if (last) p.arrived[first_block] = 0;
-    *is_last = last;
-    __threadfence();  // the count, then the other blocks' sums
+  if (alone) {
+    synchronize();  // the sums are read: the next tile may overwrite them
+    return;
   }
-  synchronize();
-  if (!*is_last) return;
+  if (!arrive_last(p, sharers, is_last, tid, synchronize)) return;
   // Loads under way together: a load from L2 takes some 600 cycles.
   constexpr int kAtOnce = 8, kItems = S::kFixUpItems;
   for (int first = tid; first < rows * kFours; first += kItems * S::kConsumers) {
@@ -117,19 +137,19 @@ __device__ __forceinline__ void finish_output_tile(const P& p, float* sums, unsi
 #pragma unroll
     for (int n = 0; n < kItems; n++) v[n] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     const auto stored = [&](int item) { return item < rows * kFours && item % kFours * 4 < columns; };
-    for (int block = first_block; block <= last_block; block += kAtOnce) {
+    for (int block = sharers.first; block <= sharers.last; block += kAtOnce) {
       float4 w[kItems][kAtOnce];
 #pragma unroll
       for (int n = 0; n < kItems; n++)
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++)
-          if (block + i <= last_block && stored(first + n * S::kConsumers))
+          if (block + i <= sharers.last && stored(first + n * S::kConsumers))
             w[n][i] = __ldcg(reinterpret_cast<const float4*>(partial_of(block + i)) + first + n * S::kConsumers);
 #pragma unroll
       for (int n = 0; n < kItems; n++)
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++)
-          if (block + i <= last_block) v[n] = v[n] + w[n][i];
+          if (block + i <= sharers.last) v[n] = v[n] + w[n][i];
     }
 #pragma unroll
     for (int n = 0; n < kItems; n++) {

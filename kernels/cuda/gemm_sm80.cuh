@@ -29,91 +29,18 @@
 //   Rows from in_features on meet activations of zero, which the copies put there; columns from out_features on are not
 //   stored. With act-order, A's columns are brought into the order of the stored rows beforehand (repack.cu).
 //
-// Inside a block: WM x WN x WK warps. A warp's piece of a step is 64 columns of N (one weight tile wide), 8 MB rows of
-//   M and 16 KT rows of K. Warps along WK work on different K of the same outputs (K split inside the block) and are
-//   added up through shared memory in the epilogue.
-//
-// One pipeline stage (one step) in shared memory, filled by cp.async, `stages` of them in a ring:
-//   weights      [WK * KT][WN] tiles of 512 bytes, as stored
-//   activations  [BLOCK_M][BLOCK_K], 16-byte pieces of a row swizzled: piece p of row r stands at p ^ (r % 8), so the
-//                eight rows that ldmatrix gathers lie in different banks
-//   scales       [WK][SUB][BLOCK_N] fp16 or bf16, the groups of each warp's piece, as stored
-//   zero points  extended: [WK][SUB][BLOCK_N bits / 32] words
-//   Tiles of 8 bits, 1024 bytes, stand there in two halves: first the first 16 bytes of all lanes, then the others
+// The sizes of an instance are in gemm_sm80_shape.cuh, the copies into shared memory in gemm_sm80_copies.cuh.
 //
 // Fragments are loaded one 16-row tile ahead of the arithmetic, also across steps: the barrier that ends a step stands
-//   before the last products of it, which hide what it costs.
+//   before the last products of it, which hide what it costs. With many rows weights are decoded one sub-tile ahead
+//   besides: two warps of a scheduler, which a barrier puts in step, do not hide the chain word, decode, scale, product.
 #pragma once
 
 #include "dequant.cuh"
-#include "epilogue.cuh"
-#include "tile_scheduler.cuh"
+#include "epilogue_sm80.cuh"
+#include "gemm_sm80_copies.cuh"
 
 namespace marlin {
-
-template <int MB_, int WM_, int WN_, int WK_, int KT_, int BITS_ = 4, bool EXTENDED = false, bool SCALED = false,
-          bool MIXED = false>
-struct Sm80Shape {
-  static constexpr int BITS = BITS_;
-  static constexpr bool kExtended = EXTENDED;  // takes 8 bits and zero points
-  static constexpr bool kScaled = SCALED;      // weights are scaled, and rounded, before they are multiplied
-  static constexpr bool kMixed = MIXED;        // scaled: scales are not of the activations' type
-  static constexpr bool kAnyGroups = EXTENDED || SCALED;
-  static constexpr int MB = MB_;  // 8-row blocks of M in a warp's piece
-  static constexpr int WM = WM_, WN = WN_, WK = WK_;
-  static constexpr int KT = KT_;  // 16-row tiles of K in a warp's piece
-  static constexpr int kThreads = 32 * WM * WN * WK;
-  static constexpr int kConsumers = kThreads;  // threads that multiply
-  static constexpr bool kSplitKInWorkspace = true;
-  static constexpr int kFixUpItems = MB < 8 ? 2 : 1;  // with more, registers spill
-  static constexpr int kBlockM = 8 * MB * WM;
-  static constexpr int kBlockN = MARLIN_TILE_N * WN;
-  static constexpr int kBlockK = MARLIN_TILE_K * KT * WK;
-
-  // When copies are issued. In parts, between the products of a step; or, which is faster where a warp has most registers
-  // and products, all at once after the barrier: of the two warps on a scheduler, w and w + 4, one then copies while the
-  // other multiplies, and they change.
-  static constexpr bool kAlternate = MB >= 8 && WN == 4;
-
-  // Shared memory, in bytes.
-  static constexpr int kTileBytes = BITS * 128;
-  static constexpr int kWeightBytes = WK * KT * WN * kTileBytes;
-  static constexpr int kActivationBytes = kBlockM * kBlockK * 2;
-  static constexpr int kSubgroups = kAnyGroups ? KT : 1;  // at most
-  static constexpr int kScaleBytes = WK * kSubgroups * kBlockN * 2;
-  static constexpr int kZeroBytes = EXTENDED ? WK * kSubgroups * kBlockN * BITS / 8 : 0;
-  static constexpr int kStageBytes = kWeightBytes + kActivationBytes + kScaleBytes + kZeroBytes;
-  // The sums of a tile pass through shared memory in rounds of at most two 8-row blocks a warp: 33 KB at most.
-  static constexpr int kRoundMB = MB < 2 || MB >= 8 ? 1 : 2;
-  static constexpr int kRoundRows = WM * kRoundMB * 8;
-  // Four floats of padding: lanes that differ in t write rows 2t of the same columns, 8 banks apart.
-  static constexpr int kSumPitch = kBlockN + 4;
-  static constexpr int kSumBytes = WK * kRoundRows * kSumPitch * 4;
-  static constexpr int kExtraBytes = kSumBytes + 16;  // and one flag
-  static constexpr int kMaxStages = 8;
-
-  static_assert(MB % kRoundMB == 0, "rounds are whole");
-  static_assert(KT % WM == 0, "warps along M share the copying of a warp's weights");
-  static_assert(kBlockK >= 64, "the swizzle permutes eight 16-byte pieces");
-  static_assert(KT == 2 || KT == 4, "fragments alternate between two sets of registers; the swizzle takes 8 pieces");
-  static_assert(EXTENDED || BITS == 4, "8 bits are an extension");
-};
-
-// The oldest step has landed when at most stages - 2 groups of copies are under way. The instruction takes an
-// immediate; for depths between the cases it waits for one group more than it must.
-__device__ __forceinline__ void wait_for_oldest(int stages) {
-  if (stages >= 8) {
-    cp_async_wait<6>();
-  } else if (stages >= 6) {
-    cp_async_wait<4>();
-  } else if (stages >= 4) {
-    cp_async_wait<2>();
-  } else if (stages >= 3) {
-    cp_async_wait<1>();
-  } else {
-    cp_async_wait<0>();
-  }
-}
 
 // What a lane holds of 16 rows of K: its words of weights, its fragments of activations, scales and zero points of its
 // columns g + 8 i, as stored.
@@ -125,28 +52,6 @@ struct Sm80Fragments {
   uint32_t zeros[S::BITS / 4];
 };
 
-// The output tile that copies are at. From one of a block to its next without a division.
-template <typename S>
-struct Sm80Cursor {
-  int n, m;
-  __device__ __forceinline__ Sm80Cursor(const GemmArguments& p, int tile) {
-    n = tile / p.tiles_m;
-    m = tile - n * p.tiles_m;
-  }
-  __device__ __forceinline__ void next(const GemmArguments& p) {
-    n += p.next_n;
-    m += p.next_m;
-    if (m >= p.tiles_m) {
-      m -= p.tiles_m;
-      n++;
-    }
-  }
-  __device__ __forceinline__ int row(const GemmArguments&) const { return m * S::kBlockM; }
-  __device__ __forceinline__ int rows(const GemmArguments& p) const { return min(p.M - m * S::kBlockM, S::kBlockM); }
-  __device__ __forceinline__ int first_tile_row(const GemmArguments&) const { return 0; }
-  __device__ __forceinline__ int64_t first_group(const GemmArguments&) const { return 0; }
-};
-
 template <typename T, typename S, typename Cursor = Sm80Cursor<S>, typename P>
 __device__ __forceinline__ void gemm_sm80(const P& p) {
   constexpr int MB = S::MB, WM = S::WM, WN = S::WN, WK = S::WK, KT = S::KT;
@@ -154,7 +59,8 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
   extern __shared__ __align__(128) unsigned char shared[];
   float* const sums = reinterpret_cast<float*>(shared + p.stages * S::kStageBytes);
   unsigned* const is_last = reinterpret_cast<unsigned*>(reinterpret_cast<unsigned char*>(sums) + S::kSumBytes);
-  const uint32_t ring = shared_address(shared);
+  uint32_t stages = shared_address(shared);
+  asm volatile("" : "+r"(stages));  // or nvcc makes the address anew, from a special register, in every step
 
   const int tid = threadIdx.x;
   const int lane = tid % 32, warp = tid / 32;
@@ -163,132 +69,27 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
 
   TileScheduler schedule(p);
   if (p.split_k > 0) schedule.split_tile(p);
-  const int tiles_n = p.N / MARLIN_TILE_N;
-  const int tiles_k = p.K / MARLIN_TILE_K;
   // log2 of the 16-row tiles of a warp's piece that share a row of scales.
   const int sub_shift = S::kAnyGroups ? min(p.group_shift - 4, kLogKT) : kLogKT;
 
-  // ---- Filling the pipeline, ahead of the arithmetic by stages - 1 iterations, across ends of tiles. ----------------
-  // A thread copies the same places of every step, so it keeps addresses and moves them on. There are no branches but
-  // one at the end of a tile, so that the compiler can mix it with products.
-  constexpr int kPieces = S::kBlockK / 8;             // 16-byte pieces in a row of activations
-  constexpr int kRowsAtOnce = S::kThreads / kPieces;  // rows that the block copies at once
-  constexpr int kRowCopies = (S::kBlockM + kRowsAtOnce - 1) / kRowsAtOnce;
-  constexpr int kScaleRow = WN * 8, kZeroRow = WN * S::BITS / 2;  // 16-byte pieces in a row of scales, of zero points
-  static_assert(WK * S::kSubgroups * kScaleRow <= S::kThreads, "one piece a thread");
-  static_assert(WK * S::kSubgroups * kZeroRow <= S::kThreads, "one piece a thread");
-  const int piece = tid % kPieces, first_row = tid / kPieces;
-  const int64_t weights_pitch = static_cast<int64_t>(tiles_n) * S::kTileBytes;  // bytes in a row of tiles
-
-  int fill_left = schedule.end - schedule.begin;  // iterations
-  int fill_step = schedule.begin % p.steps;
-  int fill_slot = 0;
-  const char* fill_weights = nullptr;   // this lane's words in the warp's first tile
-  const T* fill_activations = nullptr;  // this thread's piece of its first row
-  int fill_tiles = 0;                   // tiles along K from the warp's first to the matrix's end; 0 beyond N
-
-  Cursor fill_at(p, TileScheduler::tile(p, schedule.begin));
-  auto start_tile = [&]() {
-    const int tile_n = fill_at.n * WN + wn;
-    const int tile_k = (fill_step * WK + wk) * KT + wm;
-    fill_weights = reinterpret_cast<const char*>(p.B) + (fill_at.first_tile_row(p) + tile_k) * weights_pitch +
-                   static_cast<int64_t>(tile_n) * S::kTileBytes + lane * 16;
-    fill_tiles = tile_n < tiles_n ? tiles_k - tile_k : 0;
-    fill_activations =
-        static_cast<const T*>(p.A) + (fill_at.row(p) + first_row) * p.lda + fill_step * S::kBlockK + piece * 8;
-  };
-  start_tile();
-
-  // Of the activations of the next step to be copied, rows [FIRST, LAST) of kRowCopies; rows below M only (a row feeds
-  // no other row's outputs), zeros beyond K.
-  auto fill_rows = [&](int first, int last) {
-    const uint32_t to = ring + fill_slot * S::kStageBytes + S::kWeightBytes + first_row * (S::kBlockK * 2);
-    const int rows = fill_left > 0 ? fill_at.rows(p) : 0;
-    const bool valid = fill_step * S::kBlockK + piece * 8 < p.in_features;
-#pragma unroll
-    for (int i = first; i < last; i++) {
-      const int row = first_row + i * kRowsAtOnce;
-      cp_async16_or_zero_if(row < rows, to + i * (kRowsAtOnce * S::kBlockK * 2) + ((piece ^ (row % 8)) * 16),
-                            fill_activations + i * kRowsAtOnce * p.lda, valid);
-    }
-  };
-  // The weights: a warp's own pieces, shared out among the warps along M.
-  auto fill_words = [&]() {
-    // With 8 bits, bytes 512 h + 16 l .. are what lane 16 h + l / 2 reads l % 2 th.
-    const uint32_t to = ring + fill_slot * S::kStageBytes + ((wk * KT + wm) * WN + wn) * S::kTileBytes +
-                        (S::BITS == 4 ? lane * 16 : lane % 2 * 512 + lane / 2 * 16);
-    const int tiles = fill_left > 0 ? fill_tiles : 0;
-    const char* from = fill_weights;
-#pragma unroll
-    for (int i = 0; i < KT / WM; i++) {
-      cp_async16_if(i * WM < tiles, to + i * (WM * WN * S::kTileBytes), from);
-      if constexpr (S::BITS == 8) cp_async16_if(i * WM < tiles, to + i * (WM * WN * S::kTileBytes) + 256, from + 512);
-      from += WM * weights_pitch;
-    }
-  };
-  // Scales and zero points: a row for each group that a warp's piece meets. Pieces beyond K or N meet zeros or are never
-  // stored; they take those of some valid group and columns. One group has its scales at the end. Then on to the next.
-  auto fill_scales = [&]() {
-    const uint32_t to = ring + fill_slot * S::kStageBytes + S::kWeightBytes + S::kActivationBytes;
-    const auto group_of = [&](int of_wk, int sub) {
-      const int k = (fill_step * WK + of_wk) * (KT * 16) + (16 * sub << sub_shift);
-      return (fill_at.first_group(p) + min(k >> p.group_shift, p.groups - 1)) * p.N;
-    };
-    {
-      const int row = tid / kScaleRow, sub = row / WK, of_wk = row % WK;
-      const int column = min(fill_at.n * S::kBlockN + tid % kScaleRow * 8, p.N - 8);
-      cp_async16_if(fill_left > 0 && p.groups > 1 && sub < KT >> sub_shift,
-                    to + (of_wk * S::kSubgroups + sub) * (S::kBlockN * 2) + tid % kScaleRow * 16,
-                    p.s + group_of(of_wk, sub) + column);
-    }
-    if constexpr (S::kExtended) {
-      constexpr int kColumns = 128 / S::BITS;  // in a piece
-      const int row = tid / kZeroRow, sub = row / WK, of_wk = row % WK;
-      const int column = min(fill_at.n * S::kBlockN + tid % kZeroRow * kColumns, p.N - kColumns);
-      cp_async16_if(
-          fill_left > 0 && p.zeros != nullptr && sub < KT >> sub_shift,
-          to + S::kScaleBytes + (of_wk * S::kSubgroups + sub) * (S::kBlockN * S::BITS / 8) + tid % kZeroRow * 16,
-          static_cast<const char*>(p.zeros) + (group_of(of_wk, sub) + column) * S::BITS / 8);
-    }
-    cp_async_commit();  // also when nothing was copied: the count of groups is the count of steps
-
-    fill_left--;
-    fill_slot = fill_slot + 1 == p.stages ? 0 : fill_slot + 1;
-    fill_step++;
-    fill_tiles -= WK * KT;
-    fill_weights += WK * KT * weights_pitch;
-    fill_activations += S::kBlockK;
-    if (fill_step == p.steps && fill_left > 0) {
-      fill_step = 0;
-      fill_at.next(p);
-      start_tile();
-    }
-  };
-  // Part `part` of KT - 1.
-  auto fill = [&](int part) {
-    constexpr int kParts = KT - 1;
-    if (part == 0) fill_words();
-    fill_rows(part * kRowCopies / kParts, (part + 1) * kRowCopies / kParts);
-    if (part == kParts - 1) fill_scales();
-  };
-
-  auto fill_step_at_once = [&]() {
-#pragma unroll
-    for (int part = 0; part < KT - 1; part++) fill(part);
-  };
-  for (int i = 0; i < p.stages - 1; i++) fill_step_at_once();
+  Sm80Ring<S> ring(p.stages, shared_address(is_last) + 16);
+  Sm80Copies<T, S, Cursor, P> copies(p, schedule, ring, stages);
+  for (int i = 0; i < ring.ahead(); i++) copies.whole_step();
 
   // ---- What a lane reads of a stage. -------------------------------------------------------------------------------
   constexpr int kFirstPiece = KT * 2;  // 16-byte pieces of a row of activations that a warp's piece takes
-  const uint32_t weights_at = ring + (wk * KT * WN + wn) * S::kTileBytes + lane * 16;
+  // With 8 bits a lane has 32 bytes. Of eight lanes that are served at once, four read the others' halves, or two would
+  // meet in each bank.
+  const uint32_t weights_at =
+      stages + (wk * KT * WN + wn) * S::kTileBytes + (S::BITS == 4 ? lane * 16 : lane * 32 + lane / 4 % 2 * 16);
   // ldmatrix: lane l names row l % 8 of matrix l / 8. Matrices 0 and 1 are the halves of K of one 8-row block, 2 and 3
   // those of the next block.
-  const uint32_t row_at = ring + S::kWeightBytes + (wm * MB * 8 + (lane / 16) * 8 + lane % 8) * (S::kBlockK * 2) +
+  const uint32_t row_at = stages + S::kWeightBytes + (wm * MB * 8 + (lane / 16) * 8 + lane % 8) * (S::kBlockK * 2) +
                           wk * kFirstPiece / 8 * 128;
   const uint32_t half_at = ((lane / 8 % 2 + wk * kFirstPiece % 8) ^ (lane % 8)) * 16;
   const uint32_t scales_at =
-      ring + S::kWeightBytes + S::kActivationBytes + wk * S::kSubgroups * (S::kBlockN * 2) + wn * 128 + g * 16;
-  const uint32_t zeros_at = ring + S::kWeightBytes + S::kActivationBytes + S::kScaleBytes +
+      stages + S::kWeightBytes + S::kActivationBytes + wk * S::kSubgroups * (S::kBlockN * 2) + wn * 128 + g * 16;
+  const uint32_t zeros_at = stages + S::kWeightBytes + S::kActivationBytes + S::kScaleBytes +
                             wk * S::kSubgroups * (S::kBlockN * S::BITS / 8) + wn * (8 * S::BITS) + g * S::BITS;
 
   Sm80Fragments<S> fragments[2];
@@ -301,9 +102,14 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
     const uint32_t words_at = stage + weights_at + kt * (WN * S::kTileBytes);
     const uint4 q = load_shared16(words_at);
     f.words[0] = q.x, f.words[1] = q.y, f.words[2] = q.z, f.words[3] = q.w;
-    if constexpr (S::BITS == 8) {
-      const uint4 r = load_shared16(words_at + 512);
-      f.words[4] = r.x, f.words[5] = r.y, f.words[6] = r.z, f.words[7] = r.w;
+    if constexpr (S::BITS ==
+                  8) {  // the lane's other 16 bytes; in lanes 4 .. 7, 12 .. 15 and so on the first come second
+      const uint4 r = load_shared16(words_at ^ 16);
+      const bool swapped = lane & 4;
+      f.words[0] = swapped ? r.x : q.x, f.words[1] = swapped ? r.y : q.y;
+      f.words[2] = swapped ? r.z : q.z, f.words[3] = swapped ? r.w : q.w;
+      f.words[4] = swapped ? q.x : r.x, f.words[5] = swapped ? q.y : r.y;
+      f.words[6] = swapped ? q.z : r.z, f.words[7] = swapped ? q.w : r.w;
     }
     const uint32_t at = stage + row_at + (kt * 32 ^ half_at);
 #pragma unroll
@@ -364,7 +170,19 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
   }
 
   using Integer = ScaledFrom<T, S::kMixed>;  // what codes are decoded to
-  auto multiply = [&](const Sm80Fragments<S>& f, int kt) {
+  const auto decode = [&](uint32_t (&a)[4], const Sm80Fragments<S>& f, int j) {
+    if constexpr (S::kExtended && S::kScaled)  // registers are scarce: made anew
+      zero[j] = Decoder<Integer, S::BITS>::zeros(zeros_of<S::BITS>(f.zeros, j));
+    if constexpr (S::kExtended)
+      Decoder<Integer, S::BITS>::word(f.words + j * (S::BITS / 4), zero[j], a);
+    else
+      Decoder<Integer, S::BITS>::word(f.words + j, a);
+    if constexpr (S::kScaled) scale_fragment<T, S::kMixed>(a, f.scales[j]);
+  };
+  // Decoded one sub-tile ahead, where registers suffice: of the sub-tile that is multiplied and of the next.
+  constexpr bool kDecodesAhead = S::kScaled && !(S::kMixed && S::BITS == 8);
+  uint32_t a[2][4];
+  auto multiply = [&](const Sm80Fragments<S>& f, const Sm80Fragments<S>& next, int kt) {
     if constexpr (S::kExtended && !S::kScaled) {
       if (p.zeros != nullptr && (kt & ((1 << sub_shift) - 1)) == 0) {
 #pragma unroll
@@ -373,27 +191,13 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
     }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      uint32_t a[4];
-      if constexpr (S::kExtended && S::kScaled)  // registers are scarce: made anew
-        zero[j] = Decoder<Integer, S::BITS>::zeros(zeros_of<S::BITS>(f.zeros, j));
-      if constexpr (S::kExtended)
-        Decoder<Integer, S::BITS>::word(f.words + j * (S::BITS / 4), zero[j], a);
+      if constexpr (kDecodesAhead)
+        decode(a[(j + 1) % 2], j < 3 ? f : next, (j + 1) % 4);
       else
-        Decoder<Integer, S::BITS>::word(f.words + j, a);
-      if constexpr (S::kScaled) scale_fragment<T, S::kMixed>(a, f.scales[j]);
+        decode(a[j % 2], f, j);
 #pragma unroll
-      for (int i = 0; i < MB; i++) mma<T>(S::kScaled ? sum[j][i] : part[S::kScaled ? 0 : j][i], a, f.b[i]);
+      for (int i = 0; i < MB; i++) mma<T>(S::kScaled ? sum[j][i] : part[S::kScaled ? 0 : j][i], a[j % 2], f.b[i]);
     }
-  };
-
-  // kAlternate: the turn in which this warp multiplies, the same in all lanes.
-  const int multiplies_at = __shfl_sync(0xffffffff, warp < S::kThreads / 64, 0);
-  int slot = -1;  // of the current step
-  // The next step's copies have landed, everyone's; and everyone holds what it needs of the slot that fill() takes next.
-  auto advance = [&]() {
-    wait_for_oldest(p.stages);
-    __syncthreads();
-    slot = slot + 1 == p.stages ? 0 : slot + 1;
   };
 
   int iteration = schedule.begin;
@@ -403,9 +207,9 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
     const int step_end = min(p.steps, step_begin + schedule.end - iteration);
     clear(sum);
     clear(part);
-    advance();
-    load(fragments[0], slot * S::kStageBytes, 0);
-    if constexpr (S::kAlternate) fill_step_at_once();
+    ring.advance();
+    load(fragments[0], ring.slot * S::kStageBytes, 0);
+    if constexpr (kDecodesAhead) decode(a[0], fragments[0], 0);
 
     for (int step = step_begin; step < step_end; step++) {
       const int k = (step * WK + wk) * (KT * 16);
@@ -414,25 +218,17 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
 #pragma unroll
       for (int kt = 0; kt < KT; kt++) {
         const Sm80Fragments<S>& f = fragments[kt % 2];
-        const bool last = kt + 1 == KT, goes_on = step + 1 < step_end;
+        Sm80Fragments<S>& next = fragments[(kt + 1) % 2];
+        const bool last = kt + 1 == KT;
         if (!last) {
-          load(fragments[(kt + 1) % 2], slot * S::kStageBytes, kt + 1);
-          if constexpr (!S::kAlternate) fill(kt);
-        } else if (goes_on) {
-          advance();
-          load(fragments[0], slot * S::kStageBytes, 0);
+          load(next, ring.slot * S::kStageBytes, kt + 1);
+          copies.part(kt);
+          if (kt == KT - 2) ring.ask();
+        } else if (step + 1 < step_end) {
+          ring.advance();
+          load(next, ring.slot * S::kStageBytes, 0);
         }
-        if (last && S::kAlternate) {
-#pragma unroll 1
-          for (int turn = 0; turn < 2; turn++) {
-            if (turn == multiplies_at)
-              multiply(f, kt);
-            else if (goes_on)
-              fill_step_at_once();
-          }
-        } else {
-          multiply(f, kt);
-        }
+        multiply(f, next, kt);
         if constexpr (!S::kScaled) {
           if (last ? ends : S::kExtended && (kt + 1 & ((1 << sub_shift) - 1)) == 0) scale_part(f);
         }
@@ -454,29 +250,33 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
         }
       }
     }
-    finish_output_tile<T, S>(
-        p, sums, is_last, tile, step_begin, step_end, tid,
-        [&](int round, float* to) {
+    if constexpr (S::kInRegisters) {
+      finish_in_registers<T, S>(p, sum, sums, is_last, tile, step_begin, step_end);
+    } else {
+      finish_output_tile<T, S>(
+          p, sums, is_last, tile, step_begin, step_end, tid,
+          [&](int round, float* to) {
 #pragma unroll
-          for (int j = 0; j < 4; j++)
+            for (int j = 0; j < 4; j++)
 #pragma unroll
-            for (int i = 0; i < MB; i++) {
-              if (i / S::kRoundMB != round) continue;
+              for (int i = 0; i < MB; i++) {
+                if (i / S::kRoundMB != round) continue;
 #pragma unroll
-              for (int c = 0; c < 4; c++) {
-                const int row = (wm * S::kRoundMB + i % S::kRoundMB) * 8 + 2 * t + c % 2;
-                const int column = wn * 64 + j * 16 + c / 2 * 8 + g;
-                to[(wk * S::kRoundRows + row) * S::kSumPitch + column] = sum[j][i][c];
+                for (int c = 0; c < 4; c++) {
+                  const int row = (wm * S::kRoundMB + i % S::kRoundMB) * 8 + 2 * t + c % 2;
+                  const int column = wn * 64 + j * 16 + c / 2 * 8 + g;
+                  to[(wk * S::kRoundRows + row) * S::kSumPitch + column] = sum[j][i][c];
+                }
               }
-            }
-        },
-        [] { __syncthreads(); });
+          },
+          [] { __syncthreads(); });
+    }
     iteration += step_end - step_begin;
   }
 }
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(S::kThreads, 1) gemm_sm80_kernel(const GemmArguments p) {
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) gemm_sm80_kernel(const GemmArguments p) {
   gemm_sm80<T, S>(p);
 }
 

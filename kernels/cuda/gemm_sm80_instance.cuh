@@ -1,5 +1,5 @@
-// gemm_sm80_instance.cuh: an Instance of gemm_sm80.cuh. They stand in two translation units, which are compiled at the
-// same time.
+// gemm_sm80_instance.cuh: an Instance of gemm_sm80.cuh. They stand in three translation units, which are compiled at
+// the same time.
 #pragma once
 
 #include "gemm_sm80.cuh"
@@ -7,10 +7,11 @@
 
 namespace marlin {
 
-// MB, WM, WN, WK, KT and so on of Sm80Shape: eight warps each.
-template <int MB, int WM, int WN, int WK, int KT, int BITS = 4, bool EXTENDED = false, bool SCALED = false>
+// MB, WM, WN, WK, KT and so on of Sm80Shape: eight warps, or four where blocks share an SM.
+template <int MB, int WM, int WN, int WK, int KT, int BITS = 4, bool EXTENDED = false, bool SCALED = false,
+          int BLOCKS = 1>
 Instance sm80_instance(int id, const char* name) {
-  using S = Sm80Shape<MB, WM, WN, WK, KT, BITS, EXTENDED, SCALED>;
+  using S = Sm80Shape<MB, WM, WN, WK, KT, BITS, EXTENDED, SCALED, false, BLOCKS>;
   Instance i = {};
   i.id = id;
   i.name = name;
@@ -18,7 +19,7 @@ Instance sm80_instance(int id, const char* name) {
   i.kernels[0] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__half, S>);
   i.kernels[1] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__nv_bfloat16, S>);
   if constexpr (SCALED) {
-    using Mixed = Sm80Shape<MB, WM, WN, WK, KT, BITS, EXTENDED, true, true>;
+    using Mixed = Sm80Shape<MB, WM, WN, WK, KT, BITS, EXTENDED, true, true, BLOCKS>;
     i.kernels[2] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__half, Mixed>);
     i.kernels[3] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__nv_bfloat16, Mixed>);
   }
@@ -28,6 +29,7 @@ Instance sm80_instance(int id, const char* name) {
   i.rounds_weights = S::kScaled;
   i.invariant = S::kScaled && S::WK == 2 && S::KT == 4;
   i.threads = S::kThreads;
+  i.blocks_per_sm = S::kBlocks;
   i.block_m = S::kBlockM;
   i.block_n = S::kBlockN;
   i.block_k = S::kBlockK;
@@ -35,6 +37,8 @@ Instance sm80_instance(int id, const char* name) {
   i.extra_bytes = S::kExtraBytes;
   i.max_stages = S::kMaxStages;
   i.stage_multiple = 1;
+  i.min_stages = S::kMinStages;
+  i.warps_m = S::WM;
   return i;
 }
 

@@ -55,6 +55,7 @@ Instance grouped_sm80_instance(int id, const char* name) {
   i.zero_points = kEither;
   i.rounds_weights = SCALED;
   i.threads = S::kThreads;
+  i.blocks_per_sm = 1;
   i.block_m = S::kBlockM;
   i.block_n = S::kBlockN;
   i.block_k = S::kBlockK;
@@ -62,6 +63,8 @@ Instance grouped_sm80_instance(int id, const char* name) {
   i.extra_bytes = S::kExtraBytes;
   i.max_stages = S::kMaxStages;
   i.stage_multiple = 1;
+  i.min_stages = S::kMinStages;
+  i.warps_m = S::WM;
   return i;
 }
 

@@ -24,15 +24,18 @@ struct Instance {
   bool invariant;       // one of those that add up a row's products in the same order, if K is cut into the same parts
   bool parts_in_turn;   // a block can do these parts of a whole tile in turn
   int threads, block_m, block_n, block_k;
+  int blocks_per_sm, warps_m;  // sm80: of an SM, of a block along M
   // Shared memory: bytes of each pipeline stage and beside the stages; how many stages, and a multiple of what.
   int stage_bytes, extra_bytes, max_stages, stage_multiple;
+  int min_stages;  // sm80
   int line_bytes;  // sm90: of the lines that TMA copies weights as
 };
 
 // The instances in one translation unit, gemm_sm80_b4.cu and so on. Those of sm_90 are compiled for sm_90a only, and are
 // there when the library is built for it (MARLIN_HAS_SM90).
 std::vector<Instance> sm80_b4_instances();
-std::vector<Instance> sm80_extended_instances();
+std::vector<Instance> sm80_b4_groups_instances();
+std::vector<Instance> sm80_b8_instances();
 std::vector<Instance> sm90_b4_instances();
 std::vector<Instance> sm90_b4_groups_instances();
 std::vector<Instance> sm90_b8_instances();

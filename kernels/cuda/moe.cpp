@@ -11,6 +11,7 @@
 #include "cost_model.h"
 #include "device.h"
 #include "moe_steps.h"
+#include "plan.h"
 #include "tensor_maps.h"
 
 namespace marlin {
@@ -49,8 +50,7 @@ int stages_of(const Instance& i, const Device& facts) {
 }
 
 bool runs(const Instance& i, const Device& facts) {
-  const int least = i.loop == MainLoop::kSm90Wide ? kWideMinStages : 2 * i.stage_multiple;
-  return (i.loop == MainLoop::kSm80 || facts.capability == 90) && stages_of(i, facts) >= least;
+  return (i.loop == MainLoop::kSm80 || facts.capability == 90) && stages_of(i, facts) >= least_stages(i);
 }
 
 bool fits(const Instance& i, const marlin_cuda_weights_t& w) {

@@ -33,12 +33,14 @@ DeviceState::Facts& facts_of(const Instance& instance, int device) {
   return state_of(device).instances[&instance - all_instances().data()];
 }
 
+int blocks_per_sm(const Instance& i) { return i.loop == MainLoop::kSm80 ? i.blocks_per_sm : 1; }
+
 int most_stages(const Instance& i, const Device& facts) {
-  const int most = std::min(i.max_stages, (facts.shared_bytes_per_block - i.extra_bytes) / i.stage_bytes);
+  constexpr int kReserved = 1024;  // for each block of an SM
+  const int bytes = (facts.shared_bytes_per_block + kReserved) / blocks_per_sm(i) - kReserved;
+  const int most = std::min(i.max_stages, (bytes - i.extra_bytes) / i.stage_bytes);
   return most - most % i.stage_multiple;
 }
-
-int least_stages(const Instance& i) { return i.loop == MainLoop::kSm90Wide ? kWideMinStages : 2 * i.stage_multiple; }
 
 // Whether it can run here.
 bool runs(const Instance& i, const Device& facts) {
@@ -78,12 +80,13 @@ int resident_clusters(const Instance& i, int size, const Device& facts, int devi
 bool lay_out(const Instance& i, int split, bool forced, const Problem& problem, const Device& facts, int device,
              Plan* plan) {
   const bool wide = i.loop == MainLoop::kSm90Wide;
-  const TileShape tile = {i.loop == MainLoop::kSm90, wide, i.block_m, i.block_n, i.block_k, i.bits,
-                          most_stages(i, facts)};
+  const TileShape tile = {
+      i.loop == MainLoop::kSm90, wide,     i.block_m, i.block_n, i.block_k, i.bits, most_stages(i, facts),
+      blocks_per_sm(i),          i.warps_m};
   const bool cluster = split <= kMostSplitK && tile.clusters;
   Schedule schedule;
   if (!make_schedule(tile, problem, split, forced, facts.multiprocessors,
-                     cluster ? resident_clusters(i, split, facts, device) : facts.multiprocessors / split, &schedule))
+                     cluster ? resident_clusters(i, split, facts, device) : 0, &schedule))
     return false;
   *plan = {&i, schedule, most_stages(i, facts), predict(cost_model(i.loop, facts), tile, problem, schedule), problem.M,
            1,  0};
@@ -146,7 +149,7 @@ bool cut_into(int parts, int64_t M, const marlin_cuda_weights_t& weights, const 
       offer(kDataParallel, M, 1);
     } else {
       const int64_t tiles_n = (weights.N + i.block_n - 1) / i.block_n;
-      const int64_t rows = facts.multiprocessors / (tiles_n * parts) * i.block_m;
+      const int64_t rows = facts.multiprocessors * blocks_per_sm(i) / (tiles_n * parts) * i.block_m;
       if (rows > 0) offer(parts, std::min(M, rows), 1);
     }
   }
@@ -242,7 +245,8 @@ const std::vector<Instance>& all_instances() {
   static const std::vector<Instance> all = [] {
     std::vector<Instance> found = sm80_b4_instances();
     const auto add = [&](const std::vector<Instance>& more) { found.insert(found.end(), more.begin(), more.end()); };
-    add(sm80_extended_instances());
+    add(sm80_b4_groups_instances());
+    add(sm80_b8_instances());
 #ifdef MARLIN_HAS_SM90
     add(sm90_b4_instances());
     add(sm90_b4_groups_instances());
@@ -261,6 +265,11 @@ const std::vector<Instance>& all_instances() {
 CostModel cost_model(MainLoop loop, const Device& facts) {
   if (loop == MainLoop::kSm80) return sm80_model({facts.capability, facts.multiprocessors, facts.clock, facts.memory});
   return loop == MainLoop::kSm90Wide ? kSm90WideOnH100 : kSm90OnH100;
+}
+
+int least_stages(const Instance& i) {
+  if (i.loop == MainLoop::kSm90Wide) return kWideMinStages;
+  return i.loop == MainLoop::kSm80 ? i.min_stages : 2 * i.stage_multiple;
 }
 
 int shared_bytes(const Instance& i, int stages) { return stages * i.stage_bytes + i.extra_bytes; }
@@ -318,8 +327,9 @@ size_t workspace_bytes(const Device& facts) {
   size_t tile = 0;
   for (const Instance& i : all_instances())
     if (i.loop == MainLoop::kSm80 || facts.capability == 90)
-      tile = std::max(tile, i.loop == MainLoop::kSm90Wide ? kWidePartialFloats * sizeof(float)
-                                                          : static_cast<size_t>(i.block_m) * i.block_n * sizeof(float));
+      tile = std::max(tile, i.loop == MainLoop::kSm90Wide
+                                ? kWidePartialFloats * sizeof(float)
+                                : blocks_per_sm(i) * static_cast<size_t>(i.block_m) * i.block_n * sizeof(float));
   return MARLIN_CUDA_COUNTER_BYTES + 2 * tile * facts.multiprocessors;
 }
 

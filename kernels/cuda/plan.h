@@ -30,6 +30,8 @@ const std::vector<Instance>& all_instances();
 // What the model predicts with for these instances on this device.
 CostModel cost_model(MainLoop loop, const Device& facts);
 
+int least_stages(const Instance& instance);
+
 int shared_bytes(const Instance& instance, int stages);
 
 // Lets a kernel of the instance use more than 48 KB of shared memory, once per device, which is current.

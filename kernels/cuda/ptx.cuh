@@ -45,6 +45,40 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// mbarrier: a barrier in shared memory that threads arrive at without waiting.
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// Lets this thread arrive when all copies that it has issued so far have landed.
+__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Whether the barrier's phase of that parity has ended.
+__device__ __forceinline__ bool mbarrier_has_ended(uint32_t barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(ended)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return ended != 0;
+}
+// Waits for it, polling where there is no try_wait.
+__device__ __forceinline__ void mbarrier_poll(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define MARLIN_MBARRIER_WAIT "mbarrier.try_wait.parity.shared.b64"
+#else
+#define MARLIN_MBARRIER_WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n" MARLIN_MBARRIER_WAIT
+      " done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#undef MARLIN_MBARRIER_WAIT
+}
+
 // 16 bytes from shared memory.
 __device__ __forceinline__ uint4 load_shared16(uint32_t from) {
   uint4 v;
