@@ -148,7 +148,7 @@ def compiled(project: Project) -> dict[str, str]:
     return sources
 
 
-def test_for_wheels_every_architecture_is_built(project: Project) -> None:
+def test_wheels_have_code_for_every_gpu(project: Project) -> None:
     project.compiler("nvcc", archs=NVCC_LIST)
     project.gpus("8.6")
     project.build(MARLIN_CUDA_ARCHS="all")
@@ -158,8 +158,6 @@ def test_for_wheels_every_architecture_is_built(project: Project) -> None:
     # 100 and 120 are not known to this nvcc; 90a is, as 90; PTX is that of the lowest.
     assert gencodes(calls["gemm_sm80.cu"]) == [
         "compute_80,code=sm_80",
-        "compute_86,code=sm_86",
-        "compute_89,code=sm_89",
         "compute_90a,code=sm_90a",
         "compute_80,code=compute_80",
     ]
