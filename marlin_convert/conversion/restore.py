@@ -103,7 +103,7 @@ def restore(
         v2 = v2 or (original and said_format(noted) == "gptq_v2")
         restored_format = ("gptq_v2" if v2 else "gptq") if target is GPTQ else target.name
         layers = _layers(list(marlin_layers(checkpoint).values()), noted, target, v2=v2)
-        if target is GPTQ and noted.format != GPTQ.name and not v2:
+        if target is GPTQ and not v2 and (noted.format != GPTQ.name or said_format(noted) == "gptq_v2"):
             _require_no_zero_of_0(checkpoint, layers)
         owned = {tensor.name for layer in layers for tensor in layer.stored.parts.values()}
         owned |= _stray_g_idx(checkpoint, layers)
@@ -187,7 +187,7 @@ def _layers(stored: list[StoredLayer[Tensor]], noted: Noted, target: SourceForma
 
 def _require_no_zero_of_0(checkpoint: Checkpoint, layers: list[RestoredLayer]) -> None:
     """Raise UnsupportedError where checkpoint_format gptq would store a zero point of 0: its readers do not agree on
-    what that looks like, and no config of this source names one of them."""
+    what that looks like, and no file of this source told how its own does."""
     for layer in layers:
         for first, count in group_strips(layer.G, layer.N) if layer.stored.zeros is not None else ():
             if not restored_groups(checkpoint, layer, first, count).zeros.all():

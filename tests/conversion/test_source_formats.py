@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.conversion.restore import restore
+from marlin_convert.errors import UnsupportedError
 from marlin_convert.options import Format, Options
 from tests.support import format_reader, source_definitions
 
@@ -146,5 +147,28 @@ def test_as_gptq_and_back_it_is_the_same(converted: tuple[str, Path], tmp_path: 
         assert config["packing_format"] in ("auto_round", "auto_round:gptqmodel")
     else:
         assert (config["quant_method"], config["checkpoint_format"]) in (("gptq", "gptq_v2"), ("gptq", "gptq_p"))
+    name, found = converted[0], source_definitions.read(tmp_path / "gptq")
+    expected = source_definitions.read(DATA / name)
+    assert found.keys() == expected.keys()
+    for layer, weight in found.items():
+        np.testing.assert_array_equal(weight, expected[layer])
     convert(tmp_path / "gptq", tmp_path / "again", Options(device="cpu", format=Format.MARLIN_EXT))
     assert raw(tmp_path / "again") == raw(out)
+
+
+def test_as_gptq_with_zero_points_less_one(converted: tuple[str, Path], tmp_path: Path) -> None:
+    """Where a zero point is 0, readers of such files do not agree: it is refused, and says what to do."""
+    name, out = converted
+    expected = source_definitions.read(DATA / name)
+    try:
+        restore(out, tmp_path / "gptq")
+    except UnsupportedError as error:
+        refused = str(error)
+    else:
+        refused = ""
+        found = source_definitions.read(tmp_path / "gptq")
+        assert found.keys() == expected.keys()
+        for layer, weight in found.items():
+            np.testing.assert_array_equal(weight, expected[layer])
+    asymmetric = "asym" in name or name.startswith("awq") or name in ("autoround-auto_awq-g64", "autoround-plain-g32")
+    assert ("--v2" in refused) == (asymmetric and name != "ct-stacked-g32-asym")  # which has no zero point of 0

@@ -45,8 +45,8 @@ def compressed_tensors(tensors: dict[str, torch.Tensor], layer: str) -> Float:
 
 
 def gptq(tensors: dict[str, torch.Tensor], layer: str, less: int, bits: int) -> Float:
-    """W [K, N] of a GPTQ layer whose zero points are stored less `less`; rows in order, no zero point 0. Without zero
-    points, it has `bits` and is symmetric."""
+    """W [K, N] of a GPTQ layer whose zero points are stored less `less`, none of them 0. Without zero points, it has
+    `bits` and is symmetric; without g_idx, its rows are in the order of their groups."""
     qweight, scales = tensors[f"{layer}.qweight"].numpy(), tensors[f"{layer}.scales"].double().numpy()
     qzeros = tensors.get(f"{layer}.qzeros")
     zeros = np.full(scales.shape, 2 ** (bits - 1))
@@ -55,7 +55,8 @@ def gptq(tensors: dict[str, torch.Tensor], layer: str, less: int, bits: int) -> 
         zeros = stream(qzeros.numpy(), bits, scales.shape[1]) + less
     K = qweight.shape[0] * 32 // bits
     codes = stream(np.ascontiguousarray(qweight.T), bits, K).T
-    groups = np.arange(K) // (K // len(scales))
+    order = tensors.get(f"{layer}.g_idx")
+    groups = np.arange(K) // (K // len(scales)) if order is None else order.numpy()
     weight: Float = (codes - zeros[groups]) * scales[groups]
     return weight
 
@@ -91,7 +92,8 @@ def quantized(tensors: dict[str, torch.Tensor], layer: str, config: dict[str, An
         return awq_gemv(tensors, layer, config["group_size"])
     if config["quant_method"] == "awq" or packing.endswith("awq"):
         return awq_gemm(tensors, layer)
-    return gptq(tensors, layer, 1 if packing.endswith("auto_gptq") else 0, config["bits"])
+    less = packing.endswith("auto_gptq") or config.get("checkpoint_format") == "gptq"
+    return gptq(tensors, layer, int(less), config["bits"])
 
 
 def experts(tensors: dict[str, torch.Tensor], stack: str) -> dict[str, Float]:
