@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
+import marlin_convert.hf  # noqa: F401 - Transformers knows of Marlin by it
 from marlin_convert.conversion.convert import convert
 from marlin_convert.errors import SourceError, UnsupportedError
 from marlin_convert.options import Options
