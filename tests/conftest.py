@@ -31,9 +31,9 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before the marks select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start the program in a process of its own are slow, all of them."""
+    """Tests that start the program, or a side of a measurement, in a process of its own are slow, all of them."""
     for item in items:
-        if {"run", "online"} & set(getattr(item, "fixturenames", ())):
+        if {"run", "online", "measured"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

@@ -129,6 +129,7 @@ def test_a_gpu_that_is_new_enough(machine: Callable[..., Run], gpu: str) -> None
     assert result.json()["device"] == "cuda:0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "chosen"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:1", "cuda:1"), ("cuda:2", "cuda:2")]
 )
@@ -154,6 +155,7 @@ def test_a_number_that_is_not_there(machine: Callable[..., Run], tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "text"),
     [
@@ -170,6 +172,7 @@ def test_a_driver_that_fails(machine: Callable[..., Run], tmp_path: Path, error:
     assert machine(A100, error=error, options=("--json",)).json()["device"] == "cpu"
 
 
+@pytest.mark.slow
 def test_a_driver_without_gpus(machine: Callable[..., Run], tmp_path: Path) -> None:
     assert refused(machine(device="cuda:0"), tmp_path) == (
         "--device cuda:0: the NVIDIA driver shows no GPU; give --device cpu, which needs no GPU."
@@ -195,6 +198,7 @@ def test_a_library_that_is_no_driver(run: Callable[..., Run], source: Source, tm
     assert "(on this CPU, slowly)" in result.out
 
 
+@pytest.mark.slow
 def test_a_gpu_is_only_said_to_have_computed_what_it_did(machine: Callable[..., Run]) -> None:
     """The driver shows a GPU, and no kernel can run on it: auto verifies on the CPU and says why."""
     report = machine(A100, options=("--verify", "--json")).json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import itertools
 import json
@@ -35,6 +36,15 @@ def test_the_names() -> None:
     assert [name for name in names if name not in text and not name.startswith("_")] == []
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = marlin_convert.nothing
+
+
+def test_what_is_not_public_says_so() -> None:
+    """The package says it of its own modules, and each room of its."""
+    assert "What is not named in `__all__`\nis not public." in str(marlin_convert.__doc__)
+    rooms = list(Path(marlin_convert.__file__).parent.glob("*/__init__.py"))
+    assert len(rooms) == 10
+    for path in rooms:
+        assert "Not public: `marlin_convert` names what is." in str(ast.get_docstring(ast.parse(path.read_text())))
 
 
 def test_the_errors_are_all_there() -> None:
@@ -90,6 +100,7 @@ def test_types_resolve() -> None:
         assert typing.get_type_hints(getattr(marlin_convert, name), localns=names)["return"] in {*names.values(), str}
 
 
+@pytest.mark.slow
 def test_importing_loads_nothing_heavy() -> None:
     code = "import sys, marlin_convert; dir(marlin_convert); marlin_convert.convert; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

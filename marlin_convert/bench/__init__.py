@@ -1,1 +1,4 @@
-"""Measuring: products of single layers, and whole models."""
+"""Measuring: products of single layers, and whole models.
+
+Not public: `marlin_convert` names what is.
+"""

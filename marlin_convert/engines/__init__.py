@@ -1,1 +1,4 @@
-"""Running what was converted: torch modules, Transformers, vLLM."""
+"""Running what was converted: torch modules, Transformers, vLLM.
+
+Not public: `marlin_convert` names what is.
+"""

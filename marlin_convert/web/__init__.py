@@ -1,1 +1,4 @@
-"""The web page: plan, convert and publish in a browser, on this computer or as a Space."""
+"""The web page: plan, convert and publish in a browser, on this computer or as a Space.
+
+Not public: `marlin_convert` names what is.
+"""

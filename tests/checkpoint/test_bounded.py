@@ -124,6 +124,7 @@ def test_more_tensors_than_any_file_has(monkeypatch: pytest.MonkeyPatch) -> None
     assert "it has 3 tensors; of one file, at most 2 are read" in header("{" + entries + "}")
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_large_header(tmp_path: Path) -> None:
     """84 MB, of 1.45 million empty tensors: refused in not much more memory than the header itself."""
     entries = ",".join(f'"t{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(1_450_000))

@@ -37,6 +37,7 @@ def killed_run(out: Path) -> None:
     assert process.returncode == -9
 
 
+@pytest.mark.slow
 def test_the_next_run_clears_what_a_killed_one_left(tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed_run(out)
@@ -48,6 +49,7 @@ def test_the_next_run_clears_what_a_killed_one_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_leftovers_of_other_outputs_are_not_ours(tmp_path: Path) -> None:
     killed_run(tmp_path / "out2")
     before = list(tmp_path.iterdir())
@@ -82,6 +84,7 @@ def test_a_folder_without_a_lock_is_cleared_when_it_is_old(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [young]
 
 
+@pytest.mark.slow
 def test_an_earlier_result_in_between_is_put_back(tmp_path: Path) -> None:
     """Killed between the two renames, where folders cannot be exchanged."""
     out = tmp_path / "out"
@@ -182,6 +185,7 @@ def test_what_is_only_named_like_a_leftover_is_stepped_around(make: Any, tmp_pat
     assert os.path.lexists(tmp_path / "out-parent" / LEFTOVER)
 
 
+@pytest.mark.slow
 def test_leftovers_of_another_user_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a shared folder their removal would fail, or worse, succeed."""
     out = tmp_path / "out"

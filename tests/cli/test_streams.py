@@ -68,6 +68,7 @@ def on_a_terminal(*args: object) -> tuple[int, bytes]:
     return process.wait(60), shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mark", [TITLE, "[red]x[/red]", "[link=http://evil]b", "[/]", ":bomb:", "\u202e", "\x9b2J"])
 def test_names_on_a_terminal(tmp_path: Path, mark: str) -> None:
     """In a layer's name, a file's name, the folder's name, and a setting: shown, and not obeyed."""
@@ -95,6 +96,7 @@ def limited(command: str, *args: object) -> Run:
     return Run(subprocess.run(shell, capture_output=True, text=True, env=environment, timeout=60, check=False))
 
 
+@pytest.mark.slow
 def test_a_closed_output(source: Source, tmp_path: Path) -> None:
     for number, command in enumerate(('"$@" >&-', '"$@" >&- 2>&-', '"$@" --json >&-', '"$@" <&- >&- 2>&-')):
         out = tmp_path / f"out{number}"
@@ -103,6 +105,7 @@ def test_a_closed_output(source: Source, tmp_path: Path) -> None:
         assert (out / "marlin_convert.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_full_output(source: Source, tmp_path: Path, unbuffered: str) -> None:
     for number, options in enumerate(([], ["--json"], ["--dry-run"])):
@@ -121,12 +124,14 @@ def test_a_full_output(source: Source, tmp_path: Path, unbuffered: str) -> None:
     assert limited('"$@" 2>/dev/full', tmp_path / "nothing", tmp_path / "x").code == 3
 
 
+@pytest.mark.slow
 def test_a_working_directory_that_was_removed(source: Source, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     result = limited(f'cd {tmp_path / "gone"}; rmdir {tmp_path / "gone"}; "$@"', source.folder, "out")
     assert (result.code, result.err.count("\n")) == (6, 1), result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["{private}/model", "~nosuchuser/model", "x" * 300, "loop/model", "a\nb", "\x1b[2J"])
 def test_sources_and_outputs_in_odd_places(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -146,6 +151,7 @@ def test_sources_and_outputs_in_odd_places(
     private.chmod(0o700)
 
 
+@pytest.mark.slow
 def test_signals_from_the_first_moment(tmp_path: Path) -> None:
     """While the program still imports what it needs: no traceback, and 128 and the signal's number. (Before its first
     line it is Python's own beginning, which a signal may end.)"""
@@ -175,6 +181,7 @@ def test_signals_from_the_first_moment(tmp_path: Path) -> None:
             assert process.stderr.strip() == "marlin-convert: interrupted; nothing half-done was left behind."
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_signals_are_handled() -> None:
     """But what Python has loaded at its own start, and what is empty or built into it."""
     code = (
@@ -190,6 +197,7 @@ def test_nothing_is_imported_before_signals_are_handled() -> None:
     assert len(done.stdout.splitlines()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_an_early_signal_in_json(number: signal.Signals) -> None:
     code = f"import os, sys\nimport marlin_convert.__main__\nos.kill(os.getpid(), {int(number)})"
@@ -200,6 +208,7 @@ def test_an_early_signal_in_json(number: signal.Signals) -> None:
     assert (value["ok"], value["exit_code"]) == (False, 128 + number)
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_stop_the_cleaning_up(source: Source, tmp_path: Path) -> None:
     """As from an impatient finger, or from a shell that passes on what its whole group gets."""
     code = (
@@ -220,6 +229,7 @@ def test_a_second_signal_does_not_stop_the_cleaning_up(source: Source, tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_end_changes_nothing(source: Source, tmp_path: Path) -> None:
     """OUT is complete: while the summary is written, a signal makes no failure of it."""
     code = (

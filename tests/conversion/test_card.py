@@ -232,6 +232,7 @@ def test_the_block_for_transformers_runs_as_it_stands(hub: Hub, tmp_path: Path) 
     assert ran.stdout.startswith("The capital of France is")
 
 
+@pytest.mark.slow
 @pytest.mark.cuda
 def test_the_blocks_for_vllm_run_as_they_stand(tmp_path: Path) -> None:
     pytest.importorskip("vllm")

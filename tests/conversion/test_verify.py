@@ -47,6 +47,7 @@ def layer_check(report: Verification, name: str) -> LayerCheck:
     return next(x for x in report.layers if x.name == name)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_leaves_the_output_as_it_was(source: Source, out: Path, tmp_path: Path) -> None:
     """The card is longer than a file may be here: neither it nor verify.json is cut."""
     (source.folder / "README.md").write_text("# A card\n\n" + "of some length " * 400)

@@ -186,6 +186,7 @@ def test_it_says_once_that_the_reference_is_slow(caplog: pytest.LogCaptureFixtur
     assert "exact, and slow" in caplog.text
 
 
+@pytest.mark.slow
 def test_compiled_and_as_an_operator() -> None:
     """One operator, no graph break; the same product as the eager call."""
     module, x = exact(4)

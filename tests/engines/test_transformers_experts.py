@@ -30,6 +30,8 @@ from tests.support.tiny_models import (
     same_logits,
 )
 
+pytestmark = pytest.mark.slow  # models run
+
 
 def as_one_operator(experts: Any) -> bool:
     """Whether a block has an operator for all of its experts, which computes what the loop over them does."""

@@ -39,6 +39,8 @@ from tests.support.tiny_models import (
     tokens,
 )
 
+pytestmark = pytest.mark.slow  # models run
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:

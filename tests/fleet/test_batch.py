@@ -169,6 +169,7 @@ def test_retries(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
     assert said == [("org/good", "failed"), ("org/good", "done"), ("org/damaged", "failed")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_ended_and_started_again(hub: Hub, tmp_path: Path, number: int) -> None:
     """Killed while one checkpoint travels: no half result; the next run does what is left, and that alone."""
@@ -206,6 +207,7 @@ def test_a_run_that_is_ended_and_started_again(hub: Hub, tmp_path: Path, number:
     assert done == {"org/m0": 1, "org/m1": 1, "org/m2": 1}
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_state_file(hub: Hub, tmp_path: Path) -> None:
     """Each checkpoint is converted, and published, by one of them; both end when all is done."""
     hub.accounts[SECRET] = Account("me", orgs={"team": "write"})

@@ -89,6 +89,7 @@ def test_many_writers_lose_nothing(tmp_path: Path) -> None:
     assert found == {str(100 * i + j) for i in range(6) for j in range(20)}
 
 
+@pytest.mark.slow
 def test_a_lock_is_held_by_one_and_by_the_processes_that_it_is_given_to(tmp_path: Path) -> None:
     one, other = State(tmp_path / "state"), State(tmp_path / "state")
     with one.locked("target") as held, other.locked("target") as not_held, other.locked("another") as free:

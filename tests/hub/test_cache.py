@@ -58,6 +58,7 @@ def test_what_somebody_linked_to_stays(cache: Cache) -> None:
     assert not cache.is_temporary(FILE)
 
 
+@pytest.mark.slow
 def test_what_another_program_is_linking_to_stays(cache: Cache, tmp_path: Path) -> None:
     """It holds huggingface_hub's lock meanwhile, in a process of its own."""
     code = (

@@ -58,6 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return lib
 
 
+@pytest.mark.slow
 def test_the_choice_is_near_the_best(model: ctypes.CDLL) -> None:
     products = defaultdict(list)
     with TIMINGS.open() as file:

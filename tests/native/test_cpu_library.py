@@ -112,6 +112,7 @@ def test_damaged_library(library: Callable[[Path], None], tmp_path: Path) -> Non
     assert_works_without_library()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 @pytest.mark.parametrize(
     ("source", "message"),
@@ -131,6 +132,7 @@ def test_stale_library(library: Callable[[Path], None], tmp_path: Path, source: 
     assert_works_without_library()
 
 
+@pytest.mark.slow
 def test_importing_and_packing_does_not_import_torch() -> None:
     program = """if True:
         import sys

@@ -55,6 +55,7 @@ def test_constants_are_those_of_the_header() -> None:
     assert ctypes.sizeof(cuda_library.DeviceInfo) == 4 * 4 + 2 * 8 + 2 * 4 + 256
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cuda_library.LIBRARY.exists(), reason="the CUDA library is not built")
 def test_instances_are_what_their_names_say() -> None:
     """Numbers and names are for ever; the name tells instructions, output tile, bits and groups."""
@@ -91,6 +92,7 @@ def test_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cuda.available()
 
 
+@pytest.mark.slow
 def test_not_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_cuda.so").write_text("not a library")
     monkeypatch.setattr(cuda_library, "LIBRARY", tmp_path / "_cuda.so")
@@ -98,6 +100,7 @@ def test_not_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cuda.load_library()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", ["int x;", "int marlin_cuda_abi_version(void) { return 999; }"])
 def test_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     monkeypatch.setattr(cuda_library, "LIBRARY", library(tmp_path, body))
@@ -105,6 +108,7 @@ def test_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: 
         cuda.load_library()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
