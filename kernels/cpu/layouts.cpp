@@ -1,6 +1,7 @@
 // layouts.cpp: the packings of other formats <-> GPTQ's words: rows and columns of words exchanged (compressed-tensors,
 // AWQ's gemv), and AWQ's gemm, whose words hold eight columns of a row where GPTQ's hold eight rows of a column.
 #include <cstring>
+#include <utility>
 
 #include "common.h"
 
@@ -39,20 +40,26 @@ inline __attribute__((always_inline)) void transpose_squares(const int32_t* in, 
 
 constexpr int kCodes = 8;                                  // of 4 bits, in a word
 constexpr int kColumn[kCodes] = {0, 2, 4, 6, 1, 3, 5, 7};  // whose code stands in each place of AWQ's words
-constexpr int64_t kRun = 16;                               // words of a row that are worked on as one
 
-typedef uint32_t Run __attribute__((vector_size(4 * kRun)));  // registers of 128 bits do as well
+// So many words of a row are worked on as one: as many as the instructions' registers hold.
+template <int lanes>
+struct RunOf {
+  typedef uint32_t type __attribute__((vector_size(4 * lanes)));
+};
+template <int lanes>
+using Run = typename RunOf<lanes>::type;
 
 // The parts of `a` above and of `b` below `shift` in each stretch of 2 * shift bits change places.
-template <int shift>
-inline __attribute__((always_inline)) void exchange(Run& a, Run& b, uint32_t mask) {
-  const Run swapped = (a >> shift ^ b) & mask;
+template <int shift, typename Lanes>
+inline __attribute__((always_inline)) void exchange(Lanes& a, Lanes& b, uint32_t mask) {
+  const Lanes swapped = (a >> shift ^ b) & mask;
   b ^= swapped;
   a ^= swapped << shift;
 }
 
-// Nibble j of word i and nibble i of word j change places, in each of kRun columns of eight words.
-inline __attribute__((always_inline)) void exchange_nibbles(Run (&words)[kCodes]) {
+// Nibble j of word i and nibble i of word j change places, in each column of eight words.
+template <typename Lanes>
+inline __attribute__((always_inline)) void exchange_nibbles(Lanes (&words)[kCodes]) {
   for (int i = 0; i < 4; ++i) exchange<16>(words[i], words[i + 4], 0x0000ffff);
   for (int i = 0; i < 2; ++i) {
     exchange<8>(words[i], words[i + 2], 0x00ff00ff);
@@ -61,45 +68,82 @@ inline __attribute__((always_inline)) void exchange_nibbles(Run (&words)[kCodes]
   for (int i = 0; i < kCodes; i += 2) exchange<4>(words[i], words[i + 1], 0x0f0f0f0f);
 }
 
+// From lane `first` on, those of `a` and of `b` by turns.
+template <int first, typename Lanes, size_t... lane>
+inline __attribute__((always_inline)) void by_turns(const Lanes& a, const Lanes& b, Lanes& out,
+                                                    std::index_sequence<lane...>) {
+  constexpr size_t lanes = sizeof...(lane);
+#if defined(__clang__)
+  out = __builtin_shufflevector(a, b, (first + lane / 2 + lane % 2 * lanes)...);
+#else
+  out = __builtin_shuffle(a, b, Lanes{uint32_t(first + lane / 2 + lane % 2 * lanes)...});
+#endif
+}
+
+// The columns of eight rows, one after the other: rows four apart are merged by turns, then what is two apart, then one.
+template <int lanes>
+inline __attribute__((always_inline)) void columns_of(const Run<lanes> (&rows)[kCodes], Run<lanes> (&columns)[kCodes]) {
+  constexpr auto all = std::make_index_sequence<lanes>();
+  Run<lanes> pairs[kCodes], fours[kCodes];
+  for (int i = 0; i < 4; ++i) {
+    by_turns<0>(rows[i], rows[i + 4], pairs[2 * i], all);
+    by_turns<lanes / 2>(rows[i], rows[i + 4], pairs[2 * i + 1], all);
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      by_turns<0>(pairs[2 * i + half], pairs[2 * (i + 2) + half], fours[4 * i + 2 * half], all);
+      by_turns<lanes / 2>(pairs[2 * i + half], pairs[2 * (i + 2) + half], fours[4 * i + 2 * half + 1], all);
+    }
+  }
+  for (int part = 0; part < 4; ++part) {
+    by_turns<0>(fours[part], fours[4 + part], columns[2 * part], all);
+    by_turns<lanes / 2>(fours[part], fours[4 + part], columns[2 * part + 1], all);
+  }
+}
+
 // Rows [begin, end) of eight codes: `in` AWQ's words, `out` GPTQ's, of n columns.
+template <int lanes>
 inline __attribute__((always_inline)) void awq_rows(const int32_t* in, int32_t* out, int64_t n, int64_t begin,
                                                     int64_t end) {
   const int64_t width = n / kCodes;
   for (int64_t row = begin; row < end; ++row) {
     const int32_t* from = in + row * kCodes * width;
     int32_t* to = out + row * n;
-    for (int64_t c0 = 0; c0 < width; c0 += kRun) {
-      const int64_t count = std::min(kRun, width - c0);
-      Run words[kCodes] = {};
-      if (count == kRun) {
-        for (int i = 0; i < kCodes; ++i) std::memcpy(&words[i], from + i * width + c0, sizeof(Run));
+    for (int64_t c0 = 0; c0 < width; c0 += lanes) {
+      const int64_t count = std::min<int64_t>(lanes, width - c0);
+      Run<lanes> words[kCodes] = {}, rows[kCodes], own[kCodes];
+      if (count == lanes) {
+        for (int i = 0; i < kCodes; ++i) std::memcpy(&words[i], from + i * width + c0, sizeof words[i]);
       } else {
         for (int i = 0; i < kCodes; ++i) std::memcpy(&words[i], from + i * width + c0, sizeof(int32_t) * count);
       }
       exchange_nibbles(words);
-      uint32_t rows[kCodes][kRun], own[kRun][kCodes];
-      std::memcpy(rows, words, sizeof rows);
-      for (int64_t c = 0; c < kRun; ++c)
-        for (int i = 0; i < kCodes; ++i) own[c][kColumn[i]] = rows[i][c];
-      std::memcpy(to + c0 * kCodes, own, sizeof(int32_t) * kCodes * count);
+      for (int i = 0; i < kCodes; ++i) rows[kColumn[i]] = words[i];
+      columns_of<lanes>(rows, own);
+      if (count == lanes) {
+        std::memcpy(to + c0 * kCodes, own, sizeof own);
+      } else {
+        std::memcpy(to + c0 * kCodes, own, sizeof(int32_t) * kCodes * count);
+      }
     }
   }
 }
 
 // The inverse: `in` GPTQ's words, `out` AWQ's.
+template <int lanes>
 inline __attribute__((always_inline)) void gptq_rows(const int32_t* in, int32_t* out, int64_t n, int64_t begin,
                                                      int64_t end) {
   const int64_t width = n / kCodes;
   for (int64_t row = begin; row < end; ++row) {
     const int32_t* from = in + row * n;
     int32_t* to = out + row * kCodes * width;
-    for (int64_t c0 = 0; c0 < width; c0 += kRun) {
-      const int64_t count = std::min(kRun, width - c0);
-      uint32_t own[kRun][kCodes] = {}, rows[kCodes][kRun];
+    for (int64_t c0 = 0; c0 < width; c0 += lanes) {
+      const int64_t count = std::min<int64_t>(lanes, width - c0);
+      uint32_t own[lanes][kCodes] = {}, rows[kCodes][lanes];
       std::memcpy(own, from + c0 * kCodes, sizeof(int32_t) * kCodes * count);
-      for (int64_t c = 0; c < kRun; ++c)
+      for (int64_t c = 0; c < lanes; ++c)
         for (int i = 0; i < kCodes; ++i) rows[i][c] = own[c][kColumn[i]];
-      Run words[kCodes];
+      Run<lanes> words[kCodes];
       std::memcpy(words, rows, sizeof words);
       exchange_nibbles(words);
       for (int i = 0; i < kCodes; ++i) std::memcpy(to + i * width + c0, &words[i], sizeof(int32_t) * count);
@@ -107,21 +151,21 @@ inline __attribute__((always_inline)) void gptq_rows(const int32_t* in, int32_t*
   }
 }
 
-#define MARLIN_LAYOUTS(ISA, TARGET)                                                                          \
+#define MARLIN_LAYOUTS(ISA, LANES, TARGET)                                                                   \
   TARGET void transpose_##ISA(const int32_t* in, int32_t* out, int64_t rows, int64_t columns, int64_t begin, \
                               int64_t end) {                                                                 \
     transpose_squares(in, out, rows, columns, begin, end);                                                   \
   }                                                                                                          \
   TARGET void awq_##ISA(const int32_t* in, int32_t* out, int64_t n, int64_t begin, int64_t end) {            \
-    awq_rows(in, out, n, begin, end);                                                                        \
+    awq_rows<LANES>(in, out, n, begin, end);                                                                 \
   }                                                                                                          \
   TARGET void gptq_##ISA(const int32_t* in, int32_t* out, int64_t n, int64_t begin, int64_t end) {           \
-    gptq_rows(in, out, n, begin, end);                                                                       \
+    gptq_rows<LANES>(in, out, n, begin, end);                                                                \
   }
-MARLIN_LAYOUTS(plain, )
+MARLIN_LAYOUTS(plain, 4, )
 #if MARLIN_X86
-MARLIN_LAYOUTS(avx2, MARLIN_AVX2)
-MARLIN_LAYOUTS(avx512, MARLIN_AVX512)
+MARLIN_LAYOUTS(avx2, 8, MARLIN_AVX2)
+MARLIN_LAYOUTS(avx512, 16, MARLIN_AVX512)
 #endif
 
 using TransposeFunction = void (*)(const int32_t* in, int32_t* out, int64_t rows, int64_t columns, int64_t begin,
