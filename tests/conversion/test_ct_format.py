@@ -131,6 +131,20 @@ def test_zero_points_as_int8(tmp_path: Path, bits: int) -> None:
     assert_same(tmp_path / "again", source)
 
 
+def test_both_kinds_of_zero_points_in_one_checkpoint(tmp_path: Path) -> None:
+    """Each layer goes back to its own; of one layer, there is room for one of them only."""
+    zeros = np.random.default_rng(0).integers(0, 16, (2, 256))
+    layers = {"a": CTLayer(zeros=zeros), "b": CTLayer(zeros=zeros, int8_zeros=True, seed=1), "c": CTLayer(zeros=zeros)}
+    source = write_ct(tmp_path / "s", layers, ct_config({"symmetric": False}))
+    convert(source, tmp_path / "out", Options(device="cpu", verify=True))
+    for name, weight in format_reader.read(tmp_path / "out").items():
+        np.testing.assert_array_equal(weight, layers[name].weight)
+    restore(tmp_path / "out", tmp_path / "again", original=True)
+    ours, theirs = tensors_of(tmp_path / "again"), tensors_of(source)
+    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
 def test_in_panels_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer in more than one panel, whose tensors lie in several files."""
     monkeypatch.setattr(blocks, "PANEL_BYTES", 1 << 14)
