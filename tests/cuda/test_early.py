@@ -111,6 +111,27 @@ def test_in_a_graph(library: Library) -> None:
         assert torch.equal(buffers[LENGTH % 2], expected[-1])
 
 
+def test_from_torch_in_a_graph() -> None:
+    """The graph's first node clears the counters of its workspace, and is no kernel."""
+    of, a = layers(), torch.randn(3, WIDTH, device="cuda").half()
+
+    def products(early: bool) -> torch.Tensor:
+        x = a
+        for layer in of:
+            x = cuda.gemm(x, layer.b, layer.s, early=early)
+        return x
+
+    expected = products(False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = products(True)
+    for _ in range(20):
+        result.zero_()
+        graph.replay()
+        assert torch.equal(result, expected)
+
+
 def test_waits_for_kernels_of_others(library: Library) -> None:
     """Activations come from a long kernel of torch, and one of torch overwrites them afterwards."""
     layer = layers()[0]
