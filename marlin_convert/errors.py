@@ -95,7 +95,7 @@ INSTALL, INSTALL_WHEEL = "pip install .", "pip install ./marlin_convert-*.whl"
 #: In a checkout, with what running models needs.
 INSTALL_AND_RUN = 'pip install ".[run]"'
 #: What brings the packages of the extras `run`, `plot`, `ray` and `web`, by their own names.
-INSTALL_RUN = 'pip install "torch>=2.6" "transformers>=5.0"'
+INSTALL_RUN = 'pip install "torch>=2.6" "transformers>=5.6"'
 INSTALL_PLOT, INSTALL_RAY = "pip install matplotlib", 'pip install "ray>=2.40"'
 INSTALL_WEB = 'pip install "gradio>=6.31" "matplotlib>=3.8"'
 

@@ -16,7 +16,7 @@ from tests.support.gptq_checkpoints import Source
 
 pytestmark = pytest.mark.slow
 
-ADVICE = 'pip install "torch>=2.6" "transformers>=5.0"'
+ADVICE = 'pip install "torch>=2.6" "transformers>=5.6"'
 
 
 @pytest.fixture

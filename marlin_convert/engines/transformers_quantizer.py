@@ -131,6 +131,7 @@ class MarlinQuantizer(HfQuantizer):
             raise SourceError(f"{model.name_or_path}: its config says Marlin, but it has no Marlin layer.")
         self._files = {Path(file).name: Path(file) for file in files}
         self._placed = put_layers(model, layers, tensors)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._check_keys(model)
 
     def _check_keys(self, model: PreTrainedModel) -> None:
@@ -140,8 +141,11 @@ class MarlinQuantizer(HfQuantizer):
         def checked(loading_info: Any) -> None:
             adjust(loading_info)
             loading_info.missing_keys -= self._placed.plain.keys()  # loaded by `Placed.finish`
+            # Older versions of Transformers take any shape where a quantizer is at work.
+            shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+            other = {(name,) for name, shape in self._shapes.items() if shapes.get(name, shape) != shape}
             _require_all_keys(
-                model, loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys
+                model, loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys | other
             )
             self._complete = True
 
@@ -197,7 +201,7 @@ def _require_all_keys(model: PreTrainedModel, missing: Any, unexpected: Any, mis
     problems = {
         "missing from the checkpoint": sorted(missing),
         "in the checkpoint and not in the model": sorted(left),
-        "of another shape": sorted(str(key[0]) for key in mismatched),
+        "of another shape": sorted({str(key[0]) for key in mismatched}),
     }
     said = [f"{some(names)} ({what})" for what, names in problems.items() if names]
     if said:

@@ -163,7 +163,7 @@ def test_what_cannot_be_run(out: Path, tmp_path: Path, run: Callable[..., Run]) 
     config = json.loads((out / "config.json").read_text())
     (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
     refused(tmp_path / "b", 3, "Transformers cannot run it")
-    refused(out, 1, 'pip install "torch>=2.6" "transformers>=5.0"', PYTHONPATH=without_transformers(tmp_path))
+    refused(out, 1, 'pip install "torch>=2.6" "transformers>=5.6"', PYTHONPATH=without_transformers(tmp_path))
 
 
 def without_transformers(folder: Path) -> str:
