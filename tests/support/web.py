@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 #: Milliseconds for which a visitor waits before something is taken to hang.
-WAIT = 90_000
+WAIT = 1000 * PATIENCE
 
 
 def browser() -> str | None:
