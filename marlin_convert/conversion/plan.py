@@ -135,6 +135,10 @@ def _is_head(name: str) -> bool:
     return name.split(".")[-1] == "lm_head"
 
 
+def _part(tensor: Tensor) -> str:
+    return tensor.name.rpartition(".")[2]
+
+
 def make_plan(
     checkpoint: Checkpoint, format: Format | str = Format.AUTO, zero_points: ZeroPointReading | str | None = None
 ) -> Plan:
@@ -169,7 +173,7 @@ def make_plan(
     checkpoint.read_ahead((tensors[name] for name in small if name in tensors), "reading scales and zero points")
 
     judged = source.inspect(checkpoint, names, settings, reading)
-    group_size = _one_group_size(judged)
+    group_size = _one_group_size(judged)  # may find a reason against the original format
     chosen = _choose(checkpoint, judged, format)
     owned = {f"{name}.{part}" for name in names for part in source.parts}
     plan = Plan(
@@ -177,11 +181,7 @@ def make_plan(
         source,
         layers=chosen.convertible,
         copies=[tensor for tensor in apart.values() if tensor.name not in owned],
-        dropped=[
-            t
-            for t in tensors.values()
-            if (t.name in owned or t.name not in apart) and t.name.rpartition(".")[2] in source.dropped
-        ],
+        dropped=[t for t in tensors.values() if t.name not in apart or t.name in owned if _part(t) in source.dropped],
         refusals=chosen.refusals | chosen.unfit,
         notes=notes | _notes(checkpoint, settings, judged, chosen),
         why_extended=chosen.why_extended,
@@ -294,7 +294,7 @@ def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) 
 
 def _one_group_size(judged: Iterable[LayerInspection]) -> int:
     """Return the original format's one group_size for all layers: 128, or -1 when no layer has more than one group.
-    Layers of the other kind, where there are both, get a misfit."""
+    Layers of the rarer kind, where there are both, get a reason against the original format."""
     fine = [j for j in judged if j.layer is not None and not j.refusals and not j.why_extended]
     grouped = [j for j in fine if j.layer is not None and j.layer.G > 1]
     single = [j for j in fine if j.layer is not None and j.layer.G == 1 and j.layer.K != GROUP_SIZE]

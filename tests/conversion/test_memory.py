@@ -29,6 +29,17 @@ MB = 1_000_000
 HELD, HELD_WITH_ACT_ORDER = 200 * MB, 500 * MB
 
 
+def header_of(shapes: dict[str, tuple[str, list[int], int]]) -> tuple[dict[str, Any], int]:
+    """The header of a file of tensors (dtype, shape, bytes of an element), and the bytes of all of them."""
+    header: dict[str, Any] = {}
+    position = 0
+    for name, (dtype, shape, size) in shapes.items():
+        end = position + math.prod(shape) * size
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
+        position = end
+    return header, position
+
+
 def write_large_source(
     folder: Path,
     *,
@@ -55,19 +66,14 @@ def write_large_source(
         "model.layers.0.mlp.up_proj.g_idx": ("I32", [K], 4),
         "model.layers.0.mlp.up_proj.scales": ("F32" if wide_scales else "F16", [G, N], 4 if wide_scales else 2),
     }
-    header: dict[str, Any] = {}
-    position = 0
-    for name, (dtype, shape, size) in shapes.items():
-        end = position + math.prod(shape) * size
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
-        position = end
+    header, nbytes = header_of(shapes)
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     folder.mkdir()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         start = file.tell()
-        os.truncate(file.fileno(), start + position)
+        os.truncate(file.fileno(), start + nbytes)
         rng = np.random.default_rng(0)
 
         def put(name: str, data: bytes, at: int = 0) -> None:
@@ -85,15 +91,8 @@ def write_large_source(
         for i in range(5):
             put("model.layers.0.mlp.up_proj.qweight", rng.bytes(10_000), i * (K * N * bits // 8 // 5))
             put("model.embed_tokens.weight", rng.bytes(10_000), i * (rows * hidden * 2 // 5))
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "quantization_config": quantization_config(
-                    bits=bits, desc_act=act_order, group_size=group, sym=zeros is None
-                )
-            }
-        )
-    )
+    quantization = quantization_config(bits=bits, desc_act=act_order, group_size=group, sym=zeros is None)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     return {name: (dtype, shape) for name, (dtype, shape, _) in shapes.items()}
 
 
