@@ -1,7 +1,7 @@
 """Which engine reads which result: the one table of it, and the rules that tell for a result at hand.
 
-The README's table, the model card, what a dry run and a conversion say, and the refusals of the vLLM plugin are all
-taken from here; tests compare them.
+The README's table, the model card, what a dry run and a conversion say, and the refusals of the plugins for vLLM and
+SGLang are all taken from here; tests compare them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from .options import Format, QuantMethod
 #: What the plugin for vLLM is made for.
 VLLM = "vLLM 0.26 to 0.33"
 TRANSFORMERS = "Transformers 5"
+#: What the plugin for SGLang is made for, and how far it was run.
+SGLANG = "SGLang 0.5.23 (run on a CPU so far)"
 
 # What vLLM's own Marlin kernel has, as its versions above say it; marlin-convert's kernels have all of both formats.
 VLLM_GROUP_SIZES = (-1, 32, 64, 128)
@@ -29,6 +31,9 @@ DIFFERENT = "experts of different settings in one block"
 SORTED = "experts with act-order"
 PADDED = "experts that are stored padded"
 BIASED = "experts with biases"
+
+#: What SGLang takes apart itself after loading: projections of latent attention.
+TAKEN_APART = "layers that SGLang takes apart after loading"
 
 #: Kinds of models (`model_type`) that were tried in each engine; tests hold it to what they try.
 _MODEL_TYPES = Path(__file__).parent / "data" / "model_types.json"
@@ -102,10 +107,21 @@ def vllm_needs_our_kernels(layers: Sequence[LayerFacts]) -> dict[str, list[str]]
     return found
 
 
+def sglang_refuses(layers: Iterable[LayerFacts]) -> dict[str, list[str]]:
+    """Return what SGLang's plugin refuses of a result's layers → the layers that are so."""
+    found: dict[str, list[str]] = {}
+    for x in layers:
+        if x.name.endswith("kv_b_proj"):
+            found.setdefault(TAKEN_APART, []).append(x.name)
+        elif x.bias and EXPERTS.match(x.name):
+            found.setdefault(BIASED, []).append(x.name)
+    return found
+
+
 @functools.cache
 def tried(engine: str) -> Any:
-    """Return the kinds of models that were tried in `engine`, "transformers" or "vllm": `load`, and `refused` or the
-    `version` that they were tried in."""
+    """Return the kinds of models that were tried in `engine`, "transformers", "vllm" or "sglang": `load`, and `refused`
+    or the `version` that they were tried in."""
     return json.loads(_MODEL_TYPES.read_text(encoding="utf-8"))[engine]
 
 
@@ -144,6 +160,18 @@ def vllm_doubt(result: ResultFacts) -> str | None:
     mixture = any(EXPERTS.match(x.name) for x in result.layers)
     if config["model_type"] in known["refused"] and mixture:
         return f"experts of {_kind(config)} are refused"
+    return f"{_kind(config)} are not among those that were tried and load"
+
+
+def sglang_doubt(result: ResultFacts) -> str | None:
+    """Return why it cannot be promised that SGLang loads `result`; None if such models were tried and load."""
+    config, known = result.config, tried("sglang")
+    if (doubt := _model_doubt(config)) or config is None:
+        return doubt
+    if refused := sglang_refuses(result.layers):
+        return f"{' and '.join(refused)} are refused"
+    if config["model_type"] in known["load"]:
+        return None
     return f"{_kind(config)} are not among those that were tried and load"
 
 
@@ -186,6 +214,15 @@ ENGINES = (
         "`vllm serve {repo}`",
         lambda result: True,
         vllm_doubt,
+        with_plugin=True,
+        beside=" with marlin-convert installed",
+    ),
+    Engine(
+        SGLANG,
+        "yes", "yes, but for [what it refuses](docs/guides/sglang.md#what-is-refused)",
+        "`python -m sglang.launch_server --model-path {repo}`",
+        lambda result: True,
+        sglang_doubt,
         with_plugin=True,
         beside=" with marlin-convert installed",
     ),

@@ -29,7 +29,7 @@ def names(facts: ResultFacts) -> list[str]:
     return [engine.name for engine in found]
 
 
-BESIDE = ["vLLM 0.26 to 0.33", "Transformers 5"]
+BESIDE = ["vLLM 0.26 to 0.33", "SGLang 0.5.23 (run on a CPU so far)", "Transformers 5"]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,29 @@ def test_what_vllm_was_tried_with() -> None:
     refused = {name for name, ranks in REFUSED if ranks == 1}
     assert engines.tried("vllm")["load"] == sorted({name.split(",")[0] for name in ARCHITECTURES.keys() - refused})
     assert set(engines.tried("vllm")["refused"]) <= refused
+
+
+def test_what_sglang_was_tried_with() -> None:
+    """The table is that of tests/engines/test_sglang_models.py."""
+    from tests.support.sglang_architectures import LOADED, REFUSED
+
+    assert engines.tried("sglang")["load"] == sorted(LOADED)
+    assert not {name for name in REFUSED if "," not in name} & set(LOADED)
+    assert engines.SGLANG.startswith(f"SGLang {engines.tried('sglang')['version']} ")
+
+
+def test_what_sglang_refuses() -> None:
+    expert, apart = LayerFacts("l.experts.0.up", 4, 128, bias=True), LayerFacts("l.self_attn.kv_b_proj", 4, 128)
+    plain = [LayerFacts("l.experts.0.up", 8, 16, zeros=True, act_order=True, padded=True), LayerFacts("q", 4, 128)]
+    assert engines.sglang_refuses([expert, apart, *plain]) == {
+        engines.BIASED: [expert.name], engines.TAKEN_APART: [apart.name]
+    }  # fmt: skip
+    llama = {"model_type": "llama"}
+    assert engines.SGLANG in names(result(*plain, config=llama))
+    assert engines.doubts(result(apart, config=llama)) == {
+        engines.SGLANG: "layers that SGLang takes apart after loading are refused"
+    }
+    assert "'glm'" in engines.doubts(result(*plain, config={"model_type": "glm"}))[engines.SGLANG]
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,8 @@ def convert(
         with screen.progress() as progress:
             origin, plan = plan_only(source, options, progress, access=access)
         trial = _tried(plan, options, screen) if dry.engine == "transformers" else None
-        screen.plan(origin, plan, options, trial, dry.tensor_parallel or 1 if dry.engine == "vllm" else None)
+        served = dry.engine if dry.engine in ("vllm", "sglang") else None
+        screen.plan(origin, plan, options, trial, served, dry.tensor_parallel or 1)
         with said_in_json(output):
             plan.require_convertible()
     elif out is not None:

@@ -21,7 +21,16 @@ from rich.text import Text
 from ..checkpoint.writer import shard_names
 from ..conversion.names import span
 from ..conversion.plan import Plan, plan_as_dict
-from ..engine_support import VLLM, ResultFacts, doubts, engines_as_dicts, readers, vllm_needs_our_kernels
+from ..engine_support import (
+    SGLANG,
+    VLLM,
+    ResultFacts,
+    doubts,
+    engines_as_dicts,
+    readers,
+    sglang_refuses,
+    vllm_needs_our_kernels,
+)
 from ..formats.cuts import tensor_parallel_cuts
 from ..hub import client as hub
 from ..options import FORMAT_NAMES, Options
@@ -104,17 +113,23 @@ class Screen:
         self._json({"ok": True, "already_marlin": True, "message": text})
 
     def plan(
-        self, source: Source, plan: Plan, options: Options, trial: Trial | None = None, ranks: int | None = None
+        self,
+        source: Source,
+        plan: Plan,
+        options: Options,
+        trial: Trial | None = None,
+        served: str | None = None,
+        ranks: int = 1,
     ) -> None:
-        """Show what `--dry-run` says; with the `trial` of the result in Transformers, and what vLLM does with it on so
-        many tensor-parallel `ranks`."""
+        """Show what `--dry-run` says; with the `trial` of the result in Transformers, and what the engine `served`,
+        "vllm" or "sglang", does with it on so many tensor-parallel `ranks`."""
         value = {"ok": not plan.refusals, **plan_as_dict(plan, source.label)}
         if not plan.refusals and not plan.already_marlin:
             files = shard_names(plan.out_tensors, options.max_shard_size)
             value["engines"] = engines_as_dicts(plan.result_facts(options.quant_method, len(files)))
         if trial is not None:
             value["transformers"] = asdict(trial)
-        if ranks is not None:
+        if served is not None:
             cuts = tensor_parallel_cuts(plan.layer_facts, ranks)
             value["tensor_parallel"] = {"ranks": ranks, "cuts": [asdict(cut) for cut in cuts]}
         self._json(value)
@@ -143,8 +158,8 @@ class Screen:
             self._format(plan, plan.result_facts(options.quant_method, len(files)))
             if trial is not None:
                 self._transformers(trial)
-            if ranks is not None:
-                self._vllm(plan, ranks)
+            if served is not None:
+                self._served(plan, served, ranks)
         self._notes(plan)
 
     def _transformers(self, trial: Trial) -> None:
@@ -158,15 +173,21 @@ class Screen:
         if trial.dequantized:
             self._say(f"  with 16-bit weights, as the model computes them itself: {self._names(trial.dequantized)}")
 
-    def _vllm(self, plan: Plan, ranks: int) -> None:
-        """Show what vLLM does with the result's layers."""
+    def _served(self, plan: Plan, engine: str, ranks: int) -> None:
+        """Show what vLLM or SGLang does with the result's layers."""
         facts = plan.layer_facts
         cuts = tensor_parallel_cuts(facts, ranks)
-        refused = {name for cut in cuts if cut.refused for name in cut.layers}
+        faults = sglang_refuses(facts) if engine == "sglang" else {}
+        refused = {name for cut in cuts if cut.refused for name in cut.layers}.union(*faults.values())
         rest = f"refuses {len(refused)} of {len(facts)} layers" if refused else "takes every layer"
-        self._say(f"{VLLM} with marlin-convert, {ranks} rank{'' if ranks == 1 else 's'}: {rest}")
+        known = SGLANG if engine == "sglang" else VLLM
+        self._say(f"{known} with marlin-convert, {ranks} rank{'' if ranks == 1 else 's'}: {rest}")
+        for fault, names in faults.items():
+            self._say(f"  {fault}: {self._names(names)}: refused")
         for cut in cuts:
             self._say(f"  {cut.what}: {self._names(cut.layers)}: {cut.effect}")
+        if engine == "sglang":
+            self._say("  computed on GPUs of compute capability 8.0 and newer by marlin-convert's CUDA kernels alone")
 
     def _beside(self, plan: Plan) -> None:
         """Show weights that are not the model's own, every one by name."""
@@ -356,7 +377,8 @@ class Screen:
 def _readers(facts: ResultFacts) -> str:
     """Return who reads a result, in words."""
     beside, alone = ([engine.name for engine in readers(facts, with_plugin=x)] for x in (True, False))
-    words = [" and ".join(beside) + " with marlin-convert"] if beside else []
+    named = " and ".join([", ".join(beside[:-1]), beside[-1]] if beside[1:] else beside)
+    words = [f"{named} with marlin-convert"] if beside else []
     return ", and ".join([*words, *([", ".join(alone)] if alone else [])]) or "no engine that is known"
 
 

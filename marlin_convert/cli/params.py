@@ -315,8 +315,8 @@ class DryRun:
     def __post_init__(self) -> None:
         if self.engine is not None and not self.dry_run:
             raise click.UsageError("--engine needs --dry-run.")
-        if self.tensor_parallel is not None and self.engine != "vllm":
-            raise click.UsageError("--tensor-parallel needs --engine vllm: Transformers' result is not cut.")
+        if self.tensor_parallel is not None and self.engine not in ("vllm", "sglang"):
+            raise click.UsageError("--tensor-parallel needs --engine vllm or sglang: Transformers' result is not cut.")
 
 
 #: For a conversion that may be planned only: `dry`, a DryRun.
@@ -326,12 +326,12 @@ dry_run_options = collected(
         "--dry-run", is_flag=True, help="Print what would happen to every layer, from headers alone; OUT is not needed."
     ),
     click.option(
-        "--engine", type=click.Choice(["vllm", "transformers"]),
+        "--engine", type=click.Choice(["vllm", "sglang", "transformers"]),
         help="With --dry-run: say what this engine does with the result.",
     ),
     click.option(
         "--tensor-parallel", type=click.IntRange(1, 1024), metavar="RANKS",
-        help="With --engine vllm: say what its cut for so many ranks means, too.",
+        help="With --engine vllm or sglang: say what its cut for so many ranks means, too.",
     ),
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from .._version import __version__
 from ..checkpoint.bounded import read_file
 from ..checkpoint.output_folder import write_file
 from ..checkpoint.reader import Checkpoint
-from ..engine_support import TRANSFORMERS, VLLM, doubts, readers
+from ..engine_support import SGLANG, TRANSFORMERS, VLLM, doubts, readers
 from ..errors import INSTALL_AND_RUN
 from ..hub.open import Source
 from ..options import CARD_FILE, QuantMethod
@@ -240,6 +240,7 @@ from vllm import LLM, SamplingParams
 llm = LLM("{repo}")
 print(llm.generate("The capital of France is", SamplingParams(max_tokens=32))[0].outputs[0].text)
 ```"""
+_SGLANG = "```sh\npython -m sglang.launch_server --model-path {repo}\n```"
 _TRANSFORMERS = """```python
 import marlin_convert
 from transformers import AutoTokenizer
@@ -261,6 +262,8 @@ def _use(plan: Plan, card: CardFacts) -> list[str]:
         _with_doubt(f"In {VLLM}, in the same environment:", doubt.get(VLLM)),
         _SERVE.replace("{repo}", repo),
         _LLM.replace("{repo}", repo),
+        _with_doubt(f"In {SGLANG}, in the same environment:", doubt.get(SGLANG)),
+        _SGLANG.replace("{repo}", repo),
         _with_doubt("In Transformers 5:", doubt.get(TRANSFORMERS)),
         _TRANSFORMERS.replace("{repo}", repo),
     ]

@@ -50,6 +50,9 @@ class CheckpointConfig(ServedCheckpoint, QuantizationConfig):  # type: ignore[mi
     def get_scaled_act_names(self) -> list[str]:
         return []
 
+    def get_cache_scale(self, name: str) -> None:
+        """Return None: no tensor is a scale of the cache of keys and values; some models ask."""
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CheckpointConfig:
         return cls(config)

@@ -9,6 +9,8 @@ from sglang.srt.distributed.utils import get_group_rank_size
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from torch import Tensor
 
+from .. import engine_support
+from ..engine_support import LayerFacts
 from .serving_linear import ServedLinear
 from .sglang_config import CheckpointConfig, batch_invariant, check_kernels
 
@@ -25,8 +27,8 @@ class MarlinCheckpointMethod(ServedLinear, LinearMethodBase):  # type: ignore[mi
         check_kernels(prefix)
         self._invariant = batch_invariant()
         for name in (prefix, *names):
-            if name.endswith("kv_b_proj"):
-                raise ValueError(f"{name}: SGLang takes its plain weight apart after loading; it runs plain ones only")
+            for fault in engine_support.sglang_refuses([LayerFacts(name, 4, -1)]):
+                raise ValueError(f"{name}: this plugin does not run {fault}")
 
     def rank(self, layer: Any) -> int:
         return int(get_group_rank_size(layer.tp_group)[0])

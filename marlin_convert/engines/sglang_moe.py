@@ -13,6 +13,7 @@ from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.runtime_context import get_server_args
 from torch import Tensor, nn
 
+from .. import engine_support
 from ..formats.layout import TILE_N
 from ..native import moe
 from .column_marks import Marks
@@ -34,7 +35,7 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
         self.fixed = batch_invariant()
         biases = sorted(name for name in config.biases if name.startswith(f"{prefix}."))
         faults = {
-            f"experts with biases ({''.join(biases[:1])})": bool(biases),
+            f"{engine_support.BIASED} ({''.join(biases[:1])})": bool(biases),
             "experts that --enable-eplb moves among ranks": bool(get_server_args().enable_eplb),
             "experts with --moe-a2a-backend": not get_moe_a2a_backend().is_none(),
         }

@@ -47,8 +47,8 @@ def test_0_success(run: Callable[..., Run], source: Source, tmp_path: Path) -> N
 def test_0_the_engines_are_those_that_read_it(run: Callable[..., Run], source: Source, tmp_path: Path) -> None:
     plain = run(source.folder, tmp_path / "a", "--dry-run")
     assert (
-        "original Marlin format, which vLLM 0.26 to 0.33 and Transformers 5 with marlin-convert, and vLLM 0.3.3"
-        in plain.out
+        "original Marlin format, which vLLM 0.26 to 0.33, SGLang 0.5.23 (run on a CPU so far) and Transformers 5 with "
+        "marlin-convert, and vLLM 0.3.3" in plain.out
     )
     assert "vLLM computes" not in plain.out
     layers = {f"model.layers.0.mlp.experts.{i}.up_proj": GPTQLayer(bias=True) for i in range(3)}
@@ -56,6 +56,7 @@ def test_0_the_engines_are_those_that_read_it(run: Callable[..., Run], source: S
     for command in ([experts.folder, "--dry-run"], [experts.folder, tmp_path / "out"]):
         said = run(*command).out
         assert "vLLM 0.26 to 0.33 and Transformers 5 with marlin-convert" in said
+        assert "SGLang 0.5.23 (run on a CPU so far): experts with biases are refused" in said
         assert "vLLM computes experts with biases where marlin-convert's CUDA kernels are built: 3 layers" in said
 
 
@@ -75,6 +76,21 @@ def test_0_an_engine_on_several_ranks(run: Callable[..., Run], tmp_path: Path) -
     told = json.loads(run(*ask, "--tensor-parallel", 2, "--json").out)["tensor_parallel"]
     assert told["ranks"] == 2
     assert [cut["layers"] for cut in told["cuts"]] == [["model.layers.0.self_attn.o_proj"]]
+
+
+def test_0_sglang_on_several_ranks(main: Callable[..., Run], tmp_path: Path) -> None:
+    layers = {
+        "model.layers.0.self_attn.o_proj": GPTQLayer(K=256, N=256, g_idx=np.arange(256)[::-1] // 128),
+        "model.layers.0.self_attn.kv_b_proj": GPTQLayer(K=256, N=256),
+    }
+    source = write_source(tmp_path / "source", layers)
+    said = main(source.folder, "--dry-run", "--engine", "sglang", "--tensor-parallel", 2).out
+    assert "SGLang 0.5.23 (run on a CPU so far) with marlin-convert, 2 ranks: refuses 1 of 2 layers" in said
+    assert "layers that SGLang takes apart after loading: model.layers.0.self_attn.kv_b_proj: refused" in said
+    assert (
+        "act-order in rows that 2 ranks share out: model.layers.0.self_attn.o_proj: exact on marlin-convert's" in said
+    )
+    assert "computed on GPUs of compute capability 8.0 and newer by marlin-convert's CUDA kernels alone" in said
 
 
 def test_0_transformers_is_asked_itself(run: Callable[..., Run], source: Source) -> None:

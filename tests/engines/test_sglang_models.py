@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 from tests.support.served_models import MODELS, is_mixture
-from tests.support.tiny_models import make
+from tests.support.sglang_architectures import LOADED, REFUSED
+from tests.support.tiny_models import Pair, make
+from tests.support.vllm_architectures import ARCHITECTURES, LINEARS, configuration
 
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("SGLang is not installed", allow_module_level=True)
@@ -87,3 +89,40 @@ def test_every_rank_has_its_piece(ranks: Any, name: str) -> None:
         wanted = sorted(2 * kinds + ["lm_head"] * ("lm_head" in MODELS[name][1]))
         assert sorted(layer.rpartition(".")[2] for layer in errors) == wanted
         assert max(errors.values()) < 2e-3, errors  # sums of fp16
+
+
+# ---- Many architectures ----
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    """A model of each architecture that SGLang loads or the plugin refuses."""
+    names = (*LOADED, *REFUSED)
+    return {name: make(tmp_path_factory.mktemp("model"), configuration(name), LINEARS, group_size=64) for name in names}
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def everywhere(request: pytest.FixtureRequest, built: dict[str, Pair], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(number of ranks, by model what each rank found)."""
+    models = [(pair.out, pair.dense) for pair in built.values()]
+    found = run(request.param, "tensors", models, tmp_path_factory.mktemp("results"))
+    return request.param, dict(zip(built, zip(*found, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", [*LOADED, *REFUSED])
+def test_every_architecture(everywhere: Any, built: dict[str, Pair], name: str) -> None:
+    """Every quantized layer is computed, as SGLang's own code cuts and orders its plain weight; or the model is refused
+    by name."""
+    count, found = everywhere
+    for result in found[name]:
+        if name in REFUSED:
+            assert REFUSED[name] in result
+            continue
+        assert isinstance(result, dict), result
+        assert max(result["errors"].values()) < 2e-3, result["errors"]
+        if count == 1:
+            assert result["weights"] == sum(layer.K * layer.N for layer in built[name].layers.values())
+
+
+def test_the_lists_are_of_known_architectures() -> None:
+    assert {*LOADED, *REFUSED} <= ARCHITECTURES.keys()

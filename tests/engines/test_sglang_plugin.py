@@ -193,7 +193,9 @@ def test_names_without_what_stands_before_layers() -> None:
 
 def test_a_layer_that_sglang_takes_apart() -> None:
     config, _, _ = checkpoint(["layers.0.kv_b_proj"])
-    with pytest.raises(ValueError, match=r"layers.0.kv_b_proj: SGLang takes its plain weight apart after loading"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.kv_b_proj: this plugin does not run layers that SGLang takes apart"
+    ):
         ReplicatedLinear(256, 128, quant_config=config, prefix="layers.0.kv_b_proj")
 
 
