@@ -43,9 +43,11 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
         self.parts = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
         if not self.gated:
             del self.parts["w3"]
+        found = {name for name in config.quantized if name.startswith(f"{prefix}.")}
+        if {name.rpartition(".")[2] for name in found} == set(self.parts):
+            self.parts = {shard: shard for shard in self.parts}  # which some of vLLM's models do not tell the layer
         experts = range(self.moe.num_logical_experts)
         names = {self._name(number, shard) for number in experts for shard in self.parts}
-        found = {name for name in config.quantized if name.startswith(f"{prefix}.")}
         if names != found:
             odd = min(names ^ found)
             why = "is not quantized" if odd in names else "is not one of them"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from marlin_convert.conversion.convert import convert
+from marlin_convert.options import Options
+from tests.support import source_definitions
 from tests.support.served_models import MODELS, is_mixture
 from tests.support.tiny_models import Pair, make
 from tests.support.vllm_architectures import ARCHITECTURES, LINEARS, REFUSED, ROUNDED, configuration
@@ -112,6 +118,77 @@ def test_every_rank_has_its_piece(ranks: Any, name: str) -> None:
         wanted = sorted(2 * kinds + ["lm_head"] * ("lm_head" in MODELS[name][1]))
         assert sorted(layer.rpartition(".")[2] for layer in errors) == wanted
         assert max(errors.values()) < CLOSE[kernel], errors
+
+
+# ---- Sources of other formats than GPTQ ----
+
+SOURCES = Path(__file__).parents[1] / "data" / "sources"
+#: Mixtures come first.
+FROM_OTHERS = sorted((path.name for path in SOURCES.iterdir()), key=lambda name: ("stacked" not in name, name))
+
+
+CLASSES = {"llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "granitemoe": "GraniteMoeForCausalLM"}
+
+
+def plain_model(source: Path, folder: Path) -> Path:
+    """The source's model with weights by the definition of its format, rounded to fp16."""
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {
+        f"{name}.weight": torch.from_numpy(W.T.copy()).half() for name, W in source_definitions.read(source).items()
+    }
+    packed = (".qweight", ".qzeros", ".scales", ".g_idx", "_packed", "_scale", "_shape", "_zero_point", "_g_idx")
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if not name.endswith(packed):
+            tensors[name] = tensor.half()
+    if config["model_type"] == "granitemoe":  # whose plain experts stand in one tensor
+        for layer in range(config["num_hidden_layers"]):
+            block = f"model.layers.{layer}.block_sparse_moe"
+            each = range(config["num_local_experts"])
+            first, up, down = (
+                torch.stack([tensors.pop(f"{block}.experts.{number}.{part}.weight") for number in each])
+                for part in ("w1", "w3", "w2")
+            )
+            tensors |= {
+                f"{block}.input_linear.weight": torch.cat([first, up], 1),
+                f"{block}.output_linear.weight": down,
+            }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def from_others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a rank finds of each conversion, on our kernels: they have all kinds."""
+    pairs = []
+    for name in FROM_OTHERS:
+        folder = tmp_path_factory.mktemp("source")
+        source = folder / "source"
+        shutil.copytree(SOURCES / name, source, ignore=shutil.ignore_patterns("reference*"))
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, "architectures": [CLASSES[config["model_type"]]]}))
+        convert(source, folder / "out", Options(device="cpu"))
+        pairs.append((folder / "out", plain_model(source, folder / "plain")))
+    [found] = run(1, "tensors", pairs, tmp_path_factory.mktemp("results"), "ours")
+    return dict(zip(FROM_OTHERS, found, strict=True))
+
+
+@pytest.mark.parametrize("name", FROM_OTHERS)
+def test_conversions_from_other_formats(from_others: dict[str, Any], name: str) -> None:
+    """Every layer computes what the source's format says that its weights are; or the model is refused by name."""
+    result = from_others[name]
+    if name == "ct-stacked-g32-asym" and isinstance(
+        result, str
+    ):  # Granite: newer vLLM takes its experts from one tensor
+        assert "block_sparse_moe.experts: the checkpoint has no w1 for one of its experts" in result
+        return
+    assert isinstance(result, dict), result
+    assert result["errors"]
+    assert max(result["errors"].values()) < (1e-2 if "bf16" in name else CLOSE["ours"]), result["errors"]
+    sizes = [W.size for W in source_definitions.read(SOURCES / name).values()]
+    assert result["weights"] == sum(sizes)
 
 
 # ---- All architectures ----

@@ -103,12 +103,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 ROUNDED = ("gemma2", "gemma3_text", "glm4")
 #: (name, ranks) → why it is refused.
 REFUSED = {
-    (name, ranks): why
-    for ranks in (1, 2)
-    for name, why in {
-        "minimax_m2": "vLLM calls these experts by another name than the checkpoint does",
-        "phimoe": "vLLM computes its experts as one layer, and model.layers.0.mlp.experts.0.down_proj is not quantized",
-    }.items()
+    ("minimax_m2", ranks): "vLLM calls these experts by another name than the checkpoint does" for ranks in (1, 2)
 }
 REFUSED["gpt_neox, heads of 96", 2] = "of 384, of this rank, become groups of 16 (they cut through its 6 groups)"
 
