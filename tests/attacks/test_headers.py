@@ -254,6 +254,7 @@ FUZZ = settings(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @FUZZ
 @given(header=st.dictionaries(st.sampled_from(["a", "b", "\n"]), json_values | entries), size=st.integers(0, 8))
 def test_any_json_header_is_read_or_refused(tmp_path: Path, header: dict[str, Any], size: int) -> None:
@@ -263,6 +264,7 @@ def test_any_json_header_is_read_or_refused(tmp_path: Path, header: dict[str, An
         assert names == {name for name, _ in deserialize(raw)}
 
 
+@pytest.mark.slow
 def test_any_damage_is_read_or_refused(tmp_path: Path) -> None:
     """A byte changed, or the file cut, anywhere: never a crash, and never accepted where the library refuses it."""
     rng, taken = random.Random(0), 0

@@ -96,6 +96,7 @@ def outcome(source: Path, out: Path) -> tuple[str, dict[str, Any] | None]:
     return said, planned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_changed_by_chance(tmp_path: Path, name: str) -> None:
     """Each source of the test data, its config or a tensor of a layer changed. What is converted is what an independent

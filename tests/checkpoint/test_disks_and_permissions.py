@@ -68,6 +68,7 @@ def test_a_disk_that_fails_while_writing(
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow(source: Source, tmp_path: Path) -> None:
     """The kernel's own refusal, by a limit on the size of files."""
     (tmp_path / "results").mkdir()
@@ -78,6 +79,7 @@ def test_a_file_that_may_not_grow(source: Source, tmp_path: Path) -> None:
     assert list((tmp_path / "results").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_no_permission_to_write(source: Source, tmp_path: Path) -> None:
     results = tmp_path / "results"
     results.mkdir(mode=0o555)
@@ -88,6 +90,7 @@ def test_no_permission_to_write(source: Source, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_no_permission_to_look_into_what_is_there(source: Source, tmp_path: Path) -> None:
     out = tmp_path / "results" / "out"
     out.mkdir(parents=True)
@@ -100,6 +103,7 @@ def test_no_permission_to_look_into_what_is_there(source: Source, tmp_path: Path
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_no_permission_to_read_the_source(source: Source, tmp_path: Path, name: str) -> None:
     (source.folder / "tokenizer.json").touch()
@@ -111,6 +115,7 @@ def test_no_permission_to_read_the_source(source: Source, tmp_path: Path, name: 
     assert not (tmp_path / "results" / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_parent_is_a_file(source: Source, tmp_path: Path) -> None:
     (tmp_path / "results").write_text("mine")
     result = limited(source, tmp_path)

@@ -98,6 +98,7 @@ def layers() -> st.SearchStrategy[Made]:
     return kinds.filter(lambda made: made.K * made.bits % 32 == 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     made=st.lists(layers(), min_size=1, max_size=3),

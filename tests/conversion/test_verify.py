@@ -146,6 +146,7 @@ def test_a_flipped_bit_is_named_by_row_and_column(source: Source, out: Path, see
     assert report.problems == []
 
 
+@pytest.mark.slow
 def test_the_row_is_right_in_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("marlin_convert.conversion.blocks.BLOCK_BYTES", 1)  # one row of tiles at a time
     source = write_source(tmp_path / "source", {"a": GPTQLayer(K=512, N=256)})
