@@ -151,7 +151,7 @@ LIES: list[tuple[str, str, Change, str]] = [
     ("ct-g32-asym-int8", "weight_zero_point", lambda t: t * 0 + 8, "which 4 bits cannot hold"),
     ("ct-g32-asym-int8", "weight_zero_point", lambda t: t * 0 - 9, "which 4 bits cannot hold"),
     ("ct-g32-asym", "weight_zero_point", lambda t: t.to(torch.int8), "does not match"),
-    ("ct-g32-asym", "weight_zero_point", lambda t: t.half(), "no whole numbers"),
+    ("ct-g32-asym", "weight_zero_point", lambda t: t.half(), "not whole numbers"),
     ("ct-g32-act-order", "weight_g_idx", lambda t: t + 1, "g_idx names group"),
     ("ct-g32-act-order", "weight_g_idx", lambda t: t - 1, "g_idx names group -1"),
     ("ct-8bit-g64-asym-act-order", "weight_g_idx", lambda t: t * 0, "every row into group 0"),
