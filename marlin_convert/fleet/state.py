@@ -31,6 +31,8 @@ class State:
     def __init__(self, path: Path) -> None:
         self.path, self._locks = path, path.with_name(f"{path.name}.locks")
         self.torn = 0  # lines that were passed over
+        if path.is_fifo() or path.is_char_device() or path.is_block_device() or path.is_socket():  # may never end
+            raise OutputError(f"{path}: it is not a regular file; give another name for the state file.")
         try:
             self._locks.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666))

@@ -131,3 +131,11 @@ def test_lines_are_json(tmp_path: Path) -> None:
     State(tmp_path / "state").append({"job": "a", "message": "ä\nb"})
     (line,) = (tmp_path / "state").read_text().splitlines()
     assert json.loads(line)["message"] == "ä\nb"
+
+
+def test_a_state_file_that_is_no_file(tmp_path: Path) -> None:
+    """A pipe would be waited for, and some devices have no end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OutputError, match="state file"):
+            State(path)
