@@ -159,6 +159,7 @@ def test_a_first_product_never_begins_early(monkeypatch: pytest.MonkeyPatch) -> 
             return PRODUCT.pack(*fields)
 
     monkeypatch.setattr(cuda, "PRODUCT", Spy)
+    monkeypatch.setattr(cuda, "_layers", {})  # else an earlier test's layer at these addresses counts as this one
     layer, a = layers()[0], torch.randn(2, WIDTH, device="cuda").half()
     results = [cuda.gemm(a, layer.b, layer.s, early=early) for early in (True, True, None)]
     monkeypatch.setattr(cuda, "EARLY", True)

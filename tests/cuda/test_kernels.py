@@ -508,7 +508,7 @@ def test_errors(library: Library) -> None:
     x: dict[str, Any] = {
         "A": a.data_ptr(), "bias": None, "C": out.data_ptr(), "workspace": library.workspace.data_ptr(),
         "workspace_bytes": library.workspace.numel(), "stream": library.stream(), "M": 4, "lda": 256, "dtype": 0,
-        "device": 0, "variant": 0,
+        "device": 0, "variant": 0, "early": 0,
     }  # fmt: skip
     cases: list[tuple[int, dict[str, Any]]] = [
         (-1, {"A": None}), (-1, {"C": None}), (-1, {"workspace": None}), (-1, {"B": None}), (-1, {"s": None}),

@@ -71,7 +71,7 @@ def test_instances_are_what_their_names_say() -> None:
         assert x.group_size == (0 if group == "any" else int(group))
         either = bool(z) or bits == "8" or (capability == "90" and group != "128")
         takes_zeros = 2 * bool(z) if wide else either
-        rounds = bool(wide) or (capability == "80" and int(m) >= 32)
+        rounds = bool(wide) or (capability == "80" and (int(m) >= 32 or (m, n) == ("16", "128")))
         assert (x.zero_points, x.rounds_weights) == (takes_zeros, rounds)
         assert 0 < x.id < 1 << 12
     known = {
