@@ -16,8 +16,9 @@ makes that the default.
 early=True lets a product begin while the work before it on the stream still runs (programmatic dependent launch, on
 Hopper): its weights are copied meanwhile, activations are waited for. The bits are the same. It says that nothing on
 the stream that has not ended writes this layer's B, s or zeros. A layer's first product never begins early, so that
-weights may just have been loaded or repacked; who writes into them again must wait for the device before the next
-product. MARLIN_EARLY=1 in the environment makes that the default.
+weights may just have been loaded or repacked; who writes into them again, or puts another layer of the same sizes where
+they lay (a layer is told by its addresses), must wait for the device before the next product. MARLIN_EARLY=1 in the
+environment makes that the default.
 
 All but `matmul` are also torch operators (`torch.ops.marlin_convert.…`) with fake implementations, so that
 torch.compile and CUDA graphs take them; on eager paths the Python functions are quicker. Arguments are checked here,
