@@ -28,11 +28,6 @@ KINDS = [
 SHAPES = [(4096, 256), (14336, 512), (2176, 4096), (1152, 9472), (576, 192), (64, 64)]
 
 
-@pytest.fixture(scope="module")
-def library() -> Library:
-    return Library()
-
-
 def layer_of(bits: int, size: int, zeros: bool, k: int, n: int, scale_dtype: torch.dtype = FP16) -> Layer | None:
     """None where groups do not divide K."""
     if size > 0 and k % size:

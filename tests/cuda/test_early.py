@@ -31,11 +31,6 @@ WIDTH = 1024  # K and N: products stand in a chain
 LENGTH = 6
 
 
-@pytest.fixture(scope="module")
-def library() -> Library:
-    return Library()
-
-
 def layers(bits: int = 4, size: int = 128, zeros: bool = False) -> list[Layer]:
     """Whose products neither grow nor vanish along a chain."""
     made = []

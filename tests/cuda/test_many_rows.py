@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+import torch
 
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = pytest.importorskip("torch")
-
-from .cuda_library import (
+from tests.cuda.cuda_library import (
     CLUSTERS,
     COUNTER_BYTES,
     DATA_PARALLEL,
@@ -23,7 +19,7 @@ from .cuda_library import (
     assert_close,
     variant,
 )  # fmt: skip
-from .test_kernels import BF16, FP16, GROUP_SIZES, activations, fresh_inputs, groups_of, poisoned, why_not
+from tests.cuda.kernel_inputs import BF16, FP16, GROUP_SIZES, activations, groups_of, poisoned, why_not
 
 SPLITS = (*CLUSTERS, STREAM_K, DATA_PARALLEL)
 WIDE = [name for name in INSTANCES if name.startswith("sm90_wide")]
@@ -37,14 +33,11 @@ def reason() -> str | None:
     return found if found or WIDE else "the library is not built for sm_90a"
 
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(reason() is not None, reason=str(reason()))]
-
-__all__ = ["fresh_inputs"]  # a fixture for all tests here
-
-
-@pytest.fixture(scope="module")
-def library() -> Library:
-    return Library()
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.usefixtures("fresh_inputs"),
+    pytest.mark.skipif(reason() is not None, reason=str(reason())),
+]
 
 
 def run(
