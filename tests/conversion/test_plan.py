@@ -248,7 +248,7 @@ def test_plan_of_a_70b_model_reads_zero_points_and_the_scales_of_what_it_convert
 
 
 def test_what_vllm_lacks_is_said(tmp_path: Path) -> None:
-    """The same as its plugin asks for when it loads (test_vllm_plugin.py)."""
+    """The same as its plugin asks for when it loads (test_vllm_linear.py, test_vllm_choice.py)."""
     order = np.random.default_rng(0).permutation(np.arange(256) // 128)
     layers = {
         "l.0.experts.0.up_proj": GPTQLayer(),

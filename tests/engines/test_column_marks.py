@@ -12,7 +12,7 @@ from marlin_convert.engines.column_marks import Arriving, Marks
 from marlin_convert.formats.layout import EXTENDED_NAMES
 from marlin_convert.formats.marlin_config import LayerSettings, MarlinSettings
 from marlin_convert.options import Format
-from tests.engines.test_tensor_parallel import layer, weight_of
+from tests.support.pieces import random_layer, weight_of
 
 HEADS, SIZE = 4, 32
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def arriving(**layers: dict[str, Any]) -> tuple[Arriving, list[tuple[str, torch.
     settings, tensors, weights = {}, [], {}
     for seed, (name, kind) in enumerate(layers.items()):
         own = {"group": 64, **kind}
-        piece, weights[name] = layer(128, own.pop("N", 3 * HEADS * SIZE), seed=seed, **own)
+        piece, weights[name] = random_layer(128, own.pop("N", 3 * HEADS * SIZE), seed=seed, **own)
         sizes = {"out_features": piece.N if piece.stored_N != piece.N else None}
         asym, order = piece.zeros is not None, piece.perm is not None
         settings[name] = LayerSettings(piece.bits, own["group"], not asym, order, **sizes)

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from marlin_convert.engines.grouped_experts import GroupedExperts, formula_of
 from marlin_convert.engines.linear import MarlinLinear
 from marlin_convert.native import moe
-from tests.engines.test_tensor_parallel import layer as random_layer
+from tests.support.pieces import random_layer
 
 H, INNER, E = 128, 256, 4
 

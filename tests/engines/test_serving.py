@@ -15,7 +15,7 @@ from marlin_convert.engines.serving_linear import ServedLinear
 from marlin_convert.engines.serving_loading import Engine, fill, methods
 from marlin_convert.formats.layout import EXTENDED_NAMES
 from marlin_convert.formats.marlin_config import LayerSettings, marlin_ext_settings
-from tests.engines.test_tensor_parallel import layer as random_layer
+from tests.support.pieces import random_layer
 from tests.support.tiny_models import relative
 
 

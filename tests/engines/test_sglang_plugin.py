@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engines.test_tensor_parallel import layer as random_layer
+from tests.support.pieces import random_layer
 from tests.support.tiny_models import relative
 
 sglang = pytest.importorskip("sglang", reason="SGLang is not installed")

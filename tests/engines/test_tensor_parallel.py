@@ -8,47 +8,9 @@ import pytest
 import torch
 
 from marlin_convert.engines import tensor_parallel as shards
-from marlin_convert.engines.tensor_parallel import Piece
 from marlin_convert.formats.marlin_config import LayerSettings
 from marlin_convert.native import reference
-
-
-def layer(
-    K: int, N: int, group: int = 128, bits: int = 4, asym: bool = False, order: bool = False, seed: int = 0
-) -> tuple[Piece, torch.Tensor]:
-    """A random layer, and its weight [K, N] in float64, computed from the definition."""
-    generator = torch.Generator().manual_seed(seed)
-    stored_K, stored_N = -(-K // 128) * 128, -(-N // 64) * 64
-    G = 1 if group == -1 else stored_K // group
-    codes = torch.randint(0, 2**bits, (stored_K, stored_N), generator=generator)
-    scales = torch.randn(G, stored_N, generator=generator).half()
-    zeros = torch.randint(0, 2**bits, (G, stored_N), generator=generator) if asym else None
-    perm = torch.randperm(K, generator=generator).int() if order else None
-    spread = stored_K // G
-    zero = 2 ** (bits - 1) if zeros is None else zeros.repeat_interleave(spread, 0)
-    stored = ((codes - zero) * scales.double().repeat_interleave(spread, 0))[:K, :N]
-    weight = torch.empty_like(stored)
-    weight[torch.arange(K) if perm is None else perm.long()] = stored
-    tensors = {"weight": reference.pack_marlin(codes, bits), "scales": reference.permute_scales(scales)}
-    if zeros is not None:
-        tensors["zeros"] = reference.pack_zeros(zeros, bits)
-    if perm is not None:
-        tensors["perm"] = perm
-    sizes = {"in_features": K if stored_K != K else None, "out_features": N if stored_N != N else None}
-    settings = LayerSettings(bits, group, not asym, order, **sizes)
-    return shards.whole("x", settings, tensors), weight
-
-
-def weight_of(piece: Piece) -> torch.Tensor:
-    sizes: dict[str, Any] = {"bits": piece.bits, "in_features": piece.K, "out_features": piece.N}
-    if piece.perm is not None and len(piece.perm) != piece.K:  # rows of zeros between others
-        sizes["in_features"] = piece.stored_K
-        W = reference.dequantize_layer(piece.weight, piece.scales, piece.zeros, **sizes, dtype=torch.float32).double()
-        return torch.zeros(piece.K, piece.N, dtype=torch.float64).index_add(0, piece.perm.long(), W)
-    return reference.dequantize_layer(
-        piece.weight, piece.scales, piece.zeros, piece.perm, **sizes, dtype=torch.float32
-    ).double()
-
+from tests.support.pieces import random_layer, weight_of
 
 KINDS = [
     {"group": 128},
@@ -62,7 +24,7 @@ KINDS = [
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("kind", [*KINDS, {"group": 64, "order": True}, {"group": 128, "order": True, "asym": True}])
 def test_columns(ranks: int, kind: dict[str, Any]) -> None:
-    whole, weight = layer(256, 512, **kind)
+    whole, weight = random_layer(256, 512, **kind)
     for rank in range(ranks):
         first, count = rank * 512 // ranks, 512 // ranks
         piece = shards.columns(whole, torch.arange(first, first + count))
@@ -73,7 +35,7 @@ def test_columns(ranks: int, kind: dict[str, Any]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows(ranks: int, kind: dict[str, Any]) -> None:
-    whole, weight = layer(512, 128, **kind)
+    whole, weight = random_layer(512, 128, **kind)
     for rank in range(ranks):
         first, count = rank * 512 // ranks, 512 // ranks
         piece = shards.rows(whole, first, count)
@@ -84,7 +46,7 @@ def test_rows(ranks: int, kind: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", [*KINDS, {"group": 64, "order": True}])
 def test_pieces_keep_nothing_of_the_whole_in_memory(kind: dict[str, Any]) -> None:
-    whole, _ = layer(512, 256, **kind)
+    whole, _ = random_layer(512, 256, **kind)
     pieces = [shards.columns(whole, torch.arange(128, 256)), shards.columns(whole, torch.arange(100, 200))]
     if whole.perm is None:
         pieces.append(shards.rows(whole, 256, 256))
@@ -98,7 +60,7 @@ def test_pieces_keep_nothing_of_the_whole_in_memory(kind: dict[str, Any]) -> Non
 
 def test_one_group_left_on_a_rank_changes_the_order_of_its_scales() -> None:
     """With G = 1 every reader takes the other permutation: new[8i + j] = old[2i + (0, 1, 8, 9, 16, 17, 24, 25)[j]]."""
-    whole, _ = layer(256, 64)
+    whole, _ = random_layer(256, 64)
     piece = shards.rows(whole, 128, 128)
     natural = reference.unpermute_scales(whole.scales)[1]
     assert piece.G == 1
@@ -118,7 +80,7 @@ ORDERED = [*KINDS, {"group": 64, "order": True}, {"group": 32, "bits": 8, "asym"
 @pytest.mark.parametrize("N", [320, 296])
 def test_columns_in_any_order(kind: dict[str, Any], N: int) -> None:
     """Single columns, whole tiles, tiles that begin elsewhere, columns twice, columns of zeros, the last of them."""
-    whole, weight = layer(128, N, **kind)
+    whole, weight = random_layer(128, N, **kind)
     orders = [
         torch.randperm(N, generator=torch.Generator().manual_seed(1)),
         torch.cat([torch.arange(128, 192), torch.arange(0, 64)]),
@@ -140,7 +102,7 @@ def test_columns_in_any_order(kind: dict[str, Any], N: int) -> None:
 @pytest.mark.parametrize("K", [512, 456])
 def test_rows_cut_anywhere(kind: dict[str, Any], K: int) -> None:
     """Act-order, cuts through groups and through blocks of 128: the same weights, in groups of 16 or one group."""
-    whole, weight = layer(K, 128, **kind)
+    whole, weight = random_layer(K, 128, **kind)
     for first, count in [(0, 64), (0, 256), (256, K - 256), (100, 37), (192, 192), (K - 1, 1)]:
         piece = shards.rows(whole, first, count)
         assert (piece.K, piece.N, piece.stored_K % 128) == (count, 128, 0)
@@ -150,26 +112,26 @@ def test_rows_cut_anywhere(kind: dict[str, Any], K: int) -> None:
 
 def test_the_rows_of_all_ranks_are_not_many_more() -> None:
     """A group of 128 rows in random order has about 64 on each of two ranks, filled up to a multiple of 16."""
-    whole, _ = layer(2048, 64, order=True)
+    whole, _ = random_layer(2048, 64, order=True)
     stored = sum(shards.rows(whole, first, 1024).stored_K for first in (0, 1024))
     assert stored <= 2048 * 1.25
 
 
 def test_columns_of_a_large_layer_are_moved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "_CODES_AT_ONCE", 64 * 16 * 3)
-    whole, weight = layer(256, 128, asym=True)
+    whole, weight = random_layer(256, 128, asym=True)
     order = torch.arange(127, -1, -1)
     assert torch.equal(weight_of(shards.columns(whole, order)), weight[:, order])
     assert torch.equal(weight_of(shards.rows(whole, 8, 200)), weight[8:208])
 
 
 def test_all_columns_are_no_copy() -> None:
-    whole, _ = layer(128, 200)
+    whole, _ = random_layer(128, 200)
     assert shards.columns(whole, torch.arange(200)) is whole
 
 
 def test_padding_of_a_vocabulary_is_zero() -> None:
-    whole, weight = layer(128, 200, asym=True)
+    whole, weight = random_layer(128, 200, asym=True)
     piece = shards.columns(whole, torch.cat([torch.arange(128, 200), torch.full((120,), -1)]))
     assert piece.stored_N == 192
     found = weight_of(piece)
@@ -178,11 +140,11 @@ def test_padding_of_a_vocabulary_is_zero() -> None:
 
 
 def test_neighbours_are_joined_where_one_product_can_do_them() -> None:
-    a, wa = layer(256, 128, seed=1)
-    b, wb = layer(256, 64, seed=2)
-    c, wc = layer(256, 64, bits=8, seed=3)
-    d, wd = layer(256, 72, bits=8, seed=4)
-    e, we = layer(256, 64, bits=8, seed=5)
+    a, wa = random_layer(256, 128, seed=1)
+    b, wb = random_layer(256, 64, seed=2)
+    c, wc = random_layer(256, 64, bits=8, seed=3)
+    d, wd = random_layer(256, 72, bits=8, seed=4)
+    e, we = random_layer(256, 64, bits=8, seed=5)
     joined = shards.join([a, b, c, d, e])
     assert [(p.bits, p.N) for p in joined] == [(4, 192), (8, 136), (8, 64)]  # d ends in padding: e stands alone
     expected = [torch.cat([wa, wb], 1), torch.cat([wc, wd], 1), we]
@@ -192,9 +154,9 @@ def test_neighbours_are_joined_where_one_product_can_do_them() -> None:
 
 @pytest.mark.parametrize("same", [True, False])
 def test_act_order_is_joined_only_in_one_order(same: bool) -> None:
-    a, _ = layer(256, 64, order=True, seed=1)
-    b, _ = layer(256, 64, order=True, seed=1 if same else 2)
-    c, _ = layer(256, 64, seed=1)
+    a, _ = random_layer(256, 64, order=True, seed=1)
+    b, _ = random_layer(256, 64, order=True, seed=1 if same else 2)
+    c, _ = random_layer(256, 64, seed=1)
     assert len(shards.join([a, b])) == (1 if same else 2)
     assert len(shards.join([a, c])) == 2
     assert len(shards.join([c, a])) == 2
@@ -209,7 +171,7 @@ def test_act_order_is_joined_only_in_one_order(same: bool) -> None:
     ],
 )
 def test_tensors_that_do_not_fit(change: dict[str, torch.Tensor], message: str) -> None:
-    piece, _ = layer(256, 64)
+    piece, _ = random_layer(256, 64)
     tensors = {"weight": piece.weight, "scales": piece.scales, **change}
     with pytest.raises(ValueError, match=message):
         shards.whole("x", LayerSettings(4, 128, True, False), tensors)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engines.test_tensor_parallel import layer as random_layer
+from tests.support.pieces import random_layer
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -19,7 +19,7 @@ from marlin_convert.engines.tensor_parallel import Piece  # noqa: E402
 from marlin_convert.formats.layout import EXTENDED_NAMES  # noqa: E402
 from marlin_convert.formats.marlin_config import LayerSettings, marlin_ext_settings  # noqa: E402
 from marlin_convert.native.cuda_library import BATCH_INVARIANT  # noqa: E402
-from tests.engines.test_vllm_plugin import choose  # noqa: E402
+from tests.support.vllm_layers import choose  # noqa: E402
 
 plugin: Any = vllm_plugin
 pytestmark = [pytest.mark.filterwarnings("ignore")]
