@@ -27,7 +27,7 @@
 //
 // Padding, act-order
 //   Rows from in_features on meet activations of zero, which the copies put there; columns from out_features on are not
-//   stored. With act-order, A's columns are brought into the order of the stored rows beforehand (repack.cu).
+//   stored. With act-order, A's columns are brought into the order of the stored rows beforehand (gather.cu).
 //
 // The sizes of an instance are in gemm_sm80_shape.cuh, the copies into shared memory in gemm_sm80_copies.cuh.
 //
