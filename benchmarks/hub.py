@@ -24,7 +24,8 @@ from convert import settle, timed
 from shapes import SHAPES, make
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.support.hub_server import Hub, Repository, hash_of
+from tests.support.hub_contents import hash_of
+from tests.support.hub_server import Hub, Repository
 
 BOUND = 1.15
 REPO = "bench/model-gptq"

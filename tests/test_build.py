@@ -1,122 +1,21 @@
 """setup.py: what it compiles, how, and what it says when it cannot. The compilers here are scripts that write a log."""
 
-import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.support.build_project import ROOT, Project
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 NVCC_LIST = "compute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\n"  # as CUDA 12.4 has it
 
 pytest.importorskip("setuptools", minversion="77")
-
-
-class Project:
-    """A copy of the project's build files, two sources, and a folder of compilers."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.bin = root / "project", root / "bin"
-        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
-            self.write(name, (ROOT / name).read_text())
-        self.write("README.md", "# marlin-convert\n")
-        self.write("marlin_convert/__init__.py", "")
-        self.write("marlin_convert/_version.py", '__version__ = "1.2.3"\n')
-        self.write("marlin_convert/data/example.json", "{}\n")
-        self.write("kernels/marlin.h", "")
-        self.write("kernels/cpu/repack.cpp", "")
-        self.write("kernels/cpu/common.h", "")
-        for name in ("gemm_sm80.cu", "gemm_sm90_b4.cu", "plan.cpp"):
-            self.write(f"kernels/cuda/{name}", "")
-        self.compiler("g++")
-        self.gpus()
-
-    def write(self, path: str, text: str) -> Path:
-        file = self.root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-        return file
-
-    def compiler(self, name: str, code: int = 0, archs: str = "", version: str = "12.4", says: str = "") -> Path:
-        """A script that logs its arguments, writes the file after -o and exits with `code`; asked for a report of each
-        kernel, it `says` so."""
-        self.bin.mkdir(exist_ok=True)
-        script = self.bin / name
-        script.write_text(f"""#!{sys.executable}
-import pathlib, sys
-arguments = sys.argv[1:]
-if arguments == ["--list-gpu-arch"]:
-    print({archs!r}, end="")
-    sys.exit()
-if arguments == ["--version"]:
-    print("Cuda compilation tools, release {version}, V{version}.88")
-    sys.exit()
-with open({str(self.log(name))!r}, "a") as log:
-    log.write(" ".join(arguments) + "\\n")
-if "-v" in arguments:
-    print({says!r}, file=sys.stderr)
-if {code}:
-    print("kernels/x:1:1: error: no", file=sys.stderr)
-else:
-    pathlib.Path(arguments[arguments.index("-o") + 1]).write_bytes(b"library")
-sys.exit({code})
-""")
-        script.chmod(0o755)
-        return script
-
-    def gpus(self, *capabilities: str) -> None:
-        """The GPUs of this machine; without any, the driver's tool fails, as it does where there is no driver."""
-        script = self.bin / "nvidia-smi"
-        lines = "\n".join(capabilities)
-        script.write_text(f"""#!{sys.executable}
-import sys
-if sys.argv[1:] != ["--query-gpu=compute_cap", "--format=csv,noheader"] or not {lines!r}:
-    sys.exit(9)
-print({lines!r})
-""")
-        script.chmod(0o755)
-
-    def log(self, name: str) -> Path:
-        return self.bin / f"{name}.log"
-
-    def calls(self, name: str) -> list[str]:
-        return self.log(name).read_text().splitlines() if self.log(name).exists() else []
-
-    def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MARLIN_", "CUDA_", "CXX"))}
-        path = os.pathsep.join([str(self.bin), "/usr/bin", "/bin"])
-        return subprocess.run(
-            [sys.executable, "setup.py", *arguments],
-            cwd=self.root,
-            env={**kept, "PATH": path, **environment},
-            text=True,
-            capture_output=True,
-        )
-
-    def build(self, **environment: str) -> str:
-        """Build in place; the output, which must be a success."""
-        done = self.setup("build_ext", "--inplace", **environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def fail(self, **environment: str) -> str:
-        """Build in place; the last line of what it says when failing."""
-        done = self.setup("build_ext", "--inplace", **environment)
-        assert done.returncode != 0
-        assert not list(self.root.glob("marlin_convert/*.so"))
-        return done.stderr.strip().splitlines()[-1]
-
-    def libraries(self) -> list[str]:
-        return sorted(path.name for path in self.root.glob("marlin_convert/*.so"))
 
 
 @pytest.fixture
@@ -332,33 +231,6 @@ def test_cxx_may_have_arguments(project: Project) -> None:
     assert not project.calls("g++")
 
 
-def test_wheel_is_for_every_python_of_this_platform(project: Project) -> None:
-    # A library of an earlier build lies around and must not get into a wheel that was built without it.
-    project.write("marlin_convert/_cuda.so", "stale")
-    done = project.setup("bdist_wheel")
-    assert done.returncode == 0, done.stderr
-    (wheel,) = (project.root / "dist").glob("*.whl")
-    name, version, python, abi, platform = wheel.stem.split("-")
-    assert (name, version, python, abi) == ("marlin_convert", "1.2.3", "py3", "none")
-    assert platform.startswith("linux_")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "marlin_convert/_cpu.so" in names
-    assert "marlin_convert/data/example.json" in names
-    assert "marlin_convert/_cuda.so" not in names
-    assert not [name for name in names if name.startswith(("kernels", "tests"))]
-
-
-def test_sdist_has_the_kernels(project: Project) -> None:
-    done = project.setup("sdist")
-    assert done.returncode == 0, done.stderr
-    (archive,) = (project.root / "dist").glob("*.tar.gz")
-    shutil.unpack_archive(archive, project.root / "unpacked")
-    (root,) = (project.root / "unpacked").iterdir()
-    assert (root / "kernels/marlin.h").exists()
-    assert (root / "kernels/cpu/common.h").exists()
-    assert (root / "kernels/cuda/gemm_sm80.cu").exists()
-
-
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="no g++ or nm")
 def test_the_cpu_library_shows_its_own_functions_only(tmp_path: Path) -> None:
     """With the real compiler; the C++ runtime inside must not meet another one in the process."""
@@ -379,48 +251,3 @@ def test_the_cpu_library_shows_its_own_functions_only(tmp_path: Path) -> None:
     needed = subprocess.run(["ldd", output], capture_output=True, text=True, check=True).stdout
     assert "libstdc++" not in needed
     assert "libpython" not in needed
-
-
-# ---- Wheels for others ----
-
-
-def wheels() -> Any:
-    spec = importlib.util.spec_from_file_location("wheels", ROOT / "tools" / "wheels.py")
-    assert spec
-    assert spec.loader
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
-def test_nothing_that_was_compiled_before_gets_into_a_wheel(tmp_path: Path) -> None:
-    copy = wheels().sources(tmp_path / "copy")
-    assert (copy / "kernels" / "marlin.h").is_file()
-    assert (copy / "marlin_convert" / "data" / "demo" / "config.json").is_file()
-    assert not list(copy.rglob("*.so"))
-
-
-def test_a_newer_system_without_root_says_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = wheels()
-    monkeypatch.setattr(tool.os, "geteuid", lambda: 1000)
-    with pytest.raises(tool.Failure, match="run it as root with debootstrap installed, or in a container"):
-        tool.make_root(tmp_path / "root")
-
-
-DEBIAN = Path(os.environ.get("MARLIN_DEBIAN_ROOT", ROOT / "build" / "debian-11"))
-
-
-@pytest.mark.skipif(
-    os.geteuid() != 0 or not (DEBIAN / "usr/bin/g++").exists(), reason="needs the Debian that `make wheels` makes"
-)
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_a_wheel_that_auditwheel_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
-    """Without CUDA, which takes minutes; by this system's tools, in that Debian."""
-    pytest.importorskip("auditwheel", reason="auditwheel is not installed")
-    monkeypatch.setenv("MARLIN_NO_CUDA", "1")
-    made = wheels().wheel(machine, tmp_path, tmp_path, DEBIAN)
-    assert re.search(rf"-py3-none-.*manylinux_2_(17|2\d)_{machine}", made.name)
-    with zipfile.ZipFile(made) as archive:
-        names = set(archive.namelist())
-    assert "marlin_convert/_cpu.so" in names
-    assert "marlin_convert/_cuda.so" not in names

@@ -1,9 +1,10 @@
-"""Help and version. That they load nothing heavy is tests/test_rooms.py's."""
+"""Help, its examples, completion and version. That they load nothing heavy is tests/test_rooms.py's."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
@@ -37,3 +38,30 @@ def test_help(main: Callable[..., Run], command: str | None) -> None:
     if command is None:
         assert all(f"  {name} " in result.out for name in commands.cli.commands)
         assert all(re.search(rf"^  {code} +\S", result.out, re.MULTILINE) for code in EXIT_CODES)
+
+
+def test_examples_are_of_commands_that_there_are(main: Callable[..., Run]) -> None:
+    from marlin_convert.cli.params import EXAMPLES
+
+    assert len(EXAMPLES) == 3
+    for example in EXAMPLES:
+        assert f"  {example}\n" in main("--help").out
+        program, *words = example.split()
+        assert program == "marlin-convert"
+        name = words[0] if words[0] in commands.cli.commands else "convert"
+        arguments = words[words[0] in commands.cli.commands :]
+        parent = click.Context(commands.cli, **commands.cli.context_settings)
+        commands.cli.commands[name].make_context(name, list(arguments), parent=parent)
+
+
+def test_completion_in_the_shell(run: Callable[..., Run]) -> None:
+    result = run(env={"_MARLIN_CONVERT_COMPLETE": "bash_source"})
+    assert result.code == 0
+    assert "complete -o nosort -F _marlin_convert_completion marlin-convert" in result.out
+
+
+def test_help_in_other_words(main: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main("help").out == main("--help").out
+    assert main("help", "verify").out == main("verify", "--help").out
+    assert main("help", "nothing").out == main("--help").out

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.restore import restore
-from marlin_convert.errors import OutputError, SourceError, UnsupportedError
+from marlin_convert.errors import SourceError
 from marlin_convert.native import reference
 from marlin_convert.options import Format, Options
 from tests.support.gptq_checkpoints import (
@@ -25,69 +25,12 @@ from tests.support.gptq_checkpoints import (
     plain_tensors,
     quantization_config,
     shuffled,
-    tensors_of,
     two_layers,
     write_source,
 )
+from tests.support.marlin_checkpoints import assert_same_tensors, marlin_ext
 
 NAME = "model.layers.0.mlp.down_proj"
-
-
-def assert_same_tensors(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    found = tensors_of(folder)
-    assert sorted(found) == sorted(expected)
-    for name, tensor in expected.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
-
-
-def marlin_ext(folder: Path, layers: dict[str, GPTQLayer], **changes: Any) -> None:
-    """Write `layers` in the extended format, as docs/concepts/format.md has it, by the slow twin."""
-    tensors, entries = dict(plain_tensors()), {}
-    for name, layer in layers.items():
-        group = -1 if layer.G == 1 else layer.group_size
-        stored_group = -1 if group == -1 else next(size for size in (128, 64, 32, 16) if group % size == 0)
-        K, N = -(-layer.K // 128) * 128, -(-layer.N // 64) * 64
-        repeat = 1 if group == -1 else group // stored_group
-        G = 1 if group == -1 else K // stored_group
-        middle = 2 ** (layer.bits - 1)
-        sym = not isinstance(layer.stored_zero, np.ndarray)
-
-        def rows(values: Any, dtype: torch.dtype, G: int = G, N: int = N, repeat: int = repeat) -> torch.Tensor:
-            padded = torch.zeros(G, N, dtype=dtype)
-            repeated = torch.as_tensor(values).to(dtype).repeat_interleave(repeat, 0)[:G]
-            padded[: repeated.shape[0], : repeated.shape[1]] = repeated
-            return padded
-
-        zeros = rows(np.asarray(layer.stored_zero) + 1, torch.int64) if not sym else torch.full((G, N), middle)
-        order = np.argsort(layer.groups, kind="stable")
-        of_row = torch.zeros(K, dtype=torch.long) if group == -1 else torch.arange(K) // stored_group
-        codes = zeros[of_row]
-        codes[: layer.K, : layer.N] = torch.from_numpy(layer.codes[order])
-        tensors[f"{name}.marlin_qweight"] = reference.pack_marlin(codes, layer.bits)
-        tensors[f"{name}.marlin_scales"] = reference.permute_scales(rows(layer.scale_tensor, layer.scale_tensor.dtype))
-        act_order = not np.array_equal(order, np.arange(layer.K))
-        if not sym:
-            tensors[f"{name}.marlin_qzeros"] = reference.pack_zeros(zeros, layer.bits)
-        if act_order:
-            tensors[f"{name}.marlin_perm"] = torch.from_numpy(order.astype(np.int32))
-        if layer.bias:
-            tensors[f"{name}.bias"] = layer.bias_tensor
-        entries[name] = {"bits": layer.bits, "group_size": stored_group, "sym": sym, "desc_act": act_order}
-        if layer.K != K:
-            entries[name]["in_features"] = layer.K
-        if layer.N != N:
-            entries[name]["out_features"] = layer.N
-        if stored_group != group:
-            entries[name]["source_group_size"] = group
-    folder.mkdir()
-    save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    settings = {
-        "quant_method": "gptq", "checkpoint_format": "marlin_ext", "marlin_ext_version": 1, "bits": 4,
-        "group_size": 128, "sym": True, "desc_act": False, "lm_head": False, "layers": entries, **changes,
-    }  # fmt: skip
-    config = {"model_type": "llama", "torch_dtype": "bfloat16", "quantization_config": settings}
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 LAYERS = [
@@ -165,13 +108,8 @@ def test_layers_that_differ_are_named_in_dynamic(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
     assert (config["bits"], config["group_size"]) == (4, 128)
     assert config["dynamic"] == {"+:^a\\.z$": {"bits": 8, "group_size": 64}}
-    again = convert(tmp_path / "gptq", tmp_path / "again", Options(device="cpu")) if _has_extended() else None
-    if again is not None:
-        assert_same_tensors(tmp_path / "again", load_file(tmp_path / "marlin" / "model.safetensors"))
-
-
-def _has_extended() -> bool:
-    return "format" in Options.__dataclass_fields__
+    convert(tmp_path / "gptq", tmp_path / "again", Options(device="cpu"))
+    assert_same_tensors(tmp_path / "again", load_file(tmp_path / "marlin" / "model.safetensors"))
 
 
 @pytest.mark.parametrize("group_size", [128, -1])
@@ -281,17 +219,6 @@ def test_every_config_of_the_source_is_replaced_and_restored(tmp_path: Path, fil
     assert (tmp_path / "back" / "vocab" / "quant_config.json").read_text() == "{}"
 
 
-def test_a_g_idx_that_the_restored_layer_would_not_have(tmp_path: Path) -> None:
-    """The source had none: a foreign one beside the layer would become its order."""
-    write_source(tmp_path / "source", {NAME: GPTQLayer(g_idx=None)})
-    convert(tmp_path / "source", tmp_path / "out", Options(device="cpu"))
-    file = tmp_path / "out" / "model.safetensors"
-    tensors = {**load_file(file), f"{NAME}.g_idx": torch.from_numpy(shuffled(256, 128).astype(np.int32))}
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(SourceError, match=r"it holds .*g_idx beside that layer's Marlin tensors"):
-        restore(tmp_path / "out", tmp_path / "back")
-
-
 @pytest.mark.parametrize("format_", [Format.MARLIN, Format.MARLIN_EXT])
 def test_every_tensor_comes_back_in_its_own_type_or_not_at_all(tmp_path: Path, format_: Format) -> None:
     """Layers with g_idx in int64, in int32 and without; with qzeros and without; stored as the label says, or not."""
@@ -356,61 +283,6 @@ def test_names_that_others_use_too_are_only_copied(tmp_path: Path) -> None:
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_nothing_to_restore(tmp_path: Path, source: Source) -> None:
-    with pytest.raises(UnsupportedError, match="not a Marlin checkpoint"):
-        restore(source.folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t, s: t.pop(f"{NAME}.marlin_perm"), "marlin_perm is missing"),
-        (lambda t, s: t[f"{NAME}.marlin_perm"].fill_(3), "marlin_perm is not an order of the 256 rows"),
-        (lambda t, s: t[f"{NAME}.marlin_scales"].view(torch.int16)[1].add_(1), "scales differ within a group of 256"),
-        (lambda t, s: s["layers"][NAME].update(sym=False), "marlin_qzeros is missing"),
-        (lambda t, s: s["layers"][NAME].update(in_features=100), "do not fit its settings"),
-        (lambda t, s: s.update(checkpoint_format="marlin"), "the settings say marlin, and .* is a layer of marlin_ext"),
-        (lambda t, s: t.update({"x.B": torch.zeros(1).int(), "x.s": torch.zeros(1)}), "both Marlin"),
-        (lambda t, s: t.update({"x.marlin_perm": torch.zeros(1)}), "it holds x.marlin_perm, of no layer"),
-        (lambda t, s: t.update({"x.qzeros": torch.zeros(1)}), "it holds x.qzeros, of no layer"),
-        (lambda t, s: t.update({"x.qweight": torch.zeros(1)}), "it holds x.qweight, of no layer"),
-        (lambda t, s: t.update({f"{NAME}.scales": torch.zeros(1)}), "scales beside that layer's Marlin tensors"),
-        (lambda t, s: t.update({f"{NAME}.g_idx": torch.zeros(256).int()}), "g_idx beside that layer's Marlin tensors"),
-        (lambda t, s: t.update({f"{NAME}.s": torch.zeros(1)}), "s beside that layer's Marlin tensors"),
-        (lambda t, s: t.update({f"{NAME}.qweight": torch.zeros(1)}), "qweight beside that layer's Marlin tensors"),
-    ],
-)
-def test_damaged_checkpoints_are_refused(
-    tmp_path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], object], message: str
-) -> None:
-    layer = GPTQLayer(K=256, N=64, group_size=256 // 2, g_idx=shuffled(256, 128))
-    if "group of 256" in message:
-        layer = GPTQLayer(K=512, N=64, group_size=256, g_idx=shuffled(512, 256))
-    folder = tmp_path / "marlin"
-    marlin_ext(folder, {NAME: layer})
-    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
-    config = json.loads((folder / "config.json").read_text())
-    change(tensors, config["quantization_config"])
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match=message):
-        restore(folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_unknown_version_is_refused(tmp_path: Path) -> None:
-    marlin_ext(tmp_path / "marlin", {NAME: GPTQLayer()}, marlin_ext_version=2)
-    with pytest.raises(UnsupportedError, match="marlin_ext_version is 2"):
-        restore(tmp_path / "marlin", tmp_path / "out")
-
-
-def test_the_source_is_never_the_output(tmp_path: Path) -> None:
-    marlin_ext(tmp_path / "marlin", {NAME: GPTQLayer()})
-    with pytest.raises(OutputError, match="overlaps the source"):
-        restore(tmp_path / "marlin", tmp_path / "marlin" / "gptq")
 
 
 def test_the_command(run: Callable[..., Any], source: Source, tmp_path: Path) -> None:

@@ -20,50 +20,22 @@ from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import UnsupportedError
-from marlin_convert.formats.marlin_config import read_marlin_settings
 from marlin_convert.native import cpu, reference
 from marlin_convert.native.choose import CUDAPacker
-from marlin_convert.options import Format, Options, ZeroPointReading
+from marlin_convert.options import Format, Options
 from tests.support import format_reader
 from tests.support.gptq_checkpoints import (
     GPTQLayer,
     Source,
     asymmetric,
-    pack_columns,
     quantization_config,
     shuffled,
-    tensors_of,
     write_source,
 )
+from tests.support.results import assert_exact, assert_restored
 
 NAME = "model.layers.0.mlp.down_proj"
 CPU = Options(device="cpu", verify=True)
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Every quantized layer of a Marlin checkpoint, in float32, which holds them exactly."""
-    tensors = tensors_of(folder)
-    config = json.loads((folder / "quantize_config.json").read_text())
-    read, found = read_marlin_settings(config), {}
-    for name in tensors:
-        layer, _, what = name.rpartition(".")
-        if what == "B":
-            found[layer] = reference.dequantize_layer(tensors[name], tensors[f"{layer}.s"], dtype=torch.float32)
-        elif what == "marlin_qweight":
-            own = read.layer(layer)
-            found[layer] = reference.dequantize_layer(
-                tensors[name], tensors[f"{layer}.marlin_scales"], tensors.get(f"{layer}.marlin_qzeros"),
-                tensors.get(f"{layer}.marlin_perm"), bits=own.bits, in_features=own.in_features,
-                out_features=own.out_features, dtype=torch.float32,
-            )  # fmt: skip
-    return found
-
-
-def assert_exact(source: Source, out: Path) -> None:
-    found = weights_of(out)
-    assert sorted(found) == sorted(source.layers)
-    for name, layer in source.layers.items():
-        np.testing.assert_array_equal(found[name].double().numpy(), layer.weight, err_msg=name)
 
 
 def assert_published(source: Source, out: Path) -> None:
@@ -72,14 +44,6 @@ def assert_published(source: Source, out: Path) -> None:
     assert sorted(found) == sorted(source.layers)
     for name, layer in source.layers.items():
         np.testing.assert_array_equal(found[name], layer.weight, err_msg=name)
-
-
-def assert_restored(source: Source, back: Path) -> None:
-    found = tensors_of(back)
-    assert sorted(found) == sorted(source.tensors)
-    for name, tensor in source.tensors.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -239,52 +203,6 @@ def test_mislabelled_symmetry_is_converted_without_it(tmp_path: Path) -> None:
     report = convert(source.folder, tmp_path / "out", CPU)
     assert "the config says sym and zero points differ; converted as asymmetric" in report.plan.notes
     assert_exact(source, tmp_path / "out")
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_zero_points_of_v2(tmp_path: Path, bits: int) -> None:
-    stored = np.random.default_rng(0).integers(0, 2**bits, (2, 256))
-    quantization = quantization_config(bits=bits, sym=False, checkpoint_format="gptq_v2")
-    source = write_source(
-        tmp_path / "source", {NAME: GPTQLayer(bits=bits, stored_zero=stored, v2=True)}, quantization=quantization
-    )
-    convert(source.folder, tmp_path / "out", CPU)
-    assert_exact(source, tmp_path / "out")
-    restore(tmp_path / "out", tmp_path / "back", v2=True)
-    assert_restored(source, tmp_path / "back")
-
-
-def zero_of_zero(bits: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Zero points with a 0 among them [2, 256], and what a writer that subtracts word by word stores."""
-    zeros = np.random.default_rng(1).integers(0, 2**bits, (2, 256))
-    zeros[0, 3] = 0
-    words = pack_columns(zeros, bits).view(np.uint32) - np.uint32(sum(1 << i for i in range(0, 32, bits)))
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    stored = ((words[:, :, None] >> shifts) & np.uint32(2**bits - 1)).reshape(2, 256)
-    return zeros, stored.astype(np.int64)
-
-
-@pytest.mark.parametrize(
-    ("meta", "option", "by_word"),
-    [
-        ({"quantizer": ["gptqmodel:7.7.0"]}, None, True),
-        ({"quantizer": "auto-round:0.16"}, None, False),
-        (None, "word", True),
-        (None, "nibble", False),
-        ({"quantizer": ["auto_gptq:0.7"]}, "nibble", False),
-    ],
-)
-def test_a_zero_point_of_zero(tmp_path: Path, meta: Any, option: str | None, by_word: bool) -> None:
-    zeros, by_words = zero_of_zero()
-    stored = by_words if by_word else (zeros - 1) % 16
-    layer = GPTQLayer(stored_zero=stored)
-    source = write_source(tmp_path / "source", {NAME: layer}, quantization=quantization_config(sym=False, meta=meta))
-    reading = None if option is None else ZeroPointReading(option)
-    convert(source.folder, tmp_path / "out", Options(device="cpu", verify=True, zero_points=reading))
-    expected = (layer.codes - zeros[layer.groups]) * layer.scale_tensor.double().numpy()[layer.groups]
-    np.testing.assert_array_equal(weights_of(tmp_path / "out")[NAME].double().numpy(), expected)
-    restore(tmp_path / "out", tmp_path / "back")
-    assert_restored(source, tmp_path / "back")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

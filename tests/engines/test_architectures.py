@@ -12,8 +12,9 @@ import pytest
 import transformers
 
 from marlin_convert.engine_support import tried as tried_in
-from tests.support.architectures import Outcome, model_types, quietly, tried
+from tests.support.architectures import Outcome, quietly, tried
 from tests.support.architectures_page import combined, outcomes_of, page
+from tests.support.small_models import model_types
 
 pytestmark = pytest.mark.slow
 

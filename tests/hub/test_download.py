@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import hub_server
+from tests.support import hub_contents, hub_server
 from tests.support.cli import PATIENCE, Run, refusal
 from tests.support.downloads import MB, REPO, Disk, large, program, sha256, until, weights_of, whole
 from tests.support.gptq_checkpoints import GPTQLayer, Source, write_source
@@ -168,7 +168,7 @@ def test_weights_in_git(
     hub: Hub, repository: Source, online: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Very small ones may be no LFS objects; the Hub has no SHA-256 of them, and huggingface_hub fetches them."""
-    monkeypatch.setattr(hub_server, "LFS", False)
+    monkeypatch.setattr(hub_contents, "LFS", False)
     result = online(REPO, tmp_path / "out", "--verify")
     assert result.code == 0, result.err
     size = sum(p.stat().st_size for p in weights_of(repository)) / 1e6
