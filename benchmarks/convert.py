@@ -56,7 +56,7 @@ def machine() -> str:
     return f"{os.cpu_count()} cores" + (f", {models[0].partition(': ')[2]}" if models else "")
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     parser.add_argument("--act-order", action="store_true", help="rows in groups of 128 in random order")
@@ -66,30 +66,31 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "marlin-convert-bench")
     parser.add_argument("--verify", action="store_true", help="also time --verify")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def made(options: argparse.Namespace) -> Path:
+    """The checkpoint that the options ask for, from an earlier time or new."""
     title = options.shape + ("-act-order" if options.act_order else "") + ("-8-bit" if options.bits == 8 else "")
-    title += "" if options.format == "gptq" else f"-{options.format}"
-    source, copy, out = (options.folder / folder for folder in (title, "copy", "out"))
+    source: Path = options.folder / (title + ("" if options.format == "gptq" else f"-{options.format}"))
     if not source.exists():
         print(f"making {source} …", flush=True)
         settings = {"bits": options.bits, "act_order": options.act_order, "format": options.format}
         # In a process of its own: the system counts what this one once held into the peak of those that it starts.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             pool.submit(make, source, replace(SHAPES[options.shape], **settings)).result()
-    nbytes = sum(f.stat().st_size for f in source.iterdir())
-    os.sync()
-    base = [sys.executable, "-m", "marlin_convert.cli"]
-    convert = [*base, str(source), str(out), "--quiet", "--device", "cpu"]
-    commands = {"cp -r": ["cp", "-r", str(source), str(copy)], "convert": convert}
-    if options.verify:
-        commands["convert --verify"] = [*convert, "--verify"]
+    return source
 
+
+def measured(
+    commands: dict[str, list[str]], runs: int, folders: list[Path]
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """(seconds of each run, peak resident MB) of each command, which take turns; `folders` are what they write."""
     times: dict[str, list[float]] = {name: [] for name in commands}
     peaks = dict.fromkeys(commands, 0.0)
-    for run in range(options.runs + 1):  # the first one warms the page cache and does not count
+    for run in range(runs + 1):  # the first one warms the page cache and does not count
         for name, command in commands.items():
-            for folder in (copy, out):
+            for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
             os.sync()
             settle()
@@ -99,8 +100,22 @@ def main() -> None:
                 times[name].append(seconds)
         if run:
             print(f"run {run}: " + ", ".join(f"{name} {t[-1]:.2f} s" for name, t in times.items()), flush=True)
-    for folder in (copy, out):
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+    return times, peaks
+
+
+def main() -> None:
+    options = parsed()
+    source, copy, out = made(options), options.folder / "copy", options.folder / "out"
+    title, nbytes = source.name, sum(f.stat().st_size for f in source.iterdir())
+    os.sync()
+    base = [sys.executable, "-m", "marlin_convert.cli"]
+    convert = [*base, str(source), str(out), "--quiet", "--device", "cpu"]
+    commands = {"cp -r": ["cp", "-r", str(source), str(copy)], "convert": convert}
+    if options.verify:
+        commands["convert --verify"] = [*convert, "--verify"]
+    times, peaks = measured(commands, options.runs, [copy, out])
 
     print(f"{title}: {nbytes / 1e9:.2f} GB, median of {options.runs}, {os.cpu_count()} cores")
     rows: list[dict[str, object]] = []

@@ -67,36 +67,13 @@ def measure(request: Request, on_step: Callable[[str], object]) -> tuple[Side, d
     )  # fmt: skip
     start_s = time.perf_counter() - begin
     on_step("start")
-    numbers = random.Random(1)
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
-
-    def generate(prompts: int, length: int, new: int) -> list[Any]:
-        """Return the times at which each sequence was given its first and its last token."""
-        settings = vllm.SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
-        ids = [[numbers.randrange(5, vocabulary) for _ in range(length)] for _ in range(prompts)]
-        done = llm.generate([{"prompt_token_ids": x} for x in ids], settings, use_tqdm=False)
-        made = sum(len(x.outputs[0].token_ids) for x in done)
-        if made != prompts * new:
-            raise RuntimeError(f"it made {made} tokens instead of {prompts * new}")
-        return [x.metrics for x in done]
-
-    def step_s(batch: int) -> float:
-        """Of the sequence that begins last: from then on all are decoded together."""
-        last = max(generate(batch, PROMPT, NEW), key=lambda times: times.first_token_ts)
-        return float(last.last_token_ts - last.first_token_ts) / (NEW - 1)
-
-    def prefill_s(prompts: int, length: int) -> float:
-        begin = time.perf_counter()
-        generate(prompts, length, 1)
-        return time.perf_counter() - begin
-
-    decode, prefill = {}, {}
+    engine, decode, prefill = _Engine(llm), {}, {}
     for batch in request.batch:
-        generate(batch, PROMPT, 4)  # warm
-        decode[batch] = batch / min(step_s(batch) for _ in range(TIMES))
+        engine.generate(batch, PROMPT, 4)  # warm
+        decode[batch] = batch / min(engine.step_s(batch) for _ in range(TIMES))
         on_step(f"batch {batch}")
     for prompts, length in request.prefills:
-        prefill[prompts, length] = prompts * length / min(prefill_s(prompts, length) for _ in range(TIMES))
+        prefill[prompts, length] = prompts * length / min(engine.prefill_s(prompts, length) for _ in range(TIMES))
         on_step(f"prefill {prompts} x {length}")
     kernels = sorted({name for names in llm.apply_model(_kernels) for name in names})
     versions = {
@@ -104,6 +81,37 @@ def measure(request: Request, on_step: Callable[[str], object]) -> tuple[Side, d
         "CUDA of torch": str(torch.version.cuda), "python": platform.python_version(),
     }  # fmt: skip
     return Side(start_s, decode, prefill, tuple(kernels)), versions
+
+
+class _Engine:
+    """What is timed of vLLM's `llm`: random prompts, and as many tokens as asked for."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm, self._numbers = llm, random.Random(1)
+        self._vocabulary = llm.llm_engine.model_config.get_vocab_size()
+
+    def generate(self, prompts: int, length: int, new: int) -> list[Any]:
+        """Return the times at which each sequence was given its first and its last token."""
+        from vllm import SamplingParams
+
+        settings = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
+        ids = [[self._numbers.randrange(5, self._vocabulary) for _ in range(length)] for _ in range(prompts)]
+        done = self._llm.generate([{"prompt_token_ids": x} for x in ids], settings, use_tqdm=False)
+        made = sum(len(x.outputs[0].token_ids) for x in done)
+        if made != prompts * new:
+            raise RuntimeError(f"it made {made} tokens instead of {prompts * new}")
+        return [x.metrics for x in done]
+
+    def step_s(self, batch: int) -> float:
+        """Return the seconds of one step of the sequence that begins last: from then on all are decoded together."""
+        last = max(self.generate(batch, PROMPT, NEW), key=lambda times: times.first_token_ts)
+        return float(last.last_token_ts - last.first_token_ts) / (NEW - 1)
+
+    def prefill_s(self, prompts: int, length: int) -> float:
+        """Return the seconds until so many prompts have their first token."""
+        begin = time.perf_counter()
+        self.generate(prompts, length, 1)
+        return time.perf_counter() - begin
 
 
 def _in_short(error: Exception) -> str:

@@ -201,20 +201,7 @@ class CTInspection(LayerInspection):
                 raise SourceError(f"{self.name}: it has a weight_packed and no {part}; the checkpoint is incomplete.")
         assert scales is not None
         assert shape is not None
-        if packed.dtype != "I32":
-            self.refusals.append(f"weight_packed is {packed.dtype}; only whole numbers in int32 words can be repacked")
-            return None
-        if len(packed.shape) != 2 or len(scales.shape) != 2:
-            self.refusals.append(
-                f"weight_packed is {len(packed.shape)}-D, weight_scale {len(scales.shape)}-D, and its name is "
-                "not one that stacked experts are known by (experts.gate_up_proj, experts.down_proj and the like); "
-                f"{_APART}"
-            )
-            return None
-        if self.member is not None and not self._is_expert(self.member):
-            return None
-        if scales.dtype not in SCALE_DTYPES:
-            self.refusals.append(f"weight_scale is {scales.dtype}; F16, BF16 or F32 was expected")
+        if not self._is_known(packed, scales):
             return None
         N, K = self._shape(shape)
         (rows, words), (scale_rows, G) = packed.shape, scales.shape
@@ -241,6 +228,25 @@ class CTInspection(LayerInspection):
             )
         source = CTLayer(self.name, K, N, G, bits, scales, packed, shape, zeros, g_idx, self.member)
         return Layer(source, bias, rows_per_group(K, G, self.settings) or 0)
+
+    def _is_known(self, packed: Tensor, scales: Tensor) -> bool:
+        """Tell whether the tensors are of the types and dimensions that can be repacked; else a refusal says why."""
+        if packed.dtype != "I32":
+            self.refusals.append(f"weight_packed is {packed.dtype}; only whole numbers in int32 words can be repacked")
+            return False
+        if len(packed.shape) != 2 or len(scales.shape) != 2:
+            self.refusals.append(
+                f"weight_packed is {len(packed.shape)}-D, weight_scale {len(scales.shape)}-D, and its name is "
+                "not one that stacked experts are known by (experts.gate_up_proj, experts.down_proj and the like); "
+                f"{_APART}"
+            )
+            return False
+        if self.member is not None and not self._is_expert(self.member):
+            return False
+        if scales.dtype not in SCALE_DTYPES:
+            self.refusals.append(f"weight_scale is {scales.dtype}; F16, BF16 or F32 was expected")
+            return False
+        return True
 
     def _shape(self, tensor: Tensor) -> tuple[int, int]:
         """Return (N, K) of weight_shape; a stack's has the number of experts before it, and N of all their
