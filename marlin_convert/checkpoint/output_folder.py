@@ -257,12 +257,14 @@ def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
     """Put new contents in place of files of `folder`, or where none are: each is the old one or the new one, and never
     a part.
 
-    Raises OSError when there is no room for all of them; then the old ones stay.
+    Raises OSError when there is no room for all of them, or for what is no regular file; then the old ones stay.
     """
     ready: dict[Path, Path] = {}
     try:
         for name, content in contents.items():
-            path, temporary = folder / name, folder / f".{name}.{os.urandom(6).hex()}.tmp"
+            path, temporary = folder / name, folder / f".{os.urandom(6).hex()}.tmp"
+            if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):  # a device would be gone for good
+                raise OSError(errno.EEXIST, "it is not a regular file", str(path))
             ready[temporary] = path
             with temporary.open("xb") as file:
                 file.write(content)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.output_folder import replace_files
 from ..errors import INSTALL_PLOT, MarlinConvertError, OutputError, SourceError
 
 #: One line: its points (batch size, value).
@@ -46,8 +48,10 @@ class Plot:
         axes.set_title(f"Marlin on {document['machine']['name']}: {document['title']}".replace("$", r"\$"))
         axes.grid(alpha=0.3)
         axes.legend()
+        image = io.BytesIO()
+        self._figure.savefig(image, dpi=150, format=self.path.suffix.lower().removeprefix("."))
         try:
-            self._figure.savefig(self.path, dpi=150)
+            replace_files(self.path.parent, {self.path.name: image.getvalue()})
         except OSError as error:
             return OutputError(f"{self.path}: the plot cannot be written: {error.strerror or error}.")
         return None

@@ -6,12 +6,16 @@ in-toto's Statement v1 (https://in-toto.io/Statement/v1) with SLSA's provenance 
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ..checkpoint.bounded import read_json
 from ..checkpoint.output_folder import json_bytes, replace_files
-from ..errors import OutputError
+from ..errors import OutputError, SourceError
 from ..options import REPORT_FILE
 from .digests import digest
 
@@ -49,6 +53,25 @@ def statement(noted: dict[str, Any], report_digest: str) -> dict[str, Any]:
             "runDetails": {"builder": {"id": BUILDER, "version": {"marlin-convert": noted["marlin_convert"]}}},
         },
     }
+
+
+def check_place(file: Path, *folders: str | Path) -> None:
+    """Raise OutputError, before any work, where no statement can be written: what is there already is none, its folder
+    is not there, or it is in one of `folders`, which a statement is about and not a part of."""
+    for folder in folders:
+        known = os.path.expanduser(folder)  # noqa: PTH111 - no error for ~nobody
+        if Path(os.path.realpath(known)) in Path(os.path.realpath(file)).parents:
+            raise OutputError(f"{file}: a statement is no file of {folder}; choose a place outside it.")
+    if not file.parent.is_dir():
+        raise OutputError(f"{file}: there is no folder {file.parent}; create it first.")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{file}: the statement cannot be written: Permission denied.")
+    if not os.path.lexists(file):
+        return
+    with contextlib.suppress(SourceError):
+        if stat.S_ISREG(file.lstat().st_mode) and read_json(file).get("_type") == STATEMENT:
+            return
+    raise OutputError(f"{file}: it exists and is no statement; choose another name.")
 
 
 def write_statement(file: Path, noted: dict[str, Any], report: Path) -> None:

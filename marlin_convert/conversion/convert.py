@@ -22,7 +22,7 @@ from ..native import cpu
 from ..native.choose import packer, usable_device
 from ..options import REPORT_FILE, VERIFY_FILE, HubAccess, Options
 from ..progress import BytesOnly, Progress
-from .attest import write_statement
+from .attest import check_place, write_statement
 from .blocks import run_all
 from .card import model_card, write_card
 from .configs import write_configs
@@ -56,6 +56,8 @@ def convert(
     source, revision = repository(str(source), access.revision)
     access = replace(access, revision=revision)
     check_free(out, force=options.force)
+    if options.attest:
+        check_place(options.attest, out, source)
     device, remark = usable_device(options.device, computes=options.verify)
     if options.low_disk and is_folder(source):
         raise SourceError(f"{source} is a folder; --low-disk applies to a Hub id only.")

@@ -26,7 +26,7 @@ from ..native.choose import usable_device
 from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE, HubAccess, Options
 from ..progress import Progress
 from ..text import shortened
-from .attest import statement, write_to
+from .attest import check_place, statement, write_to
 from .blocks import run_all
 from .card import card_bytes, model_card
 from .configs import write_configs
@@ -109,6 +109,8 @@ def prove(
     Hub does not give one of the two.
     """
     progress, access = progress or Progress(), access or HubAccess()
+    if attest:
+        check_place(attest, result)
     chosen, _ = usable_device(device, computes=True)
     with opened(str(result), access, progress) as found:
         noted = noted_of(found)

@@ -19,10 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.bounded import read_file
 from ..errors import OutputError, SourceError
 
 #: What is not begun again: converted, nothing to do, or refused with a reason.
 SETTLED = ("done", "nothing", "refused")
+#: How every line begins, and the most bytes of a file: those of a million checkpoints.
+_FIRST, _MAX_BYTES = b'{"job": "', 1 << 30
 
 
 class State:
@@ -31,9 +34,12 @@ class State:
     def __init__(self, path: Path) -> None:
         self.path, self._locks = path, path.with_name(f"{path.name}.locks")
         self.torn = 0  # lines that were passed over
-        if path.is_fifo() or path.is_char_device() or path.is_block_device() or path.is_socket():  # may never end
-            raise OutputError(f"{path}: it is not a regular file; give another name for the state file.")
         try:
+            there = path.exists()
+            if there and not path.is_file():
+                raise OutputError(f"{path}: it is not a regular file; give another name for the state file.")
+            if there:
+                self.records()  # nothing is added to another file, and nothing made beside it
             self._locks.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666))
         except OSError as error:
@@ -60,24 +66,24 @@ class State:
 
     def records(self) -> list[dict[str, Any]]:
         """Return all lines, in their order, but for torn ones. Raises SourceError when the file is none of these."""
-        try:
-            lines = self.path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise SourceError(f"{self.path}: the state file cannot be read: {error.strerror}.") from None
-        found, torn = [], 0
-        for line in filter(None, lines):
+        found, torn = [], []
+        for line in filter(None, read_file(self.path, _MAX_BYTES).split(b"\n")):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                torn += 1
+                torn.append(line)
                 continue
             if not isinstance(record, dict) or not isinstance(record.get("job"), str):
-                raise SourceError(f"{self.path}: it is not a state file of `batch`; give another name.")
+                raise self._another()
             found.append(record)
-        if torn > len(found) + 1:
-            raise SourceError(f"{self.path}: it is not a state file of `batch`; give another name.")
-        self.torn = torn
+        ours = found or all(line.startswith(_FIRST[: len(line)]) for line in torn)
+        if len(torn) > len(found) + 1 or not ours:
+            raise self._another()
+        self.torn = len(torn)
         return found
+
+    def _another(self) -> SourceError:
+        return SourceError(f"{self.path}: it is not a state file of `batch`; give another name.")
 
     def settled(self, job: str) -> dict[str, Any] | None:
         """Return the line that says that a job needs nothing more."""

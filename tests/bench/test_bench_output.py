@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import re
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -232,14 +236,30 @@ def test_plots_that_cannot_be_written(main: Callable[..., Run], report: Report, 
     (tmp_path / "full.png").symlink_to("/dev/full")
     result = main("--plot", "full.png")
     assert result.code == 6
-    assert "the plot cannot be written: No space left on device" in result.err
+    assert "the plot cannot be written: it is not a regular file." in result.err
     assert "mistral-7b qkv" in result.out  # the numbers are not lost
     report.notes.clear()
     as_json = main("--plot", "full.png", "--json")
     assert (as_json.code, as_json.err) == (6, "")
     document = as_json.json()
     assert document["plot"] is None
-    assert "No space left" in document["notes"][0]["note"]
+    assert "not a regular file" in document["notes"][0]["note"]
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+
+
+@needs_matplotlib
+def test_an_older_image_stays_where_a_new_one_cannot_be_written(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / "out.png"
+    image.write_bytes(b"older")
+    monkeypatch.setattr("os.fsync", fail := Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    problem = Plot(image).draw(report.as_dict())
+    assert fail.called
+    assert problem
+    assert problem.message == f"{image}: the plot cannot be written: No space left on device."
+    assert image.read_bytes() == b"older"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
 @needs_matplotlib

@@ -3,9 +3,12 @@ and named."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from marlin_convert._version import __version__
 from marlin_convert.conversion.differences import difference
 from tests.support.awq_checkpoints import AWQLayer, awq_config, write_awq
-from tests.support.cli import SECRET, Run
+from tests.support.cli import SECRET, Run, one_line
 from tests.support.ct_checkpoints import CTLayer, ct_config, write_ct
 from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, shuffled, two_layers, write_source
 from tests.support.hub_server import Hub, Repository
@@ -360,10 +363,61 @@ def test_a_statement_about_a_folder(tmp_path: Path, main: Callable[..., Run]) ->
     assert names == {"config.json", "model.safetensors"}
     noted = json.loads((out / "marlin_convert.json").read_text())
     assert noted["result_files"]["model.safetensors"] == sha256((out / "model.safetensors").read_bytes())
-    nowhere = main(gptq, tmp_path / "other", "--device", "cpu", "--attest", tmp_path / "no" / "such" / "file")
-    assert nowhere.code == 6
-    assert "the statement cannot be written: No such file or directory; the result is complete." in nowhere.err
-    assert (tmp_path / "other" / "model.safetensors").is_file()
+    assert main(gptq, tmp_path / "again", "--device", "cpu", "--attest", file).code == 0  # replaces an older one
+    assert len(json.loads(file.read_text())["subject"]) == len(said["subject"])
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("no/such/file", "there is no folder {parent}; create it first"),
+        ("file/inside", "there is no folder {parent}; create it first"),
+        ("file", "it exists and is no statement; choose another name"),
+        ("json", "it exists and is no statement; choose another name"),
+        ("pipe", "it exists and is no statement; choose another name"),
+        ("link", "it exists and is no statement; choose another name"),
+        ("/dev/full", "it exists and is no statement; choose another name"),
+        ("out/statement", "a statement is no file of {tmp}/out; choose a place outside it"),
+        ("out/model.safetensors", "a statement is no file of {tmp}/out; choose a place outside it"),
+        ("gptq/statement", "a statement is no file of {tmp}/gptq; choose a place outside it"),
+    ],
+)
+def test_where_no_statement_is_written(tmp_path: Path, main: Callable[..., Run], where: str, why: str) -> None:
+    """Said before any work; a device, a file of the user's, and source and result stay what they are."""
+    write_source(tmp_path / "gptq")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "json").write_text('{"_type": "mine"}')
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nowhere")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    file = tmp_path / where
+    result = main(tmp_path / "gptq", tmp_path / "out", "--device", "cpu", "--attest", file)
+    assert result.code == 6
+    assert one_line(result) == f"{file}: {why.format(parent=file.parent, tmp=tmp_path)}."
+    assert names == sorted(path.name for path in tmp_path.iterdir())
+    assert ((tmp_path / "file").read_text(), (tmp_path / "json").read_text()) == ("mine", '{"_type": "mine"}')
+    assert sorted(path.name for path in (tmp_path / "gptq").iterdir()) == ["config.json", "model.safetensors"]
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+    alone = main("verify", tmp_path / "gptq", "--attest", file)  # says where it cannot go first, too
+    assert alone.code == 6
+
+
+def test_a_statement_that_cannot_be_written_after_all(
+    tmp_path: Path, main: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(tmp_path / "gptq")
+    older = '{"_type": "https://in-toto.io/Statement/v1"}'
+    (tmp_path / "file").write_text(older)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("marlin_convert.conversion.attest.replace_files", full)
+    result = main(tmp_path / "gptq", tmp_path / "out", "--device", "cpu", "--attest", tmp_path / "file")
+    assert result.code == 6
+    assert "file: the statement cannot be written: No space left on device; the result is complete." in result.err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "file").read_text() == older
 
 
 def test_where_things_differ() -> None:

@@ -123,7 +123,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_state_file(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
-    with pytest.raises(OutputError, match="Is a directory"):
+    with pytest.raises(OutputError, match="it is not a regular file; give another name for the state file"):
         State(tmp_path / "state")
 
 
@@ -139,3 +139,34 @@ def test_a_state_file_that_is_no_file(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(OutputError, match="state file"):
             State(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "org/name-gptq",
+        "org/name-gptq\n",
+        "a list\nof words\n",
+        '{"source": "org/name-gptq"}\n',
+        "\0\0",
+        "{",
+        '{"jab": "x',
+    ],
+    ids=["a list of one", "a line", "two lines", "a list of JSON", "zeros", "another object", "another torn object"],
+)
+def test_nothing_is_added_to_another_file(tmp_path: Path, content: str) -> None:
+    """The list itself, say, given as the state file by mistake."""
+    (tmp_path / "file").write_text(content)
+    if content == "{":  # all that is left of our own first line
+        assert State(tmp_path / "file").records() == []
+        return
+    with pytest.raises(SourceError, match="it is not a state file of `batch`; give another name"):
+        State(tmp_path / "file")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", content)]
+
+
+def test_a_state_file_without_an_end(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(2 << 30)
+    with pytest.raises(SourceError, match="it has more than 1073741824 bytes, which no such file has"):
+        State(tmp_path / "file")
