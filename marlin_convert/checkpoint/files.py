@@ -74,6 +74,10 @@ class CheckpointFiles(ABC):
     def nbytes(self, name: str) -> int:
         return self._states[name][1].nbytes
 
+    def state(self, name: str) -> FileState | None:
+        """Return the state of a file as it was found; None where it is not on this disk, or could not be looked at."""
+        return self._states[name][1] if name in self._states else None
+
     def path(self, name: str) -> Path:
         """Return where a file's content is on this disk; KeyError when it is not there."""
         return self._states[name][0]

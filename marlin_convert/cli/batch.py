@@ -17,6 +17,7 @@ import click
 from ..errors import MarlinConvertError
 from ..options import QuantMethod
 from .params import (
+    FOLDER,
     Command,
     OutputOptions,
     WordChoice,
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from ..fleet.listing import Line
     from .output import Screen
 
-_PATH = click.Path(path_type=Path)
+#: Not looked at by click: what cannot be read or written has exit codes of its own.
+_PATH = click.Path(path_type=Path, readable=False)
 
 #: What a line came to, as the table names it, and its colour.
 _STYLES = {"done": "green", "nothing": "", "refused": "yellow", "failed": "red", "before": "dim", "would convert": ""}
@@ -74,7 +76,7 @@ _plan_options = collected(
     click.option("--force", is_flag=True, help="Replace earlier results at targets, or other weights on the Hub."),
     device_option("Where to compute."),
     click.option("--token", help="Hub token (default: the one you logged in with). It goes into no file."),
-    click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Hub cache to use."),
+    click.option("--cache-dir", type=FOLDER, help="Hub cache to use."),
 )
 
 #: Where: `ray`, the fields of a Cluster.
@@ -172,11 +174,20 @@ def batch(
         raise error
 
 
+#: What is told of an outcome, and its type. One that was found, in the state file or in a result's report, may have
+#: been written by anybody.
+_TOLD = {"status": str, "settled": str, "message": str, "exit_code": int, "identity": str, "format": str, "layers": int,
+         "bytes_in": int, "bytes_out": int, "verified": bool, "found": bool, "seconds": float}  # fmt: skip
+
+
 def _row(line: Line, outcome: dict[str, Any]) -> dict[str, Any]:
-    names = ("status", "settled", "message", "exit_code", "identity", "format", "layers", "bytes_in", "bytes_out",
-             "verified", "found", "seconds")  # fmt: skip
+    def told(name: str) -> Any:
+        value = outcome.get(name)
+        fits = type(value) is _TOLD[name] and (not isinstance(value, (int, float)) or abs(value) < 1 << 63)  # no NaN
+        return value if fits else None
+
     return {"line": line.number, "source": line.source, "revision": line.revision, "target": line.target,
-            **{name: outcome.get(name) for name in names}}  # fmt: skip
+            **{name: told(name) for name in _TOLD}}  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import click
 
 from ..errors import INSTALL_PLOT
 from ..options import PRESETS, HubAccess
-from .params import Command, OutputOptions, batch_sizes, collected, output_options, source_options
+from .params import FILE, Command, OutputOptions, batch_sizes, collected, output_options, source_options
 from .showing import said_in_json
 
 
@@ -77,14 +77,14 @@ _whole_model_options = collected(
     "--plot",
     "plot_file",
     metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help=f"Draw speedup against batch size into a .png, .svg or .pdf; needs {INSTALL_PLOT}.",
 )
 @click.option(
     "--from-json",
     "run_file",
     metavar="RUN.json",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="With --plot: draw what an earlier run printed with --json, and measure nothing.",
 )
 @source_options

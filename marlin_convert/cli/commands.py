@@ -21,6 +21,7 @@ from .batch import batch
 from .bench import bench
 from .generate import generate
 from .params import (
+    FOLDER,
     OUT,
     DryRun,
     MainGroup,
@@ -276,7 +277,7 @@ def env(output: OutputOptions, /) -> None:
 )
 @click.option(
     "--work-dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     help="Folder for what is at work: the result until it is published (default: one in the temporary folder).",
 )
 @click.option("--no-browser", is_flag=True, help="Only print the page's address.")

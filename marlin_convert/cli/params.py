@@ -30,8 +30,10 @@ from ..options import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: click does not check whether OUT can be read and written: such a failure has its own exit code.
+#: Paths, of which click does not check whether they can be read and written: such a failure has its own exit code.
 OUT = click.Path(path_type=Path, readable=False)
+FILE = click.Path(path_type=Path, readable=False, dir_okay=False)
+FOLDER = click.Path(path_type=Path, readable=False, file_okay=False)
 
 #: The largest batch size that `bench` accepts.
 MAX_BATCH = 1 << 20
@@ -197,7 +199,7 @@ shard_size_option = click.option(
 )  # fmt: skip
 force_option = click.option("--force", is_flag=True, help="Replace an earlier result of marlin-convert at OUT.")
 attest_option = click.option(
-    "--attest", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
+    "--attest", metavar="FILE", type=FILE,
     help="Write an in-toto statement: the SHA-256 of every file of the result and of its source. Sign it yourself.",
 )  # fmt: skip
 
@@ -254,7 +256,7 @@ hub_options = collected(
         "--token", help="Hub token, for gated and private repositories (default: the one you logged in with)."
     ),
     click.option(
-        "--cache-dir", type=click.Path(path_type=Path, file_okay=False),
+        "--cache-dir", type=FOLDER,
         help="Hub cache to use instead of the standard one.",
     ),
 )  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from ..checkpoint.files import Folder
 from ..errors import HubError, SourceError
 from ..hub.client import is_folder
 from ..hub.upload import check_target, default_name, push
@@ -30,10 +31,14 @@ class UploadError(HubError):
 def push_result(out: Path, target: PublishTarget, *, force: bool = False, token: str | None = None) -> str:
     """Publish the finished result `out` and return the address of the commit.
 
-    Raises UploadError for whatever stops it; `out` stays as it is.
+    Raises SourceError for what is no result, or holds a link out of it; UploadError for whatever stops it on the Hub.
+    `out` stays as it is.
     """
     if not (out / REPORT_FILE).is_file():
         raise SourceError(f"{out}: not a finished result of marlin-convert (it has no {REPORT_FILE}).")
+    files = Folder(out)
+    files.require_fit()  # what a link leads to would be published
+    files.require_readable(files.names)
     complete_report(out)
     try:
         return push(out, target, token=token, force=force)

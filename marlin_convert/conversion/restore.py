@@ -98,6 +98,7 @@ def restore(
     with opened_whole(str(marlin), access or HubAccess(), progress.transfer, everything=True) as (origin, checkpoint):
         keep_apart(origin.folder, out)
         checkpoint.require_fit()
+        checkpoint.require_readable()
         noted = Noted(_noted(checkpoint))
         target = _target(checkpoint, noted) if original else GPTQ
         v2 = v2 or (original and said_format(noted) == "gptq_v2")
@@ -113,7 +114,6 @@ def restore(
         report = Restored(origin, out, format, restored_format, layers, copies, bool(noted.values))
         report.bytes_out = sum(t.nbytes for t in tensors)
         require_free_names(checkpoint, shard_names(tensors, max_shard_size))
-        checkpoint.require_readable()
         check_space(out.parent, report.bytes_out + sum(copied_files(checkpoint).values()) + (16 << 20))
         with new_folder(out, force=force) as folder:
             with Shards(folder, tensors, max_shard_size, index=needs_index(checkpoint)) as shards:

@@ -23,6 +23,7 @@ from typing import Any
 
 from .._version import __version__
 from ..checkpoint.bounded import read_json
+from ..checkpoint.files import Folder
 from ..conversion.convert import convert, plan_only
 from ..conversion.publish import push_result
 from ..conversion.report import shaping
@@ -85,9 +86,9 @@ def identity(source: str, revision: str | None, token: str | None) -> str:
             return describe(source, revision, checked_token(token)).commit
     if revision:
         raise MarlinConvertError(f"{source} is a folder; a revision applies to a Hub id only.")
-    folder = Path(source).expanduser()
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    seen = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    files = Folder(Path(source).expanduser())
+    states = {name: files.state(name) for name in files.names}
+    seen = [(name, state.nbytes, state.mtime_ns) for name, state in states.items() if state]
     return f"files {hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:32]}"
 
 

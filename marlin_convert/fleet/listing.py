@@ -30,6 +30,8 @@ from ..text import shortened
 #: What a line may say about the conversion, as `Options` names it: switches, and options with a value.
 SWITCHES, VALUES = ("verify", "low_disk"), ("format", "zero_points", "max_shard_size", "quant_method")
 _COLUMNS = ("source", "revision", "target", "options")
+#: Of a target: file systems have 255, of which the hidden folder beside it takes some.
+_MAX_NAME_BYTES = 200
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
@@ -142,6 +144,8 @@ def _line(number: int, found: dict[str, Any], defaults: dict[str, Any]) -> Line:
     target = texts["target"] or default_name(source.rstrip("/"))
     if "/" in target or target in (".", "..") or target.startswith(("-", ".")):
         raise OptionError(f"its target is {shortened(target)}; give a name, without a folder or an owner.")
+    if len(target.encode()) > _MAX_NAME_BYTES:
+        raise OptionError(f"its target is {shortened(target)}; give a name of at most {_MAX_NAME_BYTES} bytes.")
     options = {**defaults, **_options(found.get("options"))}
     made = Options(**{key: options[key] for key in VALUES if options.get(key) is not None})
     return Line(number, source, revision, target, {
@@ -163,7 +167,10 @@ def _options(said: Any) -> dict[str, Any]:
             if key not in (*SWITCHES, *VALUES) or (key in SWITCHES and type(value) is not bool):
                 raise OptionError(f"{key} is {shortened(value)}; a line may have {_known()}.")
         return named
-    words = shlex.split(said) if isinstance(said, str) else said
+    try:
+        words = shlex.split(said) if isinstance(said, str) else said
+    except ValueError:  # open quotes
+        words = None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise OptionError(f"its options are {shortened(said)}; write them as on the command line.")
     found: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._version import __version__
+from ..checkpoint.files import Folder
 from ..checkpoint.index import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from ..errors import HubError
 from ..options import PublishTarget
@@ -82,10 +83,7 @@ def push(
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
         api = HfApi(token=token)
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        names = [p.relative_to(folder).as_posix() for p in files]
-        visible = [(p, n) for p, n in zip(files, names, strict=True) if not n.startswith(".") and "/." not in n]
-        added = {name: CommitOperationAdd(name, str(path)) for path, name in visible}
+        added = {name: CommitOperationAdd(name, str(folder / name)) for name in Folder(folder).names}
         head = _head(target, token)
         if not force and not target.create_pr:
             for name, sha in _weights_there(target, head, token).items():

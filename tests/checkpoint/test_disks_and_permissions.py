@@ -13,8 +13,9 @@ import pytest
 
 from marlin_convert.checkpoint.output_folder import check_space
 from marlin_convert.errors import OutputError
+from tests.support.cli import one_line
 from tests.support.gptq_checkpoints import Source
-from tests.support.output_folders import NO_OVERRIDE, SMALL_FILES, limited
+from tests.support.output_folders import NO_OVERRIDE, SMALL_FILES, limited, limited_program
 
 
 def test_free_space_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +114,32 @@ def test_no_permission_to_read_the_source(source: Source, tmp_path: Path, name: 
     assert result.err.startswith(f"marlin-convert: {source.folder / name}: ")
     assert result.err.count("\n") == 1
     assert not (tmp_path / "results" / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["restore", "to-gptq"])
+def test_no_permission_to_read_the_report_of_a_result(source: Source, tmp_path: Path, command: str) -> None:
+    """Without its report, the source's settings would only be guessed."""
+    out = tmp_path / "results" / "out"
+    assert limited(source, tmp_path).code == 0
+    (out / "marlin_convert.json").chmod(0)
+    result = limited_program(NO_OVERRIDE, command, out, tmp_path / "back")
+    assert result.code == 3
+    assert one_line(result).startswith(f"{out}/marlin_convert.json: it cannot be read: Permission denied")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "code"), [(["bench", "--plot", "a.svg", "--from-json", "closed"], 3), (["batch", "closed"], 3)]
+)
+def test_no_permission_to_read_a_file_that_is_named(tmp_path: Path, command: list[str], code: int) -> None:
+    """Not a wrong argument: the file's own exit code."""
+    (tmp_path / "closed").touch(mode=0)
+    state = ["--state", "state", "--out", "out"] if command[0] == "batch" else []
+    result = limited_program(NO_OVERRIDE, *command, *state, cwd=tmp_path)
+    assert result.code == code
+    assert one_line(result) == "closed: cannot be opened: Permission denied."
 
 
 @pytest.mark.slow

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.support.cli import PATIENCE, PROGRAM, SECRET, Run, running
+from tests.support.cli import PATIENCE, PROGRAM, SECRET, Run, document, running
 from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, two_layers, write_source
 from tests.support.hub_server import Account, Hub
+from tests.support.output_folders import NO_OVERRIDE, limited_program
 
 CPU = ("--device", "cpu")
 
@@ -101,6 +102,39 @@ def test_what_people_see(hub: Hub, online: Callable[..., Run], tmp_path: Path) -
     assert [line.split()[:3] for line in done.out.splitlines()[1:3]] == [["1", "org/good", "done"],
                                                                          ["2", "org/none", "failed"]]  # fmt: skip
     assert done.out.splitlines()[-1] == "1 done, 1 failed"
+
+
+def test_a_folder_that_one_may_not_enter(tmp_path: Path) -> None:
+    """Its names can be read, and nothing else: the other checkpoints are converted."""
+    write_source(tmp_path / "closed", two_layers())
+    write_source(tmp_path / "good", two_layers())
+    (tmp_path / "closed").chmod(0o444)
+    lines = listed(tmp_path, f"{tmp_path}/closed a", f"{tmp_path}/good b")
+    command = ["batch", lines, "--out", "out", "--state", "state", *CPU, "--json"]
+    done = limited_program(NO_OVERRIDE, *command, cwd=tmp_path)
+    (tmp_path / "closed").chmod(0o755)
+    assert done.code == 1, done.err
+    first, second = done.json()["checkpoints"]
+    assert (first["status"], first["exit_code"], second["status"]) == ("failed", 3, "done")
+    assert "Permission denied" in first["message"]
+
+
+@pytest.mark.parametrize("value", [True, -1, 2**200, float("nan"), "\x1b[2J[red]x", "\ud800", [], {"a": 1}], ids=repr)
+def test_a_state_file_that_somebody_wrote(tmp_path: Path, main: Callable[..., Run], value: Any) -> None:
+    """Of what it says, values of another type are not told, and nothing that a terminal would obey."""
+    write_source(tmp_path / "good", two_layers())
+    command = ["batch", listed(tmp_path, "good a"), "--out", "out", "--state", "state", *CPU]
+    assert main(*command).code == 0
+    *before, last = records(tmp_path / "state")
+    for key in ("message", "exit_code", "identity", "format", "layers", "bytes_in", "verified", "found", "seconds"):
+        changed = [*before, {**last, key: value}]
+        (tmp_path / "state").write_text("".join(json.dumps(record) + "\n" for record in changed))
+        (row,) = document(main(*command, "--json"))["checkpoints"]
+        assert (row["status"], row["settled"]) == ("before", "done")
+        assert row[key] in (None, value)
+        people = main(*command)
+        assert people.code == 0
+        assert "\x1b" not in people.out + people.err
 
 
 def test_another_commit_option_or_target_is_another_work(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:

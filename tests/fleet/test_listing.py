@@ -74,6 +74,9 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "three names": ("a b c\n", "l.txt", "line 1: 'c' is one word too many"),
     "a path as target": ("org/a ../up\n", "l.txt", "line 1: its target is '../up'"),
     "a hidden target": ("org/a .b\n", "l.txt", "its target is '.b'"),
+    "a long target": (f"org/a {'t' * 201}\n", "l.txt", "give a name of at most 200 bytes"),
+    "open quotes in options": ("source,options\norg/a,--verify 'x\n", "l.csv", "line 2: its options are"),
+    "half an escape in options": ('{"source": "a", "options": "\\\\"}\n', "l.jsonl", "line 1: its options are"),
     "a data set": (
         "https://huggingface.co/datasets/a/b\n",
         "l.txt",

@@ -15,7 +15,7 @@ from marlin_convert.cli.commands import DEMO_FOLDER
 from marlin_convert.conversion.convert import convert
 from marlin_convert.hub.upload import default_name
 from marlin_convert.options import Options
-from tests.support.cli import PATIENCE, SECRET, Run, refusal
+from tests.support.cli import PATIENCE, SECRET, Run, one_line, refusal
 from tests.support.gptq_checkpoints import Source, two_layers, write_source
 from tests.support.hub_server import Account, Hub, Request, at_first
 
@@ -250,3 +250,22 @@ def test_transformers_reads_it_back(hub: Hub, online: Callable[..., Run], tmp_pa
     assert read[0] == read[1]
     assert read[0][0]["checkpoint_format"] == "marlin"
     assert len(read[0][1]) > 3
+
+
+@pytest.mark.parametrize("kind", ["a link out", "a link to a folder", "a pipe", "a link to nowhere"])
+def test_what_is_no_file_of_the_result_is_not_published(
+    hub: Hub, out: Path, online: Callable[..., Run], tmp_path: Path, kind: str
+) -> None:
+    """What a link leads to is somebody else's, perhaps a secret: refused by name, before anything is sent."""
+    (tmp_path / "secret").write_text("mine")
+    target = {"a link out": tmp_path / "secret", "a link to a folder": tmp_path, "a link to nowhere": tmp_path / "no"}
+    if kind == "a pipe":
+        os.mkfifo(out / "extra.json")
+    else:
+        (out / "extra.json").symlink_to(target[kind])
+    before = len(hub.requests)
+    result = online("push", out, REPO, *TOKEN)
+    assert result.code == 3
+    assert one_line(result).startswith(f"{out}/extra.json: it ")
+    assert len(hub.requests) == before
+    assert REPO not in hub.repositories

@@ -42,8 +42,12 @@ SMALL_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_0
 
 def limited(source: Source, tmp_path: Path, limit: str = "") -> Run:
     """A conversion in a process that has run the code `limit` on itself first."""
-    program = ["-m", "marlin_convert.cli", str(source.folder), str(tmp_path / "results" / "out")]
+    return limited_program(limit, source.folder, tmp_path / "results" / "out")
+
+
+def limited_program(limit: str, *args: object, cwd: Path | None = None) -> Run:
+    """The program with these arguments, in a process that has run the code `limit` on itself first."""
+    program = ["-m", "marlin_convert.cli", *map(str, args)]
     code = f"{limit}\nimport os, sys\nos.execv(sys.executable, [sys.executable, *{program!r}])"
-    return Run(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
-    )
+    command = [sys.executable, "-c", code]
+    return Run(subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, check=False))
