@@ -104,15 +104,6 @@ def online(hub: Hub, run: Callable[..., Run], tmp_path: Path) -> Callable[..., R
     return online
 
 
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """What the program does with signals ends with the test in whose process it ran."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def main(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """Run the command line in this process, where a test can break something inside."""

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import OutputError
+from ..interrupts import postponed
 from ..options import REPORT_FILE
 
 _LOCK_FILE = ".lock"
@@ -272,8 +273,9 @@ def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
                 if path.is_file():
                     os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
                 os.fsync(file.fileno())
-        for temporary, path in ready.items():
-            temporary.rename(path)
+        with postponed():  # they belong together
+            for temporary, path in ready.items():
+                temporary.rename(path)
     finally:
         for temporary in ready:
             temporary.unlink(missing_ok=True)

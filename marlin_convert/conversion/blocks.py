@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..formats.layout import PACK_FACTOR, TILE_K, TILE_N
+from ..interrupts import postponed
 
 #: Bytes of packed weights in one block: large enough that a system call costs nothing beside the copy, small enough
 #: that a block, its result and the check's scratch stay in a core's share of the last-level cache.
@@ -140,7 +141,8 @@ def run_all(
     with ThreadPoolExecutor(workers, thread_name_prefix="marlin-convert") as pool:
         futures: list[Future[None]] = []
         try:
-            futures += [pool.submit(work) for _ in range(workers)]
+            with postponed():
+                futures += [pool.submit(work) for _ in range(workers)]
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()

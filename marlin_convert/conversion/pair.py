@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from ..checkpoint.bounded import read_json
+from ..checkpoint.files import Folder
 from ..checkpoint.output_folder import json_bytes, replace_files
 from ..checkpoint.reader import Checkpoint
 from ..errors import OptionError, OutputError, SourceError, UnsupportedError
@@ -39,7 +40,7 @@ def verify_pair(
     chosen, _ = usable_device(device, computes=True)
     with (
         opened_whole(str(source), access or HubAccess(), progress.transfer) as (_, checkpoint),
-        Checkpoint(out) as result,
+        _result(out) as result,
     ):
         found = list(find_configs(result.configs).values())
         extended = bool(found) and found[0].get("checkpoint_format") == Format.MARLIN_EXT
@@ -66,6 +67,14 @@ def verify_pair(
             "there is as it was."
         ) from None
     return report
+
+
+def _result(out: Path) -> Checkpoint:
+    """Open the result; what another `verify` of it may replace meanwhile is not read from it."""
+    files = Folder(out)
+    for name in (CARD_FILE, REPORT_FILE, VERIFY_FILE):
+        files.forget(name)
+    return Checkpoint(files)
 
 
 def _noted(out: Path) -> ZeroPointReading | None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from .._version import __version__
 from ..errors import BUG, MarlinConvertError
 from ..hub.client import is_folder
+from ..interrupts import postponed
 from .job import PASSING, Job, as_line, identity
 from .listing import Line
 from .state import State
@@ -107,8 +108,10 @@ def run(lines: Iterable[Line], plan: Plan, state: State, watcher: Watcher, runne
             watcher.ended(line, outcome)
 
     with ThreadPoolExecutor(plan.jobs, thread_name_prefix="marlin-convert-batch") as pool:
-        futures = [pool.submit(go) for _ in range(plan.jobs)]
+        futures: list[Future[None]] = []
         try:
+            with postponed():
+                futures += [pool.submit(go) for _ in range(plan.jobs)]
             wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:
             stop.set()

@@ -202,7 +202,6 @@ def test_an_interrupt_while_arguments_are_read_is_no_traceback(source: Source, t
     """Ctrl-C can come before anything has begun."""
     code = (
         "import os, signal, sys\nfrom marlin_convert import cli\n"
-        "import os, signal, sys\nfrom marlin_convert.hub import client as hub\n"
         "from marlin_convert.cli import commands\n"
         "assert commands.screen_for\n"
         "commands.screen_for = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"

@@ -123,9 +123,12 @@ def test_a_download_on_a_terminal(hub: Hub, tmp_path: Path) -> None:
     code, terminal = on_a_terminal(command, columns=100, environment=hub_settings(hub, tmp_path))
     assert code == 0, terminal.text
     assert not [word for word in FOREIGN if word in terminal.frames]
-    converting, downloading = frames_of(terminal, "converting"), frames_of(terminal, "downloading")
-    assert any(re.search(r"B/s \d:\d\d:\d\d ", frame) for frame in downloading)
-    assert not [frame for frame in converting[:-2] if re.search(r"\d:\d\d:\d\d", frame)]
+    frames = frames_of(terminal, "converting", "downloading")
+    downloads = [place for place, frame in enumerate(frames) if frame.startswith("downloading")]
+    assert any(re.search(r"B/s \d:\d\d:\d\d ", frames[place]) for place in downloads)
+    meanwhile = [frame for frame in frames[: downloads[-1]] if frame.startswith("converting")]
+    assert meanwhile
+    assert not [frame for frame in meanwhile if re.search(r"\d:\d\d:\d\d", frame)]
     assert "loading" not in terminal.text
     assert terminal.cursor_visible
 

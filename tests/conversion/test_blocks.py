@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -179,6 +181,24 @@ def test_an_interrupt_in_a_task_is_raised() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_all([interrupted])
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_an_interrupt_while_the_threads_begin(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """None of them still works when it arrives, for the same reason."""
+    start, begun = threading.Thread.start, iter(range(1, 1000))
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if next(begun) == after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        run_all([lambda: time.sleep(0.2)] * 100, workers=3)
+    assert set(threading.enumerate()) == before
 
 
 def test_buffers_are_kept_and_grow() -> None:

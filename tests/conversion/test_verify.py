@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 from marlin_convert.checkpoint.reader import Checkpoint
+from marlin_convert.conversion import pair
 from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.pair import verify_pair
 from marlin_convert.conversion.products import CPUProduct
-from marlin_convert.conversion.verify import TOLERANCE, LayerCheck, Verification
+from marlin_convert.conversion.verify import TOLERANCE, LayerCheck, Verification, verify
 from marlin_convert.errors import VerificationError
 from marlin_convert.options import Options, QuantMethod, ZeroPointReading
 from tests.support import format_reader
@@ -63,6 +65,22 @@ def test_zero_points_are_read_as_for_the_result(tmp_path: Path, main: Callable[.
         given = main("verify", source.folder, out, "--device", "cpu", "--zero-points", other.value)
         assert given.code == (0 if other is reading else 7)
     assert main("verify", out, "--zero-points", reading.value).code == 2
+
+
+def test_two_at_a_time(source: Source, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one writes into the result is nothing that the other reads of it."""
+    check = verify
+
+    def beside_another(*args: Any) -> Verification:
+        monkeypatch.setattr(pair, "verify", check)
+        (out / "README.md").write_text("# Another card")
+        assert verify_pair(source.folder, out, "cpu").ok
+        return check(*args)
+
+    monkeypatch.setattr(pair, "verify", beside_another)
+    assert verify_pair(source.folder, out, "cpu").ok
+    noted = json.loads((out / "marlin_convert.json").read_text())["result_files"]["verify.json"]
+    assert noted == hashlib.sha256((out / "verify.json").read_bytes()).hexdigest()
 
 
 def test_a_sound_result(source: Source, out: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from marlin_convert.fleet.batch import Plan, run
+from marlin_convert.fleet.job import Job
+from marlin_convert.fleet.listing import Line
+from marlin_convert.fleet.state import State
 from tests.support.cli import PATIENCE, PROGRAM, SECRET, Run, document, running
 from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, two_layers, write_source
 from tests.support.hub_server import Account, Hub
@@ -242,6 +247,44 @@ def test_a_run_that_is_ended_and_started_again(hub: Hub, tmp_path: Path, number:
 
 
 @pytest.mark.slow
+def test_an_interrupt_while_the_threads_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are ended then, as at any other moment; no job of the list begins afterwards."""
+    source, start = write_source(tmp_path / "source"), threading.Thread.start
+    lines = [Line(number, str(source.folder), None, f"out{number}", {}) for number in range(1, 21)]
+    interrupted, ended = threading.Event(), threading.Event()
+
+    class Jobs:
+        done = 0
+
+        def __call__(self, job: Job, lock: int, moved: Callable[[int, int], None]) -> dict[str, Any]:
+            assert interrupted.wait(PATIENCE)
+            self.done += 1
+            ended.wait(PATIENCE)
+            return {"status": "done"}
+
+        def end(self) -> None:
+            ended.set()
+
+    def interrupting(thread: threading.Thread) -> None:
+        start(thread)
+        if not interrupted.is_set():
+            interrupted.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    class Nobody:
+        def begun(self, line: Line) -> None: ...
+        def moved(self, line: Line, done: int, total: int) -> None: ...
+        def ended(self, line: Line, outcome: dict[str, Any]) -> None: ...
+
+    jobs, before = Jobs(), set(threading.enumerate())
+    monkeypatch.setattr(threading.Thread, "start", interrupting)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        run(lines, Plan(tmp_path, None, jobs=2), State(tmp_path / "state"), Nobody(), jobs)
+    assert jobs.done <= 2
+    assert set(threading.enumerate()) == before
+
+
 def test_two_runs_with_one_state_file(hub: Hub, tmp_path: Path) -> None:
     """Each checkpoint is converted, and published, by one of them; both end when all is done."""
     hub.accounts[SECRET] = Account("me", orgs={"team": "write"})
