@@ -38,6 +38,8 @@ _SOME_REPOSITORY = "REPO"
 #: Bytes of a card, and characters of its metadata, that are read.
 _MAX_CARD_BYTES, _MAX_METADATA = 16 << 20, 1 << 16
 _LONG_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxXob_:.]{40,}")
+#: The metadata at the top of a card, as the Hub's library finds it, whose class for cards takes long to import.
+_METADATA = re.compile(r"\A\s*---(?:\r\n|\r|\n)([\S\s]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z)")
 _VERIFICATION = re.compile(r"(?<=## Verification\n\n).*?(?=\n\n## )", re.DOTALL)
 
 
@@ -60,13 +62,10 @@ class CardFacts:
 
 def model_card(checkpoint: Checkpoint, plan: Plan, card: CardFacts) -> str:
     """Return the whole README.md, of a result of `plan`."""
-    from huggingface_hub import ModelCard
-
     metadata, text = _source_card(checkpoint)
     own = [plan.source_format.name, *(f"{bits}-bit" for bits in sorted({layer.bits for layer in plan.layers}))]
     data = _metadata(metadata, card.source, own)
-    page = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(plan, card)}")
-    content = str(page)
+    content = f"---\n{data.to_yaml()}\n---\n\n{_body(plan, card)}"
     if text.strip():
         content += f"\n{_FOLD}\nAs it came with {_source_link(card.source)}:\n\n{text.strip()}\n{_FOLD_END}"
     return content
@@ -107,7 +106,6 @@ def with_verdict(folder: Path, verification: Verification) -> bytes | None:
 def _source_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     """Return metadata and text of the source's card. Metadata that is no YAML mapping counts as none."""
     import yaml  # as huggingface_hub reads it
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """YAML without what makes much of little: no references, no types by name, no very long numbers."""
@@ -127,13 +125,13 @@ def _source_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
         .decode("utf-8-sig", "replace")
         .replace("\r\n", "\n")
     )
-    block = REGEX_YAML_BLOCK.search(content)
+    block = _METADATA.search(content)
     if block is None:
         return {}, content
     metadata = None
-    if len(block.group(2)) <= _MAX_METADATA:
+    if len(block.group(1)) <= _MAX_METADATA:
         with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
-            metadata = yaml.load(block.group(2), Loader)
+            metadata = yaml.load(block.group(1), Loader)
     return metadata if isinstance(metadata, dict) else {}, content[block.end() :]
 
 

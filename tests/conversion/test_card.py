@@ -45,7 +45,10 @@ def card(tmp_path: Path, text: str | bytes | None = None, name: str = "source", 
     if text is not None:
         (source.folder / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
     convert(source.folder, tmp_path / "out", Options(device="cpu", **options))
-    return ModelCard((tmp_path / "out" / "README.md").read_text())
+    written = (tmp_path / "out" / "README.md").read_text()
+    page = ModelCard(written)
+    assert str(page) == written, "the Hub's own class would write it otherwise"
+    return page
 
 
 def test_metadata_is_carried_over(tmp_path: Path) -> None:
