@@ -18,7 +18,7 @@ from ..formats.layout import TILE_K, TILE_N, pack_gptq_rows, permute_scales, unp
 from ..formats.stored import StoredLayer
 from ..native import cpu
 from ..options import ZeroPointReading
-from .blocks import Buffers
+from .blocks import Buffers, group_strips
 from .inspect import SCALE_DTYPES, LayerInspection, rows_per_group
 from .layer import Layer
 from .restored import NUMPY, RestoredGroups, RestoredLayer
@@ -286,8 +286,8 @@ class AWQInspection(LayerInspection):
         if isinstance(source, GEMVLayer) and not self.refusals:
             source.raw_scales(self.checkpoint, 0, 1, kept)  # reads the scales now, which checks their padding
         middle = zero_point(awq.BITS)
-        zeros = source.zeros(self.checkpoint, 0, layer.G, kept)
-        if zeros is None or (zeros == middle).all():
+        strips = [(0, 1), *group_strips(layer.G, layer.N)]  # the first group mostly tells
+        if all(np.all(source.zeros(self.checkpoint, *strip, kept) == middle) for strip in strips):
             if sym is False:
                 self.notes.append(
                     f"the config says asymmetric (zero_point true), and every zero point is {middle}; converted as "

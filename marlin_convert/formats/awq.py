@@ -37,7 +37,7 @@ def words(numbers: Codes) -> Words:
 
 
 def _reordered(rows: Codes, order: tuple[int, ...]) -> Codes:
-    return np.ascontiguousarray(rows.reshape(len(rows), -1, PER_WORD)[:, :, list(order)].reshape(rows.shape))
+    return np.take(rows.reshape(len(rows), -1, PER_WORD), order, axis=2).reshape(rows.shape)
 
 
 def gemv_zeros(stored: Words, G: int) -> Codes:

@@ -243,15 +243,13 @@ def stored_groups(K: int, group_size: int) -> int:
 
 def pack_zeros(zeros: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
     """Turn zero points uint8 [G, N'] in their own order of columns into `marlin_qzeros` int32 [G, N' bits/32]."""
-    permuted = _permute_columns(zeros, SCALE_PERMUTATION, "zeros")
-    return pack_gptq_zeros(_permute_columns(permuted, _interleave(bits), "zeros"), bits)
+    return pack_gptq_zeros(_permute_columns(zeros, _zero_permutation(bits), "zeros"), bits)
 
 
 def unpack_zeros(qzeros: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
     """Turn `marlin_qzeros` int32 [G, N' bits/32] into zero points uint8 [G, N']: the inverse of `pack_zeros`."""
     packed = gptq_zeros(qzeros, bits, qzeros.shape[1] * pack_factor(bits))
-    permuted = _permute_columns(packed, _inverse(_interleave(bits)), "qzeros")
-    return _permute_columns(permuted, _inverse(SCALE_PERMUTATION), "qzeros")
+    return _permute_columns(packed, _inverse(_zero_permutation(bits)), "qzeros")
 
 
 def gptq_zeros(qzeros: NDArray[np.int32], bits: int, N: int) -> NDArray[np.uint8]:
@@ -261,9 +259,13 @@ def gptq_zeros(qzeros: NDArray[np.int32], bits: int, N: int) -> NDArray[np.uint8
     factor = pack_factor(bits)
     if words != -(-N // factor):
         raise ValueError(f"qzeros has shape {qzeros.shape}; it should have {-(-N // factor)} words for N = {N}")
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    stored = (np.ascontiguousarray(qzeros).view(np.uint32)[:, :, None] >> shifts) & np.uint32(2**bits - 1)
-    return stored.astype(np.uint8).reshape(G, words * factor)[:, :N]
+    stored = np.ascontiguousarray(qzeros).view(np.uint8)
+    if bits == 4:  # two in a byte
+        pairs = np.empty((G, words * 4, 2), np.uint8)
+        np.bitwise_and(stored, 15, out=pairs[:, :, 0])
+        np.right_shift(stored, 4, out=pairs[:, :, 1])
+        stored = pairs.reshape(G, words * factor)
+    return stored[:, :N]
 
 
 def pack_gptq_zeros(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
@@ -272,11 +274,11 @@ def pack_gptq_zeros(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
     factor = pack_factor(bits)
     if stored.size and int(stored.max()) >> bits:
         raise ValueError(f"zeros has {stored.max()}; a zero point has {bits} bits")
-    whole = np.zeros((G, -(-N // factor) * factor), np.uint32)
+    whole = np.zeros((G, -(-N // factor) * factor), np.uint8)
     whole[:, :N] = stored
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    words: NDArray[np.uint32] = np.bitwise_or.reduce(whole.reshape(G, -1, factor) << shifts, axis=2)
-    return words.view(np.int32)
+    if bits == 4:  # two in a byte
+        whole = whole[:, 0::2] | whole[:, 1::2] << np.uint8(4)
+    return whole.view(np.int32)
 
 
 def pack_gptq_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
@@ -291,9 +293,12 @@ def pack_gptq_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
     return words.view(np.int32)
 
 
-def _interleave(bits: int) -> tuple[int, ...]:
+def _zero_permutation(bits: int) -> tuple[int, ...]:
+    """Return the permutation of zero points in runs of 64 columns: that of scales, then the interleave."""
     pack_factor(bits)
-    return ZERO_INTERLEAVE[bits]
+    interleave = ZERO_INTERLEAVE[bits]
+    runs = range(0, len(SCALE_PERMUTATION), len(interleave))
+    return tuple(SCALE_PERMUTATION[run + i] for run in runs for i in interleave)
 
 
 def _inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
