@@ -8,11 +8,62 @@
 namespace marlin {
 namespace {
 
+// ---- Lanes ----
+
+// So many words are worked on as one: as many as the instructions' registers hold.
+template <int lanes>
+struct RunOf {
+  typedef uint32_t type __attribute__((vector_size(4 * lanes)));
+};
+template <int lanes>
+using Run = typename RunOf<lanes>::type;
+
+// From lane `first` on, those of `a` and of `b` by turns.
+template <int first, typename Lanes, size_t... lane>
+inline __attribute__((always_inline)) void by_turns(const Lanes& a, const Lanes& b, Lanes& out,
+                                                    std::index_sequence<lane...>) {
+  constexpr size_t lanes = sizeof...(lane);
+#if defined(__clang__)
+  out = __builtin_shufflevector(a, b, (first + lane / 2 + lane % 2 * lanes)...);
+#else
+  out = __builtin_shuffle(a, b, Lanes{uint32_t(first + lane / 2 + lane % 2 * lanes)...});
+#endif
+}
+
+// `rows` becomes its transpose, [lanes][height], row after row: rows half of all apart are merged by turns, as often as
+// the height can be halved.
+template <int lanes, int height>
+inline __attribute__((always_inline)) void transpose_lanes(Run<lanes> (&rows)[height]) {
+  constexpr auto all = std::make_index_sequence<lanes>();
+  for (int merged = 1; merged < height; merged *= 2) {
+    Run<lanes> by_two[height];
+    for (int i = 0; i < height / 2; ++i) {
+      by_turns<0>(rows[i], rows[i + height / 2], by_two[2 * i], all);
+      by_turns<lanes / 2>(rows[i], rows[i + height / 2], by_two[2 * i + 1], all);
+    }
+    std::memcpy(rows, by_two, sizeof by_two);
+  }
+}
+
 // ---- Rows and columns exchanged ----
 
 constexpr int64_t kSquare = 16;  // words of a square that is exchanged as a whole: its rows are cache lines
 
+template <int lanes>
+inline __attribute__((always_inline)) void transpose_square(const int32_t* in, int32_t* out, int64_t rows,
+                                                            int64_t columns) {
+  for (int64_t c = 0; c < kSquare; c += lanes) {
+    for (int64_t r = 0; r < kSquare; r += lanes) {
+      Run<lanes> words[lanes];
+      for (int i = 0; i < lanes; ++i) std::memcpy(&words[i], in + (r + i) * columns + c, sizeof words[i]);
+      transpose_lanes<lanes>(words);
+      for (int i = 0; i < lanes; ++i) std::memcpy(out + (c + i) * rows + r, &words[i], sizeof words[i]);
+    }
+  }
+}
+
 // `out` [columns, rows] of `in` [rows, columns], for rows [begin, end) of squares.
+template <int lanes>
 inline __attribute__((always_inline)) void transpose_squares(const int32_t* in, int32_t* out, int64_t rows,
                                                              int64_t columns, int64_t begin, int64_t end) {
   for (int64_t c0 = begin * kSquare; c0 < std::min(columns, end * kSquare); c0 += kSquare) {
@@ -20,13 +71,7 @@ inline __attribute__((always_inline)) void transpose_squares(const int32_t* in, 
     for (int64_t r0 = 0; r0 < rows; r0 += kSquare) {
       const int64_t height = std::min(kSquare, rows - r0);
       if (height == kSquare && width == kSquare) {
-        uint32_t square[kSquare][kSquare];
-        for (int r = 0; r < kSquare; ++r) {
-          uint32_t row[kSquare];
-          std::memcpy(row, in + (r0 + r) * columns + c0, sizeof row);
-          for (int c = 0; c < kSquare; ++c) square[c][r] = row[c];
-        }
-        for (int c = 0; c < kSquare; ++c) std::memcpy(out + (c0 + c) * rows + r0, square[c], sizeof square[c]);
+        transpose_square<lanes>(in + r0 * columns + c0, out + c0 * rows + r0, rows, columns);
       } else {
         for (int64_t r = 0; r < height; ++r)
           for (int64_t c = 0; c < width; ++c)
@@ -40,14 +85,6 @@ inline __attribute__((always_inline)) void transpose_squares(const int32_t* in, 
 
 constexpr int kCodes = 8;                                  // of 4 bits, in a word
 constexpr int kColumn[kCodes] = {0, 2, 4, 6, 1, 3, 5, 7};  // whose code stands in each place of AWQ's words
-
-// So many words of a row are worked on as one: as many as the instructions' registers hold.
-template <int lanes>
-struct RunOf {
-  typedef uint32_t type __attribute__((vector_size(4 * lanes)));
-};
-template <int lanes>
-using Run = typename RunOf<lanes>::type;
 
 // The parts of `a` above and of `b` below `shift` in each stretch of 2 * shift bits change places.
 template <int shift, typename Lanes>
@@ -68,39 +105,6 @@ inline __attribute__((always_inline)) void exchange_nibbles(Lanes (&words)[kCode
   for (int i = 0; i < kCodes; i += 2) exchange<4>(words[i], words[i + 1], 0x0f0f0f0f);
 }
 
-// From lane `first` on, those of `a` and of `b` by turns.
-template <int first, typename Lanes, size_t... lane>
-inline __attribute__((always_inline)) void by_turns(const Lanes& a, const Lanes& b, Lanes& out,
-                                                    std::index_sequence<lane...>) {
-  constexpr size_t lanes = sizeof...(lane);
-#if defined(__clang__)
-  out = __builtin_shufflevector(a, b, (first + lane / 2 + lane % 2 * lanes)...);
-#else
-  out = __builtin_shuffle(a, b, Lanes{uint32_t(first + lane / 2 + lane % 2 * lanes)...});
-#endif
-}
-
-// The columns of eight rows, one after the other: rows four apart are merged by turns, then what is two apart, then one.
-template <int lanes>
-inline __attribute__((always_inline)) void columns_of(const Run<lanes> (&rows)[kCodes], Run<lanes> (&columns)[kCodes]) {
-  constexpr auto all = std::make_index_sequence<lanes>();
-  Run<lanes> pairs[kCodes], fours[kCodes];
-  for (int i = 0; i < 4; ++i) {
-    by_turns<0>(rows[i], rows[i + 4], pairs[2 * i], all);
-    by_turns<lanes / 2>(rows[i], rows[i + 4], pairs[2 * i + 1], all);
-  }
-  for (int i = 0; i < 2; ++i) {
-    for (int half = 0; half < 2; ++half) {
-      by_turns<0>(pairs[2 * i + half], pairs[2 * (i + 2) + half], fours[4 * i + 2 * half], all);
-      by_turns<lanes / 2>(pairs[2 * i + half], pairs[2 * (i + 2) + half], fours[4 * i + 2 * half + 1], all);
-    }
-  }
-  for (int part = 0; part < 4; ++part) {
-    by_turns<0>(fours[part], fours[4 + part], columns[2 * part], all);
-    by_turns<lanes / 2>(fours[part], fours[4 + part], columns[2 * part + 1], all);
-  }
-}
-
 // Rows [begin, end) of eight codes: `in` AWQ's words, `out` GPTQ's, of n columns.
 template <int lanes>
 inline __attribute__((always_inline)) void awq_rows(const int32_t* in, int32_t* out, int64_t n, int64_t begin,
@@ -111,15 +115,15 @@ inline __attribute__((always_inline)) void awq_rows(const int32_t* in, int32_t* 
     int32_t* to = out + row * n;
     for (int64_t c0 = 0; c0 < width; c0 += lanes) {
       const int64_t count = std::min<int64_t>(lanes, width - c0);
-      Run<lanes> words[kCodes] = {}, rows[kCodes], own[kCodes];
+      Run<lanes> words[kCodes] = {}, own[kCodes];
       if (count == lanes) {
         for (int i = 0; i < kCodes; ++i) std::memcpy(&words[i], from + i * width + c0, sizeof words[i]);
       } else {
         for (int i = 0; i < kCodes; ++i) std::memcpy(&words[i], from + i * width + c0, sizeof(int32_t) * count);
       }
       exchange_nibbles(words);
-      for (int i = 0; i < kCodes; ++i) rows[kColumn[i]] = words[i];
-      columns_of<lanes>(rows, own);
+      for (int i = 0; i < kCodes; ++i) own[kColumn[i]] = words[i];
+      transpose_lanes<lanes>(own);
       if (count == lanes) {
         std::memcpy(to + c0 * kCodes, own, sizeof own);
       } else {
@@ -154,7 +158,7 @@ inline __attribute__((always_inline)) void gptq_rows(const int32_t* in, int32_t*
 #define MARLIN_LAYOUTS(ISA, LANES, TARGET)                                                                   \
   TARGET void transpose_##ISA(const int32_t* in, int32_t* out, int64_t rows, int64_t columns, int64_t begin, \
                               int64_t end) {                                                                 \
-    transpose_squares(in, out, rows, columns, begin, end);                                                   \
+    transpose_squares<LANES>(in, out, rows, columns, begin, end);                                            \
   }                                                                                                          \
   TARGET void awq_##ISA(const int32_t* in, int32_t* out, int64_t n, int64_t begin, int64_t end) {            \
     awq_rows<LANES>(in, out, n, begin, end);                                                                 \
@@ -164,7 +168,7 @@ inline __attribute__((always_inline)) void gptq_rows(const int32_t* in, int32_t*
   }
 MARLIN_LAYOUTS(plain, 4, )
 #if MARLIN_X86
-MARLIN_LAYOUTS(avx2, 8, MARLIN_AVX2)
+MARLIN_LAYOUTS(avx2, 4, MARLIN_AVX2)
 MARLIN_LAYOUTS(avx512, 16, MARLIN_AVX512)
 #endif
 

@@ -1,7 +1,8 @@
 // sorted.cpp: act-order. Rows sorted and packed in one pass; and the inverse, compared with the source.
 //
 // Any row of B may come from anywhere in qweight, but nothing leaves its column. So the work goes along tile columns: a
-// strip of 64 columns, all rows of it, stays in the cache while all tiles are made of it.
+// strip of 64 columns, all rows of it, stays in the cache while all tiles are made of it. Where rows turn out to be in
+// their own order, and nothing is padded, tiles are made of qweight as it lies.
 #include <atomic>
 #include <cstring>
 
@@ -15,6 +16,14 @@ struct Sorting {
   const int32_t *qweight, *perm;
   const uint8_t* fill;
   int64_t k, n, stride, rows, padded_n, b_stride;
+
+  bool in_order() const {
+    if (k != rows || n != padded_n) return false;
+    for (int64_t i = 0; i < k; ++i) {
+      if (perm[i] != i) return false;
+    }
+    return true;
+  }
 };
 
 // Words in a strip's row: a strip is 64 columns of a layer as GPTQ words, its rows side by side in memory.
@@ -100,7 +109,8 @@ void copy_strip(const Sorting& a, int64_t c0, uint32_t* strip) {
   std::memcpy(strip, padding, sizeof padding);
 }
 
-// Tile columns [begin, end). `gather` makes a row of words of a tile; `pack` turns the words [16 bits/32, 64] into it.
+// Tile columns [begin, end). `gather` makes a row of words of a tile; `pack` turns the words [16 bits/32, 64], of which
+// it is told how far apart the rows are, into it.
 template <int bits, class Gather, class Pack>
 inline __attribute__((always_inline)) void pack_sorted(const Sorting& a, int32_t* B, int64_t begin, int64_t end,
                                                        const Gather& gather, const Pack& pack) {
@@ -118,13 +128,25 @@ inline __attribute__((always_inline)) void pack_sorted(const Sorting& a, int32_t
         }
         gather(at, words[row]);
       }
-      pack(reinterpret_cast<const int32_t*>(words), B + k0 / MARLIN_TILE_K * a.b_stride + column * kTileN * kWordRows);
+      pack(reinterpret_cast<const int32_t*>(words), kTileN,
+           B + k0 / MARLIN_TILE_K * a.b_stride + column * kTileN * kWordRows);
     }
   }
 }
 
-// The first difference between tile column `column` of B and the source, as row * padded_n + column; it is known that
-// there is one.
+// As pack_sorted, for rows in their own order.
+template <int bits, class Pack>
+inline __attribute__((always_inline)) void pack_in_order(const Sorting& a, int32_t* B, int64_t begin, int64_t end,
+                                                         const Pack& pack) {
+  constexpr int64_t kWordRows = MARLIN_TILE_K * bits / 32;
+  for (int64_t row = 0; row < a.rows / MARLIN_TILE_K; ++row) {
+    for (int64_t c0 = begin * kTileN; c0 < end * kTileN; c0 += kTileN) {
+      pack(a.qweight + row * kWordRows * a.stride + c0, a.stride, B + row * a.b_stride + c0 * kWordRows);
+    }
+  }
+}
+
+// The first difference between tile column `column` of B and the source, as row * padded_n + column, or -1.
 template <int bits>
 int64_t locate_difference(const Sorting& a, const int32_t* B, int64_t column) {
   constexpr int kCodes = 32 / bits, kWordRows = MARLIN_TILE_K / kCodes;
@@ -150,7 +172,7 @@ int64_t locate_difference(const Sorting& a, const int32_t* B, int64_t column) {
       if (found != expected) return k * a.padded_n + c;
     }
   }
-  return c0;  // cannot be
+  return -1;
 }
 
 // The first difference in the tile columns [begin, end), or -1. `unpack` turns a tile into words [16 bits/32, 64];
@@ -167,7 +189,7 @@ inline __attribute__((always_inline)) int64_t compare_sorted(const Sorting& a, c
     const int64_t c0 = kTileN * column, own = own_columns(a, c0);
     for (int64_t k0 = 0; k0 < a.rows; k0 += MARLIN_TILE_K) {
       unpack(B + k0 / MARLIN_TILE_K * a.b_stride + column * kTileN * kWordRows,
-             reinterpret_cast<int32_t*>(strip.data() + k0 / kCodes * kStripWords));
+             reinterpret_cast<int32_t*>(strip.data() + k0 / kCodes * kStripWords), kTileN);
     }
     uint32_t padding[kTileN];
     padding_words<bits>(a, c0, padding);
@@ -192,55 +214,109 @@ inline __attribute__((always_inline)) int64_t compare_sorted(const Sorting& a, c
   return first;
 }
 
+// As compare_sorted, for rows in their own order.
+template <int bits, class Unpack>
+inline __attribute__((always_inline)) int64_t compare_in_order(const Sorting& a, const int32_t* B, int64_t begin,
+                                                               int64_t end, const Unpack& unpack) {
+  constexpr int64_t kWordRows = MARLIN_TILE_K * bits / 32;
+  typedef uint32_t Columns __attribute__((vector_size(32)));
+  for (int64_t row = 0; row < a.rows / MARLIN_TILE_K; ++row) {
+    Columns different = {}, found, expected;
+    for (int64_t c0 = begin * kTileN; c0 < end * kTileN; c0 += kTileN) {
+      alignas(64) int32_t words[kWordRows * kTileN];
+      unpack(B + row * a.b_stride + c0 * kWordRows, words, kTileN);
+      for (int64_t r = 0; r < kWordRows; ++r) {
+        const int32_t* own = a.qweight + (row * kWordRows + r) * a.stride + c0;
+        for (int64_t c = 0; c < kTileN; c += 8) {
+          std::memcpy(&found, words + r * kTileN + c, sizeof found);
+          std::memcpy(&expected, own + c, sizeof expected);
+          different |= found ^ expected;
+        }
+      }
+    }
+    bool equal = true;
+    for (int i = 0; i < 8; ++i) equal &= different[i] == 0;
+    if (equal) continue;
+    int64_t first = INT64_MAX;  // the rows above are equal
+    for (int64_t column = begin; column < end; ++column) {
+      const int64_t place = locate_difference<bits>(a, B, column);
+      if (place >= 0 && place < first) first = place;
+    }
+    return first;
+  }
+  return -1;
+}
+
 #if MARLIN_X86
 
 #include "sorted_avx512.inl"
 
 #endif  // MARLIN_X86
 
-#define MARLIN_SORTED(ISA, TARGET)                                                                               \
-  TARGET void pack_sorted_##ISA(const Sorting& a, int bits, int32_t* B, int64_t begin, int64_t end) {            \
-    const auto pack4 = [](const int32_t* r, int32_t* tile) TARGET { pack_tile_##ISA(r, r + kTileN, tile); };     \
-    const auto pack8 = [](const int32_t* r, int32_t* tile) TARGET { pack_tile8_##ISA(r, kTileN, tile); };        \
-    if (bits == 4) {                                                                                             \
-      pack_sorted<4>(a, B, begin, end, gather_##ISA<4>, pack4);                                                  \
-    } else {                                                                                                     \
-      pack_sorted<8>(a, B, begin, end, gather_##ISA<8>, pack8);                                                  \
-    }                                                                                                            \
-  }                                                                                                              \
-  TARGET int64_t compare_sorted_##ISA(const Sorting& a, int bits, const int32_t* inverse, const int32_t* B,      \
-                                      int64_t begin, int64_t end) {                                              \
-    const auto unpack4 = [](const int32_t* tile, int32_t* r) TARGET { unpack_tile_##ISA(tile, r, r + kTileN); }; \
-    const auto unpack8 = [](const int32_t* tile, int32_t* r) TARGET { unpack_tile8_##ISA(tile, r, kTileN); };    \
-    if (bits == 4) return compare_sorted<4>(a, inverse, B, begin, end, gather_##ISA<4>, unpack4);                \
-    return compare_sorted<8>(a, inverse, B, begin, end, gather_##ISA<8>, unpack8);                               \
+#define MARLIN_SORTED(ISA, TARGET)                                                                                    \
+  TARGET void pack_sorted_##ISA(const Sorting& a, int bits, int32_t* B, int64_t begin, int64_t end) {                 \
+    if (bits == 4) {                                                                                                  \
+      pack_sorted<4>(a, B, begin, end, gather_##ISA<4>, MARLIN_PACK4(ISA, TARGET));                                   \
+    } else {                                                                                                          \
+      pack_sorted<8>(a, B, begin, end, gather_##ISA<8>, MARLIN_PACK8(ISA, TARGET));                                   \
+    }                                                                                                                 \
+  }                                                                                                                   \
+  TARGET int64_t compare_sorted_##ISA(const Sorting& a, int bits, const int32_t* inverse, const int32_t* B,           \
+                                      int64_t begin, int64_t end) {                                                   \
+    if (bits == 4) return compare_sorted<4>(a, inverse, B, begin, end, gather_##ISA<4>, MARLIN_UNPACK4(ISA, TARGET)); \
+    return compare_sorted<8>(a, inverse, B, begin, end, gather_##ISA<8>, MARLIN_UNPACK8(ISA, TARGET));                \
   }
+// ISA8 is what does 8 bits.
+#define MARLIN_IN_ORDER(ISA, TARGET, ISA8, TARGET8)                                                                  \
+  TARGET void pack_in_order_##ISA(const Sorting& a, int bits, int32_t* B, int64_t begin, int64_t end) {              \
+    if (bits == 4) return pack_in_order<4>(a, B, begin, end, MARLIN_PACK4(ISA, TARGET));                             \
+    pack_in_order<8>(a, B, begin, end, MARLIN_PACK8(ISA8, TARGET8));                                                 \
+  }                                                                                                                  \
+  TARGET int64_t compare_in_order_##ISA(const Sorting& a, int bits, const int32_t*, const int32_t* B, int64_t begin, \
+                                        int64_t end) {                                                               \
+    if (bits == 4) return compare_in_order<4>(a, B, begin, end, MARLIN_UNPACK4(ISA, TARGET));                        \
+    return compare_in_order<8>(a, B, begin, end, MARLIN_UNPACK8(ISA8, TARGET8));                                     \
+  }
+#define MARLIN_PACK4(ISA, TARGET) \
+  [](const int32_t* r, int64_t stride, int32_t* tile) TARGET { pack_tile_##ISA(r, r + stride, tile); }
+#define MARLIN_PACK8(ISA, TARGET) \
+  [](const int32_t* r, int64_t stride, int32_t* tile) TARGET { pack_tile8_##ISA(r, stride, tile); }
+#define MARLIN_UNPACK4(ISA, TARGET) \
+  [](const int32_t* tile, int32_t* r, int64_t stride) TARGET { unpack_tile_##ISA(tile, r, r + stride); }
+#define MARLIN_UNPACK8(ISA, TARGET) \
+  [](const int32_t* tile, int32_t* r, int64_t stride) TARGET { unpack_tile8_##ISA(tile, r, stride); }
+
 MARLIN_SORTED(plain, )
+MARLIN_IN_ORDER(plain, , plain, )
 #if MARLIN_X86
 MARLIN_SORTED(avx2, MARLIN_AVX2)
+MARLIN_IN_ORDER(avx2, MARLIN_AVX2, avx2, MARLIN_AVX2)
+MARLIN_IN_ORDER(avx512, MARLIN_AVX512, avx2, MARLIN_AVX2)
 
 MARLIN_AVX512 void pack_sorted_avx512(const Sorting& a, int bits, int32_t* B, int64_t begin, int64_t end) {
   if (bits == 4) return pack_sorted_rows(a, B, begin, end);
-  pack_sorted<8>(a, B, begin, end, gather_avx512<8>,
-                 [](const int32_t* words, int32_t* tile) MARLIN_AVX2 { pack_tile8_avx2(words, kTileN, tile); });
+  pack_sorted<8>(a, B, begin, end, gather_avx512<8>, MARLIN_PACK8(avx2, MARLIN_AVX2));
 }
 MARLIN_AVX512 int64_t compare_sorted_avx512(const Sorting& a, int bits, const int32_t* inverse, const int32_t* B,
                                             int64_t begin, int64_t end) {
   if (bits == 4) return compare_sorted_rows(a, inverse, B, begin, end);
-  return compare_sorted<8>(a, inverse, B, begin, end, gather_avx512<8>,
-                           [](const int32_t* tile, int32_t* r) MARLIN_AVX2 { unpack_tile8_avx2(tile, r, kTileN); });
+  return compare_sorted<8>(a, inverse, B, begin, end, gather_avx512<8>, MARLIN_UNPACK8(avx2, MARLIN_AVX2));
 }
 #endif
 
 using PackSorted = void (*)(const Sorting& a, int bits, int32_t* B, int64_t begin, int64_t end);
 using CompareSorted = int64_t (*)(const Sorting& a, int bits, const int32_t* inverse, const int32_t* B, int64_t begin,
                                   int64_t end);
+// [in order][isa]
 #if MARLIN_X86
-constexpr PackSorted kPackSorted[] = {nullptr, pack_sorted_plain, pack_sorted_avx2, pack_sorted_avx512};
-constexpr CompareSorted kCompareSorted[] = {nullptr, compare_sorted_plain, compare_sorted_avx2, compare_sorted_avx512};
+constexpr PackSorted kPackSorted[2][4] = {{nullptr, pack_sorted_plain, pack_sorted_avx2, pack_sorted_avx512},
+                                          {nullptr, pack_in_order_plain, pack_in_order_avx2, pack_in_order_avx512}};
+constexpr CompareSorted kCompareSorted[2][4] = {
+    {nullptr, compare_sorted_plain, compare_sorted_avx2, compare_sorted_avx512},
+    {nullptr, compare_in_order_plain, compare_in_order_avx2, compare_in_order_avx512}};
 #else
-constexpr PackSorted kPackSorted[] = {nullptr, pack_sorted_plain};
-constexpr CompareSorted kCompareSorted[] = {nullptr, compare_sorted_plain};
+constexpr PackSorted kPackSorted[2][2] = {{nullptr, pack_sorted_plain}, {nullptr, pack_in_order_plain}};
+constexpr CompareSorted kCompareSorted[2][2] = {{nullptr, compare_sorted_plain}, {nullptr, compare_in_order_plain}};
 #endif
 
 // inverse[perm[k]] = k; empty unless perm holds each of 0 .. k - 1 once.
@@ -276,7 +352,7 @@ int marlin_cpu_pack_sorted(const int32_t* qweight, int64_t stride, const int32_t
   if (inverted(perm, k).empty()) return MARLIN_ERROR_SHAPE;
   const int chosen = choose_isa(isa);
   if (chosen < 0) return MARLIN_ERROR_ISA;
-  const PackSorted function = kPackSorted[chosen];
+  const PackSorted function = kPackSorted[a.in_order()][chosen];
   parallel(padded_n / kTileN, kLeastTiles / (rows / MARLIN_TILE_K) + 1, threads,
            [&, function](int64_t begin, int64_t end) { function(a, bits, B, begin, end); });
   return MARLIN_OK;
@@ -293,7 +369,7 @@ int marlin_cpu_compare_sorted(const int32_t* qweight, int64_t stride, const int3
   if (inverse.empty()) return MARLIN_ERROR_SHAPE;
   const int chosen = choose_isa(isa);
   if (chosen < 0) return MARLIN_ERROR_ISA;
-  const CompareSorted function = kCompareSorted[chosen];
+  const CompareSorted function = kCompareSorted[a.in_order()][chosen];
   constexpr int64_t kNone = INT64_MAX;
   std::atomic<int64_t> first{kNone};
   parallel(padded_n / kTileN, kLeastTiles / (rows / MARLIN_TILE_K) + 1, threads,

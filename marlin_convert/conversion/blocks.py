@@ -35,6 +35,9 @@ PANEL_BYTES = min(64 << 20, (320 << 20) // (2 * WORKERS))
 #: Rows of K that stay together, if they are not too many: whole tile rows, and what the CUDA kernels take at the least.
 ROWS = 4 * TILE_K
 
+#: Bytes of a cache line.
+LINE_BYTES = 64
+
 #: Numbers in a strip of scales, zero points or weights that numpy works on: some float64 arrays of them are small.
 STRIP_ELEMENTS = 1 << 18
 
@@ -107,11 +110,13 @@ class Buffers(threading.local):
         self._arrays: dict[str, npt.NDArray[np.uint8]] = {}
 
     def array(self, role: str, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """Return an uninitialised C-contiguous array; the next call for the same role hands out the same memory."""
+        """Return an uninitialised C-contiguous array, whose memory begins a cache line; the next call for the same role
+        hands out the same memory."""
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         memory = self._arrays.get(role)
         if memory is None or memory.nbytes < nbytes:
-            memory = self._arrays[role] = np.empty(nbytes, np.uint8)
+            whole = np.empty(nbytes + LINE_BYTES, np.uint8)
+            memory = self._arrays[role] = whole[-whole.ctypes.data % LINE_BYTES :][:nbytes]
         array: npt.NDArray[Any] = memory[:nbytes].view(dtype).reshape(shape)
         return array
 

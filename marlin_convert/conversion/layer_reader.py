@@ -182,23 +182,17 @@ class LayerReader:
 # ---- Comparing ----
 
 
-def code_difference(unpacked: Words, words: Words, k0: int, bits: int = 4) -> str | None:
-    """Return where two blocks of GPTQ words first differ: the row and column of the weight and both codes; None if
-    nowhere."""
-    at = cpu.first_difference(unpacked, words)
-    if at is None:
-        return None
-    word_row, column = divmod(at, words.shape[1])
-    ours, theirs = int(unpacked.flat[at]) & 0xFFFFFFFF, int(words.flat[at]) & 0xFFFFFFFF
-    mask = 2**bits - 1
-    code = next(i for i in range(pack_factor(bits)) if (ours ^ theirs) >> bits * i & mask)
-    row = k0 + word_row * pack_factor(bits) + code
-    return f"the code of row {row}, column {column} is {ours >> bits * code & mask}, not {theirs >> bits * code & mask}"
+def code_difference(B: Words, words: Words, k0: int, bits: int) -> str | None:
+    """Return where rows k0 … of a layer as stored, `B` [rows/16, N bits/2], first differ from GPTQ words [rows bits/32,
+    N] in their own order: the row and column of the weight and both codes; None if nowhere."""
+    rows = len(B) * TILE_K
+    order = Order(np.arange(rows, dtype=np.int32), np.zeros(words.shape[1], np.uint8), rows)
+    return order_difference(B, words, order, bits, k0=k0)
 
 
-def order_difference(B: Words, qweight: Words, order: Order, bits: int, n0: int = 0) -> str | None:
+def order_difference(B: Words, qweight: Words, order: Order, bits: int, n0: int = 0, k0: int = 0) -> str | None:
     """Return where columns n0 … of a layer as stored, `B` [K'/16, columns bits/2], first differ from the source's rows
-    `qweight` [K bits/32, columns] in that order; None if nowhere."""
+    `qweight` [K bits/32, columns] in that order; None if nowhere. Messages count rows from `k0` on."""
     tile_rows = order.rows // TILE_K
     place = cpu.sorted_difference(B[:tile_rows], qweight, bits=bits, perm=order.perm, fill=order.fill)
     if place is None:
@@ -211,4 +205,4 @@ def order_difference(B: Words, qweight: Words, order: Order, bits: int, n0: int 
         at = int(order.perm[row])
         expected = int(qweight.view(np.uint32)[at // factor, column]) >> at % factor * bits & 2**bits - 1
     code = int(word) >> row % factor * bits & 2**bits - 1
-    return f"the code of row {row}, column {n0 + column} is {code}, not {expected}"
+    return f"the code of row {k0 + row}, column {n0 + column} is {code}, not {expected}"

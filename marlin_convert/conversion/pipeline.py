@@ -13,7 +13,6 @@ from ..checkpoint.reader import Checkpoint, Tensor
 from ..checkpoint.writer import Shards
 from ..errors import MarlinConvertError
 from ..formats.layout import TILE_K, pack_zeros, permute_scales, unpack_zeros, unpermute_scales
-from ..native import cpu
 from ..native.choose import Packer
 from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, group_strips, stored_blocks, strips
@@ -96,19 +95,23 @@ class MarlinWriter(TensorStream):
         words = reader.rows(k0, rows, self.buffers)
         B = self.buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
         self.packer.pack(words, B, layer.bits)
-        unpacked = cpu.unpack(B, out=self.buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
-        self._require_none(layer, code_difference(unpacked, words, k0, layer.bits))
+        self._require_none(layer, code_difference(B, words, k0, layer.bits))
         self.shards.write(layer.B.name, B, k0 // TILE_K * layer.B.shape[1] * 4)
         return B.nbytes
 
     def _write_columns(self, reader: LayerReader, n0: int, columns: int) -> int:
-        """Write columns n0 …, all rows of them: with act-order, any row may come from anywhere."""
+        """Write columns n0 …, all rows of them: with act-order, any row may come from anywhere.
+
+        A strip of them is read at a time where the source has a column's codes together, else all at once.
+        """
         layer, bits = reader.layer, reader.layer.bits
-        order, qweight = reader.order.columns(n0, columns), reader.columns(n0, columns, self.buffers)
+        order = reader.order.columns(n0, columns)
+        panel = None if layer.source.by_columns else reader.columns(n0, columns, self.buffers)
         B = self.buffers.array("B columns", (layer.stored_K // TILE_K, columns * bits // 2), np.int32)
         filled = order.rows // TILE_K
         for n, width in strips(layer, columns):
-            words, part = qweight[:, n : n + width], B[:, n * bits // 2 :][:, : width * bits // 2]
+            words = reader.columns(n0 + n, width, self.buffers) if panel is None else panel[:, n : n + width]
+            part = B[:, n * bits // 2 :][:, : width * bits // 2]
             own = order.columns(n, width)
             self.packer.pack_sorted(words, part[:filled], bits, perm=own.perm, fill=own.fill, rows=own.rows)
             part[filled:] = 0

@@ -23,7 +23,6 @@ from ..formats.bf16 import widened
 from ..formats.gptq_config import find_configs
 from ..formats.layout import TILE_K, unpack_zeros, unpermute_scales
 from ..formats.marlin_config import marlin_ext_settings
-from ..native import cpu
 from ..options import Format, QuantMethod
 from ..progress import Progress
 from .blocks import Buffers, byte_blocks, column_panels, group_strips, run_all, stored_blocks
@@ -207,8 +206,7 @@ def _check_layer(
         own, words = max(0, min(rows, layer.K - k0)), None
         if not layer.by_columns:
             words = reader.rows(k0, rows, buffers)
-            unpacked = cpu.unpack(B, out=buffers.array("unpacked", words.shape, np.int32), bits=layer.bits)
-            problem = problem or code_difference(unpacked, words, k0, layer.bits)
+            problem = problem or code_difference(B, words, k0, layer.bits)
         if own:
             qweight = words
             if qweight is None or (own, layer.N) != (rows, layer.stored_N):

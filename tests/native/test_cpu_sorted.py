@@ -35,14 +35,17 @@ def test_arrange(isa: str, threads: int, bits: int, K: int, N: int, padded_K: in
 
 
 # Act-order in one pass: K, N of the source, and of B. K = 72 ends within a tile; 30 and 700 columns within one, too.
-SORTED_SIZES = [(64, 64, 128, 64), (72, 30, 128, 64), (200, 700, 256, 704), (2048, 192, 2048, 192)]
+SORTED_SIZES = [(64, 64, 128, 64), (72, 30, 128, 64), (200, 700, 256, 704), (2048, 192, 2048, 192), (48, 320, 48, 320)]
+shuffled_or_not = pytest.mark.parametrize("shuffled", [True, False])
 
 
-def sorted_layer(K: int, N: int, rows: int, columns: int, bits: int) -> tuple[NDArray[np.int32], dict[str, Any], Any]:
+def sorted_layer(
+    K: int, N: int, rows: int, columns: int, bits: int, shuffled: bool = True
+) -> tuple[NDArray[np.int32], dict[str, Any], Any]:
     """qweight, the arguments for `pack_sorted` beside it, and the codes [rows, columns] as they must be stored."""
     rng = np.random.default_rng(K + N + bits)
     codes, fill = rng.integers(0, 2**bits, (K, N)), rng.integers(0, 2**bits, columns, dtype=np.uint8)
-    perm = rng.permutation(K).astype(np.int32)
+    perm = (rng.permutation(K) if shuffled else np.arange(K)).astype(np.int32)
     stored = np.tile(fill.astype(np.int64), (rows, 1))
     stored[:K, :N] = codes[perm]
     qweight = np.asarray(reference.pack_gptq(torch.from_numpy(codes), bits).numpy())
@@ -53,8 +56,11 @@ def sorted_layer(K: int, N: int, rows: int, columns: int, bits: int) -> tuple[ND
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("K", "N", "rows", "columns"), SORTED_SIZES)
-def test_pack_sorted(isa: str, threads: int, bits: int, K: int, N: int, rows: int, columns: int) -> None:
-    qweight, order, stored = sorted_layer(K, N, rows, columns, bits)
+@shuffled_or_not
+def test_pack_sorted(
+    isa: str, threads: int, bits: int, K: int, N: int, rows: int, columns: int, shuffled: bool
+) -> None:
+    qweight, order, stored = sorted_layer(K, N, rows, columns, bits, shuffled)
     expected = twin(partial(reference.pack_marlin, bits=bits), stored)
     B = cpu.pack_sorted(qweight, rows=rows, threads=threads, isa=isa, **order)
     np.testing.assert_array_equal(B, expected)
@@ -64,21 +70,22 @@ def test_pack_sorted(isa: str, threads: int, bits: int, K: int, N: int, rows: in
 @every_isa
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("K", "N", "rows", "columns"), SORTED_SIZES[1:3])
+@pytest.mark.parametrize(("K", "N", "rows", "columns"), [*SORTED_SIZES[1:3], SORTED_SIZES[4]])
+@shuffled_or_not
 def test_sorted_difference_finds_every_wrong_code(
-    isa: str, threads: int, bits: int, K: int, N: int, rows: int, columns: int
+    isa: str, threads: int, bits: int, K: int, N: int, rows: int, columns: int, shuffled: bool
 ) -> None:
     """In the layer and in the padding; where several codes are wrong, the first in the order of B's rows."""
-    qweight, order, stored = sorted_layer(K, N, rows, columns, bits)
+    qweight, order, stored = sorted_layer(K, N, rows, columns, bits, shuffled)
     rng = np.random.default_rng(1)
     places = [(int(rng.integers(rows)), int(rng.integers(columns))) for _ in range(40)]
-    places += [(0, 0), (rows - 1, columns - 1), (K - 1, N - 1), (K, 0), (0, N)]
+    places += [(0, 0), (rows - 1, columns - 1), (K - 1, N - 1), (K % rows, 0), (0, N % columns)]
     for row, column in places:
         wrong = stored.copy()
         wrong[row, column] ^= 1 << int(rng.integers(bits))
         B = twin(partial(reference.pack_marlin, bits=bits), wrong)
         assert cpu.sorted_difference(B, qweight, threads=threads, isa=isa, **order) == (row, column)
-    for row, column in places:
+    for row, column in set(places):
         stored[row, column] ^= 1
     B = twin(partial(reference.pack_marlin, bits=bits), stored)
     assert cpu.sorted_difference(B, qweight, threads=threads, isa=isa, **order) == min(places)
@@ -86,10 +93,12 @@ def test_sorted_difference_finds_every_wrong_code(
 
 @every_isa
 @pytest.mark.parametrize("bits", [4, 8])
-def test_some_columns_of_wider_matrices(isa: str, bits: int) -> None:
+@shuffled_or_not
+@pytest.mark.parametrize(("K", "N", "rows"), [(200, 700, 256), (208, 704, 208)])
+def test_some_columns_of_wider_matrices(isa: str, bits: int, K: int, N: int, rows: int, shuffled: bool) -> None:
     """Nothing beside them is read or written."""
-    K, N, rows, columns = 200, 700, 256, 704
-    qweight, order, stored = sorted_layer(K, N, rows, columns, bits)
+    columns = 704
+    qweight, order, stored = sorted_layer(K, N, rows, columns, bits, shuffled)
     expected = twin(partial(reference.pack_marlin, bits=bits), stored)
     B = np.full_like(expected, 0x55555555)
     for first, width in [(0, 64), (128, 192), (640, 64)]:
