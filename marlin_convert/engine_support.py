@@ -136,8 +136,8 @@ def _model_doubt(config: Mapping[str, Any] | None) -> str | None:
 
 def _kind(config: Mapping[str, Any]) -> str:
     """Return the model's kind, and whether its code is its own."""
-    own = "auto_map" in config and config["model_type"] not in tried("transformers")["load"]
-    return f"models of type {config['model_type']!r}" + (", with code of their own," if own else "")
+    has_code = "auto_map" in config and config["model_type"] not in tried("transformers")["load"]
+    return f"models of type {config['model_type']!r}" + (", with code of their own," if has_code else "")
 
 
 def transformers_doubt(result: ResultFacts) -> str | None:

@@ -101,12 +101,12 @@ def random_weights(shape: Shape, rig: Rig) -> Weights:
 def bytes_needed(shape: Shape, M: int, rig: Rig, peers: Sequence[Peer] = ()) -> int:
     """Return device memory for measuring a layer at M rows."""
     weights = copies(shape.packed_bytes, rig.l2_bytes) * shape.packed_bytes
-    own = sum(weights for peer in peers if peer.own_weights)
+    peer_weights = sum(weights for peer in peers if peer.own_weights)
     plain = (
         copies(shape.fp16_bytes, rig.l2_bytes) + 1
     ) * shape.fp16_bytes  # plus one that weights are dequantized into
     rows = 2 * M * (shape.K + 2 * shape.N)  # activations, an output, another output
-    return weights + own + plain + rows + SLACK_BYTES
+    return weights + peer_weights + plain + rows + SLACK_BYTES
 
 
 def measure_limits(rig: Rig) -> tuple[Limits, Machine]:

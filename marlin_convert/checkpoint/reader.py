@@ -55,8 +55,8 @@ class Checkpoint:
             self.weight_files, index, index_file = weight_files(self._files, self.configs)
             self.indexed = index is not None
             self.names = tuple(self._files.names)
-            own = {*CONFIG_FILES, *self.weight_files, index_file}
-            self.extra_files = tuple(n for n in self._files.names if n not in own)
+            known = {*CONFIG_FILES, *self.weight_files, index_file}
+            self.extra_files = tuple(n for n in self._files.names if n not in known)
             self.tensors = self._read_headers(index)
         except BaseException as error:
             self.__exit__(type(error), error, None)

@@ -11,7 +11,7 @@ import click
 from ..errors import INSTALL_PLOT
 from ..options import PRESETS, HubAccess
 from .params import FILE, Command, OutputOptions, batch_sizes, collected, output_options, source_options
-from .showing import said_in_json
+from .showing import named_in_json
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def bench(
     show = screen.served if model.served else screen.tokens if model.tokens else screen.bench
     show(report, None if problem else plot_file)
     if problem:
-        with said_in_json(output):
+        with named_in_json(output):
             raise problem
 
 

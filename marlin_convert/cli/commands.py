@@ -41,7 +41,7 @@ from .params import (
     writing_options,
     zero_points_option,
 )
-from .showing import said_in_json, screen_for
+from .showing import named_in_json, screen_for
 
 if TYPE_CHECKING:
     from ..conversion.plan import Plan
@@ -108,7 +108,7 @@ def convert(
         trial = _tried(plan, options, screen) if dry.engine == "transformers" else None
         served = dry.engine if dry.engine in ("vllm", "sglang") else None
         screen.plan(origin, plan, options, trial, served, dry.tensor_parallel or 1)
-        with said_in_json(output):
+        with named_in_json(output):
             plan.require_convertible()
     elif out is not None:
         _convert(source, out, options, access, screen)
@@ -145,7 +145,7 @@ def verify(
         screen.proof(proof, attest if proof.ok else None)
         if not proof.ok and not screen.silent:
             raise VerificationError("the result is not exactly what its source gives; see above.")
-        with said_in_json(output):
+        with named_in_json(output):
             proof.require_ok()
         return
     if attest is not None:
@@ -157,7 +157,7 @@ def verify(
     screen.verification(report, out)
     if not report.ok and not screen.silent:
         raise VerificationError("the Marlin checkpoint is not equal to its source; see the table above.")
-    with said_in_json(output):
+    with named_in_json(output):
         report.require_ok()
 
 
@@ -194,7 +194,7 @@ def push(
 
     output.source = str(out)
     screen = screen_for(output)
-    with screen.progress() as progress, progress.waiting(f"uploading {out} to {repo_id}"), _way_on(force):
+    with screen.progress() as progress, progress.waiting(f"uploading {out} to {repo_id}"), _naming_push(force):
         address = push_result(out, publishing.target(repo_id), force=force, token=token)
     screen.pushed(address)
 
@@ -317,7 +317,7 @@ def _convert(
 
     screen.start()
     try:
-        with screen.progress() as progress, _way_on(options.force):
+        with screen.progress() as progress, _naming_push(options.force):
             timed = StageTimes(progress)
             report = convert(source, out, options, timed, access=access)
             if prompt is None:
@@ -341,7 +341,7 @@ def _convert(
 
 
 @contextlib.contextmanager
-def _way_on(force: bool) -> Iterator[None]:
+def _naming_push(force: bool) -> Iterator[None]:
     """Say by which command a result that could not be published can be, when what stopped it is mended."""
     from ..conversion.publish import UploadError
 

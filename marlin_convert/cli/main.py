@@ -116,8 +116,8 @@ def _fail(
             value = {"ok": False, "error": kind, "message": text, "exit_code": code}
             click.echo(json.dumps(document(value, output.source)))
     elif show:
-        show(said := io.StringIO())
-        _say(visible(said.getvalue()))
+        show(shown := io.StringIO())
+        _say(visible(shown.getvalue()))
     elif text:
         _say(visible(f"marlin-convert: {text}\n"))
     sys.exit(code)

@@ -114,9 +114,9 @@ def _rates(document: Mapping[str, Any]) -> dict[str, Points]:
     from ..bench.served import FP16, GPTQ, LABELS, MARLIN
 
     lines: dict[str, Points] = {}
-    for way in (MARLIN, GPTQ, FP16):
+    for side in (MARLIN, GPTQ, FP16):
         if "sides" not in document:
-            lines[LABELS[way]] = [(x["batch"], x[way]) for x in document["cells"] if x.get(way) is not None]
-        elif way in document["sides"]:
-            lines[LABELS[way]] = [(x["batch"], x["tokens_per_s"]) for x in document["sides"][way]["decode"]]
+            lines[LABELS[side]] = [(x["batch"], x[side]) for x in document["cells"] if x.get(side) is not None]
+        elif side in document["sides"]:
+            lines[LABELS[side]] = [(x["batch"], x["tokens_per_s"]) for x in document["sides"][side]["decode"]]
     return {label: points for label, points in lines.items() if points}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def said_in_json(output: OutputOptions) -> Iterator[None]:
+def named_in_json(output: OutputOptions) -> Iterator[None]:
     """Drop the message of an error with --json: the one document that was printed has named the problems, and the exit
     code is all that is left."""
     try:

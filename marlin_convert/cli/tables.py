@@ -71,11 +71,11 @@ def batch_table(rows: list[dict[str, Any]], styles: dict[str, str], *, verbose: 
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for row in rows:
         status, message = row["status"], " ".join(str(row["message"] or "").split())
-        said = f"before: {row['settled']}" if status == "before" else status
+        word = f"before: {row['settled']}" if status == "before" else status
         sizes = [size(row[key]) if row[key] else "-" for key in ("bytes_in", "bytes_out")]
         short = message if verbose or len(message) <= 100 else f"{message[:99]}…"
         seconds = "-" if row["seconds"] is None or status == "before" else f"{row['seconds']:.1f}"
-        table.add_row(str(row["line"]), row["source"], Text(said, styles.get(status, "")), *sizes, seconds, short)
+        table.add_row(str(row["line"]), row["source"], Text(word, styles.get(status, "")), *sizes, seconds, short)
     return table
 
 

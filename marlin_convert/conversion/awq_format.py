@@ -192,16 +192,16 @@ class AWQFormat(SourceFormat):
     def inspect(
         self, checkpoint: Checkpoint, names: list[str], settings: GPTQSettings, reading: ZeroPointReading | None
     ) -> list[LayerInspection]:
-        own = settings.for_layers(names)
-        return [AWQInspection(checkpoint, name, own[name]) for name in names]
+        by_layer = settings.for_layers(names)
+        return [AWQInspection(checkpoint, name, by_layer[name]) for name in names]
 
     def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:
-        own = [layer for layer in layers if isinstance(layer, AWQLayer)]
+        awq_layers = [layer for layer in layers if isinstance(layer, AWQLayer)]
         found: dict[str, Any] = {}
         kinds: dict[str, dict[str, str | None]] = {
-            "scales_dtype": {x.name: x.scales.dtype for x in own},
-            "layout": {x.name: x.layout for x in own},
-            "zeros_width": {x.name: str(x.qzeros.shape[1]) if x.qzeros else None for x in own},
+            "scales_dtype": {x.name: x.scales.dtype for x in awq_layers},
+            "layout": {x.name: x.layout for x in awq_layers},
+            "zeros_width": {x.name: str(x.qzeros.shape[1]) if x.qzeros else None for x in awq_layers},
         }
         for key, values in kinds.items():
             found[key], found[f"{key}s"] = commonest(values)
@@ -266,12 +266,14 @@ class AWQInspection(LayerInspection):
             return scales.shape[1], rows, scales.shape[0]
         if kind is TilesLayer:
             return scales.shape[1], rows * TILE_K, scales.shape[0]
-        K, said = width * awq.PER_WORD, self.settings.group_size
-        if said is None:
+        K, group_size = width * awq.PER_WORD, self.settings.group_size
+        if group_size is None:
             raise SourceError(f"{self.name}: a layer of AWQ's gemv needs a config that tells its group size.")
-        G = 1 if said == -1 else -(-K // said) if said > 0 else 0
+        G = 1 if group_size == -1 else -(-K // group_size) if group_size > 0 else 0
         if not 0 < G <= scales.shape[1]:
-            raise SourceError(f"{self.name}: scales {list(scales.shape)} do not hold K = {K} in groups of {said}.")
+            raise SourceError(
+                f"{self.name}: scales {list(scales.shape)} do not hold K = {K} in groups of {group_size}."
+            )
         return rows, K, G
 
     def with_zero_points(self, layer: Layer) -> Layer:
@@ -321,9 +323,9 @@ class RestoredAWQ(RestoredLayer):
 
     def write_rows(self, shards: Shards, k0: int, words: Words, buffers: Buffers) -> int:
         shape = (len(words) * awq.PER_WORD, self.N // awq.PER_WORD)
-        own = cpu.gptq_to_awq(words, buffers.array("awq", shape, np.int32))
-        shards.write(f"{self.name}.qweight", own, k0 * own.shape[1] * 4)
-        return own.nbytes
+        packed = cpu.gptq_to_awq(words, buffers.array("awq", shape, np.int32))
+        shards.write(f"{self.name}.qweight", packed, k0 * packed.shape[1] * 4)
+        return packed.nbytes
 
     def write_columns(self, shards: Shards, n0: int, words: Words, buffers: Buffers) -> int:
         raise NotImplementedError("its rows are written")
@@ -357,9 +359,9 @@ class RestoredGEMV(RestoredAWQ):
         }
 
     def write_columns(self, shards: Shards, n0: int, words: Words, buffers: Buffers) -> int:
-        own: Words = buffers.array("awq", (words.shape[1], len(words)), np.int32)
-        shards.write(f"{self.name}.qweight", cpu.transpose(words, own), n0 * own.shape[1] * 4)
-        return own.nbytes
+        packed: Words = buffers.array("awq", (words.shape[1], len(words)), np.int32)
+        shards.write(f"{self.name}.qweight", cpu.transpose(words, packed), n0 * packed.shape[1] * 4)
+        return packed.nbytes
 
     def write_groups(self, shards: Shards, groups: Iterator[RestoredGroups]) -> int:
         scales = np.zeros((self.N, self.width * awq.PER_WORD), NUMPY[self.scales_dtype])

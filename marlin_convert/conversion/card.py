@@ -63,8 +63,8 @@ class CardFacts:
 def model_card(checkpoint: Checkpoint, plan: Plan, card: CardFacts) -> str:
     """Return the whole README.md, of a result of `plan`."""
     metadata, text = _source_card(checkpoint)
-    own = [plan.source_format.name, *(f"{bits}-bit" for bits in sorted({layer.bits for layer in plan.layers}))]
-    data = _metadata(metadata, card.source, own)
+    tags = [plan.source_format.name, *(f"{bits}-bit" for bits in sorted({layer.bits for layer in plan.layers}))]
+    data = _metadata(metadata, card.source, tags)
     content = f"---\n{data.to_yaml()}\n---\n\n{_body(plan, card)}"
     if text.strip():
         content += f"\n{_FOLD}\nAs it came with {_source_link(card.source)}:\n\n{text.strip()}\n{_FOLD_END}"
@@ -135,7 +135,7 @@ def _source_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     return metadata if isinstance(metadata, dict) else {}, content[block.end() :]
 
 
-def _metadata(source: dict[str, Any], origin: Source, own_tags: list[str]) -> ModelCardData:
+def _metadata(source: dict[str, Any], origin: Source, format_tags: list[str]) -> ModelCardData:
     """Return the source's metadata, with what has changed."""
     from huggingface_hub import ModelCardData
 
@@ -152,9 +152,9 @@ def _metadata(source: dict[str, Any], origin: Source, own_tags: list[str]) -> Mo
     # By these the Hub offers commands, for Transformers and for vLLM alone, which do not load a Marlin checkpoint.
     kept.pop("pipeline_tag", None)
     kept["library_name"] = "marlin-convert"
-    said = kept.pop("tags", None)
-    tags = [said] if isinstance(said, str) else [tag for tag in said if tag] if isinstance(said, list) else []
-    all_tags = [tag for tag in dict.fromkeys([*map(str, tags), *TAGS, *own_tags]) if tag not in _OFFERING]
+    given = kept.pop("tags", None)
+    tags = [given] if isinstance(given, str) else [tag for tag in given if tag] if isinstance(given, list) else []
+    all_tags = [tag for tag in dict.fromkeys([*map(str, tags), *TAGS, *format_tags]) if tag not in _OFFERING]
     return ModelCardData(**{**kept, "base_model": base_model, **relation, "tags": all_tags})
 
 
@@ -208,7 +208,7 @@ def _widths(plan: Plan) -> str:
 
 
 def _quantization(plan: Plan, card: CardFacts) -> list[tuple[str, str]]:
-    def said(values: list[bool]) -> str:
+    def summary(values: list[bool]) -> str:
         return "yes" if all(values) else "no" if not any(values) else f"{sum(values)} of {len(values)} layers"
 
     sizes = [layer.group_size for layer in plan.layers] if plan.extended else [plan.group_size]
@@ -221,8 +221,8 @@ def _quantization(plan: Plan, card: CardFacts) -> list[tuple[str, str]]:
         ("", ""),
         ("bits", _widths(plan)),
         ("group size", groups),
-        ("symmetric", said([layer.sym for layer in plan.layers])),
-        ("act-order", said([layer.act_order for layer in plan.layers])),
+        ("symmetric", summary([layer.sym for layer in plan.layers])),
+        ("act-order", summary([layer.act_order for layer in plan.layers])),
         ("scales", f"{scales}{rounding}"),
         ("`quant_method`, `checkpoint_format`", f"`{method}`, `{plan.format}`"),
         ("quantized layers", str(len(plan.layers))),

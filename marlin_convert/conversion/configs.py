@@ -23,7 +23,7 @@ def result_config(plan: Plan, quant_method: QuantMethod) -> dict[str, Any] | Non
     if plan.config is None:
         return None
     settings = result_settings(plan, quant_method)
-    return marlin_model_config(plan.config, settings, float16=not plan.extended, own_head=plan.lm_head)
+    return marlin_model_config(plan.config, settings, float16=not plan.extended, untied_head=plan.lm_head)
 
 
 def write_configs(plan: Plan, folder: Path, quant_method: QuantMethod) -> None:

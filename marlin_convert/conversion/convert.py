@@ -32,7 +32,7 @@ from .pipeline import MarlinWriter
 from .plan import Plan, make_plan
 from .publish import Publish, checked_target, push_result
 from .report import Report, card_facts, note_digests, source_quantization
-from .supply import Item, Supply, check_room, prefetching
+from .schedule import Item, Schedule, check_room, prefetching
 from .verify import Verifier, verify
 
 
@@ -103,9 +103,9 @@ def _fill(folder: Path, checkpoint: Checkpoint, report: Report, progress: Progre
         _early_verifier(checkpoint, plan, folder, device, options, progress) as verifier,
     ):
         report.files = shards.files
-        supply = Supply(checkpoint, plan, stop, drop=options.low_disk)
+        schedule = Schedule(checkpoint, plan, stop, drop=options.low_disk)
         writer = MarlinWriter(checkpoint, shards, progress, packer(device, options.device))
-        write_tensors(writer, plan, progress, supply, verifier)
+        write_tensors(writer, plan, progress, schedule, verifier)
     write_configs(plan, folder, options.quant_method)
     copy_files(checkpoint, folder)
     if options.verify:
@@ -137,25 +137,25 @@ def plan_only(
 
 
 def write_tensors(
-    writer: MarlinWriter, plan: Plan, progress: Progress, supply: Supply, verifier: Verifier | None
+    writer: MarlinWriter, plan: Plan, progress: Progress, schedule: Schedule, verifier: Verifier | None
 ) -> None:
-    """Stream every tensor. What is written is verified at once, if a `verifier` is given; then `supply` is told."""
+    """Stream every tensor. What is written is verified at once, if a `verifier` is given; then `schedule` is told."""
     label = "converting and verifying" if verifier else "converting"
     progress.stage(label, plan.bytes_out * (2 if verifier else 1), len(plan.layers))
 
     def finished(item: Item) -> None:
         if verifier:
             verifier.check(item)
-        supply.finished(item)
+        schedule.finished(item)
 
     tasks = (
         task
-        for item in supply
+        for item in schedule
         for task in writer.counted(
             item.name, writer.pieces(item), layer=isinstance(item, Layer), finished=partial(finished, item)
         )
     )
-    run_all(tasks, on_stop=supply.stop)
+    run_all(tasks, on_stop=schedule.stop)
     progress.end()
 
 

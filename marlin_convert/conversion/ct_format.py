@@ -142,17 +142,17 @@ class CTFormat(SourceFormat):
         return [CTInspection(checkpoint, name, settings, tensors, members.get(name)) for name in names]
 
     def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:
-        own = [layer for layer in layers if isinstance(layer, CTLayer)]
+        ct_layers = [layer for layer in layers if isinstance(layer, CTLayer)]
         found: dict[str, Any] = {}
         kinds: dict[str, dict[str, str | None]] = {
-            "scales_dtype": {x.name: x.scales.dtype for x in own},
-            "g_idx_dtype": {x.name: x.g_idx.dtype if x.g_idx else None for x in own},
-            "shape_dtype": {x.name: x.shape.dtype for x in own},
-            "zero_point_dtype": {x.name: x.zero_point.dtype if x.zero_point else None for x in own},
+            "scales_dtype": {x.name: x.scales.dtype for x in ct_layers},
+            "g_idx_dtype": {x.name: x.g_idx.dtype if x.g_idx else None for x in ct_layers},
+            "shape_dtype": {x.name: x.shape.dtype for x in ct_layers},
+            "zero_point_dtype": {x.name: x.zero_point.dtype if x.zero_point else None for x in ct_layers},
         }
         for key, values in kinds.items():
             found[key], found[f"{key}s"] = commonest(values)
-        stacks = {x.member.stack.name: str(x.member.stack.count) for x in own if x.member}
+        stacks = {x.member.stack.name: str(x.member.stack.count) for x in ct_layers if x.member}
         return {**found, "stacks": stacks} if stacks else found
 
     def all_restored(self, stored: Sequence[StoredLayer[Tensor]], noted: Noted) -> list[RestoredLayer]:

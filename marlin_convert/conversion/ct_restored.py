@@ -33,7 +33,7 @@ class RestoredCT(RestoredLayer):
     by_columns = True
 
     @property
-    def own(self) -> dict[str, OutTensor]:
+    def parts_alone(self) -> dict[str, OutTensor]:
         """The layer's tensors, if it were by itself."""
         found = {
             "weight_packed": self.tensor("weight_packed", "I32", self.N, self.K * self.bits // 32),
@@ -54,10 +54,10 @@ class RestoredCT(RestoredLayer):
         """Those of a stack are its first layer's."""
         member = self.member
         if member is None:
-            return self.own
+            return self.parts_alone
         if member.expert or member.part:
             return {}
-        found = {part: member.whole(tensor) for part, tensor in self.own.items()}
+        found = {part: member.whole(tensor) for part, tensor in self.parts_alone.items()}
         shape = self.tensor("weight_shape", self.shape, 3)
         return {**found, "weight_shape": replace(shape, name=member.name("weight_shape"))}
 
@@ -66,7 +66,7 @@ class RestoredCT(RestoredLayer):
         if self.member is None:
             shards.write(f"{self.name}.{part}", array, start)
         else:
-            shards.write(self.member.name(part), array, self.member.begin(self.own[part].nbytes) + start)
+            shards.write(self.member.name(part), array, self.member.begin(self.parts_alone[part].nbytes) + start)
         return array.nbytes
 
     def write_rows(self, shards: Shards, k0: int, words: Words, buffers: Buffers) -> int:
@@ -128,4 +128,4 @@ def _kind(layer: RestoredCT | None) -> object:
     """Return what is the same in all layers of a stack; None for what cannot be in one."""
     if layer is None or layer.g_idx or layer.stored.perm is not None:
         return None
-    return layer.bits, layer.K, layer.zero_point, tuple((t.dtype, t.shape) for t in layer.own.values())
+    return layer.bits, layer.K, layer.zero_point, tuple((t.dtype, t.shape) for t in layer.parts_alone.values())

@@ -21,7 +21,7 @@ from ..errors import SourceError
 #: knows as w1 and so on.
 _NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "experts.gate_up_proj": ("experts", ("gate_proj", "up_proj")),
-    **{f"experts.{own}": ("experts", (own,)) for own in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")},
+    **{f"experts.{part}": ("experts", (part,)) for part in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")},
     "block_sparse_moe.input_linear": ("block_sparse_moe.experts", ("w1", "w3")),
     "block_sparse_moe.output_linear": ("block_sparse_moe.experts", ("w2",)),
 }

@@ -14,13 +14,13 @@ from ..errors import OutputError, SourceError
 from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE
 
 #: What every result has of its own, and a source's are not copied: the card is a part of the result's (see `card`).
-OWN_FILES = (REPORT_FILE, VERIFY_FILE, CARD_FILE)
+ADDED_FILES = (REPORT_FILE, VERIFY_FILE, CARD_FILE)
 _CHUNK = 1 << 20
 
 
 def copied_files(checkpoint: Checkpoint) -> dict[str, int]:
     """Return what is copied as it is: name → bytes."""
-    return {name: checkpoint.nbytes(name) for name in checkpoint.extra_files if name not in OWN_FILES}
+    return {name: checkpoint.nbytes(name) for name in checkpoint.extra_files if name not in ADDED_FILES}
 
 
 def needs_index(checkpoint: Checkpoint) -> bool:
@@ -32,9 +32,9 @@ def needs_index(checkpoint: Checkpoint) -> bool:
 def require_free_names(checkpoint: Checkpoint, weights: Collection[str]) -> None:
     """Raise SourceError where a copied file, or its folder, has a name that the result needs: for its `weights`, for
     its configs and reports; or one that every reader takes for the weights."""
-    own = {*weights, SINGLE_FILE, INDEX_FILE, *CONFIG_FILES, *OWN_FILES}
+    replaced = {*weights, SINGLE_FILE, INDEX_FILE, *CONFIG_FILES, *ADDED_FILES}
     for name in copied_files(checkpoint):
-        if name.split("/")[0] in own:
+        if name.split("/")[0] in replaced:
             raise SourceError(
                 f"{checkpoint.called(name)}: it is not one of the model's own files, and would take the place of one "
                 "in the result; give it another name, or remove it."

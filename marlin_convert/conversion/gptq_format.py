@@ -98,24 +98,24 @@ class GPTQFormat(SourceFormat):
     def inspect(
         self, checkpoint: Checkpoint, names: list[str], settings: GPTQSettings, reading: ZeroPointReading | None
     ) -> list[LayerInspection]:
-        own = settings.for_layers(names)
-        return [GPTQInspection(checkpoint, name, own[name], reading) for name in names]
+        by_layer = settings.for_layers(names)
+        return [GPTQInspection(checkpoint, name, by_layer[name], reading) for name in names]
 
     def restored(self, stored: StoredLayer[Tensor], noted: Noted) -> RestoredLayer:
-        return restored_gptq(stored, noted, v2=said_format(noted) == "gptq_v2")
+        return restored_gptq(stored, noted, v2=stated_format(noted) == "gptq_v2")
 
     def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:
-        own = [layer for layer in layers if isinstance(layer, GPTQLayer)]
-        scales, other_scales = commonest({x.name: x.scales.dtype for x in own})
-        g_idx, other_g_idx = commonest({x.name: x.g_idx.dtype if x.g_idx else None for x in own})
-        words = any(layer.encoding is ZeroPointEncoding.V1_WORD for layer in own)
+        gptq_layers = [layer for layer in layers if isinstance(layer, GPTQLayer)]
+        scales, other_scales = commonest({x.name: x.scales.dtype for x in gptq_layers})
+        g_idx, other_g_idx = commonest({x.name: x.g_idx.dtype if x.g_idx else None for x in gptq_layers})
+        words = any(layer.encoding is ZeroPointEncoding.V1_WORD for layer in gptq_layers)
         return {
             "scales_dtype": scales,
             "scales_dtypes": other_scales,
             "g_idx_dtype": g_idx,
             "g_idx_dtypes": other_g_idx,
-            "without_qzeros": [layer.name for layer in own if layer.qzeros is None],
-            "zero_points_stored": {x.name: x.stored_zero for x in own if x.stored_zero is not None},
+            "without_qzeros": [layer.name for layer in gptq_layers if layer.qzeros is None],
+            "zero_points_stored": {x.name: x.stored_zero for x in gptq_layers if x.stored_zero is not None},
             "zero_point_reading": "word" if words else "nibble",
         }
 
@@ -217,8 +217,8 @@ class GPTQInspection(LayerInspection):
             if "sym" in self.settings.conflicts:
                 self.refusals.append(f"no qzeros, and the configs disagree on sym ({self.settings.conflicts['sym']})")
             elif sym is not True:
-                said = "the config says sym false" if sym is False else "no config says whether it is symmetric"
-                self.refusals.append(f"no qzeros, and {said}")
+                reason = "the config says sym false" if sym is False else "no config says whether it is symmetric"
+                self.refusals.append(f"no qzeros, and {reason}")
             return ZeroPointEncoding.SYMMETRIC
         if layer.bits not in EXT_BITS:
             return ZeroPointEncoding.SYMMETRIC
@@ -346,9 +346,9 @@ class RestoredGPTQ(RestoredLayer):
     def write_order(self, shards: Shards, g_idx: npt.NDArray[np.int32]) -> int:
         if not self.g_idx:
             return 0
-        own = g_idx.astype(NUMPY[self.g_idx])
-        shards.write(f"{self.name}.g_idx", own)
-        return int(own.nbytes)
+        stored = g_idx.astype(NUMPY[self.g_idx])
+        shards.write(f"{self.name}.g_idx", stored)
+        return int(stored.nbytes)
 
 
 def restored_gptq(stored: StoredLayer[Tensor], noted: Noted, *, v2: bool) -> RestoredGPTQ:
@@ -376,7 +376,7 @@ def _g_idx_dtype(stored: StoredLayer[Tensor], noted: Noted) -> str | None:
     return found or ("I32" if unknown or stored.perm is not None else None)
 
 
-def said_format(noted: Noted) -> str:
+def stated_format(noted: Noted) -> str:
     """Return what the source's configs said of how zero points are stored: gptq where they said nothing."""
     formats = [normalised(where, config)["checkpoint_format"] for where, config in noted.configs.items()]
     return next((format for format in formats if format), "gptq")
@@ -386,5 +386,5 @@ def _stored_zero(noted: Noted, name: str, bits: int, *, v2: bool) -> int | None:
     """Return what a symmetric layer's source stored under a checkpoint_format that stores something else, if it is the
     one in which zero points are stored now."""
     number = (noted.values.get("zero_points_stored") or {}).get(name)
-    same = said_format(noted) == ("gptq_v2" if v2 else "gptq")
+    same = stated_format(noted) == ("gptq_v2" if v2 else "gptq")
     return number if same and number in (zero_point(bits), zero_point(bits) - 1) else None

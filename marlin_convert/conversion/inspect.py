@@ -90,13 +90,13 @@ class LayerInspection(ABC):
         return replace(layer, group_rows=int(sizes[0])) if regular else layer
 
     def _note_group_size(self, layer: Layer) -> None:
-        said = self.settings.group_size
-        if said is None or (said == layer.group_rows if layer.G > 1 else not 0 < said < layer.K):
+        claimed = self.settings.group_size
+        if claimed is None or (claimed == layer.group_rows if layer.G > 1 else not 0 < claimed < layer.K):
             return
         found = (
             f"{layer.group_rows or layer.K / layer.G:g} rows in a group" if layer.G > 1 else "one group over all rows"
         )
-        self.notes.append(f"the config says group_size {said}, the tensors have {found}; the tensors count")
+        self.notes.append(f"the config says group_size {claimed}, the tensors have {found}; the tensors count")
 
     def _check_order(self, layer: Layer) -> bool:
         """Tell whether the layer has act-order."""
@@ -147,9 +147,9 @@ def rows_per_group(K: int, G: int, settings: GPTQSettings) -> int | None:
         return K
     if G * GROUP_SIZE == K:
         return GROUP_SIZE
-    said = settings.group_size
-    if said and said > 0 and -(-K // said) == G:
-        return said
+    claimed = settings.group_size
+    if claimed and claimed > 0 and -(-K // claimed) == G:
+        return claimed
     return K // G if K % G == 0 else None
 
 

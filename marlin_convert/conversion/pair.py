@@ -81,6 +81,6 @@ def _noted(out: Path) -> ZeroPointReading | None:
     """Return how zero points were read for `out`; None if its report does not say."""
     with contextlib.suppress(SourceError, OptionError):
         options = read_json(out / REPORT_FILE).get("options")
-        said = options.get("zero_points") if isinstance(options, dict) else None
-        return ZeroPointReading.chosen(said, "zero_points") if isinstance(said, str) else None
+        reading = options.get("zero_points") if isinstance(options, dict) else None
+        return ZeroPointReading.chosen(reading, "zero_points") if isinstance(reading, str) else None
     return None

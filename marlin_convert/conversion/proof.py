@@ -241,13 +241,13 @@ class _Files:
         computed."""
         content = self.result.content(VERIFY_FILE)
         try:
-            said: Any = json.loads(content)
-            errors = {x["name"]: (x["max_error"], x["relative_error"]) for x in said["layers"]}
+            report: Any = json.loads(content)
+            errors = {x["name"]: (x["max_error"], x["relative_error"]) for x in report["layers"]}
             layers = [
                 LayerCheck(x.name, x.K, x.N, x.G, True, _error(errors[x.name][0]), _error(errors[x.name][1]))
                 for x in self.plan.layers
             ]
-            claimed = Verification(str(said["device"]), layers, len(self.plan.copies))
+            claimed = Verification(str(report["device"]), layers, len(self.plan.copies))
             large = [x.name for x in layers if (x.relative_error or 0.0) > TOLERANCE]
         except (ValueError, TypeError, LookupError, RecursionError):
             found[VERIFY_FILE] = "it says something else than that all layers are equal"
@@ -271,9 +271,9 @@ class _Files:
         """Return what the report says otherwise than it would be written now."""
         expected = json.loads(json_bytes(report.as_file()))
         for key in ("source_files", "result_files"):
-            known, said = expected[key], self.noted.get(key)
-            if isinstance(said, dict) and said.keys() == known.keys():  # where one of both does not know, the other
-                known.update({name: said[name] for name in known if said[name] is None or known[name] is None})
+            known, noted = expected[key], self.noted.get(key)
+            if isinstance(noted, dict) and noted.keys() == known.keys():  # where one of both does not know, the other
+                known.update({name: noted[name] for name in known if noted[name] is None or known[name] is None})
         self.proof.noted = {**expected, "source_files": report.source_files, "result_files": report.result_files}
         if self.noted.get("verified") is None:  # verified later, or not at all
             expected["verified"] = None

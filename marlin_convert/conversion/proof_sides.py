@@ -95,14 +95,14 @@ def noted_of(result: Side) -> dict[str, Any]:
 
 
 def noted_options(noted: dict[str, Any], label: str) -> Options:
-    said = noted["options"]
+    options = noted["options"]
     try:
-        published = said["published_as"]
-        if not isinstance(said["verify"], bool) or not (published is None or isinstance(published, str)):
+        published = options["published_as"]
+        if not isinstance(options["verify"], bool) or not (published is None or isinstance(published, str)):
             raise OptionError("of another type")
         return Options(
-            format=said["format"], zero_points=said["zero_points"], max_shard_size=said["max_shard_size"],
-            quant_method=said["quant_method"], verify=said["verify"],
+            format=options["format"], zero_points=options["zero_points"], max_shard_size=options["max_shard_size"],
+            quant_method=options["quant_method"], verify=options["verify"],
             target=None if published is None else PublishTarget(published),
         )  # fmt: skip
     except (KeyError, OptionError) as error:

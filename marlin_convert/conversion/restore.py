@@ -35,7 +35,7 @@ from ..text import shortened
 from .blocks import group_strips, run_all
 from .card import source_card_in
 from .files import copied_files, copy_files, keep_apart, needs_index, require_free_names
-from .gptq_format import restored_gptq, said_format
+from .gptq_format import restored_gptq, stated_format
 from .restored import RestoredLayer, RestoringWriter, restored_groups
 from .source_format import Noted, SourceFormat
 from .sources import GPTQ, named
@@ -101,10 +101,10 @@ def restore(
         checkpoint.require_readable()
         noted = Noted(_noted(checkpoint))
         target = _target(checkpoint, noted) if original else GPTQ
-        v2 = v2 or (original and said_format(noted) == "gptq_v2")
+        v2 = v2 or (original and stated_format(noted) == "gptq_v2")
         restored_format = ("gptq_v2" if v2 else "gptq") if target is GPTQ else target.name
         layers = _layers(list(marlin_layers(checkpoint).values()), noted, target, v2=v2)
-        if target is GPTQ and not v2 and (noted.format != GPTQ.name or said_format(noted) == "gptq_v2"):
+        if target is GPTQ and not v2 and (noted.format != GPTQ.name or stated_format(noted) == "gptq_v2"):
             _require_no_zero_of_0(checkpoint, layers)
         owned = {tensor.name for layer in layers for tensor in layer.stored.parts.values()}
         owned |= _stray_g_idx(checkpoint, layers)
@@ -299,14 +299,14 @@ def _write_configs(
 
 def _restore_ties(main: dict[str, Any], ties: dict[str, Any]) -> None:
     """Say again what the source said on whether head and embedding are one; see `marlin_config.ties`."""
-    for name, said in ties.items():
+    for name, tied in ties.items():
         part = main.get(name) if name else main
         if not isinstance(part, dict):
             continue
-        if said is None:
+        if tied is None:
             part.pop(TIED, None)
         else:
-            part[TIED] = said
+            part[TIED] = tied
 
 
 def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any]:

@@ -124,10 +124,10 @@ class RestoringWriter(TensorStream):
         again = cpu.pack(words, out=array("again", B.shape, np.int32), bits=bits)
         if cpu.first_difference(B, again) is not None:
             raise went_wrong(layer.name, "unpacking went wrong")
-        own = max(0, min(rows, layer.K - k0)) * bits // 32
-        if not own:
+        word_rows = max(0, min(rows, layer.K - k0)) * bits // 32
+        if not word_rows:
             return 0
-        return layer.write_rows(self.shards, k0, np.ascontiguousarray(words[:own, : layer.N]), self.buffers)
+        return layer.write_rows(self.shards, k0, np.ascontiguousarray(words[:word_rows, : layer.N]), self.buffers)
 
     def _write_columns(self, layer: RestoredLayer, order: _Order, n0: int, columns: int) -> int:
         """Write columns n0 … , all rows of them: with act-order, any row may come from anywhere."""
@@ -145,8 +145,8 @@ class RestoringWriter(TensorStream):
         tiles = B[: -(-layer.K // TILE_K)]
         if cpu.sorted_difference(tiles, natural, bits=bits, perm=order.perm, fill=fill) is not None:
             raise went_wrong(layer.name, "unpacking went wrong")
-        own = np.ascontiguousarray(natural[:, : layer.N - n0])
-        return layer.write_columns(self.shards, n0, own, self.buffers) if own.size else 0
+        columns_kept = np.ascontiguousarray(natural[:, : layer.N - n0])
+        return layer.write_columns(self.shards, n0, columns_kept, self.buffers) if columns_kept.size else 0
 
     def _write_groups(self, layer: RestoredLayer, order: _Order | None) -> int:
         """Write scales and zero points, strip by strip, and the order of rows."""
@@ -190,7 +190,7 @@ def restored_groups(checkpoint: Checkpoint, layer: RestoredLayer, first: int, co
     used = -(-layer.K // stored.group_size) if stored.G > 1 else 1
     at, rows = first * step, min((first + count) * step, used) - first * step
 
-    def own(values: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
+    def unpadded(values: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
         """Return one row for each group of stored ones, which repeat the source's where groups were cut; without
         padding."""
         values = values[:, : layer.N]
@@ -200,11 +200,11 @@ def restored_groups(checkpoint: Checkpoint, layer: RestoredLayer, first: int, co
         return found
 
     s = checkpoint.read_rows(stored.scales, at, rows)
-    scales = own(unpermute_scales(s, stored.G), "scales")
+    scales = unpadded(unpermute_scales(s, stored.G), "scales")
     if stored.zeros is None:
         zeros = np.full(scales.shape, zero_point(layer.bits), np.uint8)
     else:
-        zeros = own(unpack_zeros(checkpoint.read_rows(stored.zeros, at, rows), layer.bits), "zero points")
+        zeros = unpadded(unpack_zeros(checkpoint.read_rows(stored.zeros, at, rows), layer.bits), "zero points")
     return RestoredGroups(first, _as_dtype(scales, layer), zeros)
 
 

@@ -45,8 +45,8 @@ class MarlinExperts(nn.Module):
 
     def __init__(self, fused: nn.Module, experts: list[MarlinExpert]) -> None:
         super().__init__()
-        own = self.__dict__
-        own.update({name: value for name, value in fused.__dict__.items() if name not in own})
+        attributes = self.__dict__
+        attributes.update({name: value for name, value in fused.__dict__.items() if name not in attributes})
         for number, expert in enumerate(experts):
             self.add_module(str(number), expert)
         for name, module in fused.named_children():
@@ -57,7 +57,7 @@ class MarlinExperts(nn.Module):
         self._count = len(experts)
         for name in _FUSED:
             if name in fused._parameters:
-                own[name] = marker(fused._parameters[name])
+                attributes[name] = marker(fused._parameters[name])
         self._gate = getattr(type(fused), "_apply_gate", None)
         self._identity = hasattr(fused, "identity_expert")  # "identity" experts come after the real ones
         self._interleaved = not getattr(fused, "is_concatenated", True)

@@ -148,8 +148,8 @@ class MarlinLinear(nn.Module):
         assert B is not None
         assert s is not None
         size = {"bits": self.bits, "in_features": self.in_features, "out_features": self.out_features}
-        way: Any = cuda.dequantize if B.device.type == "cuda" else reference.dequantize_layer
-        W: Tensor = way(
+        dequantize: Any = cuda.dequantize if B.device.type == "cuda" else reference.dequantize_layer
+        W: Tensor = dequantize(
             B, s, zeros=self._tensor("zeros"), perm=self._tensor("perm"), dtype=dtype or self.scale_dtype, **size
         )
         return W
@@ -184,10 +184,10 @@ class MarlinLinear(nn.Module):
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         """Load as any module does; scales of another dtype than this layer's are an error, not rounded."""
-        name, own = prefix + self._names["scales"], self._tensor("scales")
+        name, current = prefix + self._names["scales"], self._tensor("scales")
         given = state_dict.get(name)
-        if given is not None and own is not None and given.dtype != own.dtype:
-            error_msgs.append(f"{name} is {given.dtype}; this layer was made for {own.dtype} (scale_dtype)")
+        if given is not None and current is not None and given.dtype != current.dtype:
+            error_msgs.append(f"{name} is {given.dtype}; this layer was made for {current.dtype} (scale_dtype)")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -257,7 +257,7 @@ def _reference(
     W goes back to the source's order of rows, not x to the stored one: fp16 sums depend on the order of their terms,
     and these are to be the sums of a plain linear layer with the same weights.
     """
-    _say_slow(str(x.device.type))
+    _warn_slow(str(x.device.type))
     natural = None if perm is None else torch.argsort(perm)  # natural[k]: the stored row that is the source's row k
     blocks = []
     for n0 in range(0, out_features, BLOCK_COLUMNS):
@@ -268,12 +268,12 @@ def _reference(
         W = (
             (W if natural is None else W[natural]).t().contiguous()
         )  # the layout of nn.Linear, so that sums are in the same order
-        own = None if bias is None else bias[n0:end]
+        bias_block = None if bias is None else bias[n0:end]
         if row_by_row:
-            rows = [nn.functional.linear(row, W, own) for row in x.reshape(-1, 1, x.shape[-1])]
+            rows = [nn.functional.linear(row, W, bias_block) for row in x.reshape(-1, 1, x.shape[-1])]
             blocks.append(torch.cat(rows or [x.new_empty(0, end - n0)]).view(*x.shape[:-1], end - n0))
         else:
-            blocks.append(nn.functional.linear(x, W, own))
+            blocks.append(nn.functional.linear(x, W, bias_block))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
@@ -290,7 +290,7 @@ def _weight(B: Tensor, s: Tensor, zeros: Tensor | None, bits: int, dtype: torch.
 
 
 @cache
-def _say_slow(device: str) -> None:
+def _warn_slow(device: str) -> None:
     log.warning(
         "Marlin layers on %s are computed by a reference that dequantizes their weights at every call: exact, and "
         "slow. The kernels need an NVIDIA GPU of compute capability 8.0 or newer.",

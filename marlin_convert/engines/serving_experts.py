@@ -25,22 +25,22 @@ class ServedExperts:
     sets: list[ExpertSet]
     formula: moe.Formula
     position: Tensor | None
-    own: int  # columns of gate and up, rows of down, of this rank
+    rank_inner: int  # columns of gate and up, rows of down, of this rank
     hidden: int
 
-    def own_piece(self, name: str, shard: str, piece: Piece, rank: int, ranks: int) -> Piece:
+    def rank_piece(self, name: str, shard: str, piece: Piece, rank: int, ranks: int) -> Piece:
         """Return this rank's piece of one expert's gate (w1), up (w3) or down (w2)."""
-        K, N = (self.own * ranks, self.hidden) if shard == "w2" else (self.hidden, self.own * ranks)
+        K, N = (self.rank_inner * ranks, self.hidden) if shard == "w2" else (self.hidden, self.rank_inner * ranks)
         if (piece.K, piece.N) != (K, N):
             raise ValueError(f"{name}: it is {piece.K} x {piece.N}, the model {K} x {N}")
         if shard == "w2":
-            return shards.rows(piece, rank * self.own, self.own)
-        return shards.columns(piece, torch.arange(rank * self.own, (rank + 1) * self.own))
+            return shards.rows(piece, rank * self.rank_inner, self.rank_inner)
+        return shards.columns(piece, torch.arange(rank * self.rank_inner, (rank + 1) * self.rank_inner))
 
-    def own_bias(self, shard: str, bias: Tensor, rank: int) -> Tensor:
+    def rank_bias(self, shard: str, bias: Tensor, rank: int) -> Tensor:
         """Return this rank's bias: of a sum over ranks, the first one adds it."""
         if shard != "w2":
-            return bias[rank * self.own : (rank + 1) * self.own]
+            return bias[rank * self.rank_inner : (rank + 1) * self.rank_inner]
         return bias if rank == 0 else torch.zeros_like(bias)
 
     def register(self, layer: Any) -> torch.device:
@@ -55,10 +55,10 @@ class ServedExperts:
 
     def place(self, numbers: dict[int, int], count: int, device: torch.device) -> None:
         """Note where in the sets the experts are that `count` ids mean; `numbers` has the set's of each id there."""
-        places = {own: place for place, own in enumerate(n for made in self.sets for n in made.row)}
+        places = {expert: place for place, expert in enumerate(n for made in self.sets for n in made.row)}
         position = [places.get(numbers.get(number, -1), -1) for number in range(count)]
-        own_order = position == list(range(count))
-        self.position = None if own_order else torch.tensor(position, dtype=torch.int32, device=device)
+        in_order = position == list(range(count))
+        self.position = None if in_order else torch.tensor(position, dtype=torch.int32, device=device)
 
     def our_product(
         self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor, count: int, weights_on_input: bool, fixed: bool

@@ -68,11 +68,11 @@ class ServedLinear:
         **_: Any,
     ) -> None:
         """Register a list of columns, for the engine's loader to fill with marks as if it were the weight."""
-        self.own_K, self.all_K, self.dtype = input_size_per_partition, input_size, params_dtype
+        self.rank_K, self.all_K, self.dtype = input_size_per_partition, input_size, params_dtype
         self.device = torch.get_default_device()
         marks = torch.full((sum(output_partition_sizes), 1), NOTHING, dtype=torch.int64, device="cpu")
         parameter: Any = nn.Parameter(marks, requires_grad=False)
-        way: Callable[..., Any] = weight_loader or layer.weight_loader
+        loader: Callable[..., Any] = weight_loader or layer.weight_loader
         given: list[Tensor] = []
 
         def load(param: Any, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -83,7 +83,7 @@ class ServedLinear:
             with LOADING:
                 self._arriving.asked(loaded_weight)
                 given.append(loaded_weight)
-                way(param, loaded_weight, *args, **kwargs)
+                loader(param, loaded_weight, *args, **kwargs)
                 if bool((param.data >= 0).all()):
                     self._cut(layer, param.data, given[-1])
 
@@ -102,16 +102,16 @@ class ServedLinear:
         """Take this rank's columns and rows."""
         pieces = self._arriving.pieces(self.prefix, marks, self.device, given)
         self.sources = self._arriving.sources(marks)
-        first = self.rank(layer) * self.own_K if self.own_K != self.all_K else 0
+        first = self.rank(layer) * self.rank_K if self.rank_K != self.all_K else 0
         self.pieces = []
         for piece in pieces:
             if self.all_K != piece.K:
                 raise ValueError(f"{self.prefix}: it has {piece.K} rows, the model {self.all_K}")
-            self.pieces.append(self.own_piece(piece, first))
+            self.pieces.append(self.rank_piece(piece, first))
 
-    def own_piece(self, piece: Piece, first: int) -> Piece:
+    def rank_piece(self, piece: Piece, first: int) -> Piece:
         """Return this rank's rows, from `first` on, as a kernel takes them."""
-        return piece if self.own_K == self.all_K else shards.rows(piece, first, self.own_K)
+        return piece if self.rank_K == self.all_K else shards.rows(piece, first, self.rank_K)
 
     def finish(self, layer: Any) -> None:
         """Cut what a loader of the model's own has filled. Raises ValueError for columns that have not come."""
@@ -139,8 +139,8 @@ class ServedLinear:
         bias, products, column = getattr(layer, "bias", None), [], 0
         for number, piece in enumerate(shards.join(pieces)):
             product = self.product(number, piece)
-            own = None if bias is None else bias.data[column : column + piece.N].clone()
-            for what, tensor in self.tensors(product, piece, own).items():
+            piece_bias = None if bias is None else bias.data[column : column + piece.N].clone()
+            for what, tensor in self.tensors(product, piece, piece_bias).items():
                 value = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
                 layer.register_parameter(f"marlin{number}_{what}", value)
             products.append(product)

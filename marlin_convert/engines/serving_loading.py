@@ -64,7 +64,7 @@ def fill(
     finally:
         config.arriving = None
         for watched in plain:
-            watched.parameter.weight_loader = watched.way
+            watched.parameter.weight_loader = watched.loader
     left = arriving.unclaimed()
     loaded = result if isinstance(result, set) else set()
     empty = [w.name for w in plain if not w.filled and isinstance(w.layer, engine.linear) and w.name not in loaded]
@@ -87,7 +87,7 @@ class _Watched:
     name: str
     layer: Any
     parameter: Any
-    way: Callable[..., Any]
+    loader: Callable[..., Any]
     filled: bool = False
     ours: bool = False
 
@@ -100,10 +100,10 @@ def _watch(model: nn.Module, config: ServedCheckpoint, engine: Engine) -> list[_
         if isinstance(getattr(layer, "quant_method", None), (engine.linear_method, engine.experts_method)):
             continue
         if isinstance(layer, (engine.linear, engine.head, engine.experts)):
-            for own, parameter in layer.named_parameters(recurse=False):
-                if own.endswith("weight") and id(parameter) not in found:
-                    way = getattr(parameter, "weight_loader", engine.default_loader)
-                    watched = found[id(parameter)] = _Watched(f"{name}.{own}", layer, parameter, way)
+            for last_name, parameter in layer.named_parameters(recurse=False):
+                if last_name.endswith("weight") and id(parameter) not in found:
+                    loader = getattr(parameter, "weight_loader", engine.default_loader)
+                    watched = found[id(parameter)] = _Watched(f"{name}.{last_name}", layer, parameter, loader)
                     parameter.weight_loader = partial(_load_watched, watched, config, engine)
     return list(found.values())
 
@@ -124,30 +124,32 @@ def _load_watched(
         raise ValueError(f"{name}: {engine.name} computes it as one layer, and a part of it is not quantized")
     watched.filled = True
     if plain:
-        return watched.way(param, loaded_weight, *args, **more)
+        return watched.loader(param, loaded_weight, *args, **more)
     if isinstance(layer, engine.experts):
         raise ValueError(f"{name}: {engine.name} calls these experts by another name than the checkpoint does")
     if not watched.ours:
         watched.ours = True
         del layer.weight
-        own = getattr(watched.way, "__self__", None) is not layer  # the model's own weight loader shards marks as well
-        way: Any = watched.way if own else type(layer).weight_loader.__get__(layer)
+        is_models = (
+            getattr(watched.loader, "__self__", None) is not layer
+        )  # the model's own weight loader shards marks as well
+        loader: Any = watched.loader if is_models else type(layer).weight_loader.__get__(layer)
         with param.device:
-            _adopt(layer, engine.linear_method(config, name), way, param.dtype, engine)
+            _adopt(layer, engine.linear_method(config, name), loader, param.dtype, engine)
     marks: Any = layer.get_parameter("weight")
     return marks.weight_loader(marks, loaded_weight, *args, **more)
 
 
-def _adopt(layer: Any, method: Any, way: Callable[..., Any], dtype: torch.dtype, engine: Engine) -> None:
+def _adopt(layer: Any, method: Any, loader: Callable[..., Any], dtype: torch.dtype, engine: Engine) -> None:
     """Make `method` that of a layer which the engine has built for plain weights."""
     layer.quant_method = method
     if isinstance(layer, engine.head):
         K, widths, N = layer.embedding_dim, [layer.num_embeddings_per_partition], layer.num_embeddings_padded
-        method.create_weights(layer, K, widths, K, N, dtype, weight_loader=way)
+        method.create_weights(layer, K, widths, K, N, dtype, weight_loader=loader)
     else:
-        own_K = getattr(layer, "input_size_per_partition", layer.input_size)
+        rank_K = getattr(layer, "input_size_per_partition", layer.input_size)
         widths = getattr(layer, "output_partition_sizes", [layer.output_size])
-        method.create_weights(layer, own_K, widths, layer.input_size, layer.output_size, dtype, weight_loader=way)
+        method.create_weights(layer, rank_K, widths, layer.input_size, layer.output_size, dtype, weight_loader=loader)
 
 
 def _some(names: list[str]) -> str:

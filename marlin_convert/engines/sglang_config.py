@@ -26,8 +26,8 @@ class CheckpointConfig(ServedCheckpoint, QuantizationConfig):  # type: ignore[mi
     def __init__(self, config: dict[str, Any]) -> None:
         QuantizationConfig.__init__(self)
         # SGLang's own additions to what the checkpoint says
-        own = {key: value for key, value in config.items() if key not in ("packed_modules_mapping", "hf_config")}
-        ServedCheckpoint.__init__(self, own)
+        settings = {key: value for key, value in config.items() if key not in ("packed_modules_mapping", "hf_config")}
+        ServedCheckpoint.__init__(self, settings)
         self.packed_modules_mapping = {**_JOINED, **(config.get("packed_modules_mapping") or {})}
 
     def update_packed_modules_mapping(self, mapping: dict[str, list[str]]) -> None:

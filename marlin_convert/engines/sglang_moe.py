@@ -53,7 +53,7 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
         **_: Any,
     ) -> None:
         """Register a stand-in for each weight; its loader keeps what this rank needs of its experts."""
-        self.hidden, self.own, self.count = hidden_size, intermediate_size_per_partition, num_experts
+        self.hidden, self.rank_inner, self.count = hidden_size, intermediate_size_per_partition, num_experts
         self.device = torch.get_default_device()
 
         def load(
@@ -90,7 +90,7 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
         mine = self.pieces.setdefault(local, {})
         if len(pieces) != 1 or shard in mine:
             raise ValueError(f"{name}: SGLang joins layers of the checkpoint in one part of an expert")
-        mine[shard] = self.own_piece(name, shard, pieces[0], layer.moe_tp_rank, layer.moe_tp_size)
+        mine[shard] = self.rank_piece(name, shard, pieces[0], layer.moe_tp_rank, layer.moe_tp_size)
 
     def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
         """Note what computes the block: not one of SGLang's runners. Raises ValueError for what we do not compute."""
@@ -127,7 +127,7 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
         kinds: dict[Any, list[int]] = {}
         for local in range(self.count):
             kinds.setdefault(tuple(_kind(self.pieces[local][shard]) for shard in ("w1", "w3", "w2")), []).append(local)
-        joined = self.own % TILE_N == 0 and all(gate == up and not gate[1] for gate, up, _ in kinds)
+        joined = self.rank_inner % TILE_N == 0 and all(gate == up and not gate[1] for gate, up, _ in kinds)
         for (_, _, down), numbers in kinds.items():
             made = ExpertSet(numbers, self.prefix, joined, down[1])
             for local in numbers:

@@ -168,9 +168,9 @@ def _regrouped(piece: Piece, first: int, count: int) -> Piece:
     source = torch.arange(piece.K, device=device) if piece.perm is None else piece.perm.long()
     stored = torch.nonzero((source >= first) & (source < first + count)).flatten()  # by group, as they are stored
     group = stored // size
-    own = torch.bincount(group, minlength=piece.G)
-    filled = -(-own // TILE_K) * TILE_K if piece.G > 1 else own
-    begin, inside = filled.cumsum(0) - filled, own.cumsum(0) - own
+    sizes = torch.bincount(group, minlength=piece.G)
+    filled = -(-sizes // TILE_K) * TILE_K if piece.G > 1 else sizes
+    begin, inside = filled.cumsum(0) - filled, sizes.cumsum(0) - sizes
     target = begin[group] + torch.arange(count, device=device) - inside[group]
     K = -(-int(filled.sum()) // EXT_K) * EXT_K
     of_row = torch.repeat_interleave(torch.arange(piece.G, device=device), filled)

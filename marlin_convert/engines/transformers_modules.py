@@ -332,14 +332,14 @@ def _plain_linear(
 def _names_of_experts(holder: str, found: set[str], converters: list[WeightConverter], gated: bool) -> tuple[str, ...]:
     """Return what the checkpoint, which has `found`, calls an expert's gate, up and down; without a gate, up and
     down."""
-    own: list[str] = []
+    known: list[str] = []
     for target in ("gate_up_proj" if gated else "up_proj", "down_proj"):
         for converter in converters:
             if converter._original_target_patterns[0].endswith(f"experts.{target}"):
-                own += [source.split(".")[-2] for source in converter._original_source_patterns if "." in source]
+                known += [source.split(".")[-2] for source in converter._original_source_patterns if "." in source]
                 break
     count = 3 if gated else 2
-    for names in (tuple(own), *_EXPERT_NAMES):
+    for names in (tuple(known), *_EXPERT_NAMES):
         names = names[-count:]
         if len(names) == count and found <= set(names):
             return names

@@ -203,10 +203,10 @@ def _require_all_keys(model: PreTrainedModel, missing: Any, unexpected: Any, mis
         "in the checkpoint and not in the model": sorted(left),
         "of another shape": sorted({str(key[0]) for key in mismatched}),
     }
-    said = [f"{some(names)} ({what})" for what, names in problems.items() if names]
-    if said:
+    reasons = [f"{some(names)} ({what})" for what, names in problems.items() if names]
+    if reasons:
         raise SourceError(
-            f"{model.name_or_path}: the checkpoint does not fit {type(model).__name__}: {'; '.join(said)}."
+            f"{model.name_or_path}: the checkpoint does not fit {type(model).__name__}: {'; '.join(reasons)}."
         )
 
 

@@ -48,8 +48,8 @@ def try_loading(config: dict[str, Any] | None, tensors: Iterable[OutTensor]) -> 
         return Trial(why_not="there is no config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        own = "; its code is its own, which marlin-convert does not run here" if "auto_map" in config else ""
-        return Trial(why_not=f"Transformers {transformers.__version__} has no models of type {kind!r}{own}")
+        remote_code = "; its code is its own, which marlin-convert does not run here" if "auto_map" in config else ""
+        return Trial(why_not=f"Transformers {transformers.__version__} has no models of type {kind!r}{remote_code}")
     most = max(_MOST_LAYERS, len(headers))
     for key, value in config.items():
         if isinstance(value, int) and value > most and (key.endswith("layers") or key == "n_layer"):
@@ -64,8 +64,8 @@ def try_loading(config: dict[str, Any] | None, tensors: Iterable[OutTensor]) -> 
                 why_not=error.message.removeprefix("None: ").rstrip(".")
             )  # the folder, as Transformers calls it
         except Exception as error:  # noqa: BLE001 - whatever Transformers makes of a config that it cannot use
-            said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            return Trial(why_not=f"{type(error).__name__}: {said}")
+            message = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            return Trial(why_not=f"{type(error).__name__}: {message}")
 
 
 def _load(values: dict[str, Any], headers: dict[str, Tensor]) -> Trial:

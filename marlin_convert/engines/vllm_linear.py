@@ -41,16 +41,18 @@ class MarlinCheckpointMethod(ServedLinear, LinearMethodBase):  # type: ignore[mi
     def invariant(self) -> bool:
         return choice.batch_invariant()
 
-    def own_piece(self, piece: Piece, first: int) -> Piece:
-        cut = self.own_K != self.all_K
-        if cut and choice.not_ours() and piece.G > 1 and not shards.cuts_whole_groups(piece, first, self.own_K):
+    def rank_piece(self, piece: Piece, first: int) -> Piece:
+        cut = self.rank_K != self.all_K
+        if cut and choice.not_ours() and piece.G > 1 and not shards.cuts_whole_groups(piece, first, self.rank_K):
             why = "it has act-order" if piece.perm is not None else f"they cut through its {piece.G} groups"
             raise ValueError(
-                f"{self.prefix}: rows {first} to {first + self.own_K} of {piece.K}, of this rank, become groups of 16 "
+                f"{self.prefix}: rows {first} to {first + self.rank_K} of {piece.K}, of this rank, become groups of 16 "
                 f"({why}), which vLLM's Marlin kernel does not have; marlin-convert's are not used: {choice.not_ours()}"
             )
-        own = super().own_piece(piece, first)
-        return own if choice.piece_is_ours(self.prefix, own) else choice.cast(self.prefix, own, self.dtype)
+        own_rows = super().rank_piece(piece, first)
+        return (
+            own_rows if choice.piece_is_ours(self.prefix, own_rows) else choice.cast(self.prefix, own_rows, self.dtype)
+        )
 
     def product(self, number: int, piece: Piece) -> Product:
         kind = calls.TYPES.get((piece.bits, piece.zeros is not None))
@@ -78,11 +80,11 @@ class MarlinCheckpointMethod(ServedLinear, LinearMethodBase):  # type: ignore[mi
 
     def _product(self, layer: Any, x: Tensor, product: Product, add_bias: bool) -> Tensor:
         """Compute by vLLM's Marlin kernel: sizes as stored, act-order and padding around it."""
-        own = x.index_select(-1, getattr(layer, f"marlin{product.number}_perm")) if product.sorted else x
+        rows = x.index_select(-1, getattr(layer, f"marlin{product.number}_perm")) if product.sorted else x
         if product.stored_K != product.K:
-            own = nn.functional.pad(own, (0, product.stored_K - product.K))
+            rows = nn.functional.pad(rows, (0, product.stored_K - product.K))
         y: Tensor = calls.multiply(
-            input=own,
+            input=rows,
             weight=getattr(layer, f"marlin{product.number}_weight"),
             weight_scale=getattr(layer, f"marlin{product.number}_scales"),
             weight_zp=getattr(layer, f"marlin{product.number}_zeros"),

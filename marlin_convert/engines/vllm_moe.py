@@ -49,9 +49,9 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
         experts = range(self.moe.num_logical_experts)
         names = {self._name(number, shard) for number in experts for shard in self.parts}
         if names != found:
-            odd = min(names ^ found)
-            why = "is not quantized" if odd in names else "is not one of them"
-            raise ValueError(f"{prefix}: vLLM computes its experts as one layer, and {odd} {why}")
+            wrong = min(names ^ found)
+            why = "is not quantized" if wrong in names else "is not one of them"
+            raise ValueError(f"{prefix}: vLLM computes its experts as one layer, and {wrong} {why}")
         if self.moe.moe_parallel_config.use_all2all_kernels:
             raise ValueError(f"{prefix}: this plugin does not run experts spread over data-parallel ranks")
         choice.say()
@@ -98,7 +98,7 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
         **_: Any,
     ) -> None:
         """Register a stand-in for each weight; its loader keeps what this rank needs of its experts."""
-        self.hidden, self.own, self.dtype = hidden_size, intermediate_size_per_partition, params_dtype
+        self.hidden, self.rank_inner, self.dtype = hidden_size, intermediate_size_per_partition, params_dtype
         self.device = torch.get_default_device()
         self.count = num_experts
         self.global_of: dict[int, int] = {}
@@ -129,7 +129,7 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
                     self._set_of(local).put(local, shard_id, self._cut(layer, name, shard_id, pieces[0]))
                 elif name in self.biases and loaded_weight.dim() == 1:
                     rank = layer.moe_config.tp_rank
-                    self._set_of(local).put_bias(local, shard_id, self.own_bias(shard_id, loaded_weight, rank))
+                    self._set_of(local).put_bias(local, shard_id, self.rank_bias(shard_id, loaded_weight, rank))
                 else:
                     raise ValueError(f"{name}: its weights are not those of the checkpoint")
             return local >= 0 if return_success else None
@@ -147,14 +147,14 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
             kinds.setdefault(kind, []).append(local)
         sets = []
         for kind, numbers in kinds.items():
-            plain = len(set(kind[:-1])) == 1 and not kind[0].desc_act and self.own % TILE_N == 0
+            plain = len(set(kind[:-1])) == 1 and not kind[0].desc_act and self.rank_inner % TILE_N == 0
             joined = self.gated and plain and kind[0].out_features is None
             sets.append(ExpertSet(numbers, self.prefix, joined, kind[-1].desc_act))
         if not all(made.joined for made in sets):
             if not self.ours:
                 raise ValueError(
-                    f"{self.prefix}: vLLM's fused product does not run experts of {self.own} columns on a rank; start "
-                    f"vLLM with {choice.KERNEL}=ours"
+                    f"{self.prefix}: vLLM's fused product does not run experts of {self.rank_inner} columns on a rank; "
+                    f"start vLLM with {choice.KERNEL}=ours"
                 )
             for made in sets:
                 made.joined = False
@@ -166,13 +166,18 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
     def _cut(self, layer: Any, name: str, shard: str, piece: Piece) -> Piece:
         """Return this rank's piece of one expert's gate, up or down."""
         ranks, rank = layer.moe_config.tp_size, layer.moe_config.tp_rank
-        first = rank * self.own
-        if shard == "w2" and not self.ours and ranks > 1 and not shards.cuts_whole_groups(piece, first, self.own):
+        first = rank * self.rank_inner
+        if (
+            shard == "w2"
+            and not self.ours
+            and ranks > 1
+            and not shards.cuts_whole_groups(piece, first, self.rank_inner)
+        ):
             raise ValueError(
                 f"{self.prefix}: vLLM's fused product does not run experts whose rows {first} to "
-                f"{first + self.own}, of this rank, cut through groups; start vLLM with {choice.KERNEL}=ours"
+                f"{first + self.rank_inner}, of this rank, cut through groups; start vLLM with {choice.KERNEL}=ours"
             )
-        piece = self.own_piece(name, shard, piece, rank, ranks)
+        piece = self.rank_piece(name, shard, piece, rank, ranks)
         return piece if self.ours else choice.cast(name, piece, self.dtype)
 
     def finish(self, layer: Any) -> None:

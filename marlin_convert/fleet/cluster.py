@@ -45,11 +45,11 @@ class Cluster:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="marlin-convert")
         except (OSError, ValueError, RuntimeError) as error:
             raise HubError(f"{address}: no Ray cluster answers ({type(error).__name__}); see `ray status`.") from None
-        own = {key: value for key, value in resources.items() if key not in ("CPU", "memory")}
+        custom = {key: value for key, value in resources.items() if key not in ("CPU", "memory")}
         memory = {"memory": resources["memory"]} if "memory" in resources else {}
         # max_calls: a process of its own for each checkpoint.
         self._task = ray.remote(
-            num_cpus=resources.get("CPU", 1), resources=own, max_calls=1, max_retries=retries,
+            num_cpus=resources.get("CPU", 1), resources=custom, max_calls=1, max_retries=retries,
             retry_exceptions=[TryAgain], scheduling_strategy="SPREAD", **memory,
         )(task)  # fmt: skip
 

@@ -220,8 +220,8 @@ def _extra_rules(where: str, extra: object) -> dict[str, dict[str, Any]]:
         return {}
     if not isinstance(extra, dict):
         raise SourceError(f"{where}: extra_config is {shortened(extra)}; a map of layers was expected.")
-    named = {key if re.search(r"[^\w.-]", key) else f"^{re.escape(key)}$": own for key, own in extra.items()}
-    return _dynamic_rules(where, {key: own for key, own in named.items() if isinstance(own, dict)})
+    named = {key if re.search(r"[^\w.-]", key) else f"^{re.escape(key)}$": rule for key, rule in extra.items()}
+    return _dynamic_rules(where, {key: rule for key, rule in named.items() if isinstance(rule, dict)})
 
 
 def normalised(where: str, raw: dict[str, Any]) -> dict[str, Any]:
@@ -254,8 +254,8 @@ def with_format(config: dict[str, Any], checkpoint_format: str) -> dict[str, Any
 
     One that says nothing of it is left so where that means the same.
     """
-    said = normalised("config", config)["checkpoint_format"]
-    if said == checkpoint_format or (said is None and checkpoint_format == "gptq"):
+    named = normalised("config", config)["checkpoint_format"]
+    if named == checkpoint_format or (named is None and checkpoint_format == "gptq"):
         return config
     if str(config.get("quant_method", "")).lower() in _AUTO_ROUND_METHODS:
         packing = "auto_gptq" if checkpoint_format == "gptq" else "gptqmodel"
@@ -338,8 +338,8 @@ def _require_awq(where: str, raw: dict[str, Any]) -> None:
         raise _other_tensors(where, method.upper() if method in _GPTQ_METHODS else shortened(method), "AWQ's")
 
 
-def _other_tensors(where: str, said: str, are: str) -> UnsupportedError:
+def _other_tensors(where: str, claimed: str, are: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{where}: it says {said}, and the tensors are {are}; restore the config that was written with them, or "
+        f"{where}: it says {claimed}, and the tensors are {are}; restore the config that was written with them, or "
         "export the checkpoint again."
     )

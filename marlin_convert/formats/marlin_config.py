@@ -24,22 +24,22 @@ def marlin_settings(
     """
     meta = source.raw.get("meta")
     holders = (meta if isinstance(meta, dict) else {}, source.raw)  # GPTQModel keeps the details in `meta`
-    said = {key: value for holder in holders for key, value in holder.items() if value is not None}
+    settings = {key: value for holder in holders for key, value in holder.items() if value is not None}
     result: dict[str, Any] = {
         "bits": 4,
         "group_size": group_size,
         "sym": True,
         "desc_act": False,
         "static_groups": False,
-        "true_sequential": said.get("true_sequential", True),
+        "true_sequential": settings.get("true_sequential", True),
         "lm_head": lm_head,
         "quant_method": str(quant_method),
         "checkpoint_format": str(Format.MARLIN),
         "is_marlin_format": True,
         "model_file_base_name": "model",
     }
-    if said.get("damp_percent") is not None:
-        result["damp_percent"] = said["damp_percent"]
+    if settings.get("damp_percent") is not None:
+        result["damp_percent"] = settings["damp_percent"]
     return result
 
 
@@ -58,12 +58,13 @@ def ties(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def marlin_model_config(
-    config: dict[str, Any], quantization: dict[str, Any], *, float16: bool = True, own_head: bool = False
+    config: dict[str, Any], quantization: dict[str, Any], *, float16: bool = True, untied_head: bool = False
 ) -> dict[str, Any]:
     """Return the source's config.json with `quantization` in place of its GPTQ settings.
 
-    With `float16`, both spellings of the model's dtype say so: Marlin's original kernel computes in float16 only. With
-    `own_head`, the head is a quantized layer, and not the embedding: engines leave it out where the config ties them.
+    With `float16`, both spellings of the model's dtype say so: Marlin's original kernel computes in float16 only.
+    With `untied_head`, the head is a quantized layer and not the embedding: engines leave it out where the config
+    ties them.
     """
     result = copy.deepcopy(config)
     text = result.get("text_config")
@@ -74,9 +75,9 @@ def marlin_model_config(
             for key in ("torch_dtype", "dtype") if float16 else ():
                 if holder is result or key in holder:
                     holder[key] = "float16"
-    if own_head:
-        for name, said in ties(config).items():
-            if said is not False:
+    if untied_head:
+        for name, tied in ties(config).items():
+            if tied is not False:
                 (result[name] if name else result)[TIED] = False
     return result
 
@@ -85,7 +86,7 @@ def marlin_model_config(
 
 EXT_VERSION = 1
 _SHARED = ("bits", "group_size", "sym", "desc_act")
-_OWN = ("in_features", "out_features", "source_group_size")
+_OPTIONAL = ("in_features", "out_features", "source_group_size")
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,9 @@ class MarlinSettings:
 
 def is_marlin(quantization: Mapping[str, Any]) -> bool:
     """Tell whether a quantization config describes a Marlin checkpoint, of either format, whoever made it."""
-    said = str(quantization.get("checkpoint_format") or quantization.get("format") or "").lower()
+    claimed = str(quantization.get("checkpoint_format") or quantization.get("format") or "").lower()
     return (
-        said in (Format.MARLIN, Format.MARLIN_EXT)
+        claimed in (Format.MARLIN, Format.MARLIN_EXT)
         or quantization.get("is_marlin_format") is True
         or str(quantization.get("quant_method", "")).lower() == "marlin"
     )
@@ -170,7 +171,7 @@ def _read_extended(where: str, quantization: Mapping[str, Any]) -> MarlinSetting
         raise SourceError(f"{where}: layers is {shortened(entries)}; a map from layers to settings was expected.")
     layers = {}
     for name, entry in entries.items():
-        if not isinstance(entry, Mapping) or set(entry) - {*_SHARED, *_OWN}:
+        if not isinstance(entry, Mapping) or set(entry) - {*_SHARED, *_OPTIONAL}:
             raise SourceError(f"{where}: layers has {shortened(entry)} for {name}, which is not as the format has it.")
         layers[str(name)] = _extended_layer(f"{where}, {name}", {**shared, **entry})
     return MarlinSettings(Format.MARLIN_EXT, default, layers, quantization.get("lm_head") is True)
@@ -187,7 +188,7 @@ def _extended_layer(where: str, values: Mapping[str, Any]) -> LayerSettings:
     expect("group_size", int, (*sorted(EXT_GROUP_SIZES), -1))
     expect("sym", bool)
     expect("desc_act", bool)
-    for key in _OWN:
+    for key in _OPTIONAL:
         value = values.get(key)
         if value is not None and (type(value) is not int or value < 1):
             raise SourceError(f"{where}: {key} is {shortened(value)}; a positive number was expected.")
@@ -202,7 +203,7 @@ def marlin_ext_settings(layers: Mapping[str, LayerSettings], *, lm_head: bool) -
     entries = {}
     for name, layer in layers.items():
         entry = {key: getattr(layer, key) for key in _SHARED if getattr(layer, key) != shared[key]}
-        entry |= {key: getattr(layer, key) for key in _OWN if getattr(layer, key) is not None}
+        entry |= {key: getattr(layer, key) for key in _OPTIONAL if getattr(layer, key) is not None}
         if entry:
             entries[name] = entry
     result: dict[str, Any] = {

@@ -167,8 +167,8 @@ def _ask(repo_id: str, address: str, token: str | None, *, unreachable: bool = T
         http_stream_backoff,
     )
 
-    own = urlsplit(address)[:2] == urlsplit(constants.ENDPOINT)[:2]  # no other server is told the token
-    headers = build_hf_headers(token=token if own else False)
+    is_hub = urlsplit(address)[:2] == urlsplit(constants.ENDPOINT)[:2]  # no other server is told the token
+    headers = build_hf_headers(token=token if is_hub else False)
 
     def ask() -> tuple[bytes, str | None]:
         with http_stream_backoff(

@@ -188,8 +188,8 @@ def _raised_by_client(error: BaseException) -> bool:
     while trace is not None:
         names.append(str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0])
         trace = trace.tb_next
-    own = __name__.partition(".")[0]
-    return "huggingface_hub" in names[max((i for i, name in enumerate(names) if name == own), default=0) :]
+    package = __name__.partition(".")[0]
+    return "huggingface_hub" in names[max((i for i, name in enumerate(names) if name == package), default=0) :]
 
 
 def not_a_hub(repo_id: str, what: str | None = None) -> HubError:

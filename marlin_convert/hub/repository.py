@@ -62,8 +62,8 @@ class Remote:
 
     def weights_beside(self, weights: Sequence[str]) -> list[str]:
         """Return weights that are not the model's own (which `weights` are), and not fetched with the small files."""
-        own = {*weights, *self.configs}
-        return [name for name in self.files if name.endswith(WEIGHT_SUFFIXES) and name not in own]
+        planned = {*weights, *self.configs}
+        return [name for name in self.files if name.endswith(WEIGHT_SUFFIXES) and name not in planned]
 
     def fetch_small(self, names: Sequence[str] | None = None) -> Path:
         """Fetch small files (by default all of them, and the index); the folder in the cache that holds them."""

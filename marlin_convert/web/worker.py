@@ -48,7 +48,7 @@ class Voice:
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream, self._lock = stream, threading.Lock()
-        self._said: dict[str, float] = {}
+        self._sent_at: dict[str, float] = {}
 
     def say(self, **document: Any) -> None:
         with self._lock:
@@ -57,10 +57,10 @@ class Voice:
 
     def progress(self, event: ProgressEvent) -> None:
         """Pass on a stage's first and last event, and as many between as can be watched."""
-        now, begins = time.monotonic(), event.stage not in self._said
-        if not begins and event.bytes_done < event.bytes_total and now - self._said[event.stage] < INTERVAL:
+        now, begins = time.monotonic(), event.stage not in self._sent_at
+        if not begins and event.bytes_done < event.bytes_total and now - self._sent_at[event.stage] < INTERVAL:
             return
-        self._said[event.stage] = now
+        self._sent_at[event.stage] = now
         self.say(progress={**vars(event)})
 
 

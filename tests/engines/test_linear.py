@@ -178,7 +178,7 @@ def test_settings_that_do_not_exist(settings: dict[str, Any], message: str) -> N
 
 def test_it_says_once_that_the_reference_is_slow(caplog: pytest.LogCaptureFixture) -> None:
     _, module = original()
-    linear._say_slow.cache_clear()
+    linear._warn_slow.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             module(torch.zeros(1, 384, dtype=torch.float16))

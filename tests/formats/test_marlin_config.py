@@ -182,7 +182,7 @@ def test_what_is_no_part_of_a_model_ties_nothing(name: str) -> None:
     """A map under a name that means something else, as nobody writes it: the head still is its own."""
     settings = {"bits": 4}
     config = {"tie_word_embeddings": True, name: {"tie_word_embeddings": {"a": 1}}}
-    result = marlin_model_config(config, settings, own_head=True)
+    result = marlin_model_config(config, settings, untied_head=True)
     assert result["tie_word_embeddings"] is False
     assert result["quantization_config"] == {"bits": 4} == settings
 

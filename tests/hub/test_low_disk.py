@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from marlin_convert.checkpoint.reader import Checkpoint
-from marlin_convert.conversion import supply
-from marlin_convert.conversion.supply import check_room
+from marlin_convert.conversion import schedule
+from marlin_convert.conversion.schedule import check_room
 from marlin_convert.errors import OutputError
 from tests.support.cli import PATIENCE, Run, refusal
 from tests.support.downloads import MB, REPO, Disk, program, sha256, until, weights_of, whole
@@ -126,14 +126,14 @@ def test_room_on_the_disk(hub: Hub, repository: Source, tmp_path: Path, monkeypa
             check_room(result, checkpoint, remote, tmp_path / "out", low_disk=low_disk)
 
         needed: list[int] = []
-        monkeypatch.setattr(supply, "check_space", lambda folder, nbytes, *_: needed.append(nbytes))
+        monkeypatch.setattr(schedule, "check_space", lambda folder, nbytes, *_: needed.append(nbytes))
         for one_disk, low_disk, expected in (
             (True, False, [result + source]),
             (True, True, [result + largest]),
             (False, False, [result, source]),
             (False, True, [result, 2 * largest]),
         ):
-            monkeypatch.setattr(supply, "_one_disk", lambda cache, out, one=one_disk: one)
+            monkeypatch.setattr(schedule, "_one_disk", lambda cache, out, one=one_disk: one)
             check(low_disk=low_disk)
             assert needed == expected
             needed.clear()

@@ -87,7 +87,7 @@ def prefetching(
         yield prefetch.stop
 
 
-class Supply:
+class Schedule:
     """The items of a plan (see `items`), each as soon as the weight files that it is read from have arrived.
 
     `stop` lets whoever waits for a file go on. With `drop`, a file is let go once all its items are `finished`.
