@@ -203,8 +203,8 @@ def test_a_gpu_is_only_said_to_have_computed_what_it_did(machine: Callable[..., 
     """The driver shows a GPU, and no kernel can run on it: auto verifies on the CPU and says why."""
     report = machine(A100, options=("--verify", "--json")).json()
     assert report["device"] == report["verification"]["device"] == "cpu"
-    assert report["remark"].startswith("cuda:0 (NVIDIA A100-SXM4-80GB) is not used: ")
-    assert report["remark"].endswith("converting and verifying need no GPU (--device cpu).")
+    assert report["device_note"].startswith("cuda:0 (NVIDIA A100-SXM4-80GB) is not used: ")
+    assert report["device_note"].endswith("converting and verifying need no GPU (--device cpu).")
 
 
 def test_a_gpu_asked_for_by_name_is_not_replaced(machine: Callable[..., Run], tmp_path: Path) -> None:

@@ -97,12 +97,12 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cell:
-    """One layer at one batch size. `way` is what `cuda.matmul` chose; a peer that failed is None."""
+    """One layer at one batch size. `method` is what `cuda.matmul` chose; a peer that failed is None."""
 
     M: int
     fp16: Speed
     marlin: Speed
-    way: str  # "kernel", or "dequantize": dequantize and cuBLAS
+    method: str  # "kernel", or "dequantize": dequantize and cuBLAS
     peers: dict[str, Speed | None]
 
     @property
@@ -116,7 +116,7 @@ class Cell:
         return {
             "M": self.M,
             "fp16": self.fp16.as_dict(),
-            "marlin": beside_fp16(self.marlin) | {"way": self.way},
+            "marlin": beside_fp16(self.marlin) | {"method": self.method},
             "peers": {name: speed and beside_fp16(speed) for name, speed in self.peers.items()},
         }
 

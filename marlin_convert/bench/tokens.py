@@ -66,7 +66,7 @@ class Report:
     machine: Machine
     weight_bytes: dict[str, int]  # "fp16" and "marlin" → bytes of the model's tensors
     cells: list[Cell] = field(default_factory=list)
-    way: dict[str, str] = field(default_factory=dict)  # "fp16" and "marlin" → GRAPHS or LAUNCHES
+    execution: dict[str, str] = field(default_factory=dict)  # "fp16" and "marlin" → GRAPHS or LAUNCHES
     notes: Notes = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Report:
             "ok": True,
             "title": self.title,
             "machine": asdict(self.machine),
-            "method": {"context": CONTEXT, "steps": STEPS, "repeats": REPEATS, "way": self.way},
+            "method": {"context": CONTEXT, "steps": STEPS, "repeats": REPEATS, "execution": self.execution},
             "weight_bytes": self.weight_bytes,
             "cells": [cell.as_dict() for cell in self.cells],
             "notes": [{"note": note, "where": where} for note, where in self.notes.items()],
@@ -242,7 +242,7 @@ def _rate(model: Any, size: int, kind: str, rig: ModelRig, report: Report, progr
 
     progress.advance(0, f"{kind}, batch {size}")
     try:
-        seconds, report.way[kind], why = rig.time(Decoder(model, size), STEPS)
+        seconds, report.execution[kind], why = rig.time(Decoder(model, size), STEPS)
     except torch.OutOfMemoryError:
         report.notes.setdefault("left out: the GPU's memory ran out", []).append(f"{kind}, batch {size}")
         return None

@@ -69,7 +69,7 @@ class BenchScreen(Screen):
         self._say()
         self._say(
             f"decoding behind {method['context']} tokens, all sequences together; "
-            + "; ".join(f"{name}: {way}" for name, way in report.way.items())
+            + "; ".join(f"{name}: {how}" for name, how in report.execution.items())
             + f"; memory of the model: {sizes}"
         )
         self._bench_end(report.notes, plot)

@@ -224,8 +224,8 @@ class Screen:
     ) -> None:  # fmt: skip
         """Show the end of a conversion, in five lines. `stages`: how long each took; `texts`: what source and result
         made of a prompt, or why nothing."""
-        said = {} if texts is None and missing is None else {"continuation": texts and texts.as_dict()}
-        self._json({**report.as_dict(), **said})
+        continuation = {} if texts is None and missing is None else {"continuation": texts and texts.as_dict()}
+        self._json({**report.as_dict(), **continuation})
         if report.verification and (self.verbose or not report.verification.ok):
             self._verification_table(report.verification)
         plan = report.plan
@@ -235,8 +235,8 @@ class Screen:
         self._notes(plan)
         if plan.scale_rounding:
             self._note(f"scales rounded, by at most {plan.scale_rounding:.2e} of their value")
-        if report.remark:
-            self._note(report.remark)
+        if report.device_note:
+            self._note(report.device_note)
         if missing:
             self._note(f"no prompt was continued: {missing}")
         if texts:

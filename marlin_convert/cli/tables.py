@@ -99,7 +99,7 @@ def _bench_row(cell: Cell) -> list[str]:
     return [
         str(cell.M), f"{cell.fp16.us:.1f}", f"{marlin.us:.1f}", *peers, f"{cell.speedup:.2f}x",
         f"{marlin.gb_per_s:.0f}", f"{marlin.tflop_per_s:.1f}", f"{100 * marlin.share_of_limit:.0f} %", marlin.bound,
-        "dequantize" if cell.way == "dequantize" else "",
+        "dequantize" if cell.method == "dequantize" else "",
     ]  # fmt: skip
 
 

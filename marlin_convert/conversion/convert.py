@@ -58,13 +58,13 @@ def convert(
     check_free(out, force=options.force)
     if options.attest:
         check_place(options.attest, out, source)
-    device, remark = usable_device(options.device, computes=options.verify)
+    device, device_note = usable_device(options.device, computes=options.verify)
     if options.low_disk and is_folder(source):
         raise SourceError(f"{source} is a folder; --low-disk applies to a Hub id only.")
     options = replace(options, target=checked_target(source, options, access.token))
     with opened_for_planning(source, access, progress.transfer) as (origin, checkpoint):
         keep_apart(origin.folder, out)
-        report = Report(origin, out, device, _plan(checkpoint, options), cpu.describe(), options, remark)
+        report = Report(origin, out, device, _plan(checkpoint, options), cpu.describe(), options, device_note)
         report.source_quantization = source_quantization(checkpoint, report.plan)
         checkpoint.require_readable()
         remote = origin.hub.remote if origin.hub else None

@@ -80,18 +80,18 @@ class LayerReader:
         layer = self.layer
         step = 1 if layer.G == 1 else layer.group_rows // layer.stored_group_size
         used = 1 if layer.G == 1 else -(-layer.K // layer.stored_group_size)
-        own = max(0, min(count, used - first))
-        if own == count and step == 1 and layer.stored_N == layer.N:
+        filled = max(0, min(count, used - first))
+        if filled == count and step == 1 and layer.stored_N == layer.N:
             return self.source_groups(first, count)
         kind = np.uint16 if layer.stored_scales == "BF16" else np.float16
         scales: npt.NDArray[Any] = np.zeros((count, layer.stored_N), kind)
         zeros = None if layer.sym else np.zeros((count, layer.stored_N), np.uint8)
-        if own:
-            rows = np.arange(first, first + own) // step
+        if filled:
+            rows = np.arange(first, first + filled) // step
             source = self.source_groups(int(rows[0]), int(rows[-1] - rows[0]) + 1)
-            scales[:own, : layer.N] = source.scales[rows - rows[0]]
+            scales[:filled, : layer.N] = source.scales[rows - rows[0]]
             if zeros is not None and source.zeros is not None:
-                zeros[:own, : layer.N] = source.zeros[rows - rows[0]]
+                zeros[:filled, : layer.N] = source.zeros[rows - rows[0]]
         return Groups(scales, zeros)
 
     # ---- The order of rows
@@ -138,12 +138,12 @@ class LayerReader:
     def rows(self, k0: int, rows: int, buffers: Buffers) -> Words:
         """Return stored rows k0 … of a layer without act-order, as GPTQ words [rows bits/32, N']."""
         layer, bits = self.layer, self.layer.bits
-        own = max(0, min(rows, layer.K - k0))
+        filled = max(0, min(rows, layer.K - k0))
         words: Words = buffers.array("words", (rows * bits // 32, layer.stored_N), np.int32)
-        if own == rows and layer.stored_N == layer.N:
+        if filled == rows and layer.stored_N == layer.N:
             return self.source_rows(k0, words, buffers)
-        if own:
-            read = self.source_rows(k0, buffers.array("qweight", (own * bits // 32, layer.N), np.int32), buffers)
+        if filled:
+            read = self.source_rows(k0, buffers.array("qweight", (filled * bits // 32, layer.N), np.int32), buffers)
             cpu.arrange(read, words, bits=bits, fill=self.fill, rows=rows)
         else:
             padding = self.fill.astype(np.uint32)[None] * every_code(bits)
@@ -160,8 +160,8 @@ class LayerReader:
     def columns(self, first: int, columns: int, buffers: Buffers) -> Words:
         """Return stored columns `first` …: all rows in the source's order, as GPTQ words [K bits/32, columns], without
         padding."""
-        layer, own = self.layer, min(columns, self.layer.N - first)
-        words: Words = buffers.array("qweight columns", (layer.K * layer.bits // 32, own), np.int32)
+        layer, width = self.layer, min(columns, self.layer.N - first)
+        words: Words = buffers.array("qweight columns", (layer.K * layer.bits // 32, width), np.int32)
         source = layer.source
         (source.defined_columns if self.defined else source.columns)(self.checkpoint, first, words, buffers)
         return words

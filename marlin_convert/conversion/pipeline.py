@@ -112,10 +112,10 @@ class MarlinWriter(TensorStream):
         for n, width in strips(layer, columns):
             words = reader.columns(n0 + n, width, self.buffers) if panel is None else panel[:, n : n + width]
             part = B[:, n * bits // 2 :][:, : width * bits // 2]
-            own = order.columns(n, width)
-            self.packer.pack_sorted(words, part[:filled], bits, perm=own.perm, fill=own.fill, rows=own.rows)
+            strip = order.columns(n, width)
+            self.packer.pack_sorted(words, part[:filled], bits, perm=strip.perm, fill=strip.fill, rows=strip.rows)
             part[filled:] = 0
-            self._require_none(layer, order_difference(part, words, own, bits, n0 + n))
+            self._require_none(layer, order_difference(part, words, strip, bits, n0 + n))
         self.shards.write_columns(layer.B.name, B, n0 * bits // 2)
         return B.nbytes
 
@@ -125,8 +125,8 @@ class MarlinWriter(TensorStream):
         for first, count in group_strips(layer.stored_G, layer.stored_N):
             groups = reader.stored_groups(first, count)
             s = permute_scales(groups.scales, layer.stored_G)
-            own = unpermute_scales(s, layer.stored_G)
-            equal = equal and np.array_equal(own.view(np.uint16), groups.scales.view(np.uint16))
+            again = unpermute_scales(s, layer.stored_G)
+            equal = equal and np.array_equal(again.view(np.uint16), groups.scales.view(np.uint16))
             self.shards.write(layer.s.name, s, first * layer.stored_N * s.itemsize)
             written += s.nbytes
             if layer.marlin_qzeros is not None and groups.zeros is not None:

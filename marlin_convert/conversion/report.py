@@ -30,7 +30,7 @@ class Report:
     plan: Plan
     backend: str
     options: Options
-    remark: str | None = None  # about the device, if there is something to say
+    device_note: str | None = None  # about the device, if there is something to say
     source_quantization: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     source_files: dict[str, str | None] = field(default_factory=dict)  # SHA-256 by name, None where not known
@@ -77,7 +77,7 @@ class Report:
             **self.as_file(),
             "out": str(self.out),
             "device": str(self.device),
-            "remark": self.remark,
+            "device_note": self.device_note,
             "backend": self.backend,
             "seconds": round(self.seconds, 3),
             "gigabytes_per_second": round(self.gigabytes_per_second, 3),

@@ -203,14 +203,14 @@ def _check_layer(
     for k0, rows in stored_blocks(layer):
         B = buffers.array("B", (rows // TILE_K, layer.B.shape[1]), np.int32)
         result.read_into(result.tensors[layer.B.name], B, k0 // TILE_K * layer.B.shape[1] * 4)
-        own, words = max(0, min(rows, layer.K - k0)), None
+        filled, words = max(0, min(rows, layer.K - k0)), None
         if not layer.by_columns:
             words = reader.rows(k0, rows, buffers)
             problem = problem or code_difference(B, words, k0, layer.bits)
-        if own:
+        if filled:
             qweight = words
-            if qweight is None or (own, layer.N) != (rows, layer.stored_N):
-                qweight = buffers.array("qweight", (own * layer.bits // 32, layer.N), np.int32)
+            if qweight is None or (filled, layer.N) != (rows, layer.stored_N):
+                qweight = buffers.array("qweight", (filled * layer.bits // 32, layer.N), np.int32)
                 reader.source_rows(k0, qweight, buffers)
             product.add_source(k0, qweight)
         product.add_stored(k0, B)

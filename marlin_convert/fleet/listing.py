@@ -157,22 +157,22 @@ def _line(number: int, found: dict[str, Any], defaults: dict[str, Any]) -> Line:
     })  # fmt: skip
 
 
-def _options(said: Any) -> dict[str, Any]:
+def _options(given: Any) -> dict[str, Any]:
     """Return what a line says about the conversion: words as on the command line, or an object."""
-    if said is None:
+    if given is None:
         return {}
-    if isinstance(said, dict):
-        named = {str(key).replace("-", "_"): value for key, value in said.items()}
+    if isinstance(given, dict):
+        named = {str(key).replace("-", "_"): value for key, value in given.items()}
         for key, value in named.items():
             if key not in (*SWITCHES, *VALUES) or (key in SWITCHES and type(value) is not bool):
                 raise OptionError(f"{key} is {shortened(value)}; a line may have {_known()}.")
         return named
     try:
-        words = shlex.split(said) if isinstance(said, str) else said
+        words = shlex.split(given) if isinstance(given, str) else given
     except ValueError:  # open quotes
         words = None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise OptionError(f"its options are {shortened(said)}; write them as on the command line.")
+        raise OptionError(f"its options are {shortened(given)}; write them as on the command line.")
     found: dict[str, Any] = {}
     rest = iter(words)
     for word in rest:

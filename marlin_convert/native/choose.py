@@ -19,11 +19,11 @@ Words = npt.NDArray[np.int32]
 
 
 def usable_device(request: str, *, computes: bool) -> tuple[Device, str | None]:
-    """Return the device of `request`, its kernels loaded if they will be used, and a remark for the user.
+    """Return the device of `request`, its kernels loaded if they will be used, and a note for the user.
 
     `computes` says that products will be computed there; repacking alone, the CPU does unless a GPU is asked for by
     name. Raises DeviceError when it was asked for by name and cannot be used. With "auto", a GPU whose kernels are not
-    there gives way to the CPU, and the remark says so.
+    there gives way to the CPU, and the note says so.
     """
     device = pick_device(request)
     if device.kind == "cpu":

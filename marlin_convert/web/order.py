@@ -47,10 +47,10 @@ class Order:
 
     @classmethod
     def of_line(cls, line: str) -> Order:
-        said = json.loads(line)
-        target, reading = said.pop("target"), said.pop("zero_points")
+        fields = json.loads(line)
+        target, reading = fields.pop("target"), fields.pop("zero_points")
         return cls(
-            **{**said, "format": Format(said["format"]), "quant_method": QuantMethod(said["quant_method"])},
+            **{**fields, "format": Format(fields["format"]), "quant_method": QuantMethod(fields["quant_method"])},
             target=None if target is None else PublishTarget(**target),
             zero_points=None if reading is None else ZeroPointReading(reading),
         )

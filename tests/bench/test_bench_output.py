@@ -112,9 +112,9 @@ def test_the_document(main: Callable[..., Run]) -> None:
         "name": "qkv", "K": 256, "N": 128, "group_size": 128, "count": 32,
     }  # fmt: skip
     assert [c["M"] for c in first["cells"]] == [1, 256]
-    assert first["cells"][1]["marlin"]["way"] == "dequantize"
+    assert first["cells"][1]["marlin"]["method"] == "dequantize"
     assert first["cells"][0]["marlin"].keys() == {
-        "us", "gb_per_s", "tflop_per_s", "limit_us", "share_of_limit", "limited_by", "speedup", "way",
+        "us", "gb_per_s", "tflop_per_s", "limit_us", "share_of_limit", "limited_by", "speedup", "method",
     }  # fmt: skip
     assert document["notes"][0]["note"].startswith("vLLM Marlin failed")
     assert document["plot"] is None

@@ -149,7 +149,7 @@ def test_a_report() -> None:
     assert report.notes == {}
     (layer,) = report.layers
     assert layer.shape is SHAPE
-    assert [(c.M, c.way, c.speedup, c.peers) for c in layer.cells] == [
+    assert [(c.M, c.method, c.speedup, c.peers) for c in layer.cells] == [
         (1, "kernel", 4.0, {}), (256, "dequantize", 4.0, {})
     ]  # fmt: skip
     for cell in layer.cells:

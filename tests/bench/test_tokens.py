@@ -93,7 +93,7 @@ def test_report(pair: Pair) -> None:
         {"batch": 8, "fp16": 16.0, "marlin": 32.0, "speedup": 2.0},
     ]
     assert report.as_dict()["method"] == {
-        "context": 128, "steps": 64, "repeats": 3, "way": {"marlin": GRAPHS, "fp16": GRAPHS}
+        "context": 128, "steps": 64, "repeats": 3, "execution": {"marlin": GRAPHS, "fp16": GRAPHS}
     }  # fmt: skip
     assert report.weight_bytes["marlin"] < report.weight_bytes["fp16"]
     ids = tokens(512)
@@ -126,7 +126,7 @@ def test_memory_runs_out(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_graph_it_is_said(pair: Pair) -> None:
     model = marlin_convert.load(pair.out, device="cpu")
     report = bench("a model", model, rig(why="operation not permitted"), batch=(1,))
-    assert report.way == {"marlin": LAUNCHES, "fp16": LAUNCHES}
+    assert report.execution == {"marlin": LAUNCHES, "fp16": LAUNCHES}
     assert report.notes == {
         "timed with every launch from Python, no CUDA graph: operation not permitted":
             ["marlin, batch 1", "fp16, batch 1"]

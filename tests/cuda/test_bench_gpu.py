@@ -97,7 +97,7 @@ def test_the_program() -> None:
                 # A kernel that only reads is a little faster than a copy; a shape may suit cuBLAS better than 8192³.
                 assert 0.02 < product["share_of_limit"] < 1.25, (layer["name"], cell)
             chosen = cuda.dequantizing_pays(cell["M"], layer["N"], layer["K"], 0)
-            assert cell["marlin"]["way"] == ("dequantize" if chosen else "kernel")
+            assert cell["marlin"]["method"] == ("dequantize" if chosen else "kernel")
     gate_up = document["layers"][2]["cells"]
     assert gate_up[0]["marlin"]["speedup"] > 1.5
     assert gate_up[1]["marlin"]["speedup"] > 1.5

@@ -47,16 +47,16 @@ def test_a_graph_decodes_what_launches_decode(tmp_path: Path, batch: int) -> Non
 
 def test_timing(tmp_path: Path) -> None:
     model = marlin_convert.load(make(tmp_path, llama()).out, device="cuda:0")
-    seconds, way, why = time_on_gpu(Decoder(model, 4), 64)
-    assert (way, why) == (GRAPHS, None)
+    seconds, execution, why = time_on_gpu(Decoder(model, 4), 64)
+    assert (execution, why) == (GRAPHS, None)
     assert 1e-6 < seconds < 1e-1
 
 
 def test_experts_are_launched_and_it_is_said(tmp_path: Path) -> None:
     """They ask the GPU which experts have tokens, which no graph can hold."""
     model = marlin_convert.load(make(tmp_path, mixtral()).out, device="cuda:0")
-    seconds, way, why = time_on_gpu(Decoder(model, 2), 8)
-    assert way == LAUNCHES
+    seconds, execution, why = time_on_gpu(Decoder(model, 2), 8)
+    assert execution == LAUNCHES
     assert why
     assert seconds > 0
     with torch.no_grad():  # the failed capture leaves the GPU as it was
@@ -81,4 +81,4 @@ def test_command(tmp_path: Path) -> None:
     report = json.loads(process.stdout)
     assert [cell["batch"] for cell in report["cells"]] == [1, 8]
     assert all(cell["fp16"] > 10 and cell["marlin"] > 10 for cell in report["cells"])
-    assert report["method"]["way"] == {"marlin": GRAPHS, "fp16": GRAPHS}
+    assert report["method"]["execution"] == {"marlin": GRAPHS, "fp16": GRAPHS}
