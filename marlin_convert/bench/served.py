@@ -22,6 +22,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+from .. import child
 from ..errors import MarlinConvertError, MissingPackageError, SourceError, require
 from ..options import HubAccess
 from ..progress import Progress
@@ -112,7 +113,8 @@ class Report:
         """Return what was measured, in words."""
         return (
             f"tokens of all sequences together, a second; decoding: {NEW} tokens behind prompts of {PROMPT}, from the "
-            "first token of the sequence that begins last; each side in processes of its own, its caches empty before"
+            "first token of the sequence that begins last; each side in processes of its own, its caches empty before; "
+            f"{LABELS[next(iter(self.sides))]} was first, and started with files that nothing had read before"
         )
 
     def kernels(self) -> dict[str, str]:
@@ -169,10 +171,6 @@ def _measure(
         raise SideFailed(f"its process {ended}" + (f"; its last words: {said[-1].strip()}" if said else ""))
 
 
-#: Not `-m`: what vLLM's processes are sent must not be part of their main module.
-_PROGRAM = f"from {__package__} import served_side; served_side.main()"
-
-
 @contextmanager
 def _process(
     request: Request, environment: Mapping[str, str], folder: Path, verbose: bool
@@ -185,7 +183,7 @@ def _process(
     try:
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(write), json.dumps(asdict(request))],
+                child.python(f"{__package__}.served_side", str(write), json.dumps(asdict(request))),
                 env={**os.environ, **own, **environment}, pass_fds=(write,), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=sys.stderr if verbose else log, stderr=None if verbose else log,
             )  # fmt: skip
@@ -254,18 +252,18 @@ def run(
         raise SourceError(f"{out}: the model takes {length} tokens; measuring needs {PROMPT + NEW}.")
     prefills = tuple(case for case in PREFILLS if case[1] < length)
     marlin = Request(str(out), tuple(sorted(batch)), prefills, length, access.revision)
-    requests = {MARLIN: marlin}
+    # The first side reads vLLM's and torch's files from the disk, which makes its start longer.
+    requests = {FP16: replace(marlin, random=True)} if fp16 else {}
+    requests[MARLIN] = marlin
     if gptq is not None:
         requests[GPTQ] = replace(marlin, model=str(gptq), revision=None)
-    if fp16:
-        requests[FP16] = replace(marlin, random=True)
     return bench(Path(str(out)).name, requests, environment, progress, verbose)
 
 
 def bench(
     title: str, requests: Mapping[str, Request], environment: Mapping[str, str], progress: Progress, verbose: bool
 ) -> Report:
-    """Measure one side after the other, Marlin first. `progress` counts starts and measurements."""
+    """Measure one side after the other, in the order of `requests`. `progress` counts starts and measurements."""
     steps = {name: 1 + len(request.batch) + len(request.prefills) for name, request in requests.items()}
     progress.stage("measuring", sum(steps.values()), len(requests))
     sides: dict[str, Side] = {}

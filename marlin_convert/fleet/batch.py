@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from .. import child
 from .._version import __version__
 from ..errors import BUG, MarlinConvertError
 from ..hub.client import is_folder
@@ -183,7 +183,7 @@ class Processes:
             if self._ended:
                 return {"status": "failed", "message": "interrupted", "exit_code": 130}
             process = subprocess.Popen(
-                [sys.executable, "-m", "marlin_convert.fleet.job"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                child.python("marlin_convert.fleet.job"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True, pass_fds=(lock,), start_new_session=True,
             )  # fmt: skip
             self._running.add(process)

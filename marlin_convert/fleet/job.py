@@ -1,6 +1,6 @@
 """One checkpoint of a batch: what is to be done, whether it has been done, and doing it.
 
-As a program, `python -m marlin_convert.fleet.job` reads a job as one line of JSON from standard input and writes what
+As a program, `main` reads a job as one line of JSON from standard input and writes what
 happens as lines of JSON: `{"bytes": n, "of": m}` now and then, and at last the outcome. It ends, and leaves nothing
 half-done, when its standard input is closed: whoever started it has gone then.
 """
@@ -245,7 +245,3 @@ def _end_with_the_starter() -> None:
 def as_line(job: Job) -> str:
     """Return a job, as the program reads it."""
     return json.dumps(asdict(job)) + "\n"
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from .. import child
 from ..errors import MarlinConvertError, OutputError
 from ..text import shortened
 from .order import Order
@@ -182,7 +182,7 @@ class Jobs:
         folder = self.folder / job.id
         try:
             place = _prepared(folder, private=not job.order.own)
-            command = [sys.executable, "-m", "marlin_convert.web.worker", str(folder)]
+            command = child.python("marlin_convert.web.worker", str(folder))
             with subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", cwd=place,
                 env=_environment(folder, private=not job.order.own), start_new_session=True,

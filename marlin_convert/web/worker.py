@@ -1,4 +1,4 @@
-"""One plan, or one conversion, in a process of its own: `python -m marlin_convert.web.worker FOLDER`.
+"""One plan, or one conversion, in a process of its own: `main`, with the argument FOLDER.
 
 The order comes as the first line of standard input, token included: arguments and environment can be read by others.
 What happens goes to standard output, one JSON document a line: {"progress": …} and {"trouble": …} while it goes on,
@@ -64,7 +64,8 @@ class Voice:
         self.say(progress={**vars(event)})
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    folder = Path(sys.argv[1])
     order = Order.of_line(sys.stdin.readline())
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
         os.dup2(2, 1)  # printed text must not be taken for an answer
@@ -208,7 +209,3 @@ def outcome(report: Report) -> dict[str, Any]:
         "files": report.files,
         "verification": verification.as_dict(),
     }
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

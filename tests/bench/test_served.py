@@ -41,12 +41,13 @@ def path(*folders: Path) -> str:
 
 
 @pytest.fixture
-def measured(tmp_path: Path) -> Callable[..., tuple[Report, list[dict[str, Any]]]]:
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Report, list[dict[str, Any]]]]:
     """The report of some sides, and what each was asked."""
+    monkeypatch.syspath_prepend(STAND_IN)
 
     def measure(progress: Progress | None = None, **requests: Request) -> tuple[Report, list[dict[str, Any]]]:
         asked = tmp_path / "asked"
-        environment = {"ASKED": str(asked), "PYTHONPATH": path(STAND_IN), "OURS": "1"}
+        environment = {"ASKED": str(asked), "OURS": "1"}
         report = served.bench("a model", requests, environment, progress or Progress(), verbose=False)
         return report, [json.loads(line) for line in asked.read_text().splitlines()]
 
@@ -92,6 +93,18 @@ def test_each_side_is_asked_for_what_it_is(measured: Any) -> None:
     assert len({side["pid"] for side in asked}) == 3
     assert report.notes == {}
     assert report.machine.versions["vLLM"] == "0.99"
+
+
+def test_the_current_folder_is_not_imported_from(
+    measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an installed program's is not. A checkout, with another build of the package or none, may be one."""
+    for name in ("marlin_convert", "json"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+        (tmp_path / "here" / name / "__init__.py").write_text("raise SystemExit(99)")
+    monkeypatch.chdir(tmp_path / "here")
+    report, _ = measured(marlin=REQUEST)
+    assert report.sides.keys() == {MARLIN}
 
 
 def test_rates(measured: Any) -> None:
@@ -224,6 +237,7 @@ def test_screen_json_and_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path
     text = capsys.readouterr().out
     assert ["decode,", "batch", "128", "17711", "20494", "1.16"] in [line.split() for line in text.splitlines()]
     assert "GPTQ on Machete" in text
+    assert "its caches empty before; Marlin was first, and started with files that nothing had read before" in text
     assert "left out: vLLM does not run it (memory): fp16" in text
     BenchScreen(OutputOptions(as_json=True, source="out")).served(REPORT, None)
     document = json.loads(capsys.readouterr().out)
@@ -294,6 +308,7 @@ def test_how_many_tokens_a_model_takes(monkeypatch: pytest.MonkeyPatch, tmp_path
         MARLIN: request, GPTQ: replace(request, model="org/gptq"), FP16: replace(request, random=True),
         "CUDA_VISIBLE_DEVICES": "6",
     }]  # fmt: skip
+    assert list(asked[0]) == [FP16, MARLIN, GPTQ, "CUDA_VISIBLE_DEVICES"]  # whose start is compared: not the first
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 255}')
     with pytest.raises(SourceError, match="the model takes 255 tokens; measuring needs 256"):
         served.run(tmp_path)
