@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import subprocess
 import threading
 import time
@@ -17,7 +18,7 @@ from .. import child
 from .._version import __version__
 from ..errors import BUG, MarlinConvertError
 from ..hub.client import is_folder
-from ..interrupts import postponed
+from ..interrupts import SIGNALS, postponed
 from .job import PASSING, Job, as_line, identity
 from .listing import Line
 from .state import State
@@ -171,6 +172,17 @@ def _record(line: Line, job: str, outcome: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _died(code: int) -> dict[str, Any]:
+    """Return what became of a process that ended with `code`, as subprocess has it, before it could say so."""
+    if -code in SIGNALS:  # as it starts; later, it says so itself
+        return {"message": "interrupted", "exit_code": 128 - code}
+    if -code == signal.SIGKILL:
+        message = "its process was killed; this computer may be short of memory"
+        return {"message": message, "exit_code": MarlinConvertError.exit_code}
+    why = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return {"message": f"its process ended by {why}", "exit_code": BUG}
+
+
 class Processes:
     """Runs each job in a process of its own on this machine; `end` asks all of them to stop."""
 
@@ -212,10 +224,7 @@ class Processes:
         with contextlib.suppress(OSError):
             process.stdin.close()
         process.stdout.close()
-        if outcome is None:
-            why = f"signal {-code}" if code < 0 else f"exit code {code}"
-            return {"status": "failed", "message": f"its process ended by {why}", "exit_code": BUG}
-        return outcome
+        return outcome or {"status": "failed", **_died(code)}
 
     def end(self) -> None:
         """Ask every process to stop; they leave nothing half-done."""

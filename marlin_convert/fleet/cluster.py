@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from ..errors import BUG, INSTALL_RAY, HubError, MissingPackageError, OptionError
+from ..errors import INSTALL_RAY, HubError, MarlinConvertError, MissingPackageError, OptionError
 from .job import PASSING, Job, work
 
 #: Seconds for which an address is waited for.
@@ -104,4 +104,4 @@ def resources(text: str) -> dict[str, float]:
 
 
 def _failed(message: str) -> dict[str, Any]:
-    return {"status": "failed", "message": message, "exit_code": BUG}
+    return {"status": "failed", "message": message, "exit_code": MarlinConvertError.exit_code}

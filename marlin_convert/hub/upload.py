@@ -80,7 +80,7 @@ def push(
     target = check_target(target, token=token, force=True)
     create_repository(target, token=token)
     with explaining(target.repo_id, target.branch, doing="upload"):
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
         api = HfApi(token=token)
         added = {name: CommitOperationAdd(name, str(folder / name)) for name in Folder(folder).names}
@@ -112,7 +112,9 @@ def push(
                 garbled=True,  # huggingface_hub assumes that any answer about the card is JSON
             )
         )  # fmt: skip
-    return str(done.pr_url or done.commit_url)
+    address = str(done.pr_url or done.commit_url)
+    # It becomes a link: where the answer has none of the Hub's own, the repository's.
+    return address if address.startswith(f"{constants.ENDPOINT}/") else f"{constants.ENDPOINT}/{target.repo_id}"
 
 
 def _upload(api: HfApi, target: PublishTarget, added: CommitOperationAdd) -> None:

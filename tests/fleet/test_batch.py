@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from marlin_convert.fleet.batch import Plan, run
+from marlin_convert import child
+from marlin_convert.fleet.batch import Plan, Processes, run
 from marlin_convert.fleet.job import Job
 from marlin_convert.fleet.listing import Line
 from marlin_convert.fleet.state import State
@@ -140,6 +141,24 @@ def test_a_state_file_that_somebody_wrote(tmp_path: Path, main: Callable[..., Ru
         people = main(*command)
         assert people.code == 0
         assert "\x1b" not in people.out + people.err
+
+
+def test_a_process_that_dies_before_it_can_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped or killed, it is no bug; of a crash, that is what it is."""
+    job = Job("source", "identity", str(tmp_path / "out"), None, {})
+    for number, message, code in (
+        (signal.SIGTERM, "interrupted", 143),
+        (signal.SIGHUP, "interrupted", 129),
+        (signal.SIGKILL, "its process was killed; this computer may be short of memory", 1),
+        (signal.SIGSEGV, "its process ended by signal 11", 70),
+    ):
+        program = tmp_path / f"dies-of-{number}"
+        program.write_text(f"#!/bin/sh\nulimit -c 0\nread job\nkill -{int(number)} $$\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(child, "python", lambda module, program=program: [str(program)])
+        with (tmp_path / "lock").open("w") as lock:
+            outcome = Processes()(job, lock.fileno(), lambda done, total: None)
+        assert outcome == {"status": "failed", "message": message, "exit_code": code}
 
 
 def test_another_commit_option_or_target_is_another_work(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:

@@ -134,6 +134,15 @@ def test_a_pull_request(hub: Hub, out: Path, online: Callable[..., Run]) -> None
     assert "marlin_convert.json" not in pushed(hub, "someone/model")
 
 
+@pytest.mark.parametrize("address", ["javascript:alert(1)//discussions/1", "https://evil.example/a/b/discussions/1"])
+def test_an_address_that_is_not_the_hubs(hub: Hub, out: Path, online: Callable[..., Run], address: str) -> None:
+    """It would be a link on a page: huggingface_hub takes it from the answer as it is."""
+    hub.add("someone/model", write_source(out.parent / "old").folder)
+    hub.say = lambda request, said: {**said, "pullRequestUrl": address} if "/commit/" in request.path else said
+    result = online("push", out, "someone/model", "--create-pr", *TOKEN)
+    assert (result.code, result.out) == (0, f"published {hub.url}/someone/model\n"), result.err
+
+
 def test_no_rights(hub: Hub, source: Source, online: Callable[..., Run], tmp_path: Path) -> None:
     """They are found missing before anything is converted or created."""
     hub.add("me/locked", source.folder)
