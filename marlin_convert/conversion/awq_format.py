@@ -187,7 +187,7 @@ class AWQFormat(SourceFormat):
                 raise SourceError(f"{layer}: it has {part} and no qweight; the checkpoint is incomplete.")
 
     def settings(self, configs: dict[str, dict[str, Any]], names: Sequence[str]) -> GPTQSettings:
-        return parse_settings(configs, awq=True)
+        return parse_settings(configs, of_awq=True)
 
     def inspect(
         self, checkpoint: Checkpoint, names: list[str], settings: GPTQSettings, reading: ZeroPointReading | None

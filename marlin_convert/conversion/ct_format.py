@@ -194,7 +194,7 @@ class CTInspection(LayerInspection):
         assert packed is not None  # the layer was found by it
         for part, means in _OTHERS.items():
             if self.part(part) is not None:
-                self.refusals.append(f"{part} beside weight_packed: {means}, which Marlin has not")
+                self.refusals.append(f"{part} beside weight_packed: {means}, which Marlin has not; vLLM runs them")
                 return None
         for part, tensor in (("weight_scale", scales), ("weight_shape", shape)):
             if tensor is None:
@@ -302,7 +302,8 @@ class CTInspection(LayerInspection):
         shapes = {"I32": (-(-layer.N * layer.bits // 32), layer.G), "I8": (layer.N, layer.G)}
         if tensor.dtype not in shapes:
             self.refusals.append(
-                f"weight_zero_point is {tensor.dtype}; zero points that are not whole numbers cannot be repacked"
+                f"weight_zero_point is {tensor.dtype}; zero points that are not whole numbers cannot be repacked; "
+                "quantize the model with whole ones"
             )
             return layer
         if tensor.shape != shapes[tensor.dtype]:

@@ -8,7 +8,7 @@ quantization and what fp16 cannot hold. Where tensors and claims differ, the ten
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ from ..formats.layout import (
     ORIGINAL_NAMES,
 )
 from ..formats.marlin_config import ties
+from ..formats.other_methods import OTHER_METHODS, RUN_BY, method_of
 from ..formats.scales import LayerFit, fit_layer
 from ..formats.stored import MARLIN_PARTS, is_marlin_part
 from ..options import Format, QuantMethod, ZeroPointReading
@@ -37,17 +38,6 @@ from .sources import FORMAT_TITLES, FORMATS, format_of
 
 #: A text → the layers that it concerns, in source order.
 Reasons: TypeAlias = "dict[str, list[str]]"
-
-#: Tensor-name endings that give away other quantization methods when no config does.
-_FOREIGN_TENSORS = {
-    ".quant_state.bitsandbytes__nf4": "a bitsandbytes checkpoint",
-    ".quant_state.bitsandbytes__fp4": "a bitsandbytes checkpoint",
-    ".SCB": "a bitsandbytes checkpoint",
-    ".q_weight": "an EXL2 checkpoint",
-    ".trellis": "an EXL3 checkpoint",
-    ".W_q": "an HQQ checkpoint",
-    "_proj_blocks": "an MXFP4 checkpoint",
-}
 
 
 @dataclass(frozen=True)
@@ -183,7 +173,7 @@ def make_plan(
         copies=[tensor for tensor in apart.values() if tensor.name not in owned],
         dropped=[t for t in tensors.values() if t.name not in apart or t.name in owned if _part(t) in source.dropped],
         refusals=chosen.refusals | chosen.unfit,
-        notes=notes | _notes(checkpoint, settings, judged, chosen),
+        notes=notes | _notes(checkpoint, settings, judged, chosen) | _unquantized_beside(apart, names),
         why_extended=chosen.why_extended,
         format=Format.MARLIN_EXT if chosen.extended else Format.MARLIN,
         group_size=group_size,
@@ -259,6 +249,16 @@ def _notes(checkpoint: Checkpoint, settings: GPTQSettings, judged: list[LayerIns
     for key, text in settings.conflicts.items():
         notes[f"the source's configs disagree on {key} ({text}); the tensors decided"] = []
     return notes
+
+
+def _unquantized_beside(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Reasons:
+    """Return what is said of layers that have a weight beside their quantized tensors."""
+    found = [name for name in names if f"{name}.weight" in tensors]
+    text = (
+        "an unquantized weight lies beside the quantized layer, and is copied with the rest: Transformers leaves it "
+        "unread, vLLM refuses a checkpoint that has one"
+    )
+    return {text: found} if found else {}
 
 
 def _gathered(found: Iterable[tuple[list[str], str]]) -> Reasons:
@@ -339,17 +339,14 @@ def _require_one_kind(tensors: dict[str, Tensor], source: SourceFormat, names: l
 
 def _what_else(source: SourceFormat, settings: GPTQSettings, checkpoint: Checkpoint) -> str:
     tensors, configs = checkpoint.tensors, find_configs(checkpoint.configs)
-    for name in tensors:
-        for ending, kind in _FOREIGN_TENSORS.items():
-            if name.endswith(ending):
-                return f"{kind} ({name})"
-        if tensors[name].dtype.startswith("F8_"):
-            return f"an FP8 checkpoint ({name} is {tensors[name].dtype})"
+    for name, tensor in tensors.items():
+        if method := method_of(name, tensor.dtype):
+            return f"{OTHER_METHODS[method]} ({name} is {tensor.dtype}), which {RUN_BY[method]} runs as it is"
     if any(source.claimed_by(config) for config in configs.values()):
         return f"its config says {source.title}, and none of its tensors is a {source.parts[0]}"
     if settings.is_marlin:
         return "its config says Marlin, and it has neither Marlin's tensors (B, marlin_qweight) nor GPTQ's (qweight)"
-    return "an unquantized checkpoint: none of its tensors is a qweight"
+    return "an unquantized checkpoint: none of its tensors is a qweight or a weight_packed"
 
 
 def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:

@@ -145,8 +145,9 @@ class MarlinQuantizer(HfQuantizer):
             shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
             other = {(name,) for name, shape in self._shapes.items() if shapes.get(name, shape) != shape}
             _require_all_keys(
-                model, loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys | other
-            )
+                str(model.name_or_path), model, loading_info.missing_keys, loading_info.unexpected_keys,
+                loading_info.mismatched_keys | other,
+            )  # fmt: skip
             self._complete = True
 
         model.__dict__["_adjust_missing_and_unexpected_keys"] = checked  # takes precedence over the class attribute
@@ -193,10 +194,10 @@ class MarlinQuantizer(HfQuantizer):
         return True
 
 
-def _require_all_keys(model: PreTrainedModel, missing: Any, unexpected: Any, mismatched: Any) -> None:
-    """Raise SourceError unless every tensor of the model came from the checkpoint, and every quantized layer found its
-    place. Of other keys that are left over (buffers of older versions, scales of a cache) no weight becomes random:
-    Transformers' own report names them."""
+def _require_all_keys(label: str, model: PreTrainedModel, missing: Any, unexpected: Any, mismatched: Any) -> None:
+    """Raise SourceError unless every tensor of the model came from the checkpoint, which messages call `label`, and
+    every quantized layer found its place. Of other keys that are left over (buffers of older versions, scales of a
+    cache) no weight becomes random: Transformers' own report names them."""
     left = [name for name in unexpected if name.rpartition(".")[2] in _QUANTIZED]
     problems = {
         "missing from the checkpoint": sorted(missing),
@@ -205,9 +206,7 @@ def _require_all_keys(model: PreTrainedModel, missing: Any, unexpected: Any, mis
     }
     reasons = [f"{some(names)} ({what})" for what, names in problems.items() if names]
     if reasons:
-        raise SourceError(
-            f"{model.name_or_path}: the checkpoint does not fit {type(model).__name__}: {'; '.join(reasons)}."
-        )
+        raise SourceError(f"{label}: the checkpoint does not fit {type(model).__name__}: {'; '.join(reasons)}.")
 
 
 #: Suffixes of tensors that only quantized layers have.
@@ -320,7 +319,7 @@ def load_dequantized(
     )  # fmt: skip
     if (origin.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(origin.folder)
-    _require_all_keys(model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    _require_all_keys(origin.label, model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model.to(where)
 
 

@@ -20,26 +20,26 @@ import numpy.typing as npt
 
 from ..errors import SourceError, UnsupportedError
 from ..text import shortened
-from .gptq_config import GPTQSettings, find_configs
+from . import auto_round
+from .gptq_config import CT_METHOD, GPTQSettings, find_configs, normalised, other_tensors
 from .layout import gptq_zeros, pack_gptq_zeros, zero_point
 
 Words = npt.NDArray[np.int32]
 Codes = npt.NDArray[np.uint8]
 
-METHOD = "compressed-tensors"
 _FORMATS = ("pack-quantized", "mixed-precision")
 #: Formats that hold other numbers than Marlin's → how a person calls them.
 _OTHER_FORMATS = {
-    "dense": "unquantized",
+    "dense": "not quantized",
     "int-quantized": "quantized to int8 without packing, mostly with its activations",
     "naive-quantized": "quantized without packing",
-    "float-quantized": "FP8",
+    "float-quantized": "of FP8 numbers",
     "marlin-24": "2:4 sparse, for the kernels of sparse tensor cores",
     "sparse-24-bitmask": "2:4 sparse",
     "sparse-bitmask": "sparse",
-    "nvfp4-pack-quantized": "NVFP4",
-    "mxfp4-pack-quantized": "MXFP4",
-    "mxfp8-quantized": "MXFP8",
+    "nvfp4-pack-quantized": "of NVFP4 numbers",
+    "mxfp4-pack-quantized": "of MXFP4 numbers",
+    "mxfp8-quantized": "of MXFP8 numbers",
 }
 _INSTEAD = "vLLM runs it as it is, and Marlin holds integer weights of 4 and 8 bits beside unquantized activations only"
 
@@ -95,25 +95,29 @@ def encode_zeros(zeros: Codes, bits: int, dtype: str) -> npt.NDArray[Any]:
 
 
 def is_config(config: Mapping[str, Any]) -> bool:
-    return str(config.get("quant_method", "")).lower() == METHOD
+    return str(config.get("quant_method", "")).lower() == CT_METHOD
 
 
 def parse_settings(configs: dict[str, dict[str, Any]]) -> GPTQSettings:
     """Read what the configs of a checkpoint of packed layers say (`Checkpoint.configs`).
 
     What they say of its layers are claims, and counts only where all groups of layers agree. Raises UnsupportedError
-    for a checkpoint of which the packed layers are not all: activations that are quantized, rotations, sparsity;
-    SourceError for a config that is none of compressed-tensors.
+    for a checkpoint of which the packed layers are not all: activations that are quantized, rotations, sparsity; for
+    configs of other tensors. Raises SourceError where there is none.
     """
     found = find_configs(configs)
     for where, config in found.items():
         if is_config(config):
             require_supported(where, config)
             return _claims(config)
-    where = f"{next(iter(found))} says otherwise" if found else "no config says so"
+        if auto_round.is_config(config) and auto_round.packing(config) in auto_round.CT_PACKINGS:
+            auto_round.require_supported(where, config)
+            return _auto_round_claims(where, config)
+    for where, config in found.items():
+        raise other_tensors(where, config, "compressed-tensors'")
     raise SourceError(
-        f"its tensors are those of compressed-tensors (weight_packed), and {where}; restore the config.json that was "
-        "written with them."
+        "its tensors are those of compressed-tensors (weight_packed), and no config says whether its activations are "
+        "quantized too; restore the config.json that was written with them."
     )
 
 
@@ -162,6 +166,13 @@ def _groups(where: str, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if not isinstance(groups, dict) or not all(isinstance(group, (dict, str, list)) for group in groups.values()):
         raise SourceError(f"{where}: config_groups is {shortened(groups)}; a map of groups was expected.")
     return {str(name): group for name, group in groups.items() if isinstance(group, dict)}
+
+
+def _auto_round_claims(where: str, config: dict[str, Any]) -> GPTQSettings:
+    if config.get("extra_config"):  # layers of their own settings, which their tensors tell
+        return GPTQSettings(raw=config)
+    known = normalised(where, config)
+    return GPTQSettings(bits=known["bits"], group_size=known["group_size"], sym=known["sym"], raw=config)
 
 
 def _claims(config: dict[str, Any]) -> GPTQSettings:

@@ -13,7 +13,9 @@ from typing import Any
 
 from ..errors import SourceError, UnsupportedError
 from ..text import shortened
+from . import auto_round, awq
 from .dynamic_rules import RuleError, first_matches
+from .other_methods import OTHER_METHODS, RUN_BY
 
 #: One name for each setting, then the others under which it is met.
 _ALIASES = {
@@ -25,46 +27,13 @@ _ALIASES = {
     "quant_method": ("quant_method", "method"),
 }
 
-#: quant_method → how a person calls it, for sources that are recognised and cannot be repacked.
-OTHER_METHODS = {
-    "awq": "an AWQ checkpoint",
-    "bitsandbytes": "a bitsandbytes checkpoint",
-    "compressed-tensors": "a compressed-tensors checkpoint",
-    "gguf": "a GGUF checkpoint",
-    "fp8": "an FP8 checkpoint",
-    "fbgemm_fp8": "an FP8 checkpoint",
-    "higgs": "a HIGGS checkpoint",
-    "spqr": "an SpQR checkpoint",
-    "vptq": "a VPTQ checkpoint",
-    "aqlm": "an AQLM checkpoint",
-    "hqq": "an HQQ checkpoint",
-    "exl2": "an EXL2 checkpoint",
-    "exl3": "an EXL3 checkpoint",
-    "eetq": "an EETQ checkpoint",
-    "quanto": "a Quanto checkpoint",
-    "torchao": "a torchao checkpoint",
-    "mxfp4": "an MXFP4 checkpoint",
-    "modelopt": "a ModelOpt checkpoint",
-    "paroquant": "a ParoQuant checkpoint, whose weights are rotated",
-    "qqq": "a QQQ checkpoint, whose activations are quantized too",
-}
-
-#: quant_method of these → who runs it as it is.
-RUN_BY = {
-    "awq": "vLLM", "bitsandbytes": "Transformers", "compressed-tensors": "vLLM", "gguf": "llama.cpp", "fp8": "vLLM",
-    "aqlm": "Transformers", "hqq": "Transformers", "exl2": "ExLlamaV2", "exl3": "ExLlamaV3", "eetq": "Transformers",
-    "quanto": "Transformers", "torchao": "Transformers", "mxfp4": "vLLM", "modelopt": "vLLM",
-    "paroquant": "GPTQModel", "qqq": "GPTQModel", "fbgemm_fp8": "vLLM", "higgs": "Transformers", "spqr": "Transformers",
-    "vptq": "Transformers",
-}  # fmt: skip
-
 _GPTQ_METHODS = {"gptq", "gptqmodel", "marlin"}
-_AUTO_ROUND_METHODS = {"auto-round", "auto_round", "autoround", "intel/auto-round"}
 _MARLIN_FORMATS = {"marlin", "marlin_ext"}  # read far enough to see whether there is anything to convert
 _GPTQ_FORMATS = {"gptq", "gptq_v2"} | _MARLIN_FORMATS
 #: GPTQModel's planes of bits: with 4 and 8 bits, which are all that Marlin has, the words are those of gptq_v2.
 _PLANAR = "gptq_p"
 
+CT_METHOD = "compressed-tensors"
 AWQ_METHODS = {"awq"}
 _AWQ_FORMATS = {"gemm", "gemv", "marlin"}
 #: Of AWQ too: what they store is a zero point times its scale, rounded, which tells the zero point no longer.
@@ -74,14 +43,6 @@ ROUNDED = (
     "zero points only as rounded products with their scales; quantize the model in the layout gemm, which can be "
     "repacked"
 )
-
-#: AutoRound's packing_format, less its prefix → the checkpoint_format in whose way zero points are stored.
-_AUTO_ROUND_PACKINGS = {
-    "auto_gptq": "gptq", "gptq": "gptq", "auto_round": "gptq_v2", "gptqmodel": "gptq_v2", "exllamav2": "gptq_v2",
-}  # fmt: skip
-_AUTO_ROUND_AWQ = {"auto_awq", "awq"}
-#: What its quantized activations, or another type of number, are told by.
-_AUTO_ROUND_INTEGER = ("int", "int_sym", "int_asym", "int_asym_dq")
 
 #: What a `dynamic` rule can change for the layers that it matches.
 _PER_LAYER = ("bits", "group_size", "sym", "desc_act")
@@ -116,7 +77,7 @@ class GPTQSettings:
         text = (
             " ".join(map(str, named if isinstance(named, list) else [named])).lower().replace("_", "").replace("-", "")
         )
-        if "autoround" in text or method in _AUTO_ROUND_METHODS or "autoround_version" in self.raw:
+        if "autoround" in text or method in auto_round.METHODS or "autoround_version" in self.raw:
             return "autoround"
         if "gptqmodel" in text:
             return "gptqmodel"
@@ -155,7 +116,7 @@ def find_configs(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
     return found | {name: config for name, config in configs.items() if name != "config.json"}
 
 
-def parse_settings(configs: dict[str, dict[str, Any]], *, awq: bool = False) -> GPTQSettings:
+def parse_settings(configs: dict[str, dict[str, Any]], *, of_awq: bool = False) -> GPTQSettings:
     """Read the settings of a GPTQ source, or of an AWQ one, from its parsed JSON files (`Checkpoint.configs`).
 
     Raises UnsupportedError when they name another quantization method, or a packing of other tensors.
@@ -166,7 +127,7 @@ def parse_settings(configs: dict[str, dict[str, Any]], *, awq: bool = False) -> 
     is_marlin = False
     dynamic: dict[str, dict[str, Any]] = {}
     for where, raw in found.items():
-        (_require_awq if awq else _require_gptq)(where, raw)
+        (_require_awq if of_awq else _require_gptq)(where, raw)
         known = normalised(where, raw)
         dynamic = dynamic or _dynamic_rules(where, raw.get("dynamic")) or _extra_rules(where, raw.get("extra_config"))
         is_marlin = (
@@ -244,8 +205,8 @@ def normalised(where: str, raw: dict[str, Any]) -> dict[str, Any]:
         known[key] = None if known[key] is None else str(known[key]).lower()
     if known["checkpoint_format"] == _PLANAR:
         known["checkpoint_format"] = "gptq_v2"
-    if known["quant_method"] in _AUTO_ROUND_METHODS:
-        known["checkpoint_format"] = _AUTO_ROUND_PACKINGS.get(_auto_round_packing(raw))
+    if auto_round.is_config(raw):
+        known["checkpoint_format"] = auto_round.GPTQ_PACKINGS.get(auto_round.packing(raw))
     return known
 
 
@@ -257,7 +218,7 @@ def with_format(config: dict[str, Any], checkpoint_format: str) -> dict[str, Any
     named = normalised("config", config)["checkpoint_format"]
     if named == checkpoint_format or (named is None and checkpoint_format == "gptq"):
         return config
-    if str(config.get("quant_method", "")).lower() in _AUTO_ROUND_METHODS:
+    if auto_round.is_config(config):
         packing = "auto_gptq" if checkpoint_format == "gptq" else "gptqmodel"
         return {**config, "packing_format": f"auto_round:{packing}"}
     key = "format" if "format" in config and "checkpoint_format" not in config else "checkpoint_format"
@@ -268,78 +229,87 @@ def _names_a_layout(value: object) -> bool:
     return isinstance(value, str) and value.lower() in _GPTQ_FORMATS | _AWQ_FORMATS | _ROUNDED_ZEROS | {_PLANAR}
 
 
-def _auto_round_packing(raw: dict[str, Any]) -> str:
-    return str(raw.get("packing_format") or "").lower().removeprefix("auto_round:")
+def _title(config: dict[str, Any]) -> str:
+    """Return what sentences call a checkpoint of this config."""
+    if auto_round.is_config(config):
+        return auto_round.title(config)
+    method = _method(config)
+    titles = {**dict.fromkeys(_GPTQ_METHODS, "GPTQ"), **dict.fromkeys(AWQ_METHODS, "AWQ"), CT_METHOD: CT_METHOD}
+    return titles.get(method, shortened(method))
 
 
-def _require_auto_round(where: str, raw: dict[str, Any]) -> None:
-    """Raise UnsupportedError for what AutoRound writes beside whole numbers of a few bits, by name."""
-    packing = _auto_round_packing(raw)
-    if packing not in {*_AUTO_ROUND_PACKINGS, *_AUTO_ROUND_AWQ}:
-        named = f"the packing {shortened(packing)}" if packing else "a packing that it does not name"
-        raise UnsupportedError(
-            f"{where}: an AutoRound checkpoint in {named}; export it with format='auto_round', which can be repacked."
-        )
-    kind, activations = raw.get("data_type") or "int", raw.get("act_bits")
-    if kind not in _AUTO_ROUND_INTEGER:
-        raise UnsupportedError(f"{where}: an AutoRound checkpoint of type {shortened(kind)}, not of whole numbers.")
-    if isinstance(activations, int) and activations < 16:
-        raise UnsupportedError(
-            f"{where}: an AutoRound checkpoint whose activations are quantized too ({activations} bits); Marlin holds "
-            "weights alone."
-        )
-    rotated = [key for key, value in raw.items() if value and ("rotation" in key or "hadamard" in key)]
-    if rotated:
-        raise UnsupportedError(
-            f"{where}: an AutoRound checkpoint whose weights are rotated ({rotated[0]}), which would be lost."
-        )
+def _method(config: dict[str, Any]) -> str:
+    """Return the quantization method that a config tells by its layout, or names."""
+    said = str(config.get("quant_method") or config.get("method") or "").lower()
+    layout = str(config.get("checkpoint_format") or config.get("format") or config.get("version") or "").lower()
+    if layout in _AWQ_FORMATS - _GPTQ_FORMATS | _ROUNDED_ZEROS:
+        return "awq"
+    return said or "gptq"
 
 
 def _require_gptq(where: str, raw: dict[str, Any]) -> None:
     method = str(raw.get("quant_method") or raw.get("method") or "gptq").lower()
     layout = normalised(where, raw)["checkpoint_format"]
-    if method in _AUTO_ROUND_METHODS:
-        _require_auto_round(where, raw)
-        if _auto_round_packing(raw) in _AUTO_ROUND_AWQ:
-            raise _other_tensors(where, "AutoRound in AWQ's packing", "GPTQ's")
-    elif method in AWQ_METHODS or layout in _AWQ_FORMATS - _GPTQ_FORMATS | _ROUNDED_ZEROS:
-        raise _other_tensors(where, "AWQ", "GPTQ's")
-    elif method == "compressed-tensors":
-        raise _other_tensors(where, "compressed-tensors", "GPTQ's")
-    elif method in OTHER_METHODS:
+    if auto_round.is_config(raw):
+        auto_round.require_supported(where, raw)
+        if auto_round.packing(raw) not in auto_round.GPTQ_PACKINGS:
+            raise other_tensors(where, raw, "GPTQ's")
+    elif _method(raw) in AWQ_METHODS:
+        _require_awq_bits(where, raw)
+        raise other_tensors(where, raw, "GPTQ's")
+    elif method == CT_METHOD:
+        raise other_tensors(where, raw, "GPTQ's")
+    elif method in OTHER_METHODS or layout in OTHER_METHODS:
+        kind = method if method in OTHER_METHODS else str(layout)
         raise UnsupportedError(
-            f"{where}: {OTHER_METHODS[method]}, which cannot be repacked to Marlin. {RUN_BY[method]} runs it as it is."
+            f"{where}: {OTHER_METHODS[kind]}, which cannot be repacked to Marlin. {RUN_BY[kind]} runs it as it is."
         )
     elif method not in _GPTQ_METHODS:
-        raise UnsupportedError(f"{where}: quantized with {shortened(method)}, which cannot be repacked to Marlin.")
+        raise UnsupportedError(
+            f"{where}: quantized with {shortened(method)}, which cannot be repacked to Marlin; a checkpoint of GPTQ, "
+            "AWQ, compressed-tensors or AutoRound is needed."
+        )
     elif layout is not None and layout not in _GPTQ_FORMATS:
         raise UnsupportedError(
-            f"{where}: checkpoint_format {shortened(layout)} cannot be repacked; "
-            f"{', '.join(sorted(_GPTQ_FORMATS - _MARLIN_FORMATS))} can."
+            f"{where}: checkpoint_format {shortened(layout)} cannot be repacked; save the model as gptq, gptq_v2 or "
+            "gptq_p."
         )
     pack_dtype = raw.get("pack_dtype")
     if pack_dtype is not None and str(pack_dtype).removeprefix("torch.") != "int32":
-        raise UnsupportedError(f"{where}: pack_dtype {pack_dtype}: only weights packed in int32 words can be repacked.")
+        raise UnsupportedError(
+            f"{where}: pack_dtype {pack_dtype}: only weights packed in int32 words can be repacked; save "
+            "the model with pack_dtype int32."
+        )
 
 
 def _require_awq(where: str, raw: dict[str, Any]) -> None:
     """Raise UnsupportedError for configs of other tensors than AWQ's, and for those of AWQ that cannot be repacked."""
-    method = str(raw.get("quant_method") or raw.get("method") or "").lower()
     layout = str(raw.get("version") or raw.get("checkpoint_format") or raw.get("format") or "").lower()
-    if method in _AUTO_ROUND_METHODS:
-        _require_auto_round(where, raw)
-        if _auto_round_packing(raw) not in _AUTO_ROUND_AWQ:
-            raise _other_tensors(where, "GPTQ", "AWQ's")
+    if auto_round.is_config(raw):
+        auto_round.require_supported(where, raw)
+        if auto_round.packing(raw) not in auto_round.AWQ_PACKINGS:
+            raise other_tensors(where, raw, "AWQ's")
         return
     if layout in _ROUNDED_ZEROS:
         raise UnsupportedError(f"{where}: an AWQ checkpoint in the layout {layout}, which stores {ROUNDED}.")
-    old = not method and ("w_bit" in raw or "q_group_size" in raw)
-    if method not in AWQ_METHODS and not old and layout not in _AWQ_FORMATS - _GPTQ_FORMATS:
-        raise _other_tensors(where, method.upper() if method in _GPTQ_METHODS else shortened(method), "AWQ's")
+    old = not (raw.get("quant_method") or raw.get("method")) and ("w_bit" in raw or "q_group_size" in raw)
+    if _method(raw) not in AWQ_METHODS and not old:
+        raise other_tensors(where, raw, "AWQ's")
+    _require_awq_bits(where, raw)
 
 
-def _other_tensors(where: str, claimed: str, are: str) -> UnsupportedError:
+def _require_awq_bits(where: str, raw: dict[str, Any]) -> None:
+    bits = normalised(where, raw)["bits"]
+    if bits not in (None, awq.BITS):
+        raise UnsupportedError(
+            f"{where}: an AWQ checkpoint of {bits} bits, whose words hold codes of {awq.BITS}; quantize the model with "
+            f"{awq.BITS} bits, or with 8 in another format."
+        )
+
+
+def other_tensors(where: str, config: dict[str, Any], are: str) -> UnsupportedError:
+    """Return the error for a config that says something else than the tensors, which are those of `are`."""
     return UnsupportedError(
-        f"{where}: it says {claimed}, and the tensors are {are}; restore the config that was written with them, or "
-        "export the checkpoint again."
+        f"{where}: it says {_title(config)}, and the tensors are {are}; restore the config that was written with them, "
+        "or export the checkpoint again."
     )

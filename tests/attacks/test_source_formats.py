@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.plan import make_plan, plan_as_dict
-from marlin_convert.errors import MarlinConvertError
+from marlin_convert.errors import MarlinConvertError, UnsupportedError
 from marlin_convert.options import Options
 from tests.support import format_reader, source_definitions
+from tests.support.plans import plan_of
 
 DATA = Path(__file__).parents[1] / "data" / "sources"
 NAMES = tuple(sorted(path.name for path in DATA.iterdir()))
@@ -186,3 +187,64 @@ def test_two_layers_of_one_name(tmp_path: Path, name: str) -> None:
         save_file({**tensors, **beside}, source / "model.safetensors")
         (source / "config.json").write_bytes((DATA / name / "config.json").read_bytes())
         assert layer in outcome(source, tmp_path / f"out {extra}")[0]
+
+
+#: A source → what its tensors are; a quantization config that is of other tensors → what it says.
+TENSORS = {
+    "autoround-auto_gptq-g64": "GPTQ's",
+    "gptq_p-g32-asym": "GPTQ's",
+    "awq-g64": "AWQ's",
+    "awq-gemv-g64": "AWQ's",
+    "autoround-auto_awq-g64": "AWQ's",
+    "ct-g128": "compressed-tensors'",
+    "autoround-llm_compressor": "compressed-tensors'",
+}
+LABELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPTQ": ("GPTQ's", {"quant_method": "gptq", "bits": 4, "group_size": 64}),
+    "GPTQ, v2": ("GPTQ's", {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}),
+    "AWQ": ("AWQ's", {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}),
+    "AWQ, of old": ("AWQ's", {"w_bit": 4, "q_group_size": 64, "version": "GEMM", "zero_point": True}),
+    "AutoRound in GPTQ's packing": ("GPTQ's", {"quant_method": "auto-round", "packing_format": "auto_round"}),
+    "AutoRound in AWQ's packing": (
+        "AWQ's",
+        {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "group_size": 64},
+    ),
+    "AutoRound in compressed-tensors' packing": (
+        "compressed-tensors'",
+        {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"},
+    ),
+    "compressed-tensors": (
+        "compressed-tensors'",
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+    ),
+}
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("label", LABELS)
+def test_mislabelled(tmp_path: Path, name: str, label: str) -> None:
+    """A config of other tensors is refused, and one that is of these, though of another tool, is a claim as any."""
+    means, config = LABELS[label]
+    write(tmp_path, load_file(DATA / name / "model.safetensors"), config)
+    if means != TENSORS[name]:
+        said = label.partition(",")[0]
+        with pytest.raises(UnsupportedError, match=f"it says {said}, and the tensors are {TENSORS[name]}; restore"):
+            plan_of(tmp_path)
+        return
+    assert plan_of(tmp_path).layers or plan_of(tmp_path).refusals
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_an_unquantized_weight_beside_a_layer(tmp_path: Path, name: str) -> None:
+    """It is copied, and said."""
+    tensors = load_file(DATA / name / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(4, 4)
+    config = json.loads((DATA / name / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    write(tmp_path, tensors, config)
+    notes = {note: layers for note, layers in plan_of(tmp_path).notes.items() if "unquantized weight" in note}
+    assert list(notes.values()) == [["model.layers.0.mlp.up_proj"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -260,10 +261,41 @@ def test_refused_by_its_config(tmp_path: Path, config: dict[str, Any], reason: s
     assert "vLLM runs it as it is" in error.value.message
 
 
-@pytest.mark.parametrize("config", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}])
-def test_another_config_is_not_believed(tmp_path: Path, config: dict[str, Any]) -> None:
-    with pytest.raises(SourceError, match="its tensors are those of compressed-tensors"):
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
+        ({"quant_method": "awq"}, "AWQ"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, "AutoRound in GPTQ's packing"),
+    ],
+)
+def test_another_config_is_not_believed(tmp_path: Path, config: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"it says {named}, and the tensors are compressed-tensors'"):
         plan_of(write_ct(tmp_path / "s", CTLayer(), config))
+
+
+@pytest.mark.parametrize(
+    ("own", "note"),
+    [
+        ({"bits": 4}, None),
+        ({"bits": 8}, "the config says 8 bits, the tensors are 4-bit"),
+        ({"bits": 8, "extra_config": {"layer": {"bits": 4}}}, None),
+    ],
+)
+def test_auto_rounds_own_config(tmp_path: Path, own: dict[str, Any], note: str | None) -> None:
+    """Newer versions say quant_method auto-round of this packing, too."""
+    config = {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor", "data_type": "int", **own}
+    source = write_ct(tmp_path / "s", CTLayer(), config)
+    assert [found for found in plan_of(source).notes if "bits" in found] == (
+        [f"{note}; the tensors count"] if note else []
+    )
+    convert(source, tmp_path / "out", Options(format=Format.MARLIN_EXT, device="cpu"))
+    np.testing.assert_array_equal(format_reader.read(tmp_path / "out")["layer"], CTLayer().weight)
+    restore(tmp_path / "out", tmp_path / "back", original=True)
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"] == config
+    with pytest.raises(UnsupportedError, match="of the type 'mx_fp'"):
+        plan_of(write_ct(tmp_path / "b", CTLayer(), {**config, "data_type": "mx_fp"}))
 
 
 def replaced(**parts: torch.Tensor | None) -> dict[str, torch.Tensor | None]:

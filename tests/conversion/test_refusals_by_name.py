@@ -90,7 +90,12 @@ KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, torch.Tensor], str]] = {
     "HQQ, unsaid": (None, {"l.W_q": torch.zeros(4)}, "HQQ checkpoint"),
     "MXFP4, unsaid": (None, {"mlp.experts.gate_up_proj_blocks": torch.zeros(4)}, "MXFP4 checkpoint"),
     "FP8, unsaid": (None, {"l.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, "FP8 checkpoint"),
-    "GPTQModel's exl3": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "exl3"}, gptq(4), "'exl3' cannot be"),
+    "GPTQModel's exl3": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "exl3"}, gptq(4), "EXL3 checkpoint"),
+    "GPTQModel's bitblas": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "bitblas"},
+        gptq(4),
+        "save the model as gptq, gptq_v2 or gptq_p",
+    ),
     "gemv_fast": (
         awq_config(version="gemv_fast"),
         {**FAST, "l.qzeros": ZEROS},
@@ -98,12 +103,24 @@ KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, torch.Tensor], str]] = {
     ),
     "gemv_fast, unsaid": (awq_config(version="gemv"), {**FAST, "l.qzeros": ZEROS}, "rounded products"),
     "llm-awq": (awq_config(version="llm-awq"), {**FAST, "l.scaled_zeros": ZEROS}, "rounded products"),
-    "AutoRound's MXFP4": (
-        {"quant_method": "auto-round", "packing_format": "auto_round:mx_fp4"},
+    **{
+        f"AutoRound's {packing}": (
+            {"quant_method": "auto-round", "bits": 4, "packing_format": f"auto_round:{packing}"},
+            gptq(4),
+            f"'{packing}'",
+        )
+        for packing in ("mx_fp4", "nv_fp4", "fp8", "mlx")
+    },
+    "AutoRound, rotated": (
+        {"quant_method": "auto-round", "packing_format": "auto_round", "spinquant_config": {"r1": True}},
         gptq(4),
-        "the packing 'mx_fp4'",
+        "rotated (spinquant_config)",
     ),
 }
+
+
+#: What a refusal says to do.
+ADVICE = ("as it is", "runs them", "has to be quantized", "quantize the model", "save the model")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +133,9 @@ def test_refused(tmp_path: Path, kind: str) -> None:
     (source / "config.json").write_text(json.dumps({"model_type": "llama", **said}))
     with pytest.raises(UnsupportedError) as error:
         convert(source, tmp_path / "out", Options(device="cpu"))
-    assert reason in str(error.value)
+    message = str(error.value)
+    assert reason in message
+    assert any(advice in message for advice in ADVICE), "it does not say what to do instead"
     assert not (tmp_path / "out").exists()
 
 

@@ -219,7 +219,7 @@ def test_auto_round_in_another_packing(packing: str | None) -> None:
 @pytest.mark.parametrize("packing", ["auto_round:auto_awq", "auto_round:awq"])
 def test_auto_round_in_awq_s_packing(packing: str) -> None:
     raw = {"quant_method": "auto-round", "packing_format": packing, "bits": 4}
-    assert parse_settings({"quantize_config.json": raw}, awq=True).bits == 4
+    assert parse_settings({"quantize_config.json": raw}, of_awq=True).bits == 4
     assert "AutoRound in AWQ's packing, and the tensors are GPTQ's" in refusal({"quantize_config.json": raw})
 
 
@@ -234,14 +234,15 @@ def test_how_auto_round_stores_zero_points(packing: str, format: str) -> None:
 
 @pytest.mark.parametrize(
     ("own", "named"),
-    [({"act_bits": 8}, "activations are quantized too"), ({"data_type": "nv_fp4"}, "of type 'nv_fp4'"),
-     ({"hadamard_config": {"a": 1}}, "weights are rotated")],
+    [({"act_bits": 8}, "activations are quantized too"), ({"data_type": "nv_fp4"}, "of the type 'nv_fp4'"),
+     ({"hadamard_config": {"a": 1}}, "weights are rotated"), ({"spinquant_config": {"r1": True}}, "spinquant_config")],
 )  # fmt: skip
 @pytest.mark.parametrize("awq", [False, True])
 def test_auto_round_beside_whole_numbers(own: dict[str, Any], named: str, awq: bool) -> None:
     packing = "auto_round:auto_awq" if awq else "auto_round"
-    with pytest.raises(UnsupportedError, match=named):
-        parse_settings({"a": {"quant_method": "auto-round", "packing_format": packing, **own}}, awq=awq)
+    with pytest.raises(UnsupportedError, match=named) as error:
+        parse_settings({"a": {"quant_method": "auto-round", "packing_format": packing, **own}}, of_awq=awq)
+    assert "quantize the model again with scheme='W4A16'" in error.value.message
 
 
 def test_extra_config_names_layers_or_matches_them() -> None:
