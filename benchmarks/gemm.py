@@ -2,20 +2,28 @@
 """The bundled GEMM on this GPU, beside cuBLAS, dequantize + cuBLAS, and any peer that is installed.
 
     python benchmarks/gemm.py [--layers all|NAME,...] [--m 1,8,16,...] [--weights 4:128 8:32z ...] [--json OUT.json]
-                              [--instances NAME,...]
+                              [--instances NAME,...] [--only COLUMN,...] [--no-peers] [--no-humming] [--choices OUT.csv]
+    python benchmarks/gemm.py --chain [--m 1,8,16] [--json OUT.json]
 
 Needs torch and the CUDA library (marlin_convert/_cuda.so or $MARLIN_CUDA_LIBRARY). Times are medians of replays of CUDA
-graphs whose launches rotate through weights larger than L2, in microseconds. Columns:
+graphs whose launches rotate through weights larger than L2, in microseconds; the graphs of a product are replayed in
+turn. With nvidia-ml-py the JSON also has the SM clock while each ran. Columns:
 
     stream   a kernel that only reads the packed weights: the floor while there are few rows
     cublas   torch.matmul with fp16 weights
     deq+mm   marlin_cuda_dequantize, then torch.matmul
-    gemm     marlin_cuda_gemm
-    chosen   what marlin_cuda_choose says is faster: g (gemm) or d (deq+mm)
-    marlin, machete   vLLM's, when vllm can be imported; 4 bits in groups of 128 only
+    gemm     marlin_cuda_gemm; with act-order, the gather of activations and then that
+    early    the same, begun while the product before it ends
+    gather   that gather alone
+    marlin, machete   vLLM's, when vllm can be imported
+    humming  humming-kernels', when it can be imported; it begins early too
+
+and then what marlin_cuda_choose says is faster, g (gemm) or d (deq+mm), and the instance and split of gemm.
 
 --instances times instances of the kernels beside the library's choice, by name (sm80_m16n256_b4_g128), or all like
-sm80_*. Those that do not take the weights are left out.
+sm80_*. Those that do not take the weights are left out. --choices times every instance and split that the library
+chooses from, for benchmarks/cost_model. --chain times the four products of a transformer layer eight times in one
+graph, each reading what the one before wrote; microseconds are those of one layer.
 
 --weights are BITS:GROUP_SIZE, with a z where zero points are stored and an a for act-order, which takes a gather of the
 activations' columns before each gemm; a group size of -1 is one scale for each column.
@@ -24,20 +32,25 @@ activations' columns before each gemm; a group size of -1 is one scale for each 
 from __future__ import annotations
 
 import argparse
+import csv
 import ctypes
 import itertools
 import json
 import os
 import re
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+import peers
 import torch
+from peers import Calls
 
-from marlin_convert.native.cuda_library import PRODUCT, Weights, instances, variant
+from marlin_convert.native.cuda_library import DATA_PARALLEL, PRODUCT, Plan, Weights, instances, variant
 
 LAYERS = {  # K, N
     "mistral-gate-up": (4096, 28672),
@@ -49,8 +62,10 @@ LAYERS = {  # K, N
 }
 ROTATE_BYTES = 200 << 20  # four times the L2 of an H100
 LAUNCHES = 16  # in a graph, so that the graph's own start is a small part
-
-Calls = list[Callable[[], object]]
+CHAIN = ("mistral-qkv", "mistral-o", "mistral-gate-up", "mistral-down")
+CHAIN_COPIES = 8  # layers of a chain, each with weights of its own
+NO_SUCH_VARIANT = -9  # MARLIN_CUDA_ERROR_VARIANT
+TIMING = ("instance", "split", "m", "n", "k", "bits", "group_size", "zeros", "us")  # columns of --choices
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,9 @@ class Library:
         lib.marlin_cuda_gather.argtypes = [p, p, p, i64, i64, i64, i64, i32, p]
         lib.marlin_cuda_dequantize.argtypes = [weights, p, i32, i32, p]
         lib.marlin_cuda_stream_read.argtypes = [p, i64, p, i32, p]
+        lib.marlin_cuda_plan.argtypes = [weights, i64, i32, i32, ctypes.POINTER(Plan)]
         lib.marlin_cuda_error_string.restype = ctypes.c_char_p
+        self.instances = instances(lib)
         size = lib.marlin_cuda_workspace_bytes(0)
         self.workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
         self.ordered = torch.empty(
@@ -134,16 +151,25 @@ class Library:
         if code:
             raise RuntimeError(f"{code}: {self.lib.marlin_cuda_error_string(code).decode()}")
 
-    def gemm(self, x: torch.Tensor, layer: Layer, y: torch.Tensor, variant: int) -> None:
+    def gather(self, x: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+        m, k = x.shape
+        ordered = self.ordered[: m * k].view(m, k)
+        pointers = x.data_ptr(), perm.data_ptr(), ordered.data_ptr()
+        self.check(self.lib.marlin_cuda_gather(*pointers, m, x.stride(0), k, k, 0, stream()))
+        return ordered
+
+    def gemm(self, x: torch.Tensor, layer: Layer, y: torch.Tensor, variant: int, early: bool = False) -> None:
         if layer.perm is not None:
-            m, k = x.shape
-            ordered = self.ordered[: m * k].view(m, k)
-            pointers = x.data_ptr(), layer.perm.data_ptr(), ordered.data_ptr()
-            self.check(self.lib.marlin_cuda_gather(*pointers, m, x.stride(0), k, k, 0, stream()))
-            x = ordered
-        pointers = x.data_ptr(), 0, y.data_ptr(), self.workspace.data_ptr()
-        product = PRODUCT.pack(*pointers, self.workspace.numel(), stream(), *x.shape[:1], x.stride(0), 0, 0, variant, 0)
+            x = self.gather(x, layer.perm)
+        numbers = self.workspace.numel(), stream(), x.shape[0], x.stride(0), 0, 0, variant, early
+        product = PRODUCT.pack(x.data_ptr(), 0, y.data_ptr(), self.workspace.data_ptr(), *numbers)
         self.check(self.lib.marlin_cuda_gemm(layer.fields, product))
+
+    def plan(self, m: int, layer: Layer) -> str:
+        """The chosen instance and split, as --choices names them."""
+        plan = Plan()
+        self.check(self.lib.marlin_cuda_plan(layer.fields, m, 0, 0, ctypes.byref(plan)))
+        return f"{next(name for name, i in self.instances.items() if i.id == plan.instance)}/{plan.split}"
 
     def dequantize(self, layer: Layer, w: torch.Tensor) -> None:
         self.check(self.lib.marlin_cuda_dequantize(layer.fields, w.data_ptr(), 0, 0, stream()))
@@ -159,80 +185,100 @@ def stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
-def microseconds(calls: Calls, replays: int) -> float:
-    """The median time of a call, from replays of a graph of all of them."""
-    calls = calls * max(1, LAUNCHES // len(calls))
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
+class Clocks:
+    """The SM clock (MHz), power (W) and temperature (°C) that the driver tells while the GPU works; nothing without
+    nvidia-ml-py."""
+
+    def __init__(self) -> None:
+        try:
+            import pynvml
+        except ImportError:
+            self.nvml: Any = None
+            return
+        self.nvml = pynvml
+        pynvml.nvmlInit()
+        self.device = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+
+    def sm(self) -> int | None:
+        return self.nvml and int(self.nvml.nvmlDeviceGetClockInfo(self.device, self.nvml.NVML_CLOCK_SM))
+
+    def state(self) -> dict[str, int]:
+        if not self.nvml:
+            return {}
+        watts = self.nvml.nvmlDeviceGetPowerUsage(self.device) // 1000
+        return {"watts": watts, "celsius": self.nvml.nvmlDeviceGetTemperature(self.device, 0)}
+
+
+class Way:
+    """One way of a product, as a CUDA graph of enough calls, and how long its replays took."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls * max(1, LAUNCHES // len(calls))
+        for call in calls[:2]:
             call()
-    graph.replay()
-    times = []
-    for _ in range(replays):
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for call in self.calls:
+                call()
+        self.graph.replay()
+        self.times: list[float] = []
+        self.clocks: list[int] = []
+
+    def replay(self, clocks: Clocks) -> None:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        self.graph.replay()
         end.record()
+        clock = clocks.sm()  # while it runs
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
+        self.times.append(start.elapsed_time(end) * 1e3 / len(self.calls))
+        if clock:
+            self.clocks.append(clock)
 
 
-def vllm_peers(k: int, n: int, layers: list[Layer]) -> dict[str, Callable[..., Calls]]:
-    """Makers of calls for vLLM's kernels, or nothing without vLLM."""
-    if str(layers[0].kind) != "4:128":
-        return {}
-    try:
-        from vllm import _custom_ops as ops
-        from vllm.model_executor.layers.quantization.utils import marlin_utils
-        from vllm.scalar_type import scalar_types
-    except ImportError:
-        return {}
-    none = torch.empty(0, dtype=torch.int32, device="cuda")
-    workspace = torch.zeros(8 * 1024, dtype=torch.int32, device="cuda")
-    weights, scales = [layer.B for layer in layers], [layer.s for layer in layers]
+def measured_in_turn(ways: dict[str, Calls], replays: int, clocks: Clocks) -> dict[str, Way]:
+    """Each way's graph, replayed in turn, so that what changes meanwhile (clock, heat) changes for all. A way that
+    does not take the product is left out."""
+    made = {}
+    for name, calls in ways.items():
+        try:
+            made[name] = Way(calls)
+        except RuntimeError as error:  # noqa: PERF203
+            if not str(error).startswith(str(NO_SUCH_VARIANT)):
+                print(f"{name}: {str(error)[:200]}", file=sys.stderr)
+    order = list(made.values())
+    for i in range(replays):
+        for way in order[i % len(order) :] + order[: i % len(order)]:
+            way.replay(clocks)
+    return made
 
-    def marlin(x: torch.Tensor) -> Calls:
-        def call(b: torch.Tensor, s: torch.Tensor) -> Callable[[], object]:
-            return lambda: marlin_utils.apply_gptq_marlin_linear(
-                x, b, s, none, none, none, workspace, scalar_types.uint4b8, n, k, True
-            )
 
-        return [call(b, s) for b, s in zip(weights, scales, strict=True)]
-
-    packed = [
-        ops.machete_prepack_B(
-            b.view(k // 8, n).t().contiguous().t(), a_type=torch.float16, b_type=scalar_types.uint4b8,
-            group_scales_type=torch.float16,
-        )
-        for b in weights
-    ]  # fmt: skip
-
-    def machete(x: torch.Tensor) -> Calls:
-        def call(b: torch.Tensor, s: torch.Tensor) -> Callable[[], object]:
-            return lambda: ops.machete_mm(
-                a=x, b_q=b, b_type=scalar_types.uint4b8, b_group_scales=s, b_group_size=layers[0].kind.group_size
-            )
-
-        return [call(b, s) for b, s in zip(packed, scales, strict=True)]
-
-    return {"marlin": marlin, "machete": machete}
+def candidates(library: Library, m: int) -> dict[str, int]:
+    """The variants of all instances and splits that the library would choose from for M = m, by name."""
+    capability = torch.cuda.get_device_capability()
+    few = [8, 16, 32, 64]
+    start = (
+        "sm80_" if capability != (9, 0) else "sm90_wide_" if m > few[-1] else f"sm90_m{min(x for x in few if x >= m)}n"
+    )
+    return {
+        f"{name}/{split}": variant(instance.id, split=split)
+        for name, instance in library.instances.items()
+        if name.startswith(start)
+        for split in range(1, DATA_PARALLEL + 1)
+    }
 
 
 def bench_layer(
-    library: Library, name: str, kind: Kind, rows: list[int], wanted: dict[str, int], replays: int
-) -> list[dict]:
+    library: Library, name: str, kind: Kind, rows: list[int], options: argparse.Namespace, wanted: dict[str, int]
+) -> Iterator[dict[str, Any]]:
     k, n = LAYERS[name]
     copies = max(2, min(16, ROTATE_BYTES // kind.bytes(k, n) + 1))
     layers = [Layer.random(kind, k, n) for _ in range(copies)]
     plain = [torch.randn(k, n, dtype=torch.half, device="cuda") for _ in range(max(2, ROTATE_BYTES // (2 * k * n)))]
-    peers = vllm_peers(k, n, layers)
+    others = peers.find(kind, k, n, layers, options.humming) if options.peers else {}
     sink = torch.zeros(4, dtype=torch.int32, device="cuda")
-    floor = microseconds([lambda w=w: library.read(w.B, sink) for w in layers], replays)
-    results = []
+    clocks = Clocks()
     for m in rows:
         x, y = torch.randn(m, k, dtype=torch.half, device="cuda"), torch.empty(m, n, dtype=torch.half, device="cuda")
 
@@ -240,23 +286,84 @@ def bench_layer(
             library.dequantize(layer, plain[0])
             torch.matmul(x, plain[0], out=y)
 
-        row = {"layer": name, "k": k, "n": n, "weights": str(kind), "m": m, "stream": floor}
-        row["cublas"] = microseconds([lambda w=w, x=x, y=y: torch.matmul(x, w, out=y) for w in plain], replays)
-        row["deq+mm"] = microseconds([lambda w=w, d=dequantized: d(w) for w in layers], replays)
-        for label, v in {"gemm": 0, **wanted}.items():
-            calls: Calls = [lambda w=w, x=x, y=y, v=v: library.gemm(x, w, y, v) for w in layers]
-            try:
-                row[label] = microseconds(calls, replays)
-            except RuntimeError as error:
-                if not str(error).startswith("-9"):
-                    raise
+        def gemm(v: int, early: bool = False, x: torch.Tensor = x, y: torch.Tensor = y) -> Calls:
+            return [lambda w=w: library.gemm(x, w, y, v, early) for w in layers]
+
+        ways: dict[str, Calls] = {
+            "stream": [lambda w=w: library.read(w.B, sink) for w in layers],
+            "cublas": [lambda w=w, x=x, y=y: torch.matmul(x, w, out=y) for w in plain],
+            "deq+mm": [lambda w=w, d=dequantized: d(w) for w in layers],
+            "gemm": gemm(0),
+            "early": gemm(0, early=True),
+            **({"gather": [lambda w=w, x=x: library.gather(x, w.perm) for w in layers]} if kind.act_order else {}),
+            **{label: gemm(v) for label, v in wanted.items()},
+            **{peer: calls(x) for peer, calls in others.items()},
+        }
+        if options.only:
+            ways = {label: calls for label, calls in ways.items() if label in options.only.split(",")}
+        if options.choices:
+            ways |= {label: gemm(v) for label, v in candidates(library, m).items()}
+        row: dict[str, Any] = {"layer": name, "k": k, "n": n, "weights": str(kind), "m": m}
+        made = measured_in_turn(ways, options.replays, clocks)
+        row |= {label: round(statistics.median(way.times), 2) for label, way in made.items()}
         row["chosen"] = "gd"[library.choose(m, layers[0])]
-        for peer, calls_for in peers.items():
-            row[peer] = microseconds(calls_for(x), replays)
-        results.append(row)
-        numbers = " ".join(f"{key} {v:8.1f}" for key, v in row.items() if isinstance(v, float))
-        print(f"{name:16s} {kind!s:6} m {m:5d}  {numbers}  {row['chosen']}", flush=True)
-    return results
+        row["plan"] = library.plan(m, layers[0])
+        row["sm_mhz"] = {label: statistics.median(way.clocks) for label, way in made.items() if way.clocks}
+        yield row | clocks.state()
+        numbers = " ".join(f"{key} {v:8.1f}" for key, v in row.items() if isinstance(v, float) and "/" not in key)
+        print(f"{name:16s} {kind!s:6} m {m:5d}  {numbers}  {row['chosen']} {row['plan']}", flush=True)
+
+
+def bench_chain(library: Library, rows: list[int], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A transformer layer's four products CHAIN_COPIES times in one graph, each reading what the one before wrote."""
+    kind = Kind(4, 128)
+    sizes = [LAYERS[name] for name in CHAIN]
+    copies = [[Layer.random(kind, k, n) for _ in range(CHAIN_COPIES)] for k, n in sizes]
+    for (k, _), layers in zip(sizes, copies, strict=True):
+        for layer in layers:
+            layer.s.mul_(200 / (4.6 * k**0.5))  # so that numbers neither grow nor vanish along the chain
+    found = [peers.find(kind, k, n, w) for (k, n), w in zip(sizes, copies, strict=True)] if options.peers else []
+    clocks = Clocks()
+    for m in rows:
+        results = [torch.empty(m, n, dtype=torch.half, device="cuda") for _, n in sizes]
+        first = torch.randn(m * sizes[-1][1], dtype=torch.half, device="cuda")
+        results[-1].copy_(first.view(m, -1))
+        # What a layer reads: the first numbers of what the one before wrote, as its activations.
+        read = [results[i - 1].view(-1)[: m * k].view(m, k) for i, (k, _) in enumerate(sizes)]
+
+        triples = [(read[i], copies[i][j], results[i]) for j in range(CHAIN_COPIES) for i in range(len(sizes))]
+        ways: dict[str, Calls] = {
+            label: [lambda x=x, w=w, y=y, e=early: library.gemm(x, w, y, 0, e) for x, w, y in triples]
+            for label, early in (("gemm", False), ("early", True))
+        }
+        for peer in {name for each in found for name in each}:
+            calls = [each[peer](x) for each, x in zip(found, read, strict=True)]
+            ways[peer] = [calls[i][j] for j in range(CHAIN_COPIES) for i in range(len(sizes))]
+        made = measured_in_turn(ways, options.replays, clocks)
+        times = {label: round(statistics.median(way.times) * len(sizes), 2) for label, way in made.items()}
+        yield {"chain": CHAIN, "m": m, **times} | clocks.state()
+        print(f"chain m {m:5d}", times, flush=True)
+
+
+def choices(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What --choices measured, as benchmarks/cost_model keeps it."""
+    for row in rows:
+        kind = Kind.parse(row["weights"])
+        for label, us in row.items():
+            if "/" in label:
+                instance, split = label.split("/")
+                fields = (
+                    instance,
+                    split,
+                    row["m"],
+                    row["n"],
+                    row["k"],
+                    kind.bits,
+                    kind.group_size,
+                    int(kind.zeros),
+                    us,
+                )
+                yield dict(zip(TIMING, fields, strict=True))
 
 
 def main() -> None:
@@ -265,6 +372,13 @@ def main() -> None:
     parser.add_argument("--m", default="1,8,16,32,64,128,256,512,1024,2048")
     parser.add_argument("--weights", type=Kind.parse, nargs="+", default=[Kind(4, 128, False)], help="see above")
     parser.add_argument("--instances", default="", help="see above")
+    parser.add_argument("--only", default="", help="of the columns above")
+    parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument(
+        "--no-humming", dest="humming", action="store_false", help="which compiles its kernels when run"
+    )
+    parser.add_argument("--choices", type=Path, metavar="CSV", help="see above")
+    parser.add_argument("--chain", action="store_true", help="see above")
     parser.add_argument("--replays", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -274,17 +388,28 @@ def main() -> None:
     library = Library()
     wanted = {
         name: variant(instance.id)
-        for name, instance in instances(library.lib).items()
+        for name, instance in library.instances.items()
         if any(fnmatch(name, pattern) for pattern in options.instances.split(","))
     }
-    results = []
-    for name, kind in itertools.product(names, options.weights):
-        results += bench_layer(library, name, kind, rows, wanted, options.replays)
+    title = "a chain of products" if options.chain else "; ".join(kind.words for kind in options.weights)
+    results: list[dict[str, Any]] = []
+    measured = {"title": title, "machine": {"name": torch.cuda.get_device_name()}, "rows": results}
+    if options.chain:
+        runs = [bench_chain(library, rows, options)]
+    else:
+        pairs = itertools.product(names, options.weights)
+        runs = [bench_layer(library, name, kind, rows, options, wanted) for name, kind in pairs]
+    for run in runs:
+        for row in run:
+            results.append(row)
+            if options.json:
+                options.json.write_text(json.dumps(measured, indent=1))
         torch.cuda.empty_cache()
-        if options.json:
-            title = "; ".join(kind.words for kind in options.weights)
-            measured = {"title": title, "machine": {"name": torch.cuda.get_device_name()}, "rows": results}
-            options.json.write_text(json.dumps(measured, indent=1))
+    if options.choices:
+        with options.choices.open("w", newline="") as file:
+            writer = csv.DictWriter(file, TIMING, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(choices(results))
 
 
 if __name__ == "__main__":
