@@ -7,7 +7,8 @@
 
 Needs torch and the CUDA library (marlin_convert/_cuda.so or $MARLIN_CUDA_LIBRARY). Times are medians of replays of CUDA
 graphs whose launches rotate through weights larger than L2, in microseconds; the graphs of a product are replayed in
-turn. With nvidia-ml-py the JSON also has the SM clock while each ran. Columns:
+turn; those of large products, which power limits, each behind 50 ms of their own. With nvidia-ml-py the JSON also has
+the SM clock while each ran. Columns:
 
     stream   a kernel that only reads the packed weights: the floor while there are few rows
     cublas   torch.matmul with fp16 weights
@@ -20,10 +21,10 @@ turn. With nvidia-ml-py the JSON also has the SM clock while each ran. Columns:
 
 and then what marlin_cuda_choose says is faster, g (gemm) or d (deq+mm), and the instance and split of gemm.
 
---instances times instances of the kernels beside the library's choice, by name (sm80_m16n256_b4_g128), or all like
-sm80_*. Those that do not take the weights are left out. --choices times every instance and split that the library
-chooses from, for benchmarks/cost_model. --chain times the four products of a transformer layer eight times in one
-graph, each reading what the one before wrote; microseconds are those of one layer.
+--instances times instances of the kernels beside the library's choice, by name (sm80_m16n256_b4_g128, with a split
+sm80_m16n256_b4_g128/2), or all like sm80_*. Those that do not take the weights are left out. --choices times every
+instance and split that the library chooses from, for benchmarks/cost_model. --chain times the four products of a
+transformer layer eight times in one graph, each reading what the one before wrote; microseconds are those of one layer.
 
 --weights are BITS:GROUP_SIZE, with a z where zero points are stored and an a for act-order, which takes a gather of the
 activations' columns before each gemm; a group size of -1 is one scale for each column.
@@ -37,10 +38,12 @@ import ctypes
 import itertools
 import json
 import os
+import random
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -62,6 +65,9 @@ LAYERS = {  # K, N
 }
 ROTATE_BYTES = 200 << 20  # four times the L2 of an H100
 LAUNCHES = 16  # in a graph, so that the graph's own start is a small part
+GRAPH_MS = 20.0  # … but no more of them than take so long
+SHORT_MS, LOAD_MS = 2.0, 50.0  # graphs that take longer than the first are warmed up for the second …
+WARM_REPLAYS = 3  # … and timed so many times
 CHAIN = ("mistral-qkv", "mistral-o", "mistral-gate-up", "mistral-down")
 CHAIN_COPIES = 8  # layers of a chain, each with weights of its own
 NO_SUCH_VARIANT = -9  # MARLIN_CUDA_ERROR_VARIANT
@@ -112,12 +118,21 @@ class Layer:
 
     @classmethod
     def random(cls, kind: Kind, k: int, n: int) -> Layer:
-        def words(rows: int, columns: int) -> torch.Tensor:
-            return torch.randint(-(2**31), 2**31 - 1, (rows, columns), dtype=torch.int32, device="cuda")
+        """Weights as if normal ones, of variance 1 / k, had been quantized: how much power a product takes depends on
+        its numbers."""
+        top, words_of = 1 << kind.bits, 32 // kind.bits
 
-        groups = kind.groups(k)
-        b, s = words(k // 16, n * kind.bits // 2), (torch.rand(groups, n, device="cuda") * 0.01).half()
-        zeros = words(groups, n * kind.bits // 32) if kind.zeros else None
+        def words(rows: int, columns: int, spread: float) -> torch.Tensor:
+            packed = torch.zeros(rows, columns, dtype=torch.int64, device="cuda")
+            for i in range(words_of):
+                codes = torch.randn(rows, columns, device="cuda").mul_(spread).add_(top / 2).round_().clamp_(0, top - 1)
+                packed |= codes.long() << (kind.bits * i)
+            return torch.where(packed < 1 << 31, packed, packed - (1 << 32)).int()
+
+        groups, spread = kind.groups(k), top / 6
+        b = words(k // 16, n * kind.bits // 2, spread)
+        s = ((0.9 + 0.2 * torch.rand(groups, n, device="cuda")) / (spread * k**0.5)).half()
+        zeros = words(groups, n * kind.bits // 32, spread / 8) if kind.zeros else None
         perm = torch.randperm(k, device="cuda").int() if kind.act_order else None
         pointers = [None if x is None else x.data_ptr() for x in (b, s, zeros, perm)]
         return cls(kind, b, s, zeros, perm, Weights(*pointers, k, n, groups, k, n, kind.bits, 0))
@@ -199,8 +214,8 @@ class Clocks:
         pynvml.nvmlInit()
         self.device = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
 
-    def sm(self) -> int | None:
-        return self.nvml and int(self.nvml.nvmlDeviceGetClockInfo(self.device, self.nvml.NVML_CLOCK_SM))
+    def sm(self) -> list[int]:
+        return [int(self.nvml.nvmlDeviceGetClockInfo(self.device, self.nvml.NVML_CLOCK_SM))] if self.nvml else []
 
     def state(self) -> dict[str, int]:
         if not self.nvml:
@@ -213,33 +228,48 @@ class Way:
     """One way of a product, as a CUDA graph of enough calls, and how long its replays took."""
 
     def __init__(self, calls: Calls) -> None:
-        self.calls = calls * max(1, LAUNCHES // len(calls))
         for call in calls[:2]:
             call()
-        torch.cuda.synchronize()
+        once = self.milliseconds(calls[0])
+        launches = min(LAUNCHES, int(GRAPH_MS / once) + 1)
+        self.calls = calls * max(1, launches // len(calls))
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             for call in self.calls:
                 call()
         self.graph.replay()
+        self.ms = self.milliseconds(self.graph.replay)
+        #: Replays of its own that come first. The SM clock follows power, some 10 ms late: without them it would be
+        #: what the way before needed.
+        self.warm = round(LOAD_MS / self.ms) if self.ms > SHORT_MS else 0
         self.times: list[float] = []
         self.clocks: list[int] = []
 
-    def replay(self, clocks: Clocks) -> None:
+    @staticmethod
+    def milliseconds(work: Callable[[], object], meanwhile: Callable[[], object] = lambda: None) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        self.graph.replay()
+        work()
         end.record()
-        clock = clocks.sm()  # while it runs
+        meanwhile()
         torch.cuda.synchronize()
-        self.times.append(start.elapsed_time(end) * 1e3 / len(self.calls))
-        if clock:
-            self.clocks.append(clock)
+        return float(start.elapsed_time(end))
+
+    def replay(self, clocks: Clocks) -> None:
+        for _ in range(self.warm):
+            self.graph.replay()
+
+        def read_clock() -> None:
+            time.sleep(self.ms * (self.warm + 0.5) / 1e3)  # until it is half done
+            self.clocks.extend(clocks.sm())
+
+        ms = self.milliseconds(self.graph.replay, read_clock)
+        self.times.append(ms * 1e3 / len(self.calls))
 
 
 def measured_in_turn(ways: dict[str, Calls], replays: int, clocks: Clocks) -> dict[str, Way]:
-    """Each way's graph, replayed in turn, so that what changes meanwhile (clock, heat) changes for all. A way that
-    does not take the product is left out."""
+    """Each way's graph, replayed in turn, in an order that changes: what changes meanwhile, as the clock does, does so
+    for all. A way that does not take the product is left out."""
     made = {}
     for name, calls in ways.items():
         try:
@@ -247,10 +277,12 @@ def measured_in_turn(ways: dict[str, Calls], replays: int, clocks: Clocks) -> di
         except RuntimeError as error:  # noqa: PERF203
             if not str(error).startswith(str(NO_SUCH_VARIANT)):
                 print(f"{name}: {str(error)[:200]}", file=sys.stderr)
-    order = list(made.values())
+    order, randomly = list(made.values()), random.Random(1)
     for i in range(replays):
-        for way in order[i % len(order) :] + order[: i % len(order)]:
-            way.replay(clocks)
+        randomly.shuffle(order)
+        for way in order:
+            if i < WARM_REPLAYS or not way.warm:
+                way.replay(clocks)
     return made
 
 
@@ -275,7 +307,8 @@ def bench_layer(
     k, n = LAYERS[name]
     copies = max(2, min(16, ROTATE_BYTES // kind.bytes(k, n) + 1))
     layers = [Layer.random(kind, k, n) for _ in range(copies)]
-    plain = [torch.randn(k, n, dtype=torch.half, device="cuda") for _ in range(max(2, ROTATE_BYTES // (2 * k * n)))]
+    copies = max(2, ROTATE_BYTES // (2 * k * n))
+    plain = [torch.randn(k, n, dtype=torch.half, device="cuda") / k**0.5 for _ in range(copies)]
     others = peers.find(kind, k, n, layers, options.humming) if options.peers else {}
     sink = torch.zeros(4, dtype=torch.int32, device="cuda")
     clocks = Clocks()
@@ -300,7 +333,8 @@ def bench_layer(
             **{peer: calls(x) for peer, calls in others.items()},
         }
         if options.only:
-            ways = {label: calls for label, calls in ways.items() if label in options.only.split(",")}
+            kept = {*options.only.split(","), *wanted}
+            ways = {label: calls for label, calls in ways.items() if label in kept}
         if options.choices:
             ways |= {label: gemm(v) for label, v in candidates(library, m).items()}
         row: dict[str, Any] = {"layer": name, "k": k, "n": n, "weights": str(kind), "m": m}
@@ -319,9 +353,6 @@ def bench_chain(library: Library, rows: list[int], options: argparse.Namespace) 
     kind = Kind(4, 128)
     sizes = [LAYERS[name] for name in CHAIN]
     copies = [[Layer.random(kind, k, n) for _ in range(CHAIN_COPIES)] for k, n in sizes]
-    for (k, _), layers in zip(sizes, copies, strict=True):
-        for layer in layers:
-            layer.s.mul_(200 / (4.6 * k**0.5))  # so that numbers neither grow nor vanish along the chain
     found = [peers.find(kind, k, n, w) for (k, n), w in zip(sizes, copies, strict=True)] if options.peers else []
     clocks = Clocks()
     for m in rows:
@@ -387,9 +418,10 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, us")
     library = Library()
     wanted = {
-        name: variant(instance.id)
+        pattern.replace(pattern.split("/")[0], name): variant(instance.id, split=int((pattern + "/0").split("/")[1]))
+        for pattern in options.instances.split(",")
         for name, instance in library.instances.items()
-        if any(fnmatch(name, pattern) for pattern in options.instances.split(","))
+        if fnmatch(name, pattern.split("/")[0])
     }
     title = "a chain of products" if options.chain else "; ".join(kind.words for kind in options.weights)
     results: list[dict[str, Any]] = []

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Fits the constants of the cost model of gemm_sm80 (kernels/cuda/cost_model.cpp) to measured times.
+"""Fits the constants of the cost model (kernels/cuda/cost_model.cpp) to measured times.
 
-    python benchmarks/cost_model/fit.py [--rounds N]
+    python benchmarks/cost_model/fit.py [KERNEL_on_GPU] [--rounds N]
 
-Times are in timings_sm80_on_h100.csv, a row for each product, instance and split; microseconds, medians of replays of
-CUDA graphs that rotate through weights larger than L2. The model itself is compiled from the library's source, so what
-is fitted is what runs. Lessens what choosing by the model costs against the best measured time, and the errors of the
-predictions. Prints the constants and how good the choice is. Needs g++ (or $CXX) and no GPU.
+Times are in timings_KERNEL_on_GPU.csv, a row for each product, instance and split; microseconds, medians of replays of
+CUDA graphs that rotate through weights larger than L2 (`python benchmarks/gemm.py --only gemm --no-peers --choices`;
+sm80 with that kernel forced). The model itself is compiled from the library's source, so what is fitted is what runs.
+Lessens what choosing by the model costs against the best measured time, and the errors of the predictions. Prints the
+constants and how good the choice is. Needs g++ (or $CXX) and no GPU.
 """
 
 from __future__ import annotations
@@ -26,12 +27,30 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-TIMINGS = Path(__file__).with_name("timings_sm80_on_h100.csv")
+#: Each fit's kernel, as marlin_cost_model_constants counts them, and the GPU's memory in bytes per us.
+FITS = {
+    "sm80_on_h100": (0, 3.35e6),
+    "sm90_on_h200": (1, 4.9e6),
+    "sm90_wide_on_h100": (2, 3.35e6),
+    "sm90_wide_on_h200": (2, 4.9e6),
+}
 MULTIPROCESSORS = 132
-#: The constants that are fitted; the others of the struct belong to other kernels or are no part of a choice.
+#: How many clusters of 1 .. 8 blocks that H200 holds at once, as its timings tell: with more tiles they are far longer.
+CLUSTERS = (ctypes.c_int * 8)(132, 66, 42, 30, 22, 20, 15, 14)
+#: The constants that are fitted, for each kernel; the others of the struct are no part of a choice.
 FITTED = (
-    "launch", "memory", "step", "step_column", "step_output", "step_product", "step_weights", "sm_bytes", "group",
-    "zero_points", "shared", "shared_kb", "whole_kb", "misaligned", "misaligned_kb", "stream_k",
+    (
+        "launch", "memory", "step", "step_column", "step_output", "step_product", "step_weights", "sm_bytes", "group",
+        "zero_points", "shared", "shared_kb", "whole_kb", "misaligned", "misaligned_kb", "stream_k",
+    ),
+    (
+        "launch", "memory", "step", "step_column", "step_output", "group", "group_output", "zero_points",
+        "cluster_rank", "cluster_kb", "wave", "shared", "shared_kb", "misaligned", "misaligned_kb",
+    ),
+    (
+        "launch", "memory", "clock", *(f"step_floor[{i}]" for i in range(12)), "tile_end", "tile_end_output",
+        "exchange", "exchange_output", "exchange_misaligned", "stream_k", "beyond_l2", "product_flops", "copied_kb",
+    ),
 )  # fmt: skip
 
 
@@ -72,15 +91,15 @@ class Timings:
         self.best = np.repeat(np.minimum.reduceat(self.us, firsts), np.diff([*firsts, len(rows)]))
 
     @classmethod
-    def read(cls) -> Timings:
-        with TIMINGS.open() as file:
+    def read(cls, fit: str) -> Timings:
+        with Path(__file__).with_name(f"timings_{fit}.csv").open() as file:
             return cls(list(csv.DictReader(file)))
 
 
 class Model:
     """The cost model, compiled from the library's source, with constants that can be changed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fit: str) -> None:
         source, library = ROOT / "kernels/cuda/cost_model.cpp", folder / "cost_model.so"
         command = [*shlex.split(os.environ.get("CXX") or "g++"), "-std=c++17", "-O2", "-shared", "-fPIC"]
         subprocess.run([*command, "-DMARLIN_COST_MODEL_LIBRARY", str(source), "-o", str(library)], check=True)
@@ -88,11 +107,14 @@ class Model:
         header = (ROOT / "kernels/cuda/cost_model.h").read_text()
         body = re.search(r"struct CostModel \{(.*?)\};", header, re.DOTALL)
         assert body
-        self.names: list[str] = []  # of the struct's doubles, in order; arrays by their name once for each element
+        self.names: list[str] = []  # of the struct's doubles, in order; of arrays, name[i], counted through
         for name, sizes in re.findall(r"^  double (\w+)((?:\[\d+\])*)", body[1], re.MULTILINE):
-            self.names += [name] * math.prod(int(size) for size in re.findall(r"\d+", sizes))
+            count = math.prod(int(size) for size in re.findall(r"\d+", sizes))
+            self.names += [f"{name}[{i}]" for i in range(count)] if sizes else [name]
         self.constants = (ctypes.c_double * len(self.names))()
-        self.lib.marlin_cost_model_constants(ctypes.byref(self.constants))
+        loop, memory = FITS[fit]
+        self.lib.marlin_cost_model_constants(loop, ctypes.c_double(memory), ctypes.byref(self.constants))
+        self.fitted = FITTED[loop]
 
     def __getitem__(self, name: str) -> float:
         return float(self.constants[self.names.index(name)])
@@ -105,21 +127,24 @@ class Model:
         us = np.empty(len(timings.us))
         self.lib.marlin_cost_model_predict(
             ctypes.byref(self.constants), timings.tiles, timings.problems, timings.splits, len(us), MULTIPROCESSORS,
-            us.ctypes.data_as(ctypes.c_void_p),
+            CLUSTERS, us.ctypes.data_as(ctypes.c_void_p),
         )  # fmt: skip
         return us
 
 
-#: What names do not tell (gemm_sm80_*.cu), where not 128 rows of K in a step, one block of an SM, one warp along M.
+#: What sm80's names do not tell (gemm_sm80_*.cu), where not 128 rows of K in a step, one block an SM, a warp along M.
 BLOCK_K = {"m8n128_b4_g128": 256, "m128n256": 64, "m64n256k64": 64, "m64n256_b8": 64, "m128n128_b8": 64}
 BLOCKS = {"m16n128": 3, "m32n128": 3, "m64n128": 2}
 DECODES = {"m128n128_b8": 4, "m128": 2, "m64n256_b8": 2}
 
 
 def tile_of(name: str) -> TileShape:
-    parts = re.fullmatch(r"sm80_m(\d+)n(\d+)(?:k64)?_b([48])_g\w+", name)
+    parts = re.fullmatch(r"(sm80|sm90|sm90_wide)_m(\d+)n(\d+)(?:k64)?_b([48])_g\w+", name)
     assert parts, name
-    m, n, bits = map(int, parts.groups())
+    m, n, bits = map(int, parts.groups()[1:])
+    if parts[1] != "sm80":
+        wide = parts[1] == "sm90_wide"
+        return TileShape(not wide, wide, m, n, 64 if wide else 128, bits, 4, 1, 1)
 
     def told(table: dict[str, int], otherwise: int) -> int:
         return next((v for start, v in table.items() if name.startswith(f"sm80_{start}")), otherwise)
@@ -154,7 +179,7 @@ def fit(model: Model, timings: Timings, rounds: int) -> None:
     randomly = random.Random(1)
     for i in range(rounds):
         for _ in range(100):
-            names = randomly.sample(FITTED, randomly.randint(1, 3))
+            names = randomly.sample(model.fitted, randomly.randint(1, 3))
             old = [model[name] for name in names]
             for name in names:
                 model[name] *= math.exp(randomly.gauss(0, randomly.choice((0.3, 0.1, 0.03))))
@@ -169,14 +194,15 @@ def fit(model: Model, timings: Timings, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fit", nargs="?", choices=FITS, default="sm80_on_h100")
     parser.add_argument("--rounds", type=int, default=40, help="0: only say how good the library's constants are")
     options = parser.parse_args()
-    timings = Timings.read()
+    timings = Timings.read(options.fit)
     with tempfile.TemporaryDirectory() as folder:
-        model = Model(Path(folder))
+        model = Model(Path(folder), options.fit)
         fit(model, timings, options.rounds)
         lost = losses(timings, model.predict(timings))
-    for name in FITTED:
+    for name in model.fitted:
         print(f"  m.{name} = {model[name]:.4g};")
     print(f"{len(lost)} products: {lost.mean():.1%} slower than the best on average, {lost.max():.1%} at most")
 

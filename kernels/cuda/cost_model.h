@@ -77,22 +77,28 @@ struct CostModel {
   double exchange_output;      //     and for each output that a block exchanges,
   double exchange_misaligned;  // and so many times that where ranges end inside of tiles
   double stream_k;             // steps of ranges are so many times as long: blocks that are apart in K share less in L2
+  double beyond_l2;            //   and longer by up to this part, as activations outgrow L2
   double product_flops;        // flops per us of large products, 2 M N K
+  double copied_kb;            // sm90_wide: longer by this part for each KB that a block copies for 2^15 outputs in a step
   double dense_launches;       // us: dequantizing and then cuBLAS, its launches,
   double dense_memory;         //   bytes per us read and written by dequantizing,
   double dense_flops;          //   flops per us of cuBLAS
 };
 
-extern const CostModel kSm90OnH100, kSm90WideOnH100;
-
-// What the model of gemm_sm80 depends on. A GPU on which nothing was measured has the H100's constants, scaled by its
-// clock and memory, and no more products a cycle than its tensor cores do by their datasheet.
 struct Gpu {
   int capability;  // 10 major + minor
   int multiprocessors;
   double clock;   // cycles per us
   double memory;  // bytes per us, the most
 };
+
+// Few rows and many rows on compute capability 9.0. An H100 and an H200 differ in their memory, and were measured both:
+// a GPU has the constants of the one whose memory is nearer to its own.
+CostModel sm90_model(const Gpu& gpu);
+CostModel sm90_wide_model(const Gpu& gpu);
+
+// A GPU on which nothing was measured has the H100's constants, scaled by its clock and memory, and no more products a
+// cycle than its tensor cores do by their datasheet.
 CostModel sm80_model(const Gpu& gpu);
 
 struct Prediction {

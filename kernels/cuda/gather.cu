@@ -2,6 +2,7 @@
 #include <atomic>
 
 #include "device.h"
+#include "ptx.cuh"
 
 namespace marlin {
 namespace {
@@ -11,6 +12,7 @@ constexpr int kThreads = 256;
 // out[m, k] = A[m, perm[k]], eight columns a thread.
 __global__ void __launch_bounds__(kThreads) gather_kernel(const uint16_t* A, const int32_t* perm, uint4* out, int64_t M,
                                                           int64_t lda, int in_features, int eights) {
+  let_next_kernel_begin();
   const int eight = blockIdx.x * kThreads + threadIdx.x;
   if (eight >= eights) return;
   int from[8];
@@ -35,11 +37,25 @@ __device__ __forceinline__ uint32_t halves(uint32_t a, uint32_t b) {
 
 // The same for many rows. A block holds ROWS of them in shared memory, the ROWS values of a column next to each other:
 // rows come and go in pieces of 16 bytes, and what is fetched from anywhere is fetched from there, for all rows at once.
-constexpr int kGatherThreads = 1024;
+// Which columns are fetched is known before they are there.
 template <int ROWS>
-__global__ void __launch_bounds__(kGatherThreads)
+constexpr int kMostThreads = ROWS == 4 ? 512 : 1024;  // registers for two blocks of an SM
+
+__device__ __forceinline__ void read_columns(const int32_t* perm, int eight, int in_features, int (&columns)[8]) {
+  if (eight * 8 + 8 <= in_features) {
+    reinterpret_cast<int4*>(columns)[0] = reinterpret_cast<const int4*>(perm)[2 * eight];
+    reinterpret_cast<int4*>(columns)[1] = reinterpret_cast<const int4*>(perm)[2 * eight + 1];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) columns[i] = eight * 8 + i < in_features ? perm[eight * 8 + i] : 0;
+  }
+}
+
+template <int ROWS>
+__global__ void __launch_bounds__(kMostThreads<ROWS>)
     gather_rows_kernel(const uint16_t* A, const int32_t* perm, uint4* out, int64_t M, int64_t lda, int in_features,
                        int eights) {
+  let_next_kernel_begin();
   constexpr int kWords = (ROWS + 1) / 2;  // of a column
   extern __shared__ __align__(16) unsigned char held[];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * ROWS;
@@ -47,9 +63,11 @@ __global__ void __launch_bounds__(kGatherThreads)
 #pragma unroll
   for (int r = 0; r < ROWS; r++) rows[r] = A + (first + r < M ? first + r : M - 1) * lda;
 
+  int next[8];
+  read_columns(perm, threadIdx.x, in_features, next);
   const bool aligned = lda % 8 == 0 && reinterpret_cast<uintptr_t>(A) % 16 == 0;
   const int whole = aligned ? in_features / 8 : 0;
-  for (int eight = threadIdx.x; eight < whole; eight += kGatherThreads) {
+  for (int eight = threadIdx.x; eight < whole; eight += blockDim.x) {
     uint32_t v[ROWS][4];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -72,20 +90,16 @@ __global__ void __launch_bounds__(kGatherThreads)
                            halves<true>(v[0][i], v[1][i]), halves<true>(v[2][i], v[3][i]));
     }
   }
-  for (int k = 8 * whole + threadIdx.x; k < in_features; k += kGatherThreads)
+  for (int k = 8 * whole + threadIdx.x; k < in_features; k += blockDim.x)
 #pragma unroll
     for (int r = 0; r < ROWS; r++) reinterpret_cast<uint16_t*>(held)[k * ROWS + r] = rows[r][k];
   __syncthreads();
 
-  for (int eight = threadIdx.x; eight < eights; eight += kGatherThreads) {
+  for (int eight = threadIdx.x; eight < eights; eight += blockDim.x) {
     int columns[8];
-    if (eight * 8 + 8 <= in_features) {
-      reinterpret_cast<int4*>(columns)[0] = reinterpret_cast<const int4*>(perm)[2 * eight];
-      reinterpret_cast<int4*>(columns)[1] = reinterpret_cast<const int4*>(perm)[2 * eight + 1];
-    } else {
 #pragma unroll
-      for (int i = 0; i < 8; i++) columns[i] = eight * 8 + i < in_features ? perm[eight * 8 + i] : 0;
-    }
+    for (int i = 0; i < 8; i++) columns[i] = next[i];
+    read_columns(perm, eight + blockDim.x, in_features, next);
     uint32_t v[8][kWords];  // of each column
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -114,12 +128,15 @@ __global__ void __launch_bounds__(kGatherThreads)
   }
 }
 
-// Launches it if so many rows are enough for all SMs and fit into shared memory.
+// Launches it if so many rows are enough for all SMs and fit into shared memory. With four, two blocks of an SM take
+// turns: one waits for its rows while the other stores what it has gathered.
 template <int ROWS>
 bool gather_rows(const uint16_t* A, const int32_t* perm, uint4* out, int64_t M, int64_t lda, int in_features,
                  int eights, const Device& facts, int device, cudaStream_t stream, int* result) {
+  constexpr int kBlocks = ROWS == 4 ? 2 : 1;  // for each SM
   const int64_t shared = (static_cast<int64_t>(in_features) * ROWS * 2 + 15) / 16 * 16;
-  if ((ROWS > 1 && M < int64_t{ROWS} * facts.multiprocessors) || shared > facts.shared_bytes_per_block) return false;
+  const bool fills = M * 16 >= int64_t{15} * ROWS * kBlocks * facts.multiprocessors;
+  if ((ROWS > 1 && !fills) || shared * kBlocks > facts.shared_bytes_per_block) return false;
   static std::atomic<bool> allowed[kMaxDevices];  // more than 48 KB of shared memory
   if (!allowed[device].load(std::memory_order_relaxed)) {
     *result = cudaFuncSetAttribute(gather_rows_kernel<ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -127,7 +144,9 @@ bool gather_rows(const uint16_t* A, const int32_t* perm, uint4* out, int64_t M, 
     if (*result != cudaSuccess) return true;
     allowed[device].store(true, std::memory_order_relaxed);
   }
-  gather_rows_kernel<ROWS><<<static_cast<unsigned>((M + ROWS - 1) / ROWS), kGatherThreads, shared, stream>>>(
+  const int turns = (eights + kMostThreads<ROWS> - 1) / kMostThreads<ROWS>;
+  const int threads = ((eights + turns - 1) / turns + 31) / 32 * 32;
+  gather_rows_kernel<ROWS><<<static_cast<unsigned>((M + ROWS - 1) / ROWS), threads, shared, stream>>>(
       A, perm, out, M, lda, in_features, eights);
   *result = cudaGetLastError();
   return true;

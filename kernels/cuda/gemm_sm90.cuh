@@ -6,18 +6,15 @@
 //     The left operand is registers: the stored tile, decoded, is exactly that fragment. The right operand,
 //     activations, is read from shared memory, so no warp loads fragments of it. The instruction is asynchronous: a
 //     warp decodes the next words meanwhile.
-//   * Two consumer warpgroups multiply; of a third, the producer, one thread does nothing but copy, with the copy
-//   engine
-//     (TMA): one instruction moves a box of weights, or of activations with the swizzle that wgmma expects and zeros
-//     outside of the matrix.
-//   * Barriers in shared memory (mbarrier) tell "this stage is full" and "this stage is empty", so warps wait for data
-//     and never for each other.
+//   * Two consumer warpgroups multiply; one thread of a third, the producer, does nothing but copy (TMA): one instruction
+//     moves a box of weights, or of activations, swizzled for wgmma and with zeros outside of the matrix.
+//   * Barriers in shared memory (mbarrier) tell "this stage is full" and "this stage is empty": warps wait for data and
+//     never for each other.
 //
 //     producer:   wait empty[i] -- fill stage i --> full[i]
 //     consumers:  wait full[i] -- 8 times: words, decode, wgmma -- scale and add the group's sum --> empty[i]
 //
-// Where there are few tiles, the blocks of a cluster share one along K. Each puts its sums into its shared memory, and
-// each adds up a part of the outputs from all of them.
+// Where there are few tiles, the blocks of a cluster share one along K. Each adds up a part of its outputs.
 //
 // A step is 128 rows of K: one group, and two swizzled boxes of 64. Warpgroups: WN along N, WK along K; those along K
 // take turns, one stage each. The words of all eight tiles of a step are loaded together where registers allow, and up
@@ -59,19 +56,6 @@ __device__ __forceinline__ void load_scales(float (&scale)[2 * J], uint32_t from
 template <int N>
 struct Constant {
   static constexpr int value = N;
-};
-
-// How the outputs of a tile, in items of four, are shared out to the blocks of a cluster: equal ranges.
-struct ClusterShare {
-  int items;  // of a block, at most
-
-  __device__ __forceinline__ ClusterShare(int all, int blocks)
-      : items((all + blocks - 1) / blocks), multiplier_(0xffffffffu / items + 1) {}
-  // Whose an item is. Exact while item * items < 2^32; there are at least two items for each block.
-  __device__ __forceinline__ int owner(int item) const { return __umulhi(item, multiplier_); }
-
- private:
-  uint32_t multiplier_;
 };
 
 // A consumer warpgroup: multiplies the iterations that are its own, and with the others of the block ends the tiles.

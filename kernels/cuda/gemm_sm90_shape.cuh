@@ -86,6 +86,19 @@ struct Sm90Shape {
   static_assert(WK * kBlockM * kSumPitch * 4 <= 2 * WK * kStageBytes, "a cluster's sums fit into the shortest ring");
 };
 
+// How the outputs of a tile, in items of four, are shared out to the blocks of a cluster: equal ranges.
+struct ClusterShare {
+  int items;  // of a block, at most
+
+  __device__ __forceinline__ ClusterShare(int all, int blocks)
+      : items((all + blocks - 1) / blocks), multiplier_(0xffffffffu / items + 1) {}
+  // Whose an item is. Exact while item * items < 2^32; there are at least two items for each block.
+  __device__ __forceinline__ int owner(int item) const { return __umulhi(item, multiplier_); }
+
+ private:
+  uint32_t multiplier_;
+};
+
 // The block's shared memory: the stages, the sums of a tile, and the barriers.
 template <typename S>
 struct Ring {

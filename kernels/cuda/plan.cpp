@@ -263,8 +263,9 @@ const std::vector<Instance>& all_instances() {
 }
 
 CostModel cost_model(MainLoop loop, const Device& facts) {
-  if (loop == MainLoop::kSm80) return sm80_model({facts.capability, facts.multiprocessors, facts.clock, facts.memory});
-  return loop == MainLoop::kSm90Wide ? kSm90WideOnH100 : kSm90OnH100;
+  const Gpu gpu = {facts.capability, facts.multiprocessors, facts.clock, facts.memory};
+  if (loop == MainLoop::kSm80) return sm80_model(gpu);
+  return loop == MainLoop::kSm90Wide ? sm90_wide_model(gpu) : sm90_model(gpu);
 }
 
 int least_stages(const Instance& i) {
