@@ -343,9 +343,7 @@ extern "C" {
 // The constants of a loop (0: gemm_sm80, 1: gemm_sm90, 2: gemm_sm90_wide) on a Hopper GPU with that memory, bytes per us.
 void marlin_cost_model_constants(int loop, double memory, marlin::CostModel* model) {
   const marlin::Gpu gpu = {90, 132, 1755, memory};
-  *model = loop == 0   ? marlin::sm80_model(gpu)
-           : loop == 1 ? marlin::sm90_model(gpu)
-                       : marlin::sm90_wide_model(gpu);
+  *model = loop == 0 ? marlin::sm80_model(gpu) : loop == 1 ? marlin::sm90_model(gpu) : marlin::sm90_wide_model(gpu);
 }
 
 // The predicted times in us of many schedules; infinite where the library would not lay the work out so. `clusters`: how

@@ -79,10 +79,10 @@ struct CostModel {
   double stream_k;             // steps of ranges are so many times as long: blocks that are apart in K share less in L2
   double beyond_l2;            //   and longer by up to this part, as activations outgrow L2
   double product_flops;        // flops per us of large products, 2 M N K
-  double copied_kb;            // sm90_wide: longer by this part for each KB that a block copies for 2^15 outputs in a step
-  double dense_launches;       // us: dequantizing and then cuBLAS, its launches,
-  double dense_memory;         //   bytes per us read and written by dequantizing,
-  double dense_flops;          //   flops per us of cuBLAS
+  double copied_kb;       // sm90_wide: longer by this part for each KB that a block copies for 2^15 outputs in a step
+  double dense_launches;  // us: dequantizing and then cuBLAS, its launches,
+  double dense_memory;    //   bytes per us read and written by dequantizing,
+  double dense_flops;     //   flops per us of cuBLAS
 };
 
 struct Gpu {
