@@ -15,6 +15,7 @@ the SM clock while each ran. Columns:
     deq+mm   marlin_cuda_dequantize, then torch.matmul
     gemm     marlin_cuda_gemm; with act-order, the gather of activations and then that
     early    the same, begun while the product before it ends
+    fixed    gemm with batch_invariant
     gather   that gather alone
     marlin, machete   vLLM's, when vllm can be imported
     humming  humming-kernels', when it can be imported; it begins early too
@@ -53,7 +54,15 @@ import peers
 import torch
 from peers import Calls
 
-from marlin_convert.native.cuda_library import DATA_PARALLEL, PRODUCT, Plan, Weights, instances, variant
+from marlin_convert.native.cuda_library import (
+    BATCH_INVARIANT,
+    DATA_PARALLEL,
+    PRODUCT,
+    Plan,
+    Weights,
+    instances,
+    variant,
+)
 
 LAYERS = {  # K, N
     "mistral-gate-up": (4096, 28672),
@@ -328,6 +337,7 @@ def bench_layer(
             "deq+mm": [lambda w=w, d=dequantized: d(w) for w in layers],
             "gemm": gemm(0),
             "early": gemm(0, early=True),
+            "fixed": gemm(BATCH_INVARIANT),
             **({"gather": [lambda w=w, x=x: library.gather(x, w.perm) for w in layers]} if kind.act_order else {}),
             **{label: gemm(v) for label, v in wanted.items()},
             **{peer: calls(x) for peer, calls in others.items()},
