@@ -7,7 +7,7 @@
 
 Needs torch and the CUDA library (marlin_convert/_cuda.so or $MARLIN_CUDA_LIBRARY). Times are medians of replays of CUDA
 graphs whose launches rotate through weights larger than L2, in microseconds; the graphs of a product are replayed in
-turn; those of large products, which power limits, each behind 50 ms of their own. With nvidia-ml-py the JSON also has
+turn, those of large products, which power limits, each behind 200 ms of their own. With nvidia-ml-py the JSON also has
 the SM clock while each ran. Columns:
 
     stream   a kernel that only reads the packed weights: the floor while there are few rows
@@ -75,7 +75,7 @@ LAYERS = {  # K, N
 ROTATE_BYTES = 200 << 20  # four times the L2 of an H100
 LAUNCHES = 16  # in a graph, so that the graph's own start is a small part
 GRAPH_MS = 20.0  # … but no more of them than take so long
-SHORT_MS, LOAD_MS = 2.0, 50.0  # graphs that take longer than the first are warmed up for the second …
+SHORT_MS, LOAD_MS = 2.0, 200.0  # graphs that take longer than the first are warmed up for the second …
 WARM_REPLAYS = 3  # … and timed so many times
 CHAIN = ("mistral-qkv", "mistral-o", "mistral-gate-up", "mistral-down")
 CHAIN_COPIES = 8  # layers of a chain, each with weights of its own
@@ -248,8 +248,8 @@ class Way:
                 call()
         self.graph.replay()
         self.ms = self.milliseconds(self.graph.replay)
-        #: Replays of its own that come first. The SM clock follows power, some 10 ms late: without them it would be
-        #: what the way before needed.
+        #: Replays of its own that come first. Power limits large products: the SM clock follows it, some 100 ms late,
+        #: and without them would be what the way before needed.
         self.warm = round(LOAD_MS / self.ms) if self.ms > SHORT_MS else 0
         self.times: list[float] = []
         self.clocks: list[int] = []
@@ -264,12 +264,13 @@ class Way:
         torch.cuda.synchronize()
         return float(start.elapsed_time(end))
 
-    def replay(self, clocks: Clocks) -> None:
-        for _ in range(self.warm):
+    def replay(self, clocks: Clocks, after: int = 0) -> None:
+        """Time a replay, after as many others; the clock is read while it is half done."""
+        for _ in range(after):
             self.graph.replay()
 
         def read_clock() -> None:
-            time.sleep(self.ms * (self.warm + 0.5) / 1e3)  # until it is half done
+            time.sleep(self.ms * (after + 0.5) / 1e3)
             self.clocks.extend(clocks.sm())
 
         ms = self.milliseconds(self.graph.replay, read_clock)
@@ -277,8 +278,8 @@ class Way:
 
 
 def measured_in_turn(ways: dict[str, Calls], replays: int, clocks: Clocks) -> dict[str, Way]:
-    """Each way's graph, replayed in turn, in an order that changes: what changes meanwhile, as the clock does, does so
-    for all. A way that does not take the product is left out."""
+    """Each way's graph, replayed in turn, in an order that changes; of large products one after the other, warmed up. A
+    way that does not take the product is left out."""
     made = {}
     for name, calls in ways.items():
         try:
@@ -286,12 +287,14 @@ def measured_in_turn(ways: dict[str, Calls], replays: int, clocks: Clocks) -> di
         except RuntimeError as error:  # noqa: PERF203
             if not str(error).startswith(str(NO_SUCH_VARIANT)):
                 print(f"{name}: {str(error)[:200]}", file=sys.stderr)
-    order, randomly = list(made.values()), random.Random(1)
-    for i in range(replays):
-        randomly.shuffle(order)
-        for way in order:
-            if i < WARM_REPLAYS or not way.warm:
-                way.replay(clocks)
+    short = [way for way in made.values() if not way.warm]
+    for _ in range(replays):
+        random.shuffle(short)
+        for way in short:
+            way.replay(clocks)
+    for way in made.values():
+        for i in range(WARM_REPLAYS if way.warm else 0):
+            way.replay(clocks, way.warm if i == 0 else 0)
     return made
 
 
