@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -296,11 +296,7 @@ class AWQInspection(LayerInspection):
                     "symmetric"
                 )
             return layer
-        claim = ", although the config says symmetric" if sym else ""
-        self.why_extended.append(f"asymmetric (zero points are not all {middle}{claim})")
-        if sym:
-            self.extended_notes.append("the config says symmetric and zero points differ; converted as asymmetric")
-        return replace(layer, sym=False)
+        return self.asymmetric(layer)
 
 
 @dataclass(frozen=True)

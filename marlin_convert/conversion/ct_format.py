@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -325,8 +325,4 @@ class CTInspection(LayerInspection):
                     "the config says that it is asymmetric, and every zero point is 0; converted as symmetric"
                 )
             return layer
-        claim = ", although the config says symmetric" if sym else ""
-        self.why_extended.append(f"asymmetric (zero points are not all {middle}{claim})")
-        if sym:
-            self.extended_notes.append("the config says symmetric and zero points differ; converted as asymmetric")
-        return replace(layer, sym=False)
+        return self.asymmetric(layer)

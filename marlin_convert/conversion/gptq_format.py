@@ -14,12 +14,7 @@ from ..checkpoint.writer import OutTensor, Shards
 from ..errors import SourceError
 from ..formats.gptq import ZeroPointEncoding, decode_zeros, encode_zeros
 from ..formats.gptq_config import GPTQSettings, normalised, parse_settings
-from ..formats.layout import (
-    EXT_BITS,
-    gptq_zeros,
-    pack_factor,
-    zero_point,
-)
+from ..formats.layout import EXT_BITS, gptq_zeros, pack_factor, zero_point
 from ..formats.stored import StoredLayer
 from ..options import ZeroPointReading
 from .blocks import Buffers, group_strips

@@ -10,13 +10,7 @@ import numpy as np
 from ..checkpoint.reader import Checkpoint, Tensor
 from ..errors import SourceError
 from ..formats.gptq_config import GPTQSettings
-from ..formats.layout import (
-    EXT_BITS,
-    MIN_K,
-    MIN_N,
-    TILE_K,
-    stored_group_size,
-)
+from ..formats.layout import EXT_BITS, MIN_K, MIN_N, TILE_K, stored_group_size, zero_point
 from .layer import GROUP_SIZE, Layer
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
@@ -55,6 +49,14 @@ class LayerInspection(ABC):
 
     def part(self, part: str) -> Tensor | None:
         return self.checkpoint.tensors.get(f"{self.name}.{part}")
+
+    def asymmetric(self, layer: Layer) -> Layer:
+        """Return the layer as one with zero points of its own, whatever the config says."""
+        claim = ", although the config says symmetric" if self.settings.sym else ""
+        self.why_extended.append(f"asymmetric (zero points are not all {zero_point(layer.bits)}{claim})")
+        if self.settings.sym:
+            self.extended_notes.append("the config says symmetric and zero points differ; converted as asymmetric")
+        return replace(layer, sym=False)
 
     def _check_format(self, layer: Layer) -> None:
         """Check what the formats can hold, by shape."""

@@ -7,14 +7,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.reader import Tensor
 from ..checkpoint.writer import OutTensor
-from ..formats.layout import (
-    GROUP_SIZES,
-    b_shape,
-    pack_factor,
-    padded_size,
-    stored_group_size,
-    stored_groups,
-)
+from ..formats.layout import GROUP_SIZES, b_shape, pack_factor, padded_size, stored_group_size, stored_groups
 from ..formats.marlin_config import LayerSettings
 from .source_layer import SourceLayer
 

@@ -19,10 +19,7 @@ from ..checkpoint.writer import OutTensor, require_unique
 from ..engine_support import LayerFacts, ResultFacts, vllm_needs_our_kernels
 from ..errors import SourceError, UnsupportedError
 from ..formats.gptq_config import GPTQSettings, find_configs
-from ..formats.layout import (
-    EXTENDED_NAMES,
-    ORIGINAL_NAMES,
-)
+from ..formats.layout import EXTENDED_NAMES, ORIGINAL_NAMES
 from ..formats.marlin_config import ties
 from ..formats.other_methods import OTHER_METHODS, RUN_BY, method_of
 from ..formats.scales import LayerFit, fit_layer

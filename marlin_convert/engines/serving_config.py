@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..formats.marlin_config import LayerSettings, read_marlin_settings
 from .column_marks import Arriving
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: The method of quantization, by which engines find the plugin.
+NAME = "marlin_convert"
 
 
 class ServedCheckpoint:
@@ -21,6 +29,25 @@ class ServedCheckpoint:
         self.biases: set[str] = set()  # layers with a bias, quantized or not
         self.stored: frozenset[str] = frozenset()  # the quantized layers, by the checkpoint's names
         self.arriving: Arriving | None = None  # while weights are loaded
+
+    @classmethod
+    def get_name(cls) -> str:
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return ["quantize_config.json"]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(config)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings.format}, {self.settings.default}, {len(self.layers)} exceptions)"

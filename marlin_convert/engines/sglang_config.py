@@ -12,10 +12,8 @@ from sglang.srt.runtime_context import get_server_args
 from ..errors import DeviceError
 from ..formats.marlin_config import is_marlin
 from ..native import cuda
-from .serving_config import ServedCheckpoint
+from .serving_config import NAME, ServedCheckpoint
 
-NAME = "marlin_convert"
-_MIN_CAPABILITY = 80
 #: What SGLang's models join, where they do not say it themselves.
 _JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -33,29 +31,11 @@ class CheckpointConfig(ServedCheckpoint, QuantizationConfig):  # type: ignore[mi
     def update_packed_modules_mapping(self, mapping: dict[str, list[str]]) -> None:
         self.packed_modules_mapping = {**_JOINED, **mapping}
 
-    def get_name(self) -> str:
-        return NAME
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return _MIN_CAPABILITY
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return ["quantize_config.json"]
-
     def get_scaled_act_names(self) -> list[str]:
         return []
 
     def get_cache_scale(self, name: str) -> None:
         """Return None: no tensor is a scale of the cache of keys and values; some models ask."""
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> CheckpointConfig:
-        return cls(config)
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None) -> str | None:

@@ -17,8 +17,9 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader, download
 from sglang.version import __version__ as SGLANG_VERSION
 from torch import nn
 
+from .serving_config import NAME
 from .serving_loading import Engine, fill, methods
-from .sglang_config import NAME, CheckpointConfig
+from .sglang_config import CheckpointConfig
 from .sglang_linear import MarlinCheckpointMethod
 from .sglang_moe import MarlinExpertsMethod
 

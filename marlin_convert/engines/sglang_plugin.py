@@ -19,7 +19,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import nn
 
 from . import sglang_loading as loading
-from .sglang_config import NAME, CheckpointConfig
+from .serving_config import NAME
+from .sglang_config import CheckpointConfig
 from .sglang_linear import MarlinCheckpointMethod
 from .sglang_moe import MarlinExpertsMethod
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from ..formats.marlin_config import is_marlin
-from .serving_config import ServedCheckpoint
-
-NAME = "marlin_convert"
-_MIN_CAPABILITY = 80
+from .serving_config import NAME, ServedCheckpoint
 
 
 class CheckpointConfig(ServedCheckpoint, QuantizationConfig):  # type: ignore[misc]
@@ -21,25 +17,6 @@ class CheckpointConfig(ServedCheckpoint, QuantizationConfig):  # type: ignore[mi
     def __init__(self, config: dict[str, Any]) -> None:
         QuantizationConfig.__init__(self)
         ServedCheckpoint.__init__(self, config)
-
-    @classmethod
-    def get_name(cls) -> str:
-        return NAME
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return _MIN_CAPABILITY
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return ["quantize_config.json"]
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> CheckpointConfig:
-        return cls(config)
 
     @classmethod
     def override_quantization_method(

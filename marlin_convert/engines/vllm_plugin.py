@@ -17,7 +17,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from . import vllm_loading as _loading  # noqa: F401 - it puts itself into vLLM's way of loading
-from .vllm_config import NAME, CheckpointConfig
+from .serving_config import NAME
+from .vllm_config import CheckpointConfig
 from .vllm_linear import MarlinCheckpointMethod
 from .vllm_moe import MarlinExpertsMethod
 

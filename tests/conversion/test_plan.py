@@ -19,14 +19,7 @@ from safetensors.torch import load_file
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.plan import make_plan, plan_as_dict
 from marlin_convert.engine_support import vllm_needs_our_kernels
-from tests.support.gptq_checkpoints import (
-    GPTQLayer,
-    Source,
-    quantization_config,
-    shuffled,
-    two_layers,
-    write_source,
-)
+from tests.support.gptq_checkpoints import GPTQLayer, Source, quantization_config, shuffled, two_layers, write_source
 from tests.support.plans import assert_converts, assert_refused, layer_zeros, plan_of, planned
 
 # ---- What it converts ----

@@ -11,12 +11,7 @@ import torch
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.plan import make_plan
 from marlin_convert.errors import SourceError
-from tests.support.gptq_checkpoints import (
-    GPTQLayer,
-    quantization_config,
-    shuffled,
-    write_source,
-)
+from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, shuffled, write_source
 from tests.support.plans import assert_converts, assert_refused, error_of, layer_zeros, plan_of, planned
 
 # ---- Bits ----

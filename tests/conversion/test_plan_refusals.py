@@ -13,11 +13,7 @@ from safetensors.torch import save_file
 from marlin_convert.conversion.names import span
 from marlin_convert.conversion.plan import plan_as_dict
 from marlin_convert.errors import SourceError, UnsupportedError
-from tests.support.gptq_checkpoints import (
-    GPTQLayer,
-    shuffled,
-    write_source,
-)
+from tests.support.gptq_checkpoints import GPTQLayer, shuffled, write_source
 from tests.support.plans import (
     NO_QUANTIZATION,
     assert_converts,

@@ -13,12 +13,7 @@ from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import SourceError
 from marlin_convert.options import Options
 from tests.support import format_reader, source_definitions
-from tests.support.gptq_checkpoints import (
-    GPTQLayer,
-    quantization_config,
-    tensors_of,
-    write_source,
-)
+from tests.support.gptq_checkpoints import GPTQLayer, quantization_config, tensors_of, write_source
 from tests.support.plans import assert_converts, assert_refused, error_of, plan_of, planned
 
 #: (stored, checkpoint_format, sym) → what the layer is: v1 stores z - 1 and v2 stores z; with sym, labels of the

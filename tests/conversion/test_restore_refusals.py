@@ -16,12 +16,7 @@ from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import OutputError, SourceError, UnsupportedError
 from marlin_convert.options import Options
-from tests.support.gptq_checkpoints import (
-    GPTQLayer,
-    Source,
-    shuffled,
-    write_source,
-)
+from tests.support.gptq_checkpoints import GPTQLayer, Source, shuffled, write_source
 from tests.support.marlin_checkpoints import marlin_ext
 
 NAME = "model.layers.0.mlp.down_proj"

@@ -24,14 +24,7 @@ from marlin_convert.native import cpu, reference
 from marlin_convert.native.choose import CUDAPacker
 from marlin_convert.options import Format, Options
 from tests.support import format_reader
-from tests.support.gptq_checkpoints import (
-    GPTQLayer,
-    Source,
-    asymmetric,
-    quantization_config,
-    shuffled,
-    write_source,
-)
+from tests.support.gptq_checkpoints import GPTQLayer, Source, asymmetric, quantization_config, shuffled, write_source
 from tests.support.results import assert_exact, assert_restored
 
 NAME = "model.layers.0.mlp.down_proj"

@@ -11,12 +11,7 @@ import pytest
 from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.restore import restore
 from marlin_convert.options import Options, ZeroPointReading
-from tests.support.gptq_checkpoints import (
-    GPTQLayer,
-    pack_columns,
-    quantization_config,
-    write_source,
-)
+from tests.support.gptq_checkpoints import GPTQLayer, pack_columns, quantization_config, write_source
 from tests.support.results import assert_exact, assert_restored, weights_of
 
 NAME = "model.layers.0.mlp.down_proj"

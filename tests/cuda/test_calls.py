@@ -20,15 +20,7 @@ from tests.cuda.cuda_library import (
     product,
     variant,
 )
-from tests.cuda.kernel_inputs import (
-    FP16,
-    GROUP,
-    KERNEL_TESTS,
-    activations,
-    names,
-    poisoned,
-    runs_here,
-)
+from tests.cuda.kernel_inputs import FP16, GROUP, KERNEL_TESTS, activations, names, poisoned, runs_here
 
 pytestmark = KERNEL_TESTS
 

@@ -5,16 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cuda.cuda_library import (
-    DATA_PARALLEL,
-    INSTANCES,
-    STREAM_K,
-    CudaError,
-    Layer,
-    Library,
-    assert_close,
-    variant,
-)
+from tests.cuda.cuda_library import DATA_PARALLEL, INSTANCES, STREAM_K, CudaError, Layer, Library, assert_close, variant
 from tests.cuda.kernel_inputs import (
     BF16,
     FP16,

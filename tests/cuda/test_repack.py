@@ -15,13 +15,7 @@ from tests.cuda.cuda_library import (
     pack_zeros,
     permute_scales,
 )
-from tests.cuda.kernel_inputs import (
-    BF16,
-    FP16,
-    GROUP_SIZES,
-    KERNEL_TESTS,
-    groups_of,
-)
+from tests.cuda.kernel_inputs import BF16, FP16, GROUP_SIZES, KERNEL_TESTS, groups_of
 
 pytestmark = KERNEL_TESTS
 

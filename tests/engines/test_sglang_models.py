@@ -8,16 +8,12 @@ The kernels need a GPU: our operators' references stand in their place. `sglang_
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.ranks import on_ranks
 from tests.support.served_models import MODELS, is_mixture
 from tests.support.sglang_architectures import LOADED, REFUSED
 from tests.support.tiny_models import Pair, make
@@ -26,8 +22,6 @@ from tests.support.vllm_architectures import ARCHITECTURES, LINEARS, configurati
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("SGLang is not installed", allow_module_level=True)
 
-WORKER = Path(__file__).parents[1] / "support" / "sglang_worker.py"
-SECONDS = 1800
 #: (number of ranks, what they share out).
 RANKS = [(1, "tensors"), (2, "tensors"), (4, "tensors"), (2, "experts")]
 
@@ -52,29 +46,7 @@ def ranks(request: pytest.FixtureRequest, folders: Any, tmp_path_factory: pytest
 
 
 def run(count: int, shared: str, models: list[tuple[Path, Path]], results: Path) -> list[list[Any]]:
-    """What each of `count` ranks says of each model, (MARLIN, DENSE)."""
-    folders = [str(folder) for pair in models for folder in pair]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(WORKER.parents[2])])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(count), port, shared, str(results / str(rank)), *folders],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-    try:
-        for worker in workers:
-            _, messages = worker.communicate(timeout=SECONDS)
-            assert worker.returncode == 0, messages[-3000:]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
-    return [json.loads((results / str(rank)).read_text()) for rank in range(count)]
+    return on_ranks("sglang_worker.py", count, shared, models, results)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -28,6 +28,7 @@ from sglang.srt.layers.quantization import QUANTIZATION_METHODS  # noqa: E402
 from sglang.srt.plugins import GENERAL_PLUGINS_GROUP  # noqa: E402
 
 from marlin_convert.engines import (  # noqa: E402
+    serving_config,
     serving_linear,
     sglang_config,
     sglang_loading,
@@ -117,7 +118,7 @@ def test_registered_before_all_that_might_claim_it(monkeypatch: pytest.MonkeyPat
     try:
         plugin.register()
         plugin.register()
-        assert [*QUANTIZATION_METHODS] == [sglang_config.NAME, *before]
+        assert [*QUANTIZATION_METHODS] == [serving_config.NAME, *before]
         assert len(registered) == 2
         for target in registered:
             assert callable(pkgutil.resolve_name(target))

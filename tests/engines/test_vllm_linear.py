@@ -24,15 +24,9 @@ from tests.support.vllm_layers import (  # noqa: E402
     load,
     loader_of,
     plugin,
-    run_on_a_cpu,
 )
 
-pytestmark = [pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_on_a_cpu(monkeypatch)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("on_a_cpu")]
 
 
 KINDS = [

@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from marlin_convert.conversion.convert import convert
 from marlin_convert.options import Options
 from tests.support import source_definitions
+from tests.support.ranks import on_ranks
 from tests.support.served_models import MODELS, is_mixture
 from tests.support.tiny_models import Pair, make
 from tests.support.vllm_architectures import ARCHITECTURES, LINEARS, REFUSED, ROUNDED, configuration
@@ -31,8 +28,6 @@ from tests.support.vllm_architectures import ARCHITECTURES, LINEARS, REFUSED, RO
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
-WORKER = Path(__file__).parents[1] / "support" / "vllm_worker.py"
-SECONDS = 1800
 
 #: What vLLM's own kernel does not have.
 LACKING = {
@@ -75,29 +70,7 @@ def ranks(request: pytest.FixtureRequest, folders: Any, tmp_path_factory: pytest
 def run(
     count: int, shared: str, models: list[tuple[Path, Path]], results: Path, kernel: str = "vllm"
 ) -> list[list[Any]]:
-    """What each of `count` ranks says of each model, (MARLIN, DENSE)."""
-    folders = [str(folder) for pair in models for folder in pair]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(WORKER.parents[2])])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(count), port, shared, str(results / str(rank)), *folders],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MARLIN_CONVERT_VLLM_KERNEL": kernel},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-    try:
-        for worker in workers:
-            _, messages = worker.communicate(timeout=SECONDS)
-            assert worker.returncode == 0, messages[-3000:]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
-    return [json.loads((results / str(rank)).read_text()) for rank in range(count)]
+    return on_ranks("vllm_worker.py", count, shared, models, results, MARLIN_CONVERT_VLLM_KERNEL=kernel)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,15 +19,9 @@ from tests.support.vllm_layers import (  # noqa: E402
     ORIGINAL,
     config_of,
     plugin,
-    run_on_a_cpu,
 )
 
-pytestmark = [pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_on_a_cpu(monkeypatch)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("on_a_cpu")]
 
 
 @pytest.mark.parametrize(

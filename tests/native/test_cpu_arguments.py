@@ -9,9 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from marlin_convert.native import cpu, cpu_weights
-from tests.support.native_cpu import (
-    both_backends,
-)
+from tests.support.native_cpu import both_backends
 
 WORDS: Any
 HALVES: Any

@@ -14,13 +14,7 @@ import pytest
 from marlin_convert.errors import DeviceError
 from marlin_convert.formats import layout
 from marlin_convert.native import _cpu_library, cpu, cpu_weights, reference
-from tests.support.native_cpu import (
-    ISAS,
-    needs_native,
-    random_scales,
-    random_words,
-    twin,
-)
+from tests.support.native_cpu import ISAS, needs_native, random_scales, random_words, twin
 
 
 def test_the_twin_is_used_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from marlin_convert.native import reference
-from tests.support.gptq_checkpoints import (
-    GPTQLayer,
-    plain_tensors,
-    tensors_of,
-)
+from tests.support.gptq_checkpoints import GPTQLayer, plain_tensors, tensors_of
 
 
 def assert_same_tensors(folder: Path, expected: dict[str, torch.Tensor]) -> None:

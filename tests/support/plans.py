@@ -13,12 +13,7 @@ import torch
 from marlin_convert.checkpoint.reader import Checkpoint
 from marlin_convert.conversion.plan import Plan, make_plan
 from marlin_convert.errors import MarlinConvertError, UnsupportedError
-from tests.support.gptq_checkpoints import (
-    GPTQLayer,
-    pack_columns,
-    quantization_config,
-    write_source,
-)
+from tests.support.gptq_checkpoints import GPTQLayer, pack_columns, quantization_config, write_source
 
 NO_QUANTIZATION: dict[str, Any] = {}
 

@@ -14,10 +14,7 @@ from marlin_convert.conversion.verify import LayerCheck, Verification
 from marlin_convert.formats.marlin_config import read_marlin_settings
 from marlin_convert.native import reference
 from marlin_convert.options import Options
-from tests.support.gptq_checkpoints import (
-    Source,
-    tensors_of,
-)
+from tests.support.gptq_checkpoints import Source, tensors_of
 
 CPU = Options(device="cpu")
 
