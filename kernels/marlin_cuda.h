@@ -110,8 +110,9 @@ MARLIN_EXPORT int marlin_cuda_device_info(int device, marlin_cuda_device_info_t*
 // Equal arguments on equal devices give equal bits.
 //
 // With few rows weights enter as exact integers and scales as fp32: nothing is rounded before the sums. With many (on
-// compute capability 9.0 from 65 on, elsewhere where tiles that do so are faster, from about 9 on) instances
-// run that round each weight to `dtype` once, as marlin_cuda_dequantize does: weights beyond 65504 are infinite in fp16.
+// compute capability 9.0 from 65 on, elsewhere where tiles that do so are faster: from about 9 on, with 8 bits always, in
+// small groups often) instances run that round each weight to `dtype` once, as marlin_cuda_dequantize does: weights beyond
+// 65504 are infinite in fp16.
 // marlin_cuda_plan tells which instance runs, its `rounds_weights` whether it does so. With one group of scales none
 // rounds.
 //

@@ -29,7 +29,7 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 #: Each fit's kernel, as marlin_cost_model_constants counts them, and the GPU's memory in bytes per us.
 FITS = {
-    "sm80_on_h100": (0, 3.35e6),
+    "sm80_on_h200": (0, 4.9e6),
     "sm90_on_h200": (1, 4.9e6),
     "sm90_wide_on_h100": (2, 3.35e6),
     "sm90_wide_on_h200": (2, 4.9e6),
@@ -40,8 +40,9 @@ CLUSTERS = (ctypes.c_int * 8)(132, 66, 42, 30, 22, 20, 15, 14)
 #: The constants that are fitted, for each kernel; the others of the struct are no part of a choice.
 FITTED = (
     (
-        "launch", "memory", "step", "step_column", "step_output", "step_product", "step_weights", "sm_bytes", "group",
-        "zero_points", "shared", "shared_kb", "whole_kb", "misaligned", "misaligned_kb", "stream_k",
+        "launch", "memory", "step", "step_column", "step_output", "step_product", "step_weights", "sm_bytes",
+        "any_groups", "group", "group_output", "zero_points", "shared", "shared_kb", "whole_kb", "misaligned",
+        "misaligned_kb", "stream_k",
     ),
     (
         "launch", "memory", "step", "step_column", "step_output", "group", "group_output", "zero_points",
@@ -61,6 +62,8 @@ class TileShape(ctypes.Structure):
         ("clusters", ctypes.c_bool),
         ("wide", ctypes.c_bool),
         *((name, ctypes.c_int) for name in ("block_m", "block_n", "block_k", "bits", "stages", "blocks", "decodes")),
+        ("scaled", ctypes.c_bool),
+        ("any_groups", ctypes.c_bool),
     )
 
 
@@ -133,9 +136,9 @@ class Model:
 
 
 #: What sm80's names do not tell (gemm_sm80_*.cu), where not 128 rows of K in a step, one block an SM, a warp along M.
-BLOCK_K = {"m8n128_b4_g128": 256, "m128n256": 64, "m64n256k64": 64, "m64n256_b8": 64, "m128n128_b8": 64}
-BLOCKS = {"m16n128": 3, "m32n128": 3, "m64n128": 2}
-DECODES = {"m128n128_b8": 4, "m128": 2, "m64n256_b8": 2}
+BLOCK_K = {"m8n128_b4_g128": 256, "m128n256": 64, "m64n256k64": 64}
+BLOCKS = {"m32n128_b8": 2, "m16n128": 3, "m32n128": 3, "m64n128": 2}
+DECODES = {"m128": 2}
 
 
 def tile_of(name: str) -> TileShape:
@@ -149,7 +152,9 @@ def tile_of(name: str) -> TileShape:
     def told(table: dict[str, int], otherwise: int) -> int:
         return next((v for start, v in table.items() if name.startswith(f"sm80_{start}")), otherwise)
 
-    return TileShape(False, False, m, n, told(BLOCK_K, 128), bits, 4, told(BLOCKS, 1), told(DECODES, 1))
+    block_k, blocks, decodes = told(BLOCK_K, 128), told(BLOCKS, 1), told(DECODES, 1)
+    scaled = m >= 32 or (m, n) == (16, 128)
+    return TileShape(False, False, m, n, block_k, bits, 4, blocks, decodes, scaled, "_gany" in name)
 
 
 def problem_of(row: dict[str, str]) -> Problem:
@@ -194,7 +199,7 @@ def fit(model: Model, timings: Timings, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("fit", nargs="?", choices=FITS, default="sm80_on_h100")
+    parser.add_argument("fit", nargs="?", choices=FITS, default="sm80_on_h200")
     parser.add_argument("--rounds", type=int, default=40, help="0: only say how good the library's constants are")
     options = parser.parse_args()
     timings = Timings.read(options.fit)

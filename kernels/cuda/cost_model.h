@@ -20,9 +20,11 @@ struct TileShape {
   bool wide;      // sm90_wide: output tiles are split in another way (make_schedule)
   int block_m, block_n, block_k;
   int bits;
-  int stages;   // of the pipeline
-  int blocks;   // that an SM runs at once
-  int decodes;  // times that a block decodes each weight: its warps along M
+  int stages;       // of the pipeline
+  int blocks;       // that an SM runs at once
+  int decodes;      // times that a block decodes each weight: its warps along M
+  bool scaled;      // sm80: weights are scaled before they are multiplied, so groups cost no sums of their own;
+  bool any_groups;  //   else, whether groups may be smaller than 128 rows
 };
 
 struct Problem {
@@ -57,14 +59,15 @@ struct CostModel {
   double step_product;   //   for each product of two numbers,
   double step_weights;   //   and for each KB of weights, each time that they are decoded;
   double sm_bytes;       // but no more bytes per us into an SM
+  double any_groups;     // sm80: us of a step where sums may have to be scaled inside of it;
   double group;          // us for each further group in a step,
-  double group_output;   //   and for each output;
+  double group_output;   //   and for each output (sm80: only these where weights are scaled);
   double zero_points;    // us for the zero points of each group
   double cluster_rank;   // us for each block of a cluster
   double cluster_kb;     // us for each KB of a tile's sums, in a cluster
   double wave;           // us for each further wave of clusters
   double shared;         // us when blocks share tiles through the workspace,
-  double shared_kb;      //   and for each KB of a tile's sums and block that shares it
+  double shared_kb;      //   and for each KB of a tile's sums and block that shares it (sm80: and block of the SM)
   double whole_kb;       // us for each KB of sums of each further whole tile
   double misaligned;     // us when ranges end inside tiles: a block then has two tiles' ends,
   double misaligned_kb;  //   and for each KB of sums
@@ -97,7 +100,7 @@ struct Gpu {
 CostModel sm90_model(const Gpu& gpu);
 CostModel sm90_wide_model(const Gpu& gpu);
 
-// A GPU on which nothing was measured has the H100's constants, scaled by its clock and memory, and no more products a
+// A GPU on which nothing was measured has the H200's constants, scaled by its clock and memory, and no more products a
 // cycle than its tensor cores do by their datasheet.
 CostModel sm80_model(const Gpu& gpu);
 

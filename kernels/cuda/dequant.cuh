@@ -123,6 +123,13 @@ struct Decoder<__nv_bfloat16, 4> {
 
 template <>
 struct Decoder<__half, 8> {
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t (&a)[4]) {
+    constexpr uint32_t kMinus1152 = 0xe480e480;  // -(1024 + 128), twice
+    a[0] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[0]), kMinus1152);
+    a[1] = add_half2(and_or<0x00ff00ff, 0x64006400>(q[1]), kMinus1152);
+    a[2] = add_half2(__byte_perm(q[0], 0x64646464, 0x4341), kMinus1152);
+    a[3] = add_half2(__byte_perm(q[1], 0x64646464, 0x4341), kMinus1152);
+  }
   static __device__ __forceinline__ uint32_t zeros(uint32_t packed) { return and_or<0x00ff00ff, 0xe400e400>(packed); }
   static __device__ __forceinline__ void word(const uint32_t* q, uint32_t zeros, uint32_t (&a)[4]) {
     const uint32_t z0 = lower_twice(zeros), z1 = upper_twice(zeros);
@@ -141,12 +148,22 @@ struct Decoder<__nv_bfloat16, 8> {
     };
     return __byte_perm(left(packed & 0xff), left(packed >> 16 & 0xff), 0x7632);
   }
-  // Bytes 0 and 2 of q.
-  static __device__ __forceinline__ uint32_t pair(uint32_t q, uint32_t z) {
+  // Bytes 0 and 2 of q, less 128.
+  static __device__ __forceinline__ uint32_t pair(uint32_t q) {
     constexpr uint32_t kOne = 0x3f803f80;
     uint32_t minus;
     asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(minus) : "r"(q), "n"(0x00800080), "n"(0xc380c380));  // (q & b) ^ c
-    return fma_bfloat2(fma_bfloat2(and_or<0x007f007f, 0x43004300>(q), kOne, minus), kOne, z);
+    return fma_bfloat2(and_or<0x007f007f, 0x43004300>(q), kOne, minus);
+  }
+  static __device__ __forceinline__ uint32_t pair(uint32_t q, uint32_t z) {
+    constexpr uint32_t kOne = 0x3f803f80;
+    return fma_bfloat2(pair(q), kOne, z);
+  }
+  static __device__ __forceinline__ void word(const uint32_t* q, uint32_t (&a)[4]) {
+    a[0] = pair(q[0]);
+    a[1] = pair(q[1]);
+    a[2] = pair(q[0] >> 8);
+    a[3] = pair(q[1] >> 8);
   }
   static __device__ __forceinline__ void word(const uint32_t* q, uint32_t zeros, uint32_t (&a)[4]) {
     const uint32_t z0 = lower_twice(zeros), z1 = upper_twice(zeros);

@@ -22,7 +22,7 @@
 //   With one group (G == 1) sums are scaled in fp32 at the end of a tile, in both.
 //
 // Eight bits, zero points, groups of 16, 32 and 64
-//   kExtended: a register for each of a lane's columns takes the zero point away. A warp's piece of a step, 16 KT rows,
+//   kZeros: a register for each of a lane's columns takes the zero point away. A warp's piece of a step, 16 KT rows,
 //   has up to KT rows of scales and of zero points; in the exact way sums are scaled after each group.
 //
 // Padding, act-order
@@ -116,11 +116,11 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
     for (int i = 0; i + 1 < MB; i += 2) ldmatrix4(f.b[i], f.b[i + 1], at + i * 8 * (S::kBlockK * 2));
     if (MB % 2) ldmatrix2(f.b[MB - 1], at + (MB - 1) * 8 * (S::kBlockK * 2));
     const int sub = kt >> sub_shift;
-    if ((S::kAnyGroups || kt == KT - 1) && p.groups > 1) {
+    if (!S::kOneGroup && (S::kAnyGroups || kt == KT - 1) && p.groups > 1) {
       const uint4 s = load_shared16(stage + scales_at + (S::kAnyGroups ? sub * (S::kBlockN * 2) : 0));
       f.scales[0] = s.x, f.scales[1] = s.y, f.scales[2] = s.z, f.scales[3] = s.w;
     }
-    if constexpr (S::kExtended) {
+    if constexpr (S::kZeros) {
       if (p.zeros != nullptr) {
 #pragma unroll
         for (int i = 0; i < S::BITS / 4; i++)
@@ -160,8 +160,8 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
   };
 
   // Extended: what takes the zero points of the sub-tiles' columns g and g + 8 away.
-  uint32_t zero[S::kExtended ? 4 : 1];
-  if constexpr (S::kExtended) {
+  uint32_t zero[S::kZeros ? 4 : 1];
+  if constexpr (S::kZeros) {
 #pragma unroll
     for (int i = 0; i < S::BITS / 4; i++)
       fragments[0].zeros[i] = fragments[1].zeros[i] = S::BITS == 4 ? 0x88888888 : 0x80808080;
@@ -171,19 +171,19 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
 
   using Integer = ScaledFrom<T, S::kMixed>;  // what codes are decoded to
   const auto decode = [&](uint32_t (&a)[4], const Sm80Fragments<S>& f, int j) {
-    if constexpr (S::kExtended && S::kScaled)  // registers are scarce: made anew
+    if constexpr (S::kZeros && S::kScaled)  // registers are scarce: made anew
       zero[j] = Decoder<Integer, S::BITS>::zeros(zeros_of<S::BITS>(f.zeros, j));
-    if constexpr (S::kExtended)
+    if constexpr (S::kZeros)
       Decoder<Integer, S::BITS>::word(f.words + j * (S::BITS / 4), zero[j], a);
     else
-      Decoder<Integer, S::BITS>::word(f.words + j, a);
-    if constexpr (S::kScaled) scale_fragment<T, S::kMixed>(a, f.scales[j]);
+      Decoder<Integer, S::BITS>::word(f.words + j * (S::BITS / 4), a);
+    if constexpr (S::kScaled && !S::kOneGroup) scale_fragment<T, S::kMixed>(a, f.scales[j]);
   };
   // Decoded one sub-tile ahead, where registers suffice: of the sub-tile that is multiplied and of the next.
   constexpr bool kDecodesAhead = S::kScaled && !(S::kMixed && S::BITS == 8);
   uint32_t a[2][4];
   auto multiply = [&](const Sm80Fragments<S>& f, const Sm80Fragments<S>& next, int kt) {
-    if constexpr (S::kExtended && !S::kScaled) {
+    if constexpr (S::kZeros && !S::kScaled) {
       if (p.zeros != nullptr && (kt & ((1 << sub_shift) - 1)) == 0) {
 #pragma unroll
         for (int j = 0; j < 4; j++) zero[j] = Decoder<Integer, S::BITS>::zeros(zeros_of<S::BITS>(f.zeros, j));
@@ -200,9 +200,21 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
     }
   };
 
+  // One group: a lane's scales are every second of two runs of eight (scale_index). In kernels for one group alone they
+  // are on their way while the tile is multiplied.
+  const bool one_group = S::kOneGroup || p.groups == 1;
+  uint4 tile_scales[2];
+  const auto load_scales = [&](const typename P::template Tile<S>& at) {
+    const int column = at.column() + wn * MARLIN_TILE_N;
+    const uint4* const from = reinterpret_cast<const uint4*>(p.s + at.first_group(p) * p.N + column) + g / 2;
+#pragma unroll
+    for (int i = 0; i < 2; i++) tile_scales[i] = column < p.N ? from[4 * i] : make_uint4(0, 0, 0, 0);
+  };
+
   int iteration = schedule.begin;
   while (iteration < schedule.end) {
     const int tile = TileScheduler::tile(p, iteration);
+    if constexpr (S::kOneGroup) load_scales(typename P::template Tile<S>(p, tile));
     const int step_begin = iteration % p.steps;
     const int step_end = min(p.steps, step_begin + schedule.end - iteration);
     clear(sum);
@@ -230,19 +242,19 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
         }
         multiply(f, next, kt);
         if constexpr (!S::kScaled) {
-          if (last ? ends : S::kExtended && (kt + 1 & ((1 << sub_shift) - 1)) == 0) scale_part(f);
+          if (last ? ends : S::kAnyGroups && (kt + 1 & ((1 << sub_shift) - 1)) == 0) scale_part(f);
         }
       }
     }
 
     const typename P::template Tile<S> at(p, tile);
-    if (p.groups == 1) {
-      const uint16_t* const scales = p.s + at.first_group(p) * p.N;
-      const int column = at.column() + wn * MARLIN_TILE_N;
+    if (one_group) {
+      if constexpr (!S::kOneGroup) load_scales(at);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const float scale =
-            column < p.N ? scale_to_float(scales[column + scale_index(g + 8 * i, true)], p.bf16_scales) : 0.0f;
+        const uint4& q = tile_scales[i / 4];
+        const uint32_t pair = i % 4 == 0 ? q.x : i % 4 == 1 ? q.y : i % 4 == 2 ? q.z : q.w;
+        const float scale = scale_to_float(static_cast<uint16_t>(pair >> 16 * (g % 2)), p.bf16_scales);
 #pragma unroll
         for (int b = 0; b < MB; b++) {
           sum[i / 2][b][i % 2 * 2] *= scale;

@@ -13,7 +13,6 @@ std::vector<Instance> sm80_b4_instances() {
       sm80_instance<8, 1, 2, 2, 4, 4, false, true, 2>(8, "sm80_m64n128_b4_gany"),
       sm80_instance<8, 1, 4, 2, 4, 4, false, true>(9, "sm80_m64n256_b4_gany"),
       sm80_instance<8, 1, 4, 2, 2, 4, false, true>(10, "sm80_m64n256k64_b4_gany"),
-      sm80_instance<8, 2, 2, 2, 4, 4, false, true>(11, "sm80_m128n128_b4_gany"),
       sm80_instance<8, 2, 4, 1, 4, 4, false, true>(12, "sm80_m128n256_b4_gany"),
       sm80_instance<2, 1, 2, 2, 4, 4, false, true, 3>(13, "sm80_m16n128_b4_gany"),
   };

@@ -7,13 +7,9 @@ std::vector<Instance> sm80_b4_groups_instances() {
   return {
       sm80_instance<1, 1, 4, 2, 4, 4, true>(22, "sm80_m8n256_b4_ganyz"),
       sm80_instance<2, 1, 2, 2, 4, 4, true, true, 3>(23, "sm80_m16n128_b4_ganyz"),
-      sm80_instance<2, 1, 4, 2, 4, 4, true>(24, "sm80_m16n256_b4_ganyz"),
       sm80_instance<4, 1, 2, 2, 4, 4, true, true, 3>(25, "sm80_m32n128_b4_ganyz"),
-      sm80_instance<4, 1, 4, 2, 4, 4, true, true>(26, "sm80_m32n256_b4_ganyz"),
       sm80_instance<8, 1, 4, 2, 4, 4, true, true>(29, "sm80_m64n256_b4_ganyz"),
       sm80_instance<8, 1, 4, 2, 2, 4, true, true>(30, "sm80_m64n256k64_b4_ganyz"),
-      sm80_instance<8, 2, 2, 2, 4, 4, true, true>(31, "sm80_m128n128_b4_ganyz"),
-      sm80_instance<8, 2, 4, 1, 4, 4, true, true>(32, "sm80_m128n256_b4_ganyz"),
   };
 }
 

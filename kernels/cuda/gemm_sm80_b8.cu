@@ -1,16 +1,21 @@
-// gemm_sm80_b8.cu: the instances of gemm_sm80.cuh for 8 bits.
+// gemm_sm80_b8.cu: the instances of gemm_sm80.cuh for 8 bits without zero points.
 #include "gemm_sm80_instance.cuh"
 
 namespace marlin {
+namespace {
+
+template <int MB, int WM, int WN, int WK, int KT, int BLOCKS = 1>
+Instance of_8_bits(int id, const char* name) {
+  return sm80_instance<MB, WM, WN, WK, KT, 8, true, true, BLOCKS, false>(id, name);
+}
+
+}  // namespace
 
 std::vector<Instance> sm80_b8_instances() {
   return {
-      sm80_instance<1, 1, 4, 2, 4, 8, true>(42, "sm80_m8n256_b8_gany"),
-      sm80_instance<2, 1, 4, 2, 4, 8, true>(44, "sm80_m16n256_b8_gany"),
-      sm80_instance<4, 1, 4, 2, 4, 8, true, true>(46, "sm80_m32n256_b8_gany"),
-      sm80_instance<4, 2, 4, 1, 4, 8, true, true>(49, "sm80_m64n256_b8_gany"),
-      sm80_instance<4, 4, 2, 1, 4, 8, true, true>(51, "sm80_m128n128_b8_gany"),
-      sm80_instance<8, 2, 4, 1, 4, 8, true, true>(53, "sm80_m128n256_b8_gany"),
+      of_8_bits<2, 1, 2, 2, 4, 3>(43, "sm80_m16n128_b8_gany"), of_8_bits<4, 1, 2, 2, 4, 2>(45, "sm80_m32n128_b8_gany"),
+      of_8_bits<8, 1, 2, 2, 4, 2>(48, "sm80_m64n128_b8_gany"), of_8_bits<8, 1, 4, 2, 2>(50, "sm80_m64n256k64_b8_gany"),
+      of_8_bits<8, 2, 4, 1, 4>(53, "sm80_m128n256_b8_gany"),
   };
 }
 

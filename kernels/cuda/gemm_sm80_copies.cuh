@@ -139,7 +139,7 @@ class Sm80Copies {
         start_tile();
       }
       words();
-      scales();
+      if constexpr (!S::kOneGroup) scales();
     }
     rows(part * kRowCopies / kParts, (part + 1) * kRowCopies / kParts);
     if (part == kParts - 1) {
@@ -203,7 +203,7 @@ class Sm80Copies {
                     to + (of_wk * S::kSubgroups + sub) * (S::kBlockN * 2) + tid % kScaleRow * 16,
                     p.s + group_of(of_wk, sub) + column);
     }
-    if constexpr (S::kExtended) {
+    if constexpr (S::kZeros) {
       constexpr int kColumns = 128 / S::BITS;  // in a piece
       const int row = tid / kZeroRow, sub = row / WK, of_wk = row % WK;
       const int column = min(at.n * S::kBlockN + tid % kZeroRow * kColumns, p.N - kColumns);

@@ -9,9 +9,9 @@ namespace marlin {
 
 // MB, WM, WN, WK, KT and so on of Sm80Shape: eight warps, or four where blocks share an SM.
 template <int MB, int WM, int WN, int WK, int KT, int BITS = 4, bool EXTENDED = false, bool SCALED = false,
-          int BLOCKS = 1>
+          int BLOCKS = 1, bool ZEROS = EXTENDED>
 Instance sm80_instance(int id, const char* name) {
-  using S = Sm80Shape<MB, WM, WN, WK, KT, BITS, EXTENDED, SCALED, false, BLOCKS>;
+  using S = Sm80Shape<MB, WM, WN, WK, KT, BITS, EXTENDED, SCALED, false, BLOCKS, false, ZEROS>;
   Instance i = {};
   i.id = id;
   i.name = name;
@@ -19,13 +19,18 @@ Instance sm80_instance(int id, const char* name) {
   i.kernels[0] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__half, S>);
   i.kernels[1] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__nv_bfloat16, S>);
   if constexpr (SCALED) {
-    using Mixed = Sm80Shape<MB, WM, WN, WK, KT, BITS, EXTENDED, true, true, BLOCKS>;
+    using Mixed = Sm80Shape<MB, WM, WN, WK, KT, BITS, EXTENDED, true, true, BLOCKS, false, ZEROS>;
     i.kernels[2] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__half, Mixed>);
     i.kernels[3] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__nv_bfloat16, Mixed>);
+    if constexpr (!ZEROS) {
+      using OneGroup = Sm80Shape<MB, WM, WN, WK, KT, BITS, EXTENDED, true, false, BLOCKS, true, false>;
+      i.kernels[kOneGroup] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__half, OneGroup>);
+      i.kernels[kOneGroup + 1] = reinterpret_cast<const void*>(&gemm_sm80_kernel<__nv_bfloat16, OneGroup>);
+    }
   }
   i.bits = S::BITS;
   i.group_size = S::kAnyGroups ? 0 : 128;
-  i.zero_points = S::kExtended ? kEither : kNever;
+  i.zero_points = S::kZeros ? kEither : kNever;
   i.rounds_weights = S::kScaled;
   i.invariant = S::kScaled && S::WK == 2 && S::KT == 4;
   i.threads = S::kThreads;

@@ -9,7 +9,7 @@
 //   activations  [BLOCK_M][BLOCK_K], 16-byte pieces of a row swizzled: piece p of row r stands at p ^ (r % 8), so the
 //                eight rows that ldmatrix gathers lie in different banks
 //   scales       [WK][SUB][BLOCK_N] fp16 or bf16, the groups of each warp's piece, as stored
-//   zero points  extended: [WK][SUB][BLOCK_N bits / 32] words
+//   zero points  [WK][SUB][BLOCK_N bits / 32] words
 #pragma once
 
 #include <type_traits>
@@ -20,14 +20,15 @@ namespace marlin {
 
 // BLOCKS: thread blocks that share an SM. Two of four warps hide each other's barriers and ends of tiles.
 template <int MB_, int WM_, int WN_, int WK_, int KT_, int BITS_ = 4, bool EXTENDED = false, bool SCALED = false,
-          bool MIXED = false, int BLOCKS = 1>
+          bool MIXED = false, int BLOCKS = 1, bool ONE_GROUP = false, bool ZEROS = EXTENDED>
 struct Sm80Shape {
   static constexpr int BITS = BITS_;
-  static constexpr bool kExtended = EXTENDED;  // takes 8 bits and zero points
-  static constexpr bool kScaled = SCALED;      // weights are scaled, and rounded, before they are multiplied
-  static constexpr bool kMixed = MIXED;        // scaled: scales are not of the activations' type
-  static constexpr bool kAnyGroups = EXTENDED || SCALED;
-  static constexpr int MB = MB_;  // 8-row blocks of M in a warp's piece
+  static constexpr bool kZeros = ZEROS;         // takes zero points
+  static constexpr bool kScaled = SCALED;       // weights are scaled, and rounded, before they are multiplied
+  static constexpr bool kMixed = MIXED;         // scaled: scales are not of the activations' type
+  static constexpr bool kOneGroup = ONE_GROUP;  // scaled: for G == 1 alone, where scales enter at the end of a tile
+  static constexpr bool kAnyGroups = EXTENDED || SCALED;  // else groups of 128, or one
+  static constexpr int MB = MB_;                          // 8-row blocks of M in a warp's piece
   static constexpr int WM = WM_, WN = WN_, WK = WK_;
   static constexpr int KT = KT_;  // 16-row tiles of K in a warp's piece
   static constexpr int kBlocks = BLOCKS;
@@ -48,7 +49,7 @@ struct Sm80Shape {
   static constexpr int kMinStages = kStepByStep ? 2 : 3;
   static constexpr int kSubgroups = kAnyGroups ? KT : 1;  // at most
   static constexpr int kScaleBytes = WK * kSubgroups * kBlockN * 2;
-  static constexpr int kZeroBytes = EXTENDED ? WK * kSubgroups * kBlockN * BITS / 8 : 0;
+  static constexpr int kZeroBytes = ZEROS ? WK * kSubgroups * kBlockN * BITS / 8 : 0;
   static constexpr int kStageBytes = kWeightBytes + kActivationBytes + kScaleBytes + kZeroBytes;
   // Where a tile's sums are many, the epilogue works in registers (epilogue_sm80.cuh).
   static constexpr bool kInRegisters = SCALED && WK <= 2;
@@ -70,7 +71,6 @@ struct Sm80Shape {
   static_assert(KT % WM == 0, "warps along M share the copying of a warp's weights");
   static_assert(kBlockK >= 64, "the swizzle permutes eight 16-byte pieces");
   static_assert(KT == 2 || KT == 4, "fragments alternate between two sets of registers; the swizzle takes 8 pieces");
-  static_assert(EXTENDED || BITS == 4, "8 bits are an extension");
 };
 
 }  // namespace marlin

@@ -12,11 +12,15 @@ enum class MainLoop { kSm80, kSm90, kSm90Wide };  // gemm_sm80.cuh, gemm_sm90.cu
 
 enum ZeroPoints : int { kNever = 0, kEither = 1, kAlways = 2 };  // what weights must have of them
 
+constexpr int kOtherScales = 2, kOneGroup = 4, kKernels = 6;  // in Instance::kernels
+
 struct Instance {
   int id;
   const char* name;
   MainLoop loop;
-  const void* kernels[4];  // by dtype; rounds_weights: then, for scales that are not of the activations' type, again
+  // By dtype; rounds_weights: from kOtherScales on for scales that are not of the activations' type, and from kOneGroup
+  // on for one group alone, where there are such.
+  const void* kernels[kKernels];
   int bits;
   int group_size;  // rows that share a scale; 128 is also for G == 1; 0: any number
   ZeroPoints zero_points;
@@ -36,6 +40,7 @@ struct Instance {
 std::vector<Instance> sm80_b4_instances();
 std::vector<Instance> sm80_b4_groups_instances();
 std::vector<Instance> sm80_b8_instances();
+std::vector<Instance> sm80_b8_zeros_instances();
 std::vector<Instance> sm90_b4_instances();
 std::vector<Instance> sm90_b4_groups_instances();
 std::vector<Instance> sm90_b8_instances();

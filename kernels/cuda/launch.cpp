@@ -220,7 +220,11 @@ int marlin_cuda_gemm(const marlin_cuda_weights_t* weights, const marlin_cuda_pro
     piece.C = static_cast<uint16_t*>(x.C) + first * w.out_features;
     const Instance& instance = *plan.instance;
     // With one group scales are not multiplied before the end, where any type will do.
-    const int kernel = dtype + (instance.rounds_weights && w.G > 1 && w.scale_dtype != dtype ? 2 : 0);
+    int kernel = dtype;
+    if (w.G == 1 && instance.kernels[kOneGroup] != nullptr)
+      kernel += kOneGroup;
+    else if (w.G > 1 && instance.rounds_weights && w.scale_dtype != dtype)
+      kernel += kOtherScales;
     MARLIN_RETURN_IF_ERROR(allow_shared_memory(instance, kernel, facts, device));
     const auto launch = instance.loop == MainLoop::kSm90Wide ? launch_wide : launch_few;
     MARLIN_RETURN_IF_ERROR(launch(plan, kernel, w, piece));

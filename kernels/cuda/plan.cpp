@@ -16,7 +16,7 @@ namespace {
 // What was found out about one device, for each instance.
 struct DeviceState {
   struct Facts {
-    std::atomic<bool> shared_memory[4] = {};          // allowed, by kernel
+    std::atomic<bool> shared_memory[kKernels] = {};   // allowed, by kernel
     std::atomic<int> clusters[kMostSplitK + 1] = {};  // how many are resident + 1; 0: not asked yet
   };
   std::deque<Facts> instances{all_instances().size()};
@@ -33,14 +33,22 @@ DeviceState::Facts& facts_of(const Instance& instance, int device) {
   return state_of(device).instances[&instance - all_instances().data()];
 }
 
-int blocks_per_sm(const Instance& i) { return i.loop == MainLoop::kSm80 ? i.blocks_per_sm : 1; }
-
-int most_stages(const Instance& i, const Device& facts) {
+// If so many blocks share an SM.
+int most_stages(const Instance& i, const Device& facts, int blocks) {
   constexpr int kReserved = 1024;  // for each block of an SM
-  const int bytes = (facts.shared_bytes_per_block + kReserved) / blocks_per_sm(i) - kReserved;
+  const int bytes = (facts.shared_bytes_per_block + kReserved) / blocks - kReserved;
   const int most = std::min(i.max_stages, (bytes - i.extra_bytes) / i.stage_bytes);
   return most - most % i.stage_multiple;
 }
+
+// Fewer than the instance is made for where shared memory is small.
+int blocks_per_sm(const Instance& i, const Device& facts) {
+  int blocks = i.loop == MainLoop::kSm80 ? i.blocks_per_sm : 1;
+  while (blocks > 1 && most_stages(i, facts, blocks) < least_stages(i)) blocks--;
+  return blocks;
+}
+
+int most_stages(const Instance& i, const Device& facts) { return most_stages(i, facts, blocks_per_sm(i, facts)); }
 
 // Whether it can run here.
 bool runs(const Instance& i, const Device& facts) {
@@ -80,9 +88,17 @@ int resident_clusters(const Instance& i, int size, const Device& facts, int devi
 bool lay_out(const Instance& i, int split, bool forced, const Problem& problem, const Device& facts, int device,
              Plan* plan) {
   const bool wide = i.loop == MainLoop::kSm90Wide;
-  const TileShape tile = {
-      i.loop == MainLoop::kSm90, wide,     i.block_m, i.block_n, i.block_k, i.bits, most_stages(i, facts),
-      blocks_per_sm(i),          i.warps_m};
+  const TileShape tile = {i.loop == MainLoop::kSm90,
+                          wide,
+                          i.block_m,
+                          i.block_n,
+                          i.block_k,
+                          i.bits,
+                          most_stages(i, facts),
+                          blocks_per_sm(i, facts),
+                          i.warps_m,
+                          i.rounds_weights,
+                          i.group_size == 0};
   const bool cluster = split <= kMostSplitK && tile.clusters;
   Schedule schedule;
   if (!make_schedule(tile, problem, split, forced, facts.multiprocessors,
@@ -149,7 +165,7 @@ bool cut_into(int parts, int64_t M, const marlin_cuda_weights_t& weights, const 
       offer(kDataParallel, M, 1);
     } else {
       const int64_t tiles_n = (weights.N + i.block_n - 1) / i.block_n;
-      const int64_t rows = facts.multiprocessors * blocks_per_sm(i) / (tiles_n * parts) * i.block_m;
+      const int64_t rows = facts.multiprocessors * blocks_per_sm(i, facts) / (tiles_n * parts) * i.block_m;
       if (rows > 0) offer(parts, std::min(M, rows), 1);
     }
   }
@@ -247,6 +263,7 @@ const std::vector<Instance>& all_instances() {
     const auto add = [&](const std::vector<Instance>& more) { found.insert(found.end(), more.begin(), more.end()); };
     add(sm80_b4_groups_instances());
     add(sm80_b8_instances());
+    add(sm80_b8_zeros_instances());
 #ifdef MARLIN_HAS_SM90
     add(sm90_b4_instances());
     add(sm90_b4_groups_instances());
@@ -330,7 +347,7 @@ size_t workspace_bytes(const Device& facts) {
     if (i.loop == MainLoop::kSm80 || facts.capability == 90)
       tile = std::max(tile, i.loop == MainLoop::kSm90Wide
                                 ? kWidePartialFloats * sizeof(float)
-                                : blocks_per_sm(i) * static_cast<size_t>(i.block_m) * i.block_n * sizeof(float));
+                                : blocks_per_sm(i, facts) * static_cast<size_t>(i.block_m) * i.block_n * sizeof(float));
   return MARLIN_CUDA_COUNTER_BYTES + 2 * tile * facts.multiprocessors;
 }
 
