@@ -59,9 +59,9 @@ CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
 #: Those of a wheel. Code for 8.0 runs on 8.6 and 8.9 too; code of their own would be a third of the time and the size.
 WHEEL_ARCHS = ("80", "90a", "100", "120")
 
-# Sources named gemm_sm90* use instructions of sm_90a: they are compiled for it alone, and left out without it. Hopper
-# then never chooses a kernel of gemm_sm80*, so wheels have no machine code of these for it, a sixth of the time: one that
-# is asked for there is made by the driver, of the PTX.
+# Sources named gemm_sm90* use instructions of sm_90a: they are compiled for it alone, and left out without it.
+# Hopper then never chooses a kernel of gemm_sm80*. So wheels have no machine code of these for it, a sixth of the
+# time; one that is asked for there is made by the driver, of the PTX.
 SM90_ARCH, SM90_PREFIX, SM80_PREFIX = "90a", "gemm_sm90", "gemm_sm80"
 
 
