@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from .. import engine_support
@@ -52,8 +53,14 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
             wrong = min(names ^ found)
             why = "is not quantized" if wrong in names else "is not one of them"
             raise ValueError(f"{prefix}: vLLM computes its experts as one layer, and {wrong} {why}")
-        if self.moe.moe_parallel_config.use_all2all_kernels:
-            raise ValueError(f"{prefix}: this plugin does not run experts spread over data-parallel ranks")
+        refused = {
+            "experts spread over data-parallel ranks": self.moe.moe_parallel_config.use_all2all_kernels,
+            "experts that --enable-eplb moves among ranks": self.moe.moe_parallel_config.enable_eplb,
+            "LoRA adapters of experts; name other layers with --lora-target-modules": self._may_have_adapters(),
+        }
+        for what, applies in refused.items():
+            if applies:
+                raise ValueError(f"{prefix}: this plugin does not run {what}")
         choice.say()
         self.biases = sorted(names & config.biases)
         lacking = self._what_vllm_lacks(layer, sorted(names))
@@ -64,6 +71,15 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
             )
         self.ours = choice.kernel().ours or bool(lacking)
         choice.check_invariance(prefix, self.ours)
+
+    def _may_have_adapters(self) -> bool:
+        """Tell whether vLLM prepares these experts for LoRA adapters."""
+        known = get_current_vllm_config_or_none()
+        if known is None or known.lora_config is None:
+            return False
+        own = {"experts", "gate_up_proj", *self.parts.values()}
+        targets = known.lora_config.target_modules
+        return targets is None or not own.isdisjoint(name.rpartition(".")[2] for name in targets)
 
     def _settings(self, name: str) -> Any:
         return replace(self.config.layer(name), source_group_size=None)

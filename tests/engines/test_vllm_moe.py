@@ -13,7 +13,7 @@ from tests.support.pieces import random_layer
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from marlin_convert.engines import vllm_plugin  # noqa: E402
+from marlin_convert.engines import vllm_moe, vllm_plugin  # noqa: E402
 from marlin_convert.engines.column_marks import Arriving  # noqa: E402
 from marlin_convert.engines.tensor_parallel import Piece  # noqa: E402
 from marlin_convert.formats.layout import EXTENDED_NAMES  # noqa: E402
@@ -37,7 +37,7 @@ class Experts(plugin.RoutedExperts):  # type: ignore[misc]
         self.ckpt_gate_proj_name, self.ckpt_up_proj_name, self.ckpt_down_proj_name = names.values()
         self.moe_config = SimpleNamespace(
             num_logical_experts=E, is_act_and_mul=gated, tp_size=ranks, tp_rank=rank,
-            moe_parallel_config=SimpleNamespace(use_all2all_kernels=False),
+            moe_parallel_config=SimpleNamespace(use_all2all_kernels=False, enable_eplb=settings.get("eplb", False)),
         )  # fmt: skip
         self.swiglu_limit = settings.get("limit")
         self.activation = SimpleNamespace(value=settings.get("activation", "silu"))
@@ -219,3 +219,17 @@ def test_fixed_bits_are_refused_with_vllms_kernel(monkeypatch: pytest.MonkeyPatc
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="experts: marlin-convert's kernels have no activation situ"):
         load({}, activation="situ")
+
+
+def test_experts_that_move_or_have_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, "ours")
+    with pytest.raises(ValueError, match=r"^experts: this plugin does not run experts that --enable-eplb moves"):
+        load({}, eplb=True)
+    lora = SimpleNamespace(target_modules=None)
+    monkeypatch.setattr(vllm_moe, "get_current_vllm_config_or_none", lambda: SimpleNamespace(lora_config=lora))
+    for targets in (None, ["q_proj", "model.layers.0.mlp.experts"], ["down_proj"]):
+        lora.target_modules = targets
+        with pytest.raises(ValueError, match=r"^experts: this plugin does not run LoRA adapters of experts; name other"):
+            load({})
+    lora.target_modules = ["q_proj", "o_proj"]
+    load({})
