@@ -58,8 +58,7 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         with contextlib.ExitStack() as cleaning:
             try:
                 cleaning.enter_context(_parents_of(out))
-                clear_leftovers(out)
-                folder = cleaning.enter_context(_locked_folder(out)) / _NEW
+                folder = cleaning.enter_context(locked_folder(out)) / _NEW
                 folder.mkdir()
                 inode = folder.stat().st_ino
             except OSError as error:
@@ -96,8 +95,10 @@ def _parents_of(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked_folder(out: Path) -> Iterator[Path]:
-    """Make a hidden folder beside `out`, locked by this process, removed at the end."""
+def locked_folder(out: Path) -> Iterator[Path]:
+    """Make a hidden folder beside `out`, locked by this process, removed at the end; what killed runs to the same place
+    left is removed first. Raises OSError."""
+    clear_leftovers(out)
     for _ in range(_ATTEMPTS):
         try:
             hidden = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".tmp", dir=out.parent))

@@ -98,7 +98,7 @@ class State:
     def locked(self, target: str) -> Iterator[int | None]:
         """Hold the lock of a target: a descriptor for the process that works on it, or None where another has it."""
         try:
-            fd = os.open(self._locks / target, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            fd = os.open(self._locks / target, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise OutputError(f"{self._locks}: cannot be written: {error.strerror}.") from None
         try:

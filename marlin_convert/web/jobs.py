@@ -8,22 +8,24 @@ left, killed or crashed, when the next one starts.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .. import child
+from ..checkpoint.output_folder import locked_folder
 from ..errors import MarlinConvertError, OutputError
 from ..text import shortened
 from .order import Order
@@ -98,7 +100,8 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._queues: dict[bool, deque[Job]] = {True: deque(), False: deque()}  # conversions, plans
         self._closed = False
-        self.folder, self._held = _own_folder(parent)
+        self._cleaning = contextlib.ExitStack()
+        self.folder = self._cleaning.enter_context(_own_folder(parent))
         self._threads = [threading.Thread(target=self._serve, args=(True,), daemon=True)]
         self._threads += [threading.Thread(target=self._serve, args=(False,), daemon=True) for _ in range(PLANNERS)]
         for thread in self._threads:
@@ -157,9 +160,7 @@ class Jobs:
             self._lock.notify_all()
         for thread in self._threads:
             thread.join(2 * GRACE)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.with_name(f"{self.folder.name}.lock").unlink(missing_ok=True)
-        self._held.close()
+        self._cleaning.close()
 
     # ---- what the threads do
 
@@ -282,26 +283,21 @@ def _environment(folder: Path, *, private: bool) -> dict[str, str]:
     return environment
 
 
-def _own_folder(parent: Path | None) -> tuple[Path, IO[str]]:
-    """Return a new folder for one server, and its lock, which is held as long as the server lives; those of servers
-    that are gone are removed. Raises OutputError where there can be none."""
+@contextlib.contextmanager
+def _own_folder(parent: Path | None) -> Iterator[Path]:
+    """Make a folder for one server, which goes away with it; those of servers that are gone are removed. Raises
+    OutputError where there can be none."""
     above = parent or Path(tempfile.gettempdir()) / f"marlin-convert-web-{os.getuid()}"
-    try:
-        above.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if above.stat().st_uid != os.getuid() and parent is None:
-            raise OutputError(f"{above} belongs to another user; name another folder with --work-dir.")
-        with (above / "starting").open("w") as gate:
-            fcntl.flock(gate, fcntl.LOCK_EX)
-            for lock in above.glob("server-*.lock"):
-                with contextlib.suppress(OSError), lock.open("w") as other:
-                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-                    lock.unlink()
-            folder = Path(tempfile.mkdtemp(prefix="server-", dir=above))
-            held = folder.with_name(f"{folder.name}.lock").open("w")
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise OutputError(
-            f"{above}: it cannot be the folder to work in: {shortened(error.strerror or error)}."
-        ) from None
-    return folder, held
+    with contextlib.ExitStack() as cleaning:
+        try:
+            above.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if parent is None:
+                found = above.lstat()  # where anybody may have made it, or a link to another
+                if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+                    raise OutputError(f"{above} belongs to another user; name another folder with --work-dir.")
+            folder = cleaning.enter_context(locked_folder(above / "server"))
+        except OSError as error:
+            raise OutputError(
+                f"{above}: it cannot be the folder to work in: {shortened(error.strerror or error)}."
+            ) from None
+        yield folder

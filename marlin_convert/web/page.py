@@ -23,11 +23,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from ..errors import MarlinConvertError, OptionError
 from ..options import Format, PublishTarget, QuantMethod, ZeroPointReading
 from . import show
+from .address import LOOPBACK, require_address
 from .jobs import DONE, Jobs
 from .order import Order
 from .source import hub_source
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 TITLE = "Quantized to Marlin"
 INTRODUCTION = (
@@ -245,6 +244,7 @@ def _convertible(plan: dict[str, Any]) -> bool:
 
 def serve(host: str, port: int, work_dir: Path | None, *, browser: bool, say: Callable[[str], None]) -> None:
     """Serve the page until a signal comes. Only at this computer's own address, its user may use their login."""
+    require_address(host, port)
     local = host in LOOPBACK and get_space() is None
     key = secrets.token_urlsafe(16) if local else None
     jobs = Jobs(work_dir)

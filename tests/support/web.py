@@ -40,7 +40,7 @@ class Server:
 
     def left(self) -> list[Path]:
         """Return the folders of jobs, of this server and of others before it."""
-        return list(self.work_dir.glob("server-*/*"))
+        return [path for path in self.work_dir.glob(".server.*/*") if path.name != ".lock"]
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGINT)

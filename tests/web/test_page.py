@@ -62,7 +62,7 @@ def server(filled: Hub, tmp_path: Path) -> Iterator[Server]:
         running.stop()
     assert SECRET not in running.log.read_text()
     assert running.left() == []
-    assert not list(running.work_dir.glob("server-*"))
+    assert not list(running.work_dir.glob(".server.*"))
 
 
 @pytest.fixture
@@ -370,9 +370,9 @@ def test_what_a_killed_server_leaves_is_removed(filled: Hub, chromium: Browser, 
         context.close()
         filled.rate = None
         until(lambda: server.left() == [])  # the conversion's process sees that nobody asks any more
-        (next(iter(server.work_dir.glob("server-*/"))) / "job").mkdir()  # as if that had been killed as well
+        (next(iter(server.work_dir.glob(".server.*/"))) / "job").mkdir()  # as if that had been killed as well
     with serving(filled, tmp_path) as server:
         assert server.left() == []
-        assert len(list(server.work_dir.glob("server-*/"))) == 1
+        assert len(list(server.work_dir.glob(".server.*/"))) == 1
         server.stop()
     assert not any("/commit/" in path for path in uploads(filled))
