@@ -227,7 +227,7 @@ def restore(
         marlin: A Marlin checkpoint of either format, whoever made it: a folder, or an id on the Hugging Face Hub.
         out: The folder to create.
         original: Write it in its own format, whatever that was; else in GPTQ.
-        v2: Store zero points as they are (checkpoint_format gptq_v2), not less one (gptq).
+        v2: In GPTQ, store zero points as they are (checkpoint_format gptq_v2), not less one (gptq).
         force: Replace an earlier result at `out`.
         max_shard_size: Largest weight file: bytes, or a text such as "5GB".
         revision: Branch, tag or commit of a Hub checkpoint.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,18 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import OutTensor, Shards
 from ..errors import SourceError
-from ..formats.gptq import ZeroPointEncoding, decode_zeros, encode_zeros
-from ..formats.gptq_config import GPTQSettings, normalised, parse_settings
+from ..formats.gptq import ZeroPointEncoding, decode_zeros
+from ..formats.gptq_config import GPTQSettings, parse_settings
 from ..formats.layout import EXT_BITS, gptq_zeros, pack_factor, zero_point
 from ..formats.stored import StoredLayer
 from ..options import ZeroPointReading
 from .blocks import Buffers, group_strips
+from .gptq_restored import GPTQWayBack, restored_gptq, stated_format
 from .inspect import SCALE_DTYPES, LayerInspection, rows_per_group
 from .layer import Layer
-from .restored import NUMPY, RestoredGroups, RestoredLayer
-from .source_format import Noted, SourceFormat, commonest
+from .restored import RestoredLayer
+from .source_format import Noted, SourceFormat, WayBack, commonest
 from .source_layer import Kept, SourceLayer, Words, ZeroPoints
 
 #: `--zero-points`: how to read a v1 checkpoint in which a zero point is 0, where its writer is not known.
@@ -98,6 +98,9 @@ class GPTQFormat(SourceFormat):
 
     def restored(self, stored: StoredLayer[Tensor], noted: Noted) -> RestoredLayer:
         return restored_gptq(stored, noted, v2=stated_format(noted) == "gptq_v2")
+
+    def way_back(self, noted: Noted) -> WayBack:
+        return GPTQWayBack(self, noted, v2=stated_format(noted) == "gptq_v2", original=True)
 
     def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:
         gptq_layers = [layer for layer in layers if isinstance(layer, GPTQLayer)]
@@ -292,94 +295,3 @@ class GPTQInspection(LayerInspection):
             "(others) if you know"
         )
         return ZeroPointEncoding.V1_NIBBLE
-
-
-@dataclass(frozen=True)
-class RestoredGPTQ(RestoredLayer):
-    """A Marlin layer that becomes a GPTQ one."""
-
-    encoding: ZeroPointEncoding
-    g_idx: str | None  # the dtype of the source's, if it had one
-    qzeros: bool = True  # whether the source had them
-    stored_zero: int | None = None  # in qzeros of a symmetric layer, where its checkpoint_format stores another number
-
-    @property
-    def out(self) -> dict[str, OutTensor]:
-        found = {
-            "qweight": self.tensor("qweight", "I32", self.K * self.bits // 32, self.N),
-            "qzeros": self.tensor("qzeros", "I32", self.G, -(-self.N * self.bits // 32)),
-            "scales": self.tensor("scales", self.scales_dtype, self.G, self.N),
-        }
-        if not self.qzeros:
-            del found["qzeros"]
-        if self.g_idx:
-            found["g_idx"] = self.tensor("g_idx", self.g_idx, self.K)
-        return found
-
-    def write_rows(self, shards: Shards, k0: int, words: Words, buffers: Buffers) -> int:
-        shards.write(f"{self.name}.qweight", words, k0 * self.bits // 32 * self.N * 4)
-        return words.nbytes
-
-    def write_columns(self, shards: Shards, n0: int, words: Words, buffers: Buffers) -> int:
-        shards.write_columns(f"{self.name}.qweight", words, n0)
-        return words.nbytes
-
-    def write_groups(self, shards: Shards, groups: Iterator[RestoredGroups]) -> int:
-        written = 0
-        for strip in groups:
-            found = {"scales": strip.scales}
-            if self.qzeros and self.stored_zero is not None:
-                same = np.full_like(strip.zeros, self.stored_zero)
-                found["qzeros"] = encode_zeros(same, self.bits, ZeroPointEncoding.V2)
-            elif self.qzeros:
-                found["qzeros"] = encode_zeros(strip.zeros, self.bits, self.encoding)
-            for part, array in found.items():
-                shards.write(f"{self.name}.{part}", array, strip.first * array.shape[1] * array.itemsize)
-                written += array.nbytes
-        return written
-
-    def write_order(self, shards: Shards, g_idx: npt.NDArray[np.int32]) -> int:
-        if not self.g_idx:
-            return 0
-        stored = g_idx.astype(NUMPY[self.g_idx])
-        shards.write(f"{self.name}.g_idx", stored)
-        return int(stored.nbytes)
-
-
-def restored_gptq(stored: StoredLayer[Tensor], noted: Noted, *, v2: bool) -> RestoredGPTQ:
-    """Return what a Marlin layer becomes in GPTQ, its zero points stored as they are (`v2`) or less one; `noted` is of
-    a GPTQ source, or empty."""
-    if stored.K * stored.bits % 32:
-        raise SourceError(f"{stored.name}: K = {stored.K} does not fill whole words of {stored.bits}-bit codes.")
-    name, word = stored.name, noted.values.get("zero_point_reading") == ZeroPointReading.WORD
-    encoding = ZeroPointEncoding.V1_WORD if word else ZeroPointEncoding.V1_NIBBLE
-    return RestoredGPTQ(
-        stored,
-        noted.dtype(name, "scales_dtype", SCALE_DTYPES) or stored.scales.dtype,
-        ZeroPointEncoding.V2 if v2 else encoding,
-        _g_idx_dtype(stored, noted),
-        stored.zeros is not None or name not in (noted.values.get("without_qzeros") or ()),
-        _stored_zero(noted, name, stored.bits, v2=v2) if stored.zeros is None else None,
-    )
-
-
-def _g_idx_dtype(stored: StoredLayer[Tensor], noted: Noted) -> str | None:
-    """Return the dtype of the source's g_idx; None where it had none. Where nothing is noted, as other tools have
-    it."""
-    found = noted.dtype(stored.name, "g_idx_dtype", ("I32", "I64"))
-    unknown = "g_idx_dtype" not in noted.values
-    return found or ("I32" if unknown or stored.perm is not None else None)
-
-
-def stated_format(noted: Noted) -> str:
-    """Return what the source's configs said of how zero points are stored: gptq where they said nothing."""
-    formats = [normalised(where, config)["checkpoint_format"] for where, config in noted.configs.items()]
-    return next((format for format in formats if format), "gptq")
-
-
-def _stored_zero(noted: Noted, name: str, bits: int, *, v2: bool) -> int | None:
-    """Return what a symmetric layer's source stored under a checkpoint_format that stores something else, if it is the
-    one in which zero points are stored now."""
-    number = (noted.values.get("zero_points_stored") or {}).get(name)
-    same = stated_format(noted) == ("gptq_v2" if v2 else "gptq")
-    return number if same and number in (zero_point(bits), zero_point(bits) - 1) else None

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,19 @@ from ..checkpoint.bounded import read_json
 from ..checkpoint.output_folder import check_free, check_space, new_folder, write_file, write_json
 from ..checkpoint.reader import CONFIG_FILES, Checkpoint, Tensor
 from ..checkpoint.writer import OutTensor, Shards, shard_names
-from ..errors import SourceError, UnsupportedError
-from ..formats.gptq_config import find_configs, with_format
+from ..errors import OptionError, SourceError, UnsupportedError
+from ..formats.gptq_config import find_configs
 from ..formats.marlin_config import TIED, read_marlin_settings
 from ..formats.stored import MARLIN_PARTS, StoredLayer, is_marlin_part, layer_names, stored_layers
 from ..hub.open import Source, opened_whole
 from ..options import CARD_FILE, DEFAULT_SHARD_SIZE, REPORT_FILE, Format, HubAccess, shard_size
 from ..progress import Progress
 from ..text import shortened
-from .blocks import group_strips, run_all
+from .blocks import run_all
 from .card import source_card_in
 from .files import copied_files, copy_files, keep_apart, needs_index, require_free_names
-from .gptq_format import restored_gptq, stated_format
-from .restored import RestoredLayer, RestoringWriter, restored_groups
+from .gptq_restored import GPTQWayBack
+from .restored import RestoredLayer, RestoringWriter
 from .source_format import Noted, SourceFormat
 from .sources import GPTQ, named
 
@@ -92,6 +92,8 @@ def restore(
     In GPTQ, zero points are stored as z - 1 (checkpoint_format gptq), or with `v2` as they are (gptq_v2). `out` appears
     complete or not at all. Raises one of `errors`' exceptions, each with a message for the user.
     """
+    if original and v2:
+        raise OptionError("v2 is for writing GPTQ; with original, zero points are stored as the source had them.")
     progress, started, max_shard_size = progress or Progress(), time.monotonic(), shard_size(max_shard_size)
     out = Path(out)
     check_free(out, force=force)
@@ -100,18 +102,15 @@ def restore(
         checkpoint.require_fit()
         checkpoint.require_readable()
         noted = Noted(_noted(checkpoint))
-        target = _target(checkpoint, noted) if original else GPTQ
-        v2 = v2 or (original and stated_format(noted) == "gptq_v2")
-        restored_format = ("gptq_v2" if v2 else "gptq") if target is GPTQ else target.name
-        layers = _layers(list(marlin_layers(checkpoint).values()), noted, target, v2=v2)
-        if target is GPTQ and not v2 and (noted.format != GPTQ.name or stated_format(noted) == "gptq_v2"):
-            _require_no_zero_of_0(checkpoint, layers)
+        source = _source_format(checkpoint, noted) if original else GPTQ
+        way = source.way_back(noted) if original else GPTQWayBack(GPTQ, noted, v2=v2)
+        layers = way.layers(checkpoint, list(marlin_layers(checkpoint).values()))
         owned = {tensor.name for layer in layers for tensor in layer.stored.parts.values()}
         owned |= _stray_g_idx(checkpoint, layers)
         copies = [t for t in checkpoint.tensors.values() if t.name not in owned]
-        _require_one_format(checkpoint, target, layers, copies)
+        _require_one_format(checkpoint, way.format, layers, copies)
         tensors, format = _in_order(layers, copies), layers[0].stored.format
-        report = Restored(origin, out, format, restored_format, layers, copies, bool(noted.values))
+        report = Restored(origin, out, format, way.name, layers, copies, bool(noted.values))
         report.bytes_out = sum(t.nbytes for t in tensors)
         require_free_names(checkpoint, shard_names(tensors, max_shard_size))
         check_space(out.parent, report.bytes_out + sum(copied_files(checkpoint).values()) + (16 << 20))
@@ -120,7 +119,9 @@ def restore(
                 writer = RestoringWriter(checkpoint, shards, progress)
                 _write_tensors(writer, report, progress)
                 report.files = shards.files
-            _write_configs(checkpoint, report, folder, noted, target, original=original)
+            _write_configs(
+                checkpoint, folder, noted, way.configs(layers, next(iter(find_configs(checkpoint.configs).values())))
+            )
             copy_files(checkpoint, folder)
             _restore_card(checkpoint, folder)
             write_json(folder / REPORT_FILE, report.as_file())
@@ -160,7 +161,7 @@ def _is_noted(key: str, value: Any) -> bool:
     return not isinstance(value, (dict, list))
 
 
-def _target(checkpoint: Checkpoint, noted: Noted) -> SourceFormat:
+def _source_format(checkpoint: Checkpoint, noted: Noted) -> SourceFormat:
     """Return the format of the source. Raises UnsupportedError where nothing tells it."""
     if not noted.values:
         raise UnsupportedError(
@@ -174,27 +175,6 @@ def _target(checkpoint: Checkpoint, noted: Noted) -> SourceFormat:
             "version does not know; update marlin-convert."
         )
     return found
-
-
-def _layers(stored: list[StoredLayer[Tensor]], noted: Noted, target: SourceFormat, *, v2: bool) -> list[RestoredLayer]:
-    if target is not GPTQ:
-        return target.all_restored(stored, noted)
-    if noted.format != GPTQ.name:  # what was noted of another format's tensors says nothing of these, but for scales
-        scales = {key: value for key, value in noted.values.items() if key in ("scales_dtype", "scales_dtypes")}
-        noted = Noted({**scales, "g_idx_dtype": None})
-    return [restored_gptq(layer, noted, v2=v2) for layer in stored]
-
-
-def _require_no_zero_of_0(checkpoint: Checkpoint, layers: list[RestoredLayer]) -> None:
-    """Raise UnsupportedError where checkpoint_format gptq would store a zero point of 0: its readers do not agree on
-    what that looks like, and no file of this source told how its own does."""
-    for layer in layers:
-        for first, count in group_strips(layer.G, layer.N) if layer.stored.zeros is not None else ():
-            if not restored_groups(checkpoint, layer, first, count).zeros.all():
-                raise UnsupportedError(
-                    f"{layer.name}: it has a zero point of 0, of which readers of checkpoint_format gptq make "
-                    "different things; give --v2, by which zero points are stored as they are."
-                )
 
 
 def marlin_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer[Tensor]]:
@@ -266,13 +246,8 @@ def _write_tensors(writer: RestoringWriter, report: Restored, progress: Progress
 # Files
 
 
-def _write_configs(
-    checkpoint: Checkpoint, report: Restored, folder: Path, noted: Noted, target: SourceFormat, *, original: bool
-) -> None:
-    configs = noted.configs if noted.format == target.name else {}
-    if not original:
-        configs = {where: with_format(config, report.restored_format) for where, config in configs.items()}
-    settings = _implied_settings(report, next(iter(find_configs(checkpoint.configs).values())))
+def _write_configs(checkpoint: Checkpoint, folder: Path, noted: Noted, configs: Mapping[str, dict[str, Any]]) -> None:
+    """Write the model's config and those of its quantization, `configs`, by where they stand."""
     main = copy.deepcopy(checkpoint.configs.get("config.json"))
     if main is not None:
         text = main.get("text_config")
@@ -281,8 +256,6 @@ def _write_configs(
                 holder.pop("quantization_config", None)
                 if where in configs:
                     holder["quantization_config"] = configs[where]
-        if not configs:
-            main["quantization_config"] = settings
         for key, value in (noted.values.get("dtypes") or {}).items():
             if value is None:
                 main.pop(key, None)
@@ -293,8 +266,6 @@ def _write_configs(
     for name in CONFIG_FILES[1:]:
         if name in configs:
             write_json(folder / name, configs[name])
-        elif not configs and name == "quantize_config.json":
-            write_json(folder / name, settings)
 
 
 def _restore_ties(main: dict[str, Any], ties: dict[str, Any]) -> None:
@@ -307,34 +278,6 @@ def _restore_ties(main: dict[str, Any], ties: dict[str, Any]) -> None:
             part.pop(TIED, None)
         else:
             part[TIED] = tied
-
-
-def _implied_settings(report: Restored, marlin: dict[str, Any]) -> dict[str, Any]:
-    """Return GPTQ settings for a checkpoint whose source's are not known: what its layers are."""
-
-    def of(layer: RestoredLayer) -> tuple[int, int, bool, bool]:
-        group_size = -1 if layer.G == 1 else layer.group_size
-        return layer.bits, group_size, layer.stored.settings.sym, layer.stored.settings.desc_act
-
-    kinds = [of(layer) for layer in report.layers]
-    common = max(dict.fromkeys(kinds), key=kinds.count)
-    keys = ("bits", "group_size", "sym", "desc_act")
-    result: dict[str, Any] = {
-        **dict(zip(keys, common, strict=True)),
-        "static_groups": False,
-        "true_sequential": marlin.get("true_sequential", True),
-        "lm_head": any(layer.name.split(".")[-1] == "lm_head" for layer in report.layers),
-        "quant_method": "gptq",
-        "checkpoint_format": report.restored_format,
-    }
-    if marlin.get("damp_percent") is not None:
-        result["damp_percent"] = marlin["damp_percent"]
-    dynamic = {
-        f"+:^{re.escape(layer.name)}$": {k: v for k, v, c in zip(keys, kind, common, strict=True) if v != c}
-        for layer, kind in zip(report.layers, kinds, strict=True)
-        if kind != common
-    }
-    return {**result, "dynamic": dynamic} if dynamic else result
 
 
 def _restore_card(checkpoint: Checkpoint, folder: Path) -> None:

@@ -96,9 +96,34 @@ class SourceFormat(ABC):
         held together."""
         return [self.restored(layer, noted) for layer in stored]
 
+    def way_back(self, noted: Noted) -> WayBack:
+        """Return how a Marlin checkpoint becomes what it was made from, a checkpoint of this format."""
+        return WayBack(self, noted)
+
     @abstractmethod
     def noted(self, layers: Sequence[SourceLayer]) -> dict[str, Any]:
         """Return what only the source tells of its `layers`, for restoring them: goes into `marlin_convert.json`."""
+
+
+class WayBack:
+    """How a Marlin checkpoint becomes one of `format`: as the source was, by what was noted of it."""
+
+    def __init__(self, format: SourceFormat, noted: Noted) -> None:
+        self.format, self.noted = format, noted
+
+    @property
+    def name(self) -> str:
+        """What a report calls the result's format."""
+        return self.format.name
+
+    def layers(self, checkpoint: Checkpoint, stored: Sequence[StoredLayer[Tensor]]) -> list[RestoredLayer]:
+        """Return what the layers of the Marlin checkpoint become. Raises SourceError where they are none that such a
+        source had, UnsupportedError where the format cannot hold them."""
+        return self.format.all_restored(stored, self.noted)
+
+    def configs(self, layers: Sequence[RestoredLayer], marlin: Mapping[str, Any]) -> Mapping[str, dict[str, Any]]:
+        """Return the quantization configs of the result, by where they stand; `marlin` is the Marlin checkpoint's."""
+        return self.noted.configs
 
 
 def commonest(values: Mapping[str, str | None]) -> tuple[str | None, dict[str, str | None]]:

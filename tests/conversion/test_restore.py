@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from marlin_convert.conversion.convert import convert
 from marlin_convert.conversion.restore import restore
-from marlin_convert.errors import SourceError
+from marlin_convert.errors import OptionError, SourceError
 from marlin_convert.native import reference
 from marlin_convert.options import Format, Options
 from tests.support.gptq_checkpoints import (
@@ -299,3 +300,27 @@ def test_the_command(run: Callable[..., Any], source: Source, tmp_path: Path) ->
     assert run("to-gptq", "marlin", "back", "--quiet").code == 6
     assert run("to-gptq", source.folder, "other").code == 4
     assert run("to-gptq", "nowhere/at/all", "other").code != 0
+
+
+@pytest.mark.parametrize("name", ["awq-g64", "autoround-auto_gptq-g64"])
+def test_a_source_that_says_nothing_of_its_quantization(tmp_path: Path, name: str) -> None:
+    """Restored, it says nothing again; as GPTQ, which was asked for, it says what it is then."""
+    data = Path(__file__).parents[1] / "data" / "sources" / name
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(data / "model.safetensors", source)
+    config = json.loads((data / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "out", Options(device="cpu"))
+    restore(tmp_path / "out", tmp_path / "back", original=True)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    assert not (tmp_path / "back" / "quantize_config.json").exists()
+    back, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", source))
+    assert back.keys() == before.keys()
+    assert all(torch.equal(back[key], tensor) and back[key].dtype == tensor.dtype for key, tensor in before.items())
+    restore(tmp_path / "out", tmp_path / "gptq", v2=True)
+    stated = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
+    assert (stated["quant_method"], stated["checkpoint_format"], stated["bits"]) == ("gptq", "gptq_v2", 4)
+    with pytest.raises(OptionError, match="v2 is for writing GPTQ"):
+        restore(tmp_path / "out", tmp_path / "c", original=True, v2=True)
