@@ -121,7 +121,7 @@ __device__ __forceinline__ void gemm_sm80(const P& p) {
       f.scales[0] = s.x, f.scales[1] = s.y, f.scales[2] = s.z, f.scales[3] = s.w;
     }
     if constexpr (S::kZeros) {
-      if (p.zeros != nullptr) {
+      if (S::kAlwaysZeros || p.zeros != nullptr) {
 #pragma unroll
         for (int i = 0; i < S::BITS / 4; i++)
           asm volatile("ld.shared.u32 %0, [%1];"

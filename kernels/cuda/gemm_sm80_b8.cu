@@ -6,7 +6,7 @@ namespace {
 
 template <int MB, int WM, int WN, int WK, int KT, int BLOCKS = 1>
 Instance of_8_bits(int id, const char* name) {
-  return sm80_instance<MB, WM, WN, WK, KT, 8, true, true, BLOCKS, false>(id, name);
+  return sm80_instance<MB, WM, WN, WK, KT, 8, true, true, BLOCKS, kNever>(id, name);
 }
 
 }  // namespace

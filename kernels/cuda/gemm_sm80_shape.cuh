@@ -20,13 +20,14 @@ namespace marlin {
 
 // BLOCKS: thread blocks that share an SM. Two of four warps hide each other's barriers and ends of tiles.
 template <int MB_, int WM_, int WN_, int WK_, int KT_, int BITS_ = 4, bool EXTENDED = false, bool SCALED = false,
-          bool MIXED = false, int BLOCKS = 1, bool ONE_GROUP = false, bool ZEROS = EXTENDED>
+          bool MIXED = false, int BLOCKS = 1, bool ONE_GROUP = false, int ZEROS = EXTENDED>
 struct Sm80Shape {
   static constexpr int BITS = BITS_;
-  static constexpr bool kZeros = ZEROS;         // takes zero points
-  static constexpr bool kScaled = SCALED;       // weights are scaled, and rounded, before they are multiplied
-  static constexpr bool kMixed = MIXED;         // scaled: scales are not of the activations' type
-  static constexpr bool kOneGroup = ONE_GROUP;  // scaled: for G == 1 alone, where scales enter at the end of a tile
+  static constexpr bool kZeros = ZEROS != 0;        // takes zero points
+  static constexpr bool kAlwaysZeros = ZEROS == 2;  // and nothing else
+  static constexpr bool kScaled = SCALED;           // weights are scaled, and rounded, before they are multiplied
+  static constexpr bool kMixed = MIXED;             // scaled: scales are not of the activations' type
+  static constexpr bool kOneGroup = ONE_GROUP;      // scaled: for G == 1 alone, where scales enter at the end of a tile
   static constexpr bool kAnyGroups = EXTENDED || SCALED;  // else groups of 128, or one
   static constexpr int MB = MB_;                          // 8-row blocks of M in a warp's piece
   static constexpr int WM = WM_, WN = WN_, WK = WK_;
@@ -49,7 +50,7 @@ struct Sm80Shape {
   static constexpr int kMinStages = kStepByStep ? 2 : 3;
   static constexpr int kSubgroups = kAnyGroups ? KT : 1;  // at most
   static constexpr int kScaleBytes = WK * kSubgroups * kBlockN * 2;
-  static constexpr int kZeroBytes = ZEROS ? WK * kSubgroups * kBlockN * BITS / 8 : 0;
+  static constexpr int kZeroBytes = kZeros ? WK * kSubgroups * kBlockN * BITS / 8 : 0;
   static constexpr int kStageBytes = kWeightBytes + kActivationBytes + kScaleBytes + kZeroBytes;
   // Where a tile's sums are many, the epilogue works in registers (epilogue_sm80.cuh).
   static constexpr bool kInRegisters = SCALED && WK <= 2;

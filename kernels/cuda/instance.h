@@ -1,7 +1,7 @@
 // instance.h: the instances of the kernel templates, as data. Each has a number and a name that never change, such as
 // sm90_m16n128_b4_g64: instructions of sm_90, output tiles of 16 rows (M) by 128 columns (N), 4 bits, groups of 64.
 // "gany" takes any groups. A z at the end tells it from an instance that, for the same numbers, takes no zero points
-// (those of sm90_wide with a z take weights with zero points alone); k64 from one with longer steps along K.
+// (of those that round weights, those with a z take weights with zero points alone); k64 from one with longer steps along K.
 #pragma once
 
 #include <vector>

@@ -70,8 +70,8 @@ def test_instances_are_what_their_names_say() -> None:
         assert (x.capability, x.block_m, x.block_n, x.bits) == (int(capability), int(m), int(n), int(bits))
         assert x.group_size == (0 if group == "any" else int(group))
         either = bool(z) or (capability == "90" and (bits == "8" or group != "128"))
-        takes_zeros = 2 * bool(z) if wide else either
         rounds = bool(wide) or (capability == "80" and (int(m) >= 32 or (m, n) == ("16", "128")))
+        takes_zeros = 2 * bool(z) if rounds else either  # 2: weights with zero points alone
         assert (x.zero_points, x.rounds_weights) == (takes_zeros, rounds)
         assert 0 < x.id < 1 << 12
     known = {
