@@ -107,6 +107,14 @@ def vllm_needs_our_kernels(layers: Sequence[LayerFacts]) -> dict[str, list[str]]
     return found
 
 
+def vllm_refuses(layers: Iterable[LayerFacts], config: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """Return what the plugin for vLLM refuses of a result of this model, whatever computes it → the layers."""
+    experts = [x.name for x in layers if EXPERTS.match(x.name)]
+    if config is None or not experts or config.get("model_type") not in tried("vllm")["refused"]:
+        return {}
+    return {f"experts of {_kind(config)}": experts}
+
+
 def sglang_refuses(layers: Iterable[LayerFacts]) -> dict[str, list[str]]:
     """Return what SGLang's plugin refuses of a result's layers → the layers that are so."""
     found: dict[str, list[str]] = {}
@@ -157,9 +165,8 @@ def vllm_doubt(result: ResultFacts) -> str | None:
         return doubt
     if config["model_type"] in known["load"]:
         return None
-    mixture = any(EXPERTS.match(x.name) for x in result.layers)
-    if config["model_type"] in known["refused"] and mixture:
-        return f"experts of {_kind(config)} are refused"
+    if refused := vllm_refuses(result.layers, config):
+        return f"{' and '.join(refused)} are refused"
     return f"{_kind(config)} are not among those that were tried and load"
 
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from ..engine_support import (
     readers,
     sglang_refuses,
     vllm_needs_our_kernels,
+    vllm_refuses,
 )
 from ..formats.cuts import tensor_parallel_cuts
 from ..hub import client as hub
@@ -159,7 +160,7 @@ class Screen:
             if trial is not None:
                 self._transformers(trial)
             if served is not None:
-                self._served(plan, served, ranks)
+                self._served(plan, plan.result_facts(options.quant_method, len(files)).config, served, ranks)
         self._notes(plan)
 
     def _transformers(self, trial: Trial) -> None:
@@ -173,17 +174,17 @@ class Screen:
         if trial.dequantized:
             self._say(f"  with 16-bit weights, as the model computes them itself: {self._names(trial.dequantized)}")
 
-    def _served(self, plan: Plan, engine: str, ranks: int) -> None:
+    def _served(self, plan: Plan, config: Mapping[str, Any] | None, engine: str, ranks: int) -> None:
         """Show what vLLM or SGLang does with the result's layers."""
         facts = plan.layer_facts
         cuts = tensor_parallel_cuts(facts, ranks)
-        faults = sglang_refuses(facts) if engine == "sglang" else {}
+        faults = sglang_refuses(facts) if engine == "sglang" else vllm_refuses(facts, config)
         refused = {name for cut in cuts if cut.refused for name in cut.layers}.union(*faults.values())
         rest = f"refuses {len(refused)} of {len(facts)} layers" if refused else "takes every layer"
         known = SGLANG if engine == "sglang" else VLLM
         self._say(f"{known} with marlin-convert, {ranks} rank{'' if ranks == 1 else 's'}: {rest}")
         for fault, names in faults.items():
-            self._say(f"  {fault}: {self._names(names)}: refused")
+            self._say(f"  {fault}: {self._names(names)}: refused; in Transformers they run")
         for cut in cuts:
             self._say(f"  {cut.what}: {self._names(cut.layers)}: {cut.effect}")
         if engine == "sglang":

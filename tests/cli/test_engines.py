@@ -50,6 +50,19 @@ def test_an_engine_on_several_ranks(run: Callable[..., Run], tmp_path: Path) -> 
     assert [cut["layers"] for cut in told["cuts"]] == [["model.layers.0.self_attn.o_proj"]]
 
 
+def test_experts_that_vllm_refuses(run: Callable[..., Run], tmp_path: Path) -> None:
+    layers = {f"model.layers.0.block_sparse_moe.experts.{i}.w1": GPTQLayer() for i in range(3)}
+    source = write_source(tmp_path / "source", {**layers, "model.layers.0.self_attn.o_proj": GPTQLayer()})
+    config = json.loads((source.folder / "config.json").read_text())
+    (source.folder / "config.json").write_text(json.dumps({**config, "model_type": "minimax_m2"}))
+    said = run(source.folder, "--dry-run", "--engine", "vllm").out
+    assert "vLLM 0.26 to 0.33 with marlin-convert, 1 rank: refuses 3 of 4 layers" in said
+    assert (
+        "experts of models of type 'minimax_m2': 3 layers, model.layers.0.block_sparse_moe.experts.{0-2}.w1: "
+        "refused; in Transformers they run"
+    ) in said
+
+
 def test_sglang_on_several_ranks(main: Callable[..., Run], tmp_path: Path) -> None:
     layers = {
         "model.layers.0.self_attn.o_proj": GPTQLayer(K=256, N=256, g_idx=np.arange(256)[::-1] // 128),

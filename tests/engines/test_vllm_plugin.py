@@ -72,7 +72,7 @@ class Experts(plugin.RoutedExperts):  # type: ignore[misc]
         torch.nn.Module.__init__(self)
         self.ckpt_gate_proj_name, self.ckpt_up_proj_name, self.ckpt_down_proj_name = "gate_proj", "up_proj", "down_proj"
         settings = {"num_logical_experts": 2, "is_act_and_mul": True, **changes}
-        parallel = SimpleNamespace(use_all2all_kernels=settings.pop("all2all", False))
+        parallel = SimpleNamespace(use_all2all_kernels=settings.pop("all2all", False), enable_eplb=False)
         self.swiglu_limit = settings.pop("swiglu_limit", None)
         self.moe_config = SimpleNamespace(moe_parallel_config=parallel, **settings)
 
