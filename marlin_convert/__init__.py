@@ -11,7 +11,7 @@ is not public. Everything is imported when it is first asked for: running a mode
 
 from ._version import __version__
 
-TYPE_CHECKING = False  # known to type checkers by its name; importing typing would take longest of all here
+TYPE_CHECKING = False  # type checkers know the name; importing `typing` would take longer than all else here
 if TYPE_CHECKING:
     from ._api import convert as convert
     from ._api import plan as plan

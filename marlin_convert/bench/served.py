@@ -301,8 +301,7 @@ def _visible(index: int) -> str:
 
 
 def _access(access: HubAccess) -> dict[str, str]:
-    """Return the same in the environment, where huggingface_hub looks for it; a token must not stand in a command
-    line."""
+    """Return environment variables by which a side reads the Hub alike: a command line must not hold a token."""
     found = {"HF_TOKEN": access.token, "HF_HUB_CACHE": access.cache_dir and str(Path(access.cache_dir).absolute())}
     return {name: value for name, value in found.items() if isinstance(value, str)}
 

@@ -117,7 +117,7 @@ def read_json(
 
 
 def lfs_pointer(label: str) -> SourceError:
-    """Return the error that a file was left in Git LFS."""
+    """Return the error for a pointer of Git LFS in the place of a file."""
     return SourceError(
         f"{label}: this is a Git LFS pointer, not the file itself; run `git lfs pull` in the source first."
     )

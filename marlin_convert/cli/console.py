@@ -33,7 +33,7 @@ class PlainConsole(Console):
 
 
 class Lossy:
-    """A stream that is no reason to fail when it takes nothing any more, but for a pipe without a reader."""
+    """A stream whose errors do not end the program, but for that of a pipe without a reader."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -50,7 +50,7 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of a pipe went away (… | head)
         _leave(sys.stdout, sys.stderr)
         sys.exit(1)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is said
+    except Exception as error:  # noqa: BLE001 - each error ends in one line for the user
         if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
             _leave(sys.stdout)  # errors of all other files have been caught and named
             _fail(OutputOptions(), 1, "OutputError", f"standard output cannot be written: {error.strerror}.")

@@ -67,7 +67,7 @@ class Screen:
 
     @contextlib.contextmanager
     def progress(self, *, timings: bool = False) -> Iterator[Progress]:
-        """Give the way to show progress here: bars on a terminal, lines in a log, nothing with --quiet or --json.
+        """Return what shows progress here: bars on a terminal, lines in a log, nothing with --quiet or --json.
 
         `timings` says that the work is counted in timings, not in bytes.
         """

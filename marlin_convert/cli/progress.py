@@ -32,7 +32,7 @@ PLAIN_INTERVAL = 5.0
 
 
 class LayerColumn(ProgressColumn):
-    """The layer at hand, in what room the other columns leave: the end of its name, which tells most."""
+    """The current layer, in the room that other columns leave: the end of its name, which tells most."""
 
     class Tail:
         def __init__(self, name: str) -> None:

@@ -21,7 +21,7 @@ from .digests import digest
 
 STATEMENT, PROVENANCE = "https://in-toto.io/Statement/v1", "https://slsa.dev/provenance/v1"
 
-#: What names the way of building, and the builder, as SLSA wants it: a URI. The project's own, as it has no address.
+#: The build type and the builder. SLSA wants URIs; these are URNs, because the project has no address.
 BUILD_TYPE, BUILDER = "urn:marlin-convert:conversion:v1", "urn:marlin-convert"
 
 

@@ -126,8 +126,8 @@ def run_all(
 ) -> None:
     """Run every task, in order of arrival, on `workers` threads.
 
-    The first error stops the rest and is raised here, once no task is running any more; so does Ctrl-C. `on_stop` is
-    called then, and wakes whom `tasks` lets wait.
+    The first error, or Ctrl-C, stops the rest and is raised here once no task is running any more. `on_stop` is called
+    first: it wakes a worker that waits inside `tasks`.
     """
     iterator, lock, stop = iter(tasks), threading.Lock(), threading.Event()
 

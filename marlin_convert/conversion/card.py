@@ -108,7 +108,7 @@ def _source_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     import yaml  # as huggingface_hub reads it
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """YAML without what makes much of little: no references, no types by name, no very long numbers."""
+        """YAML in which a short text cannot become a large value: no references, types by name or very long numbers."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()

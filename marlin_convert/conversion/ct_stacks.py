@@ -1,9 +1,9 @@
 """Experts that compressed-tensors holds stacked: one `weight_packed` [E, N, words] for one projection of all of a
 block's experts, or for two, a gate's rows before an up's.
 
-Each expert's own lies together in every tensor of a stack, so that it is a part of the file like any other: a stack is
-taken apart by naming those parts. `compressed_tensors`, which packs a weight of three dimensions slice by slice, stacks
-the scales [E, N, G], zero points [E, ceil(N bits/32), G] or int8 [E, N, G], and has [E, N, K] as `weight_shape`.
+In every tensor of a stack, an expert's part is one range of bytes, read from the file like any other tensor: a stack
+is taken apart by naming those ranges. `compressed_tensors`, which packs a weight of three dimensions slice by slice,
+stacks the scales [E, N, G], zero points [E, ceil(N bits/32), G] or int8 [E, N, G], and has [E, N, K] as `weight_shape`.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def files_below(folder: Path, leave_out: Iterable[str] = ()) -> dict[str, Path]:
 
 
 def complete_report(out: Path) -> None:
-    """Let the report of a result that is to be published have the SHA-256 of its weights too."""
+    """Add the SHA-256 of the weights to the report of a result that is to be published."""
     noted = _report_of(out)
     if None not in noted.get("result_files", {}).values():
         return

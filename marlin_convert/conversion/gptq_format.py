@@ -32,7 +32,7 @@ READINGS = {
 
 @dataclass(frozen=True)
 class GPTQLayer(SourceLayer):
-    """A layer of GPTQ tensors, whose words are those that the port speaks of.
+    """A layer of GPTQ tensors, whose words are those of the port (`SourceLayer`).
 
     `stored_zero` is what a symmetric layer stores, if that is not what the source's checkpoint_format says.
     """

@@ -45,7 +45,7 @@ _WINDOW = 64 << 20
 
 @dataclass
 class Proof:
-    """What came of it. `files` says of each file beside the weights' tensors what is wrong with it, None if nothing."""
+    """The result of a proof. `files` says what is wrong with each file beside the weights' tensors, None if nothing."""
 
     result: Source
     source: Source
@@ -173,7 +173,7 @@ def _compared(result: Side, source: Side, plan: Plan, device: Device, progress: 
 
 @contextlib.contextmanager
 def _brought(checkpoint: Checkpoint, tensors: list[Tensor]) -> Iterator[None]:
-    """Have tensors at hand, from wherever they are, and let go of them at the end."""
+    """Fetch tensors from wherever they are, and release them at the end."""
     checkpoint.read_ahead(tensors)
     try:
         yield

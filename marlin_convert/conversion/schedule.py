@@ -65,7 +65,7 @@ def _one_disk(cache: Path, out: Path) -> bool:
 def prefetching(
     checkpoint: Checkpoint, plan: Plan, hub: HubFiles | None, shards: Shards, progress: Progress, *, low_disk: bool
 ) -> Iterator[Callable[[], None]]:
-    """Fetch the weight files that are still on the Hub, in the background; gives what stops that.
+    """Fetch the weight files that are still on the Hub, in the background; yields a function that stops it.
 
     With `low_disk`, a file is fetched when it has room within what the result (`shards`) takes in the end and one more
     file of the source; on a disk of its own, the cache holds two files.

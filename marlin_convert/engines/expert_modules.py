@@ -16,8 +16,7 @@ _FUSED = tuple(f"{name}{bias}" for name in ("gate_up_proj", "up_proj", "down_pro
 
 
 def marker(parameter: Any) -> torch.Tensor:
-    """Return what stands for a tensor that is no more, for code that fills it with random numbers: it leaves alone what
-    is done."""
+    """Return a placeholder for a tensor that was removed. Code that initializes tensors at random leaves it alone."""
     marker = torch.empty_like(parameter, device="meta")
     marker._is_hf_initialized = True  # type: ignore[attr-defined]
     return marker

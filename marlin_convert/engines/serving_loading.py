@@ -82,7 +82,7 @@ def fill(
 
 @dataclass
 class _Watched:
-    """A weight of the model that this plugin did not know to be quantized; `way` is its loader."""
+    """A weight of the model that this plugin did not know to be quantized; `loader` is its weight loader."""
 
     name: str
     layer: Any

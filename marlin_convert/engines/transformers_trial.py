@@ -32,8 +32,8 @@ _MOST_LAYERS = 1000
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of it. `dequantized` layers take the memory of 16-bit weights; `why_not` is None if the model loads;
-    `auto_class` is what `load` needs to build it, None for its default."""
+    """The result of a trial. `dequantized` layers take the memory of 16-bit weights; `why_not` is None if the model
+    loads; `auto_class` is what `load` needs to build it, None for its default."""
 
     model: str | None = None
     dequantized: list[str] = field(default_factory=list)

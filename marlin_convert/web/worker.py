@@ -84,7 +84,7 @@ def main() -> None:
             voice.say(nothing=nothing.message)
         except MarlinConvertError as error:
             voice.say(error=error.message)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is said
+        except Exception as error:  # noqa: BLE001 - each error ends in one line for the user
             # Without its own text, which may hold anything, in a log that others read.
             sys.stderr.write("".join(traceback.format_tb(error.__traceback__)) + f"{type(error).__name__}\n")
             voice.say(error=f"{type(error).__name__}: this is a bug in marlin-convert; please report it.")
