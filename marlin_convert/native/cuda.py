@@ -171,7 +171,8 @@ def gemm(
     `a`'s rows may be a strided view (a slice of columns) as long as their stride is a multiple of 8 elements; other
     layouts are copied first, as are the activations of a layer with act-order, in another order of columns. With many
     rows, on Hopper from 65 on, weights are rounded to a's dtype once, as `dequantize` does, unless they have one group
-    of scales; with few rows they are not rounded. The same inputs give the same bits on every run.
+    of scales; with few rows they are not rounded, but on other GPUs 8 bits and small groups may be. The same inputs
+    give the same bits on every run.
 
     `batch_invariant` (default: whether MARLIN_BATCH_INVARIANT=1): a row has the bits that it has alone, whatever rows
     are beside it; docs/kernels/results.md has what that costs. On Hopper no weights are rounded then, elsewhere all
