@@ -49,7 +49,8 @@ TIED = "tie_word_embeddings"
 def ties(config: dict[str, Any]) -> dict[str, Any]:
     """Return what a config.json says on whether head and embedding are one tensor: by the config's part ("" for the
     whole), None where it says nothing and a part's default counts."""
-    none = ("", TIED, "quantization_config")  # not part of a model, whatever a config holds under such names
+    # Not part of a model, whatever a config holds under such names.
+    none = ("", TIED, "quantization_config", "torch_dtype", "dtype")
     parts = {name: part for name, part in config.items() if isinstance(part, dict) and name not in none}
     inner = {name: part[TIED] for name, part in parts.items() if TIED in part}
     if "text_config" in parts:

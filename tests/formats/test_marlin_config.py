@@ -177,7 +177,7 @@ def test_refuse_other_marlin_settings(config: dict[str, Any], error: type[Except
         read_marlin_settings(config)
 
 
-@pytest.mark.parametrize("name", ["tie_word_embeddings", "quantization_config", ""])
+@pytest.mark.parametrize("name", ["tie_word_embeddings", "quantization_config", "torch_dtype", "dtype", ""])
 def test_what_is_no_part_of_a_model_ties_nothing(name: str) -> None:
     """A map under a name that means something else, as nobody writes it: the head still is its own."""
     settings = {"bits": 4}
