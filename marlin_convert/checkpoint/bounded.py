@@ -8,16 +8,26 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import SourceError
 
-#: Bytes of a file that is read whole (as many as safetensors allows to a header); commas and opening brackets in it,
-#: each of which may become an object; depth of nesting.
-MAX_FILE_BYTES, MAX_ITEMS, MAX_DEPTH = 100_000_000, 4_000_000, 100
+
+class Bound(NamedTuple):
+    """What a JSON text may have: bytes, and commas and opening brackets, each of which may become an object."""
+
+    nbytes: int
+    items: int
+
+
+#: Of a config, which may name every layer of the largest models with two settings for each; of what has an entry for
+#: each tensor or layer: an index, a report. An item takes up to 300 bytes.
+CONFIG, LISTING = Bound(16 << 20, 250_000), Bound(32 << 20, 1_000_000)
+
+#: Depth of nesting.
+MAX_DEPTH = 100
 
 _ITEMS = (b",", b"[", b"{")
-
 
 #: The first bytes of what Git leaves in place of a large file that was not fetched.
 LFS_POINTER = b"version "
@@ -46,7 +56,7 @@ def opened(path: Path, label: str | None = None) -> Iterator[int]:
         os.close(fd)
 
 
-def read_file(path: Path, limit: int = MAX_FILE_BYTES, label: str | None = None) -> bytes:
+def read_file(path: Path, limit: int = LISTING.nbytes, label: str | None = None) -> bytes:
     """Return all of a regular file. Raises SourceError when it cannot be read or has more than `limit` bytes."""
     label = str(path) if label is None else label
     with opened(path, label) as fd:
@@ -69,17 +79,19 @@ def read_bytes(fd: int, start: int, count: int) -> bytes:
     return b"".join(parts)
 
 
+def json_text(raw: bytes | bytearray, items: int = LISTING.items) -> str:
+    """Return JSON in UTF-8 as a text, for `parse_json`; of so many items, or ValueError is raised."""
+    if sum(map(raw.count, _ITEMS)) > items:
+        raise ValueError(f"more than {items} values")
+    return raw.decode()
+
+
 def parse_json(
-    raw: bytes | bytearray,
-    pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
-    parse_int: Callable[[str], Any] = int,
+    text: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None, parse_int: Callable[[str], Any] = int
 ) -> Any:
-    """Return the value that a JSON text in UTF-8 has. Raises ValueError, with a reason, for anything else, and for more
-    than a file of a checkpoint has."""
-    if sum(map(raw.count, _ITEMS)) > MAX_ITEMS:
-        raise ValueError(f"more than {MAX_ITEMS} values")
+    """Return the value that a JSON text has. Raises ValueError, with a reason, for anything else."""
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=pairs_hook, parse_int=parse_int)
+        value = json.loads(text, object_pairs_hook=pairs_hook, parse_int=parse_int)
     except RecursionError:
         raise ValueError(f"nested in more than {MAX_DEPTH} levels") from None
     level = [value]
@@ -100,20 +112,29 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(
-    path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None, *, label: str | None = None
+    path: Path,
+    pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    *,
+    label: str | None = None,
+    bound: Bound = LISTING,
 ) -> dict[str, Any]:
     """Return the object in a JSON file. Raises SourceError, which names it by `label`, when there is none."""
     label = str(path) if label is None else label
-    raw = read_file(path, label=label)
-    if raw.startswith(LFS_POINTER):
-        raise lfs_pointer(label)
     try:
-        value = parse_json(raw, pairs_hook)
+        value = parse_json(_text(path, label, bound), pairs_hook)
     except ValueError as error:
         raise SourceError(f"{label}: not valid JSON ({error}); fetch or export it again.") from None
     if not isinstance(value, dict):
         raise SourceError(f"{label}: a JSON object was expected, not {type(value).__name__}.")
     return value
+
+
+def _text(path: Path, label: str, bound: Bound) -> str:
+    """Return what a JSON file says; its bytes are gone by then."""
+    raw = read_file(path, bound.nbytes, label)
+    if raw.startswith(LFS_POINTER):
+        raise lfs_pointer(label)
+    return json_text(raw, bound.items)
 
 
 def lfs_pointer(label: str) -> SourceError:

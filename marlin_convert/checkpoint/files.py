@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import SourceError
 from ..progress import StartTransfer
-from .bounded import opened, read_json
+from .bounded import Bound, opened, read_json
 from .header import Tensor
 from .weight_file import LocalWeightFile, WeightFile
 
@@ -82,9 +82,11 @@ class CheckpointFiles(ABC):
         """Return where a file's content is on this disk; KeyError when it is not there."""
         return self._states[name][0]
 
-    def json(self, name: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
+    def json(
+        self, name: str, bound: Bound, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+    ) -> dict[str, Any]:
         """Return the object in a JSON file. Raises SourceError when there is none."""
-        return read_json(self.path(name), pairs_hook, label=self.called(name))
+        return read_json(self.path(name), pairs_hook, label=self.called(name), bound=bound)
 
     def note(self, name: str, path: Path) -> None:
         """Note the state of a file, whose content is at `path`. Raises OSError."""

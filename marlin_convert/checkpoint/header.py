@@ -7,7 +7,6 @@ without holes or overlaps.
 from __future__ import annotations
 
 import math
-import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..errors import SourceError
 from ..text import shortened
-from .bounded import LFS_POINTER, lfs_pointer, parse_json, unique_keys
+from .bounded import LFS_POINTER, Bound, json_text, lfs_pointer, parse_json, unique_keys
 
 #: Bits of one element, by the dtype names that the safetensors format uses.
 DTYPE_BITS = {
@@ -26,10 +25,9 @@ DTYPE_BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
-#: The safetensors format caps its header at this many bytes; a larger one is damage or an attack.
-MAX_HEADER_BYTES = 100_000_000
-
-#: More than any checkpoint has: tensors of one file, dimensions of a tensor, characters of a tensor's name.
+#: More than any checkpoint has: bytes of a header and values in it (the format itself allows 100 MB), tensors of one
+#: file, dimensions of a tensor, characters of a tensor's name.
+MAX_HEADER = Bound(32 << 20, 2_000_000)
 MAX_TENSORS, MAX_DIMENSIONS, MAX_NAME = 200_000, 64, 500
 
 
@@ -61,16 +59,13 @@ def read_header(read: Callable[[int, int], bytearray], size: int, file: str, lab
     `read(start, count)` gives bytes of it; `file` is its name in the checkpoint, `label` what messages call it. Raises
     SourceError with one line that says what is wrong with it.
     """
-    raw, data_start = _raw_header(read, size, label)
-    if (count := raw.count(b'"data_offsets"')) > MAX_TENSORS:
-        raise SourceError(f"{label}: it has {count} tensors; of one file, at most {MAX_TENSORS} are read.")
+    data_start = 8 + _header_bytes(read, size, label)
     try:
-        header = parse_json(raw, _claims, _whole_number)
+        header = parse_json(_text(read(8, data_start - 8), label), _claims, _whole_number)
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
     except ValueError as error:
         raise _damaged(label, f"its header is not valid JSON ({error})") from None
-    del raw
     header.pop("__metadata__", None)
     # pop frees an entry as soon as its tensor has been made.
     tensors = [_tensor(name, header.pop(name), file, data_start, label) for name in list(header)]
@@ -83,17 +78,26 @@ def _damaged(label: str, what: str) -> SourceError:
     return SourceError(f"{label}: damaged safetensors file: {what}; fetch or export it again.")
 
 
-def _raw_header(read: Callable[[int, int], bytearray], size: int, label: str) -> tuple[bytearray, int]:
-    """Return the header's JSON text, and where the data begins."""
+def _header_bytes(read: Callable[[int, int], bytearray], size: int, label: str) -> int:
+    """Return how long the header's JSON text is, which follows the 8 bytes that say so."""
     if size < 8:
         raise _damaged(label, f"it has {size} bytes, too few for a header")
     prefix = read(0, 8)
     if prefix == LFS_POINTER:
         raise lfs_pointer(label)
-    (length,) = struct.unpack("<Q", prefix)
-    if length > MAX_HEADER_BYTES or 8 + length > size:
+    length = int.from_bytes(prefix, "little")
+    if 8 + length > size:
         raise _damaged(label, f"its header claims {length} bytes and the file has {size}")
-    return read(8, length), 8 + length
+    if length > MAX_HEADER.nbytes:
+        raise SourceError(f"{label}: its header has {length} bytes; at most {MAX_HEADER.nbytes} are read.")
+    return length
+
+
+def _text(raw: bytearray, label: str) -> str:
+    """Return the JSON of a header; its bytes are gone by then."""
+    if (count := raw.count(b'"data_offsets"')) > MAX_TENSORS:
+        raise SourceError(f"{label}: it has {count} tensors; of one file, at most {MAX_TENSORS} are read.")
+    return json_text(raw, MAX_HEADER.items)
 
 
 def _tensor(name: str, claims: Any, file: str, data_start: int, label: str) -> Tensor:
@@ -102,7 +106,7 @@ def _tensor(name: str, claims: Any, file: str, data_start: int, label: str) -> T
         raise _damaged(label, f"the tensor name {shortened(name)} is too long, or cannot be printed")
     if not isinstance(claims, _Claims) or not claims.well_formed():
         raise _damaged(label, f"the header entry of {name} is malformed")
-    dtype, shape, (begin, end) = claims.dtype, tuple(claims.shape), claims.offsets
+    dtype, shape, (begin, end) = claims
     if dtype not in DTYPE_BITS:
         raise _damaged(label, f"{name} has the unknown dtype {shortened(dtype)}")
     if math.prod(shape) * DTYPE_BITS[dtype] % 8:
@@ -110,7 +114,7 @@ def _tensor(name: str, claims: Any, file: str, data_start: int, label: str) -> T
     if end - begin != (nbytes := tensor_bytes(dtype, shape)):
         taken = f"{nbytes} bytes" if nbytes < 1 << 64 else "more bytes than there are"
         raise _damaged(label, f"{name} ({dtype} {shortened(list(shape))}) takes {taken}, not {end - begin}")
-    return Tensor(name, sys.intern(dtype), shape, file, data_start + begin, end - begin)
+    return Tensor(name, dtype, shape, file, data_start + begin, end - begin)
 
 
 def _require_gapless(tensors: list[Tensor], data_start: int, size: int, label: str) -> None:
@@ -131,10 +135,10 @@ class _Claims(NamedTuple):
 
     dtype: Any
     shape: Any
-    offsets: Any
+    offsets: tuple[Any, ...]
 
     def well_formed(self) -> bool:
-        if not isinstance(self.dtype, str) or not isinstance(self.shape, list) or not isinstance(self.offsets, list):
+        if not isinstance(self.dtype, str) or not isinstance(self.shape, tuple):
             return False
         numbers = [*self.shape, *self.offsets]
         return (
@@ -147,9 +151,14 @@ class _Claims(NamedTuple):
 def _claims(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Claims:
     """Return an object of a header: what it says about one tensor, in little memory, or whatever else it is."""
     found = unique_keys(pairs)
-    if isinstance(found.get("data_offsets"), list):
-        return _Claims(found.get("dtype"), found.get("shape"), found["data_offsets"])
-    return found
+    if not isinstance(offsets := found.get("data_offsets"), list):
+        return found
+    dtype, shape = found.get("dtype"), found.get("shape")
+    return _Claims(
+        sys.intern(dtype) if isinstance(dtype, str) else dtype,
+        tuple(shape) if isinstance(shape, list) else shape,
+        tuple(offsets),
+    )
 
 
 def _whole_number(digits: str) -> int:

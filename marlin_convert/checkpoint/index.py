@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import SourceError, UnsupportedError
 from ..text import shortened
-from .bounded import unique_keys
+from .bounded import LISTING, unique_keys
 from .files import CheckpointFiles
 
 #: Weights in formats that are not read: pickles are never unpickled, the others hold no GPTQ tensors.
@@ -58,7 +58,7 @@ def weight_files(
 
 def _indexed_files(files: CheckpointFiles, index: str) -> tuple[list[str], dict[str, str]]:
     where = files.called(index)
-    weight_map = files.json(index, unique_keys).get("weight_map")
+    weight_map = files.json(index, LISTING, unique_keys).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{where}: it has no weight_map; fetch or export it again.")
     for tensor, file in weight_map.items():

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ..errors import SourceError, UnsupportedError
 from ..progress import StartTransfer
 from ..text import shortened
+from .bounded import CONFIG
 from .files import CheckpointFiles, Folder
 from .header import Tensor
 from .index import WEIGHT_SUFFIXES, weight_files
@@ -31,7 +32,7 @@ CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json", "qua
 
 def read_configs(files: CheckpointFiles) -> dict[str, dict[str, Any]]:
     """Return the configs among `files`, by their names."""
-    return {name: files.json(name) for name in CONFIG_FILES if name in files.names}
+    return {name: files.json(name, CONFIG) for name in CONFIG_FILES if name in files.names}
 
 
 class Checkpoint:

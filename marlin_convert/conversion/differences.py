@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from typing import Any
 
+from ..checkpoint.bounded import json_text, parse_json
 from ..text import shortened
 
 
@@ -13,8 +13,8 @@ def difference(expected: bytes, found: bytes) -> str | None:
     """Return where a file first differs from what is expected: a setting, or a line; None if nowhere."""
     if expected == found:
         return None
-    with contextlib.suppress(ValueError, RecursionError):
-        if where := where_different(json.loads(expected), json.loads(found)):
+    with contextlib.suppress(ValueError):
+        if where := where_different(*(parse_json(json_text(content)) for content in (expected, found))):
             return where
     lines = [content.decode("utf-8", "replace").splitlines() for content in (expected, found)]
     for number in range(max(map(len, lines))):

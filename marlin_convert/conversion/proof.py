@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..checkpoint.bounded import json_text, parse_json
 from ..checkpoint.output_folder import json_bytes
 from ..checkpoint.reader import CONFIG_FILES, Checkpoint, Tensor
 from ..checkpoint.writer import INDEX_FILE, Shards
@@ -241,7 +242,7 @@ class _Files:
         computed."""
         content = self.result.content(VERIFY_FILE)
         try:
-            report: Any = json.loads(content)
+            report: Any = parse_json(json_text(content))
             errors = {x["name"]: (x["max_error"], x["relative_error"]) for x in report["layers"]}
             layers = [
                 LayerCheck(x.name, x.K, x.N, x.G, True, _error(errors[x.name][0]), _error(errors[x.name][1]))

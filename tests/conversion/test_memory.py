@@ -142,15 +142,16 @@ def test_scales_are_not_gathered(tmp_path: Path) -> None:
     assert peak < 20 * MB, f"{peak / MB:.0f} MB"
 
 
-@pytest.mark.parametrize(("K", "N"), [(8192, 28672), (28672, 8192)])
-def test_peak_memory_with_act_order(tmp_path: Path, K: int, N: int) -> None:
-    """At 8 bits a layer has 235 MB; a worker holds two panels of it. The way back, three."""
+@pytest.mark.parametrize(("K", "N", "cpus"), [(8192, 28672, 0), (28672, 8192, 0), (28672, 8192, 64)])
+def test_peak_memory_with_act_order(tmp_path: Path, K: int, N: int, cpus: int) -> None:
+    """At 8 bits a layer has 235 MB; a worker holds two panels of it, which are smaller where there are more workers.
+    The way back, three."""
     source, out = tmp_path / "source", tmp_path / "out"
     write_large_source(source, K=K, N=N, rows=1000, hidden=8192, bits=8, act_order=True)
-    peak = peak_memory(source, out, "--device", "cpu", "--quiet")
+    peak = peak_memory(source, out, "--verify", "--device", "cpu", "--quiet", cpus=cpus)
     assert peak <= HELD_WITH_ACT_ORDER, f"{peak / MB:.0f} MB"
     assert peak <= HELD + 2 * WORKERS * PANEL_BYTES, f"{peak / MB:.0f} MB"
-    peak = peak_memory("to-gptq", out, tmp_path / "back", "--quiet")
+    peak = peak_memory("to-gptq", out, tmp_path / "back", "--quiet", cpus=cpus)
     assert peak <= HELD_WITH_ACT_ORDER, f"{peak / MB:.0f} MB"
     with Checkpoint(source) as before, Checkpoint(tmp_path / "back") as after:
         for name, tensor in before.tensors.items():
