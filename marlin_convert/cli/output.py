@@ -336,7 +336,8 @@ class Screen:
     def proof(self, report: Proof, statement: Path | None) -> None:
         """Show the result of `marlin-convert verify` with a result alone."""
         self._json({**report.as_dict(), "statement": statement and str(statement)})
-        self._verification_table(report.verification)
+        if self.verbose or not report.verification.ok:
+            self._verification_table(report.verification)
         for problem in report.verification.problems:
             self._say(problem, "differs", "red")
         for name, text in report.files.items():

@@ -27,6 +27,7 @@ from ..options import (
     ZeroPointReading,
     shard_size,
 )
+from .examples import EXAMPLES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,6 +86,14 @@ class Command(click.Command):
                 with formatter.section(title):
                     formatter.write_dl(records)
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_examples(self.name or "", formatter)
+
+
+def _write_examples(command: str, formatter: click.HelpFormatter) -> None:
+    with formatter.section("Examples"):
+        formatter.write_dl(list(EXAMPLES[command].items()))
+
 
 #: Options that commands share, by their titles in --help; a command's own come before them.
 GROUPS = {
@@ -93,11 +102,6 @@ GROUPS = {
     "Hugging Face Hub": ("revision", "token", "cache_dir", "low_disk"),
     "Publish": ("push_to_hub", "private", "branch", "create_pr", "commit_message"),
     "Where and how": ("device", "as_json", "quiet", "verbose", "version", "help"),
-}
-EXAMPLES = {
-    "marlin-convert org/name-gptq ./out --verify": "convert a repository of the Hub, and compare the result with it",
-    "marlin-convert org/name-gptq --dry-run": "what would happen, from headers alone",
-    "marlin-convert to-gptq ./out ./gptq": "the way back, bit for bit",
 }
 
 
@@ -130,8 +134,7 @@ class MainGroup(click.Group):
         command = self.commands[self.default]
         command.format_options(click.Context(command, parent=ctx), formatter)
         self.format_commands(ctx, formatter)
-        with formatter.section("Examples"):
-            formatter.write_dl(list(EXAMPLES.items()))
+        _write_examples("", formatter)
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 import marlin_convert
 from marlin_convert.cli import commands
+from marlin_convert.cli.examples import EXAMPLES
 from marlin_convert.errors import EXIT_CODES
 from tests.support.cli import Run
 
@@ -40,15 +42,19 @@ def test_help(main: Callable[..., Run], command: str | None) -> None:
         assert all(re.search(rf"^  {code} +\S", result.out, re.MULTILINE) for code in EXIT_CODES)
 
 
-def test_examples_are_of_commands_that_there_are(main: Callable[..., Run]) -> None:
-    from marlin_convert.cli.params import EXAMPLES
-
-    assert len(EXAMPLES) == 3
-    for example in EXAMPLES:
-        assert f"  {example}\n" in main("--help").out
-        program, *words = example.split()
+@pytest.mark.parametrize("command", ["", *commands.cli.commands])
+def test_examples_are_of_commands_that_there_are(main: Callable[..., Run], command: str) -> None:
+    """Three for each, that the command itself takes."""
+    assert len(EXAMPLES[command]) == 3
+    shown = main(*([command] if command else []), "--help").out
+    for example, meaning in EXAMPLES[command].items():
+        assert f"  {example}" in shown
+        assert len(f"  {example}") <= 80
+        assert meaning.split()[0] in shown
+        program, *words = shlex.split(example.split(" > ")[0])
         assert program == "marlin-convert"
         name = words[0] if words[0] in commands.cli.commands else "convert"
+        assert command in ("", name)
         arguments = words[words[0] in commands.cli.commands :]
         parent = click.Context(commands.cli, **commands.cli.context_settings)
         commands.cli.commands[name].make_context(name, list(arguments), parent=parent)
