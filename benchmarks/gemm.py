@@ -69,7 +69,7 @@ ROTATE_BYTES = 200 << 20  # four times the L2 of an H100
 LAUNCHES = 16  # in a graph, so that the graph's own start is a small part
 GRAPH_MS = 20.0  # … but no more of them than take so long
 SHORT_MS, LOAD_MS = 2.0, 200.0  # graphs that take longer than the first are warmed up for the second …
-WARM_REPLAYS = 3  # … and timed so many times
+TIMED_MS = 60.0  # … and timed for so long, as the clock goes up and down by a tenth meanwhile
 CHAIN = ("mistral-qkv", "mistral-o", "mistral-gate-up", "mistral-down")
 CHAIN_COPIES = 8  # layers of a chain, each with weights of its own
 NO_SUCH_VARIANT = -9  # MARLIN_CUDA_ERROR_VARIANT
@@ -160,7 +160,7 @@ def measured_in_turn(ways: dict[str, Calls], replays: int, clocks: Clocks) -> di
         for way in short:
             way.replay(clocks)
     for way in made.values():
-        for i in range(WARM_REPLAYS if way.warm else 0):
+        for i in range(max(3, round(TIMED_MS / way.ms)) if way.warm else 0):
             way.replay(clocks, way.warm if i == 0 else 0)
     return made
 
