@@ -48,6 +48,7 @@ NAMES = (
     "ct-mixed-bf16",
     "ct-stacked-8bit-channel-bf16",
     "ct-stacked-g32-asym",
+    "gptq_p-8bit-g64-asym",
     "gptq_p-g32-asym",
 )
 CPU = Options(device="cpu", verify=True)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import marlin_convert.hf
 from marlin_convert.conversion.convert import convert
 from marlin_convert.engines.transformers_quantizer import load_dequantized
+from marlin_convert.errors import SourceError
 from marlin_convert.options import Options
 from tests.support import source_definitions
 
@@ -105,3 +106,9 @@ def test_logits_of_the_source_s_own_library(name: str, converted: Callable[[str]
 def test_sources_dequantized(name: str) -> None:
     expected, found = logits(dequantized(DATA / name)), logits(load_dequantized(DATA / name, device="cpu"))
     assert (found - expected).norm() <= (2e-2 if dtype_of(name) is torch.bfloat16 else 1e-3) * expected.norm()
+
+
+def test_experts_that_the_model_holds_by_another_name_are_refused() -> None:
+    """Granite's, of which a source has one tensor for all; the message says of which checkpoint it speaks."""
+    with pytest.raises(SourceError, match=r"^\S+ct-stacked-g32-asym: the checkpoint does not fit GraniteMoe"):
+        load_dequantized(DATA / "ct-stacked-g32-asym", device="cpu")

@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
     },
     "gptq_p-g32-asym": {"group_size": 32, "sym": False, "format": "gptq_p"},
+    "gptq_p-8bit-g64-asym": {"bits": 8, "group_size": 64, "sym": False, "format": "gptq_p"},
 }
 
 
