@@ -110,5 +110,5 @@ def test_sources_dequantized(name: str) -> None:
 
 def test_experts_that_the_model_holds_by_another_name_are_refused() -> None:
     """Granite's, of which a source has one tensor for all; the message says of which checkpoint it speaks."""
-    with pytest.raises(SourceError, match=r"^\S+ct-stacked-g32-asym: the checkpoint does not fit GraniteMoe"):
+    with pytest.raises(SourceError, match=r"^\S*ct-stacked-g32-asym: the checkpoint does not fit GraniteMoe"):
         load_dequantized(DATA / "ct-stacked-g32-asym", device="cpu")
