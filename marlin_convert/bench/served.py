@@ -166,9 +166,11 @@ def _measure(
                 return Side.from_dict(value["side"]), Machine(**value["machine"])
         code = process.wait()
         log = Path(folder, "log")
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+        printed = (
+            [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+        )
         ended = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
-        raise SideFailed(f"its process {ended}" + (f"; its last words: {said[-1].strip()}" if said else ""))
+        raise SideFailed(f"its process {ended}" + (f"; its last words: {printed[-1].strip()}" if printed else ""))
 
 
 @contextmanager
@@ -178,13 +180,13 @@ def _process(
     """Run the process of a side, and the lines of its answers; whatever happens, none of its processes is left."""
     caches = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor",
               "CUDA_CACHE_PATH": "cuda"}  # fmt: skip
-    own = {name: str(folder / path) for name, path in caches.items()}
+    folders = {name: str(folder / path) for name, path in caches.items()}
     read, write = os.pipe()
     try:
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 child.python(f"{__package__}.served_side", str(write), json.dumps(asdict(request))),
-                env={**os.environ, **own, **environment}, pass_fds=(write,), start_new_session=True,
+                env={**os.environ, **folders, **environment}, pass_fds=(write,), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=sys.stderr if verbose else log, stderr=None if verbose else log,
             )  # fmt: skip
         try:
@@ -279,9 +281,9 @@ def bench(
 
         progress.advance(0, f"{LABELS[name]}, start")
         # the plugin is loaded only where it is what is measured
-        own = environment if name == MARLIN else {**environment, "VLLM_PLUGINS": ""}
+        variables = environment if name == MARLIN else {**environment, "VLLM_PLUGINS": ""}
         try:
-            sides[name], machine = _measure(request, own, verbose, on_step)
+            sides[name], machine = _measure(request, variables, verbose, on_step)
         except SideFailed as why:
             if name == MARLIN:
                 raise MarlinConvertError(

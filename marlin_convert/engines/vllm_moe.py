@@ -77,9 +77,9 @@ class MarlinExpertsMethod(ServedExperts, FusedMoEMethodBase):  # type: ignore[mi
         known = get_current_vllm_config_or_none()
         if known is None or known.lora_config is None:
             return False
-        own = {"experts", "gate_up_proj", *self.parts.values()}
+        names = {"experts", "gate_up_proj", *self.parts.values()}
         targets = known.lora_config.target_modules
-        return targets is None or not own.isdisjoint(name.rpartition(".")[2] for name in targets)
+        return targets is None or not names.isdisjoint(name.rpartition(".")[2] for name in targets)
 
     def _settings(self, name: str) -> Any:
         return replace(self.config.layer(name), source_group_size=None)

@@ -215,11 +215,11 @@ class Processes:
             process.stdin.flush()
         for line in process.stdout:
             with contextlib.suppress(ValueError):
-                said = json.loads(line)
-                if "status" in said:
-                    outcome = said
+                answer = json.loads(line)
+                if "status" in answer:
+                    outcome = answer
                 else:
-                    moved(said["bytes"], said["of"])
+                    moved(answer["bytes"], answer["of"])
         code = process.wait()
         with contextlib.suppress(OSError):
             process.stdin.close()

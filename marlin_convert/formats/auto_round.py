@@ -40,8 +40,8 @@ def packing(config: Mapping[str, Any]) -> str:
 def title(config: Mapping[str, Any]) -> str:
     """Return what sentences call a checkpoint of this config."""
     named = packing(config)
-    own = "AWQ's" if named in AWQ_PACKINGS else "compressed-tensors'" if named in CT_PACKINGS else "GPTQ's"
-    return f"AutoRound in {own} packing"
+    whose = "AWQ's" if named in AWQ_PACKINGS else "compressed-tensors'" if named in CT_PACKINGS else "GPTQ's"
+    return f"AutoRound in {whose} packing"
 
 
 def require_supported(where: str, config: Mapping[str, Any]) -> None:

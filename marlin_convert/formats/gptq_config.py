@@ -240,11 +240,11 @@ def _title(config: dict[str, Any]) -> str:
 
 def _method(config: dict[str, Any]) -> str:
     """Return the quantization method that a config tells by its layout, or names."""
-    said = str(config.get("quant_method") or config.get("method") or "").lower()
+    claimed = str(config.get("quant_method") or config.get("method") or "").lower()
     layout = str(config.get("checkpoint_format") or config.get("format") or config.get("version") or "").lower()
     if layout in _AWQ_FORMATS - _GPTQ_FORMATS | _ROUNDED_ZEROS:
         return "awq"
-    return said or "gptq"
+    return claimed or "gptq"
 
 
 def _require_gptq(where: str, raw: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def check_target(target: PublishTarget, *, token: str | None, force: bool) -> Pu
         if not (token or get_token()):
             raise HubError(f"{target.repo_id}: publishing needs a token; log in with `hf auth login` or give --token.")
         api = HfApi(token=token)
-        target = _own(api, target)
+        target = _with_owner(api, target)
         if (
             _exists(api, target, token)
             and not (target.create_pr or force)
@@ -128,7 +128,7 @@ def _upload(api: HfApi, target: PublishTarget, added: CommitOperationAdd) -> Non
     )
 
 
-def _own(api: HfApi, target: PublishTarget) -> PublishTarget:
+def _with_owner(api: HfApi, target: PublishTarget) -> PublishTarget:
     """Return the target with its owner's name; raises HubError when whose token it is may not write there."""
     try:
         who = account_of(with_retries(api.whoami))
