@@ -94,7 +94,10 @@ class ExpertSet:
         self.kinds: dict[str, Piece] = {}  # by shard of the stacks: sizes, without tensors
         self._stacks: dict[str, dict[str, Tensor | None]] = {}
         self._there: dict[str, set[int]] = {}
-        self._loose: dict[int, Piece] = {}  # act-order of down: a rank's rows of it are as many as groups make them
+        # Act-order of down: a rank's rows of it are as many as groups make them. They wait in the host's memory until
+        # all have come, so that the device's never has two copies.
+        self._loose: dict[int, Piece] = {}
+        self._device = torch.device("cpu")
         self._biases: dict[str, dict[int, Tensor]] = {}
 
     def shards(self) -> list[str]:
@@ -106,7 +109,8 @@ class ExpertSet:
     def put(self, number: int, shard: str, piece: Piece) -> None:
         self._there.setdefault(shard, set()).add(number)
         if shard == "w2" and self._sorted_down:
-            self._loose[number] = piece
+            self._device = piece.weight.device
+            self._loose[number] = _on(torch.device("cpu"), piece)
             return
         half = {"w1": 0, "w3": 1}.get(shard) if self.joined else None
         stack, times = (shard, 1) if half is None else ("w13", 2)
@@ -138,28 +142,34 @@ class ExpertSet:
         if self._loose:
             ready = _alike([self._loose.pop(number) for number in self.row])
             self.kinds["w2"] = ready[0]
+            all_of = {what: [getattr(piece, what) for piece in ready] for what in _PARTS}
             self._stacks["w2"] = {
-                what: None if getattr(ready[0], what) is None else torch.stack([getattr(p, what) for p in ready])
-                for what in _PARTS
+                what: None if parts[0] is None else torch.stack(parts).to(self._device)
+                for what, parts in all_of.items()
             }
         found, self._stacks = self._stacks, {}
         for shard, tensors in found.items():
-            tensors["bias"] = self._bias_of(shard)
             weight = tensors["weight"]
             assert weight is not None
+            tensors["bias"] = self._bias_of(shard, weight.device)
             kind = self.kinds[shard]
             none = {what: None if tensors[what] is None else tensors[what][:0] for what in _PARTS}  # type: ignore[index]
             self.kinds[shard] = replace(kind, **none)  # type: ignore[arg-type]
         return found
 
-    def _bias_of(self, shard: str) -> Tensor | None:
+    def _bias_of(self, shard: str, device: torch.device) -> Tensor | None:
         parts = [self._biases.get(part) for part in (("w1", "w3") if shard == "w13" else (shard,))]
         if all(part is None for part in parts):
             return None
         if any(part is None or part.keys() != self.row.keys() for part in parts):
             raise ValueError(f"{self.prefix}: some of its experts have a bias, others have none")
-        device = self.kinds[shard].weight.device
         return torch.stack([torch.cat([part[number] for part in parts]) for number in self.row]).to(device)  # type: ignore[index]
+
+
+def _on(device: torch.device, piece: Piece) -> Piece:
+    """Return the piece with its tensors on a device."""
+    moved: dict[str, Any] = {what: tensor.to(device) for what in _PARTS if (tensor := getattr(piece, what)) is not None}
+    return replace(piece, **moved)
 
 
 def _alike(pieces: list[Piece]) -> list[Piece]:
