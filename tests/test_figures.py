@@ -60,7 +60,7 @@ def test_the_pictures_are_drawn_from_the_stored_figures(tmp_path: Path) -> None:
 
     figures.main(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"layers_h200.svg", "vllm_h100.svg", "conversion.svg"}
+    assert names == {"layers_h200.svg", "vllm_h200.svg", "conversion.svg"}
     for name in names:
         (places, texts), (published, published_texts) = drawn(tmp_path / name), drawn(IMAGES / name)
         assert texts == published_texts
@@ -68,6 +68,6 @@ def test_the_pictures_are_drawn_from_the_stored_figures(tmp_path: Path) -> None:
         assert len(places) == len(published)
         for now, then in zip(places, published, strict=True):
             assert now == pytest.approx(then, abs=1)  # of 576 or 360 points; fonts and versions move them a little
-    texts = drawn(tmp_path / "vllm_h100.svg")[1]
-    assert "1.38x" in texts  # batch 1: 377.3 / 272.6
+    texts = drawn(tmp_path / "vllm_h200.svg")[1]
+    assert "1.50x" in texts  # batch 1: 430.4 / 286.6
     assert "slower than fp16" in drawn(tmp_path / "layers_h200.svg")[1]

@@ -1,7 +1,7 @@
 """Draw the documentation's figures from what measurements left in benchmarks/results: `python tools/figures.py`.
 
     layers_h200.json  what `benchmarks/gemm.py --json` writes: products of layers, in microseconds
-    vllm_h100.json    what `marlin-convert bench MARLIN --tokens --engine vllm --source GPTQ --json` prints
+    vllm_h200.json    what `marlin-convert bench MARLIN --tokens --engine vllm --source GPTQ --json` prints
     conversion.json   what `benchmarks/convert.py --verify --json` writes
 
 Each becomes an SVG of the same name in docs/images, or in the folder that is named; the same figures give the same
@@ -58,7 +58,7 @@ def draw_conversion(measured: dict[str, Any], picture: Path) -> None:
 def main(images: Path = IMAGES) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "marlin-convert"  # the same bytes from the same figures …
     os.environ["SOURCE_DATE_EPOCH"] = "0"  # … on any day
-    for name, document in (("layers_h200", of_layers(stored("layers_h200"))), ("vllm_h100", stored("vllm_h100"))):
+    for name, document in (("layers_h200", of_layers(stored("layers_h200"))), ("vllm_h200", stored("vllm_h200"))):
         Plot(images / f"{name}.svg").draw_again(document, name)
     draw_conversion(stored("conversion"), images / "conversion.svg")
 
