@@ -1,13 +1,14 @@
 """How fast is a conversion, beside `cp -r` of the same folder? And how much memory does it take?
 
     python benchmarks/convert.py [--shape mistral-7b] [--act-order] [--bits 8] [--format awq] [--runs 5]
-        [--folder DIR] [--verify] [--json OUT.json]
+        [--folder DIR] [--verify] [--untouched] [--json OUT.json]
 
 Makes a checkpoint of the shape (kept in DIR for the next time), then alternates, in one run: `cp -r` and `sync`;
 the conversion; with --verify the conversion with --verify. Prints the median of the ratios, pair by pair, and the
 peak memory of the whole process; then what benchmarks/repack.py measures: the repacking alone, in memory, and its
-ratio to numpy's. Each time ends when the data is on disk. Needs about 3 times the checkpoint's
-size in DIR (4.2 GB for mistral-7b; 7.7 GB with 8 bits).
+ratio to numpy's. Each time ends when the data is on disk. Memory is touched before each run, and what others wrote is
+removed; with --untouched neither, as on a user's machine: the copy stays while a conversion runs. Needs about 3 times
+the checkpoint's size in DIR (4.2 GB for mistral-7b; 7.7 GB with 8 bits).
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "marlin-convert-bench")
     parser.add_argument("--verify", action="store_true", help="also time --verify")
+    parser.add_argument("--untouched", action="store_true", help="touch no memory beforehand; what is written stays")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     return parser.parse_args()
 
@@ -85,17 +87,19 @@ def made(options: argparse.Namespace) -> Path:
 
 
 def measured(
-    commands: dict[str, list[str]], runs: int, folders: list[Path]
+    commands: dict[str, tuple[list[str], Path]], runs: int, untouched: bool
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """(seconds of each run, peak resident MB) of each command, which take turns; `folders` are what they write."""
+    """(seconds of each run, peak resident MB) of each command, which take turns; beside it, the folder it writes."""
+    folders = {folder for _, folder in commands.values()}
     times: dict[str, list[float]] = {name: [] for name in commands}
     peaks = dict.fromkeys(commands, 0.0)
     for run in range(runs + 1):  # the first one warms the page cache and does not count
-        for name, command in commands.items():
-            for folder in folders:
+        for name, (command, target) in commands.items():
+            for folder in {target} if untouched else folders:
                 shutil.rmtree(folder, ignore_errors=True)
             os.sync()
-            settle()
+            if not untouched:
+                settle()
             seconds, peak = timed(command)
             peaks[name] = max(peaks[name], peak)
             if run:
@@ -114,10 +118,10 @@ def main() -> None:
     os.sync()
     base = [sys.executable, "-m", "marlin_convert.cli"]
     convert = [*base, str(source), str(out), "--quiet", "--device", "cpu"]
-    commands = {"cp -r": ["cp", "-r", str(source), str(copy)], "convert": convert}
+    commands = {"cp -r": (["cp", "-r", str(source), str(copy)], copy), "convert": (convert, out)}
     if options.verify:
-        commands["convert --verify"] = [*convert, "--verify"]
-    times, peaks = measured(commands, options.runs, [copy, out])
+        commands["convert --verify"] = ([*convert, "--verify"], out)
+    times, peaks = measured(commands, options.runs, options.untouched)
 
     print(f"{title}: {nbytes / 1e9:.2f} GB, median of {options.runs}, {os.cpu_count()} cores")
     rows: list[dict[str, object]] = []
