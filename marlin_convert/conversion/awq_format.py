@@ -14,7 +14,7 @@ from ..checkpoint.writer import OutTensor, Shards
 from ..errors import SourceError
 from ..formats import awq
 from ..formats.gptq_config import AWQ_METHODS, ROUNDED, GPTQSettings, parse_settings
-from ..formats.layout import TILE_K, TILE_N, pack_gptq_rows, permute_scales, unpermute_scales, zero_point
+from ..formats.layout import TILE_K, TILE_N, pack_gptq_rows, permute_scales, tile_codes, unpermute_scales, zero_point
 from ..formats.stored import StoredLayer
 from ..native import cpu
 from ..options import ZeroPointReading
@@ -89,14 +89,26 @@ class GEMVLayer(AWQLayer):
     by_columns = True
 
     def rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> None:
-        read: Words = buffers.array("awq", (self.N, len(words)), np.int32)
-        checkpoint.read_columns(self.qweight, read, k0 // awq.PER_WORD)
-        cpu.transpose(read, words)
+        cpu.transpose(self._read_rows(checkpoint, k0, words, buffers), words)
 
     def columns(self, checkpoint: Checkpoint, n0: int, words: Words, buffers: Buffers) -> None:
+        cpu.transpose(self._read_columns(checkpoint, n0, words, buffers), words)
+
+    def defined_rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> None:
+        words[...] = self._read_rows(checkpoint, k0, words, buffers).T
+
+    def defined_columns(self, checkpoint: Checkpoint, n0: int, words: Words, buffers: Buffers) -> None:
+        words[...] = self._read_columns(checkpoint, n0, words, buffers).T
+
+    def _read_rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> Words:
+        read: Words = buffers.array("awq", (self.N, len(words)), np.int32)
+        checkpoint.read_columns(self.qweight, read, k0 // awq.PER_WORD)
+        return read
+
+    def _read_columns(self, checkpoint: Checkpoint, n0: int, words: Words, buffers: Buffers) -> Words:
         read: Words = buffers.array("awq", (words.shape[1], len(words)), np.int32)
         checkpoint.read_into(self.qweight, read, n0 * len(words) * 4)
-        cpu.transpose(read, words)
+        return read
 
     def raw_scales(self, checkpoint: Checkpoint, first: int, count: int, kept: Kept) -> npt.NDArray[Any]:
         if "scales" not in kept:
@@ -122,9 +134,15 @@ class TilesLayer(AWQLayer):
     layout = "marlin"
 
     def rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> None:
+        cpu.unpack(self._read_rows(checkpoint, k0, words, buffers), out=words)
+
+    def defined_rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> None:
+        words[...] = pack_gptq_rows(tile_codes(self._read_rows(checkpoint, k0, words, buffers)), self.bits)
+
+    def _read_rows(self, checkpoint: Checkpoint, k0: int, words: Words, buffers: Buffers) -> Words:
         B: Words = buffers.array("awq", (len(words) * awq.PER_WORD // TILE_K, self.N * 2), np.int32)
         checkpoint.read_into(self.qweight, B, k0 * self.N // 2)
-        cpu.unpack(B, out=words)
+        return B
 
     def columns(self, checkpoint: Checkpoint, n0: int, words: Words, buffers: Buffers) -> None:
         B: Words = buffers.array("awq", (self.K // TILE_K, words.shape[1] * 2), np.int32)

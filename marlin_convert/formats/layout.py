@@ -165,6 +165,17 @@ def tile_position(word: int, code: int, bits: int = BITS) -> tuple[int, int]:
     return row, column
 
 
+def tile_codes(B: NDArray[np.int32], bits: int = BITS) -> NDArray[np.uint8]:
+    """Turn Marlin's `B` int32 [K/16, N bits/2] into codes uint8 [K, N], by the definition: each by its place."""
+    tiles = np.ascontiguousarray(B).view(np.uint32).reshape(len(B), -1, tile_words(bits))
+    codes = np.empty((len(B), TILE_K, tiles.shape[1], TILE_N), np.uint8)
+    for word in range(tile_words(bits)):
+        for code in range(pack_factor(bits)):
+            row, column = tile_position(word, code, bits)
+            codes[:, row, :, column] = tiles[:, :, word] >> np.uint32(bits * code) & np.uint32(2**bits - 1)
+    return codes.reshape(len(B) * TILE_K, -1)
+
+
 def check_tiles(K: int, N: int) -> None:
     """Raise ValueError unless W [K, N] is cut into whole tiles. Blocks of a layer must satisfy this too."""
     if K <= 0 or K % TILE_K:

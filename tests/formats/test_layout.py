@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from marlin_convert.formats import layout
+from marlin_convert.native import reference
 
 HEADER = Path(__file__).parents[2] / "kernels" / "marlin.h"
 
@@ -217,3 +219,18 @@ def test_stored_sizes() -> None:
     expected = {-1: -1, 16: 16, 32: 32, 64: 64, 128: 128, 256: 128, 1024: 128, 96: 32, 48: 16, 8: None, 100: None}
     assert {size: layout.stored_group_size(size) for size in expected} == expected
     assert [layout.stored_groups(576, size) for size in (-1, 16, 32, 64, 128)] == [1, 40, 20, 10, 5]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_of_tiles(bits: int) -> None:
+    """As the torch definition finds them; and two whose places are written down in the formats' description."""
+    B = np.random.default_rng(bits).integers(-(2**31), 2**31, (3, 64 * bits), dtype=np.int64).astype(np.int32)
+    codes = layout.tile_codes(B, bits)
+    assert codes.dtype == np.uint8
+    np.testing.assert_array_equal(codes, reference.unpack_marlin(torch.from_numpy(B), bits).numpy())
+    one = np.zeros((1, 32 * bits), np.int32)
+    one[0, 1] = 1 << 2 * bits  # word 1, code 2
+    row, column = {4: (0, 24), 8: (1, 8)}[bits]
+    expected = np.zeros((16, 64), np.uint8)
+    expected[row, column] = 1
+    np.testing.assert_array_equal(layout.tile_codes(one, bits), expected)
