@@ -159,9 +159,9 @@ def make_plan(
     small = (f"{name}.{part}" for name in found for part in source.parts[1:])
     checkpoint.read_ahead((tensors[name] for name in small if name in tensors), "reading scales and zero points")
 
-    judged = source.inspect(checkpoint, names, settings, reading)
-    group_size = _one_group_size(judged)  # may find a reason against the original format
-    chosen = _choose(checkpoint, judged, format)
+    inspections = source.inspect(checkpoint, names, settings, reading)
+    group_size = _one_group_size(inspections)  # may find a reason against the original format
+    chosen = _choose(checkpoint, inspections, format)
     owned = {f"{name}.{part}" for name in names for part in source.parts}
     plan = Plan(
         settings,
@@ -170,7 +170,7 @@ def make_plan(
         copies=[tensor for tensor in apart.values() if tensor.name not in owned],
         dropped=[t for t in tensors.values() if t.name not in apart or t.name in owned if _part(t) in source.dropped],
         refusals=chosen.refusals | chosen.unfit,
-        notes=notes | _notes(checkpoint, settings, judged, chosen) | _unquantized_beside(apart, names),
+        notes=notes | _notes(checkpoint, settings, inspections, chosen) | _unquantized_beside(apart, names),
         why_extended=chosen.why_extended,
         format=Format.MARLIN_EXT if chosen.extended else Format.MARLIN,
         group_size=group_size,
@@ -207,18 +207,18 @@ class _Chosen:
         return [replace(x, stored_scales=fits[x.name].dtype) for x in self.layers if not fits[x.name].problem]
 
 
-def _choose(checkpoint: Checkpoint, judged: list[LayerInspection], format: Format) -> _Chosen:
+def _choose(checkpoint: Checkpoint, inspections: list[LayerInspection], format: Format) -> _Chosen:
     """Choose the result's format: with AUTO the original one, unless a layer, or its scales, do not fit it."""
 
     def chosen(why_extended: Reasons, extended: bool) -> _Chosen:
-        layers, refusals = _convertible(judged, extended)
+        layers, refusals = _convertible(inspections, extended)
         return _Chosen(extended, why_extended, layers, refusals, _fitted_scales(checkpoint, layers, extended))
 
-    why_extended = _gathered((layer.why_extended, layer.name) for layer in judged)
+    why_extended = _gathered((layer.why_extended, layer.name) for layer in inspections)
     found = chosen(
         why_extended,
         format is Format.MARLIN_EXT
-        or (format is Format.AUTO and (bool(why_extended) or any(layer.refusals for layer in judged))),
+        or (format is Format.AUTO and (bool(why_extended) or any(layer.refusals for layer in inspections))),
     )
     if not found.unfit or format is not Format.AUTO or found.extended:
         return found
@@ -227,10 +227,12 @@ def _choose(checkpoint: Checkpoint, judged: list[LayerInspection], format: Forma
     )
 
 
-def _notes(checkpoint: Checkpoint, settings: GPTQSettings, judged: list[LayerInspection], chosen: _Chosen) -> Reasons:
+def _notes(
+    checkpoint: Checkpoint, settings: GPTQSettings, inspections: list[LayerInspection], chosen: _Chosen
+) -> Reasons:
     """Return what the plan says of layers, and of the checkpoint."""
     notes: Reasons = {}
-    for layer in judged:
+    for layer in inspections:
         for note in layer.notes + (layer.extended_notes if chosen.extended else []):
             notes.setdefault(note, []).append(layer.name)
     without = [x.name for x in chosen.layers if chosen.fits[x.name].zero]
@@ -267,10 +269,10 @@ def _gathered(found: Iterable[tuple[list[str], str]]) -> Reasons:
     return gathered
 
 
-def _convertible(judged: list[LayerInspection], extended: bool) -> tuple[list[Layer], Reasons]:
+def _convertible(inspections: list[LayerInspection], extended: bool) -> tuple[list[Layer], Reasons]:
     """Return the layers that the format can hold, but for their scales, and why it cannot hold the others."""
-    against = {x.name: x.refusals + (x.extended_refusals if extended else x.why_extended) for x in judged}
-    layers = [replace(x.layer, extended=extended) for x in judged if x.layer is not None and not against[x.name]]
+    against = {x.name: x.refusals + (x.extended_refusals if extended else x.why_extended) for x in inspections}
+    layers = [replace(x.layer, extended=extended) for x in inspections if x.layer is not None and not against[x.name]]
     return layers, _gathered((reasons, name) for name, reasons in against.items())
 
 
@@ -289,10 +291,10 @@ def _fitted_scales(checkpoint: Checkpoint, layers: list[Layer], extended: bool) 
     return {layer.name: fitted(layer) for layer in layers}
 
 
-def _one_group_size(judged: Iterable[LayerInspection]) -> int:
+def _one_group_size(inspections: Iterable[LayerInspection]) -> int:
     """Return the original format's one group_size for all layers: 128, or -1 when no layer has more than one group.
     Layers of the rarer kind, where there are both, get a reason against the original format."""
-    fine = [j for j in judged if j.layer is not None and not j.refusals and not j.why_extended]
+    fine = [j for j in inspections if j.layer is not None and not j.refusals and not j.why_extended]
     grouped = [j for j in fine if j.layer is not None and j.layer.G > 1]
     single = [j for j in fine if j.layer is not None and j.layer.G == 1 and j.layer.K != GROUP_SIZE]
     if grouped and single:

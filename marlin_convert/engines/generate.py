@@ -140,16 +140,18 @@ def _continue(
                 on_text(text)
 
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    there = int(inputs["input_ids"].shape[1])
-    if there == 0:
+    prompt_tokens = int(inputs["input_ids"].shape[1])
+    if prompt_tokens == 0:
         raise UnsupportedError("the prompt is empty, and this tokenizer adds nothing to it; write something.")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     new, note = sampling.max_new_tokens, None
-    if limit is not None and there + new > limit:
-        new = limit - there
+    if limit is not None and prompt_tokens + new > limit:
+        new = limit - prompt_tokens
         if new < 1:
-            raise UnsupportedError(f"the prompt has {there} tokens; this model takes {limit}, the answer included.")
-        note = f"only {new} new tokens: the model takes {limit}, {there} of them are the prompt"
+            raise UnsupportedError(
+                f"the prompt has {prompt_tokens} tokens; this model takes {limit}, the answer included."
+            )
+        note = f"only {new} new tokens: the model takes {limit}, {prompt_tokens} of them are the prompt"
     settings = {"max_new_tokens": new, "max_length": None, "do_sample": not sampling.greedy}
     for name in ("temperature", "top_p", "top_k"):
         settings[name] = None if sampling.greedy else getattr(sampling, name)
@@ -163,9 +165,9 @@ def _continue(
         streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     seconds = time.monotonic() - started
-    answer = tokens[0, there:]
+    answer = tokens[0, prompt_tokens:]
     return Generated(
-        prompt, tokenizer.decode(answer, skip_special_tokens=True), there, len(answer), seconds, load_seconds,
+        prompt, tokenizer.decode(answer, skip_special_tokens=True), prompt_tokens, len(answer), seconds, load_seconds,
         str(model.device), str(model.dtype).removeprefix("torch."), sampling, note,
     )  # fmt: skip
 
