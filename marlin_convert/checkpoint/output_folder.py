@@ -134,12 +134,12 @@ def check_free(out: Path, *, force: bool) -> None:
     if os.path.ismount(out):
         raise OutputError(f"{out}: nothing can be renamed to a mount point; choose a folder inside it.")
     try:
-        empty = not any(out.iterdir())
+        empty, ours = not any(out.iterdir()), (out / REPORT_FILE).is_file()
     except OSError as error:
         raise OutputError(f"{out}: it exists and cannot be read: {error.strerror}; choose another name.") from None
     if empty:
         return
-    if not (out / REPORT_FILE).is_file():
+    if not ours:
         raise OutputError(
             f"{out}: it exists already, and marlin-convert did not make it (it has no {REPORT_FILE}); "
             + ("remove it yourself, or choose another name." if force else "choose another name.")

@@ -122,7 +122,7 @@ class MainGroup(click.Group):
     def _refuse_mistyped(self, word: str) -> None:
         """Say which command was meant, for a word that is no folder and no Hub id of anybody's."""
         commands = [name for name, command in self.commands.items() if not command.hidden]
-        near = difflib.get_close_matches(word, commands, 1, 0.7)
+        near = difflib.get_close_matches(word, commands, 1, 0.65)
         if near and "/" not in word and not os.path.lexists(word):
             raise click.UsageError(f"There is no command {word!r}; did you mean `marlin-convert {near[0]}`?")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Plot:
         types = self._figure.canvas.get_supported_filetypes()
         if path.suffix.lower().removeprefix(".") not in types:
             raise MarlinConvertError(f"{path}: matplotlib writes no such file; end its name in .png, .svg or .pdf.")
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):  # noqa: PTH112 - no error where it may not be seen
             raise OutputError(f"{path}: there is no folder {path.parent}; create it first.")
 
     def draw(self, document: Mapping[str, Any]) -> OutputError | None:

@@ -62,7 +62,7 @@ def check_place(file: Path, *folders: str | Path) -> None:
         known = os.path.expanduser(folder)  # noqa: PTH111 - no error for ~nobody
         if Path(os.path.realpath(known)) in Path(os.path.realpath(file)).parents:
             raise OutputError(f"{file}: a statement is no file of {folder}; choose a place outside it.")
-    if not file.parent.is_dir():
+    if not os.path.isdir(file.parent):  # noqa: PTH112 - no error where it may not be seen
         raise OutputError(f"{file}: there is no folder {file.parent}; create it first.")
     if not os.access(file.parent, os.W_OK | os.X_OK):
         raise OutputError(f"{file}: the statement cannot be written: Permission denied.")

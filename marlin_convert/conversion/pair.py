@@ -13,6 +13,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import OptionError, OutputError, SourceError, UnsupportedError
 from ..formats.gptq_config import find_configs
 from ..formats.marlin_config import is_marlin
+from ..hub.client import require_folder
 from ..hub.open import opened_whole
 from ..native.choose import usable_device
 from ..options import CARD_FILE, REPORT_FILE, VERIFY_FILE, Format, HubAccess, ZeroPointReading
@@ -37,6 +38,7 @@ def verify_pair(
     `device` is where to compute; `zero_points` is how the source's are read, by default as the result's report says.
     """
     out, progress = Path(out), progress or Progress()
+    require_folder(out)
     chosen, _ = usable_device(device, computes=True)
     with (
         opened_whole(str(source), access or HubAccess(), progress.transfer) as (_, checkpoint),

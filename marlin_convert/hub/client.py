@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import json
 import os
 import re
@@ -28,6 +29,9 @@ _BROKEN = {
     "RemoteProtocolError": "the connection broke",
     "TooManyRedirects": "it is redirected without an end",
 }
+
+#: Errors of a cache where nothing can be written, however often it is tried.
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 
 DOWNLOAD_THREAD = "marlin-convert-download"
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -54,9 +58,23 @@ def is_folder(source: str) -> bool:
     if mode:
         raise SourceError(f"{source} is a file; give the folder that holds the checkpoint.")
     if source.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(source) or source.count("/") > 1:
-        meant = _folder_meant(source) if source else None
-        raise SourceError(f"{source or repr(source)}: no such folder{f'; did you mean {meant}?' if meant else '.'}")
+        raise _no_such_folder(source)
     return False
+
+
+def require_folder(folder: Path) -> None:
+    """Raise SourceError where there is no such folder. What one may not look at is left to who reads it."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_such_folder(str(folder)) from None
+    except OSError:
+        return
+
+
+def _no_such_folder(named: str) -> SourceError:
+    meant = _folder_meant(named) if named else None
+    return SourceError(f"{named or repr(named)}: no such folder{f'; did you mean {meant}?' if meant else '.'}")
 
 
 def checked_token(token: str | None) -> str | None:
@@ -251,6 +269,8 @@ def _why(error: Exception, doing: str, repo_id: str | None = None) -> str:
         return unreachable(partly="Incomplete" in type(error).__name__) + hint
     name = type(error).__name__
     reason = getattr(error, "strerror", None) or _BROKEN.get(name, name)
+    if isinstance(error, OSError) and error.errno in _NO_PLACE and isinstance(error.filename, str):
+        return f"the {doing} failed: {error.filename}: {reason}; mend that, or choose another --cache-dir."
     return f"the {doing} failed: {reason}; run it again to resume."
 
 

@@ -130,6 +130,25 @@ def test_no_permission_to_read_the_report_of_a_result(source: Source, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", [0, 0o444, 0o111], ids=oct)
+def test_no_permission_to_enter_a_result(source: Source, tmp_path: Path, mode: int) -> None:
+    """With or without its names: one sentence, and the code of what the folder is for."""
+    out = tmp_path / "results" / "out"
+    assert limited(source, tmp_path).code == 0
+    out.chmod(mode)
+    statement = [source.folder, tmp_path / "new", "--attest", out / "statement"]
+    for code, arguments in (
+        (3, ["push", out, "me/name"]), (3, ["restore", out, tmp_path / "back"]), (3, ["verify", out]),
+        (3, ["verify", source.folder, out]), (6, [source.folder, out]), (6, [source.folder, out, "--force"]),
+        (6, statement),
+    ):  # fmt: skip
+        result = limited_program(NO_OVERRIDE, *arguments)
+        assert result.code == code, (arguments, result.err)
+        assert "Permission denied" in one_line(result)
+    out.chmod(0o755)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code"), [(["bench", "--plot", "a.svg", "--from-json", "closed"], 3), (["batch", "closed"], 3)]
 )

@@ -140,6 +140,27 @@ def test_2_a_mistyped_command(main: Callable[..., Run], tmp_path: Path, monkeypa
     assert main("verfy", "out").code == 3
 
 
+def test_every_command_is_found_by_a_word_near_it(main: Callable[..., Run]) -> None:
+    for wrong, command in {"wep": "web", "evn": "env", "bacth": "batch", "restor": "restore", "pusch": "push"}.items():
+        assert f"There is no command '{wrong}'; did you mean `marlin-convert {command}`?" in main(wrong).err
+
+
+def test_results_that_are_not_there(main: Callable[..., Run], source: Source, tmp_path: Path) -> None:
+    """What `verify` and `push` are given beside a source or a repository is named with the nearest, too."""
+    assert main(source.folder, "mistral-marlin", "--device", "cpu").code == 0
+    near = "mistal-marlin: no such folder; did you mean ./mistral-marlin?"
+    for command in (["verify", source.folder, "mistal-marlin"], ["push", "mistal-marlin", "me/name"]):
+        result = main(*command)
+        assert (result.code, one_line(result)) == (3, near)
+    assert one_line(main("push", "nothing", "me/name")) == "nothing: no such folder."
+    swapped = main("push", "me/name", "mistral-marlin")
+    right = "marlin-convert push mistral-marlin me/name"
+    assert swapped.code == 3
+    assert one_line(swapped) == (
+        f"me/name: no such folder, and mistral-marlin is one: the result comes first. Run `{right}`."
+    )
+
+
 def test_3_a_folder_that_was_meant(run: Callable[..., Run], source: Source, tmp_path: Path) -> None:
     folder = source.folder.rename(source.folder.parent / "mistral-gptq")
     wrong = folder.parent / "mistal-gptq"

@@ -361,3 +361,16 @@ def test_a_redirect_to_nowhere(
     result = online(REPO, tmp_path / "out", "--verbose")
     expected = f"{REPO}: the download failed: no connection to where the files are; run it again to resume."
     assert refusal(result) == expected
+
+
+def test_a_cache_in_which_nothing_can_be_written(
+    hub: Hub, source: Source, online: Callable[..., Run], tmp_path: Path
+) -> None:
+    """To run it again would not help: the place is named."""
+    hub.add(REPO, source.folder)
+    (tmp_path / "cache").mkdir()
+    taken = tmp_path / "cache" / f"models--{REPO.replace('/', '--')}"
+    taken.write_text("a file")
+    message = refusal(online(REPO, "--dry-run", "--cache-dir", tmp_path / "cache"))
+    assert message.startswith(f"{REPO}: the download failed: {taken}")
+    assert message.endswith("; mend that, or choose another --cache-dir.")
