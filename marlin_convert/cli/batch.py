@@ -203,18 +203,24 @@ class _Display:
     """One line a checkpoint that ends, and on a terminal one bar beside it for all that goes on."""
 
     def __init__(self, screen: Screen, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+        from rich.table import Column
+
+        from .progress import FOR_BAR, LayerColumn, Roomy
 
         self._screen, self._total, self._ended = screen, total, 0
         self._lock, self._last = threading.Lock(), time.monotonic()
         self._running: dict[int, tuple[str, float]] = {}
         self._bars: Progress | None = None
         if not screen.silent and screen.err.is_terminal:
+            fixed = [Column(no_wrap=True) for _ in range(2)]
             self._bars = Progress(
-                BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("{task.description}", markup=False), console=screen.err, transient=True,
+                Roomy(BarColumn(bar_width=10 if screen.err.width < 100 else 24), screen.err, FOR_BAR),
+                MofNCompleteColumn(table_column=fixed[0]), TimeElapsedColumn(table_column=fixed[1]),
+                LayerColumn(table_column=Column(no_wrap=True, ratio=1)),  # what is at hand, in the room that is left
+                console=screen.err, transient=True, expand=True,
             )  # fmt: skip
-            self._task = self._bars.add_task("", total=total)
+            self._task = self._bars.add_task("", total=total, layer="")
             self._bars.start()
 
     def begun(self, line: Line) -> None:
@@ -238,7 +244,7 @@ class _Display:
         parts = [f"{name} {100 * share:.0f} %" for name, share in list(self._running.values())[:4]]
         more = f" and {len(self._running) - 4} more" if len(self._running) > 4 else ""
         if self._bars:
-            self._bars.update(self._task, completed=self._ended, description=", ".join(parts) + more)
+            self._bars.update(self._task, completed=self._ended, layer=", ".join(parts) + more)
         elif parts and time.monotonic() - self._last >= 5.0:
             self._last = time.monotonic()
             self._screen.batch_line(f"{self._ended}/{self._total} ended; now {', '.join(parts)}{more}")

@@ -39,7 +39,7 @@ from ..progress import Progress
 from ..text import size, visible
 from .console import Lossy, PlainConsole
 from .documents import document
-from .progress import Bars, PlainLines, waiting
+from .progress import FOR_LAYER, Bars, PlainLines, waiting
 from .tables import batch_table, plan_table, verification_table
 
 if TYPE_CHECKING:
@@ -362,7 +362,8 @@ class Screen:
     def batch(self, rows: list[dict[str, Any]], counts: dict[str, int], styles: dict[str, str]) -> None:
         """Show the result of `marlin-convert batch`: what became of each line."""
         self._json({"ok": "failed" not in counts, "counts": counts, "checkpoints": rows})
-        self._table(batch_table(rows, styles, verbose=self.verbose))
+        narrow = self.out.is_terminal and self.out.width < FOR_LAYER
+        self._table(batch_table(rows, styles, verbose=self.verbose, narrow=narrow))
         self._say(", ".join(f"{count} {status}" for status, count in counts.items()))
 
     def _verification_table(self, report: Verification) -> None:

@@ -63,10 +63,10 @@ def verification_table(report: Verification, *, verbose: bool) -> tuple[Table, i
     return table, len(report.layers) - len(shown)
 
 
-def batch_table(rows: list[dict[str, Any]], styles: dict[str, str], *, verbose: bool) -> Table:
-    """Return what became of each line of a list."""
+def batch_table(rows: list[dict[str, Any]], styles: dict[str, str], *, verbose: bool, narrow: bool = False) -> Table:
+    """Return what became of each line of a list; where it is `narrow`, without sizes and times."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("line", "source", "", "in", "out", "s", ""):
+    for heading in ("line", "source", "", *(() if narrow else ("in", "out", "s")), ""):
         right = heading in ("line", "in", "out", "s")
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for row in rows:
@@ -75,7 +75,8 @@ def batch_table(rows: list[dict[str, Any]], styles: dict[str, str], *, verbose: 
         sizes = [size(row[key]) if row[key] else "-" for key in ("bytes_in", "bytes_out")]
         short = message if verbose or len(message) <= 100 else f"{message[:99]}…"
         seconds = "-" if row["seconds"] is None or status == "before" else f"{row['seconds']:.1f}"
-        table.add_row(str(row["line"]), row["source"], Text(word, styles.get(status, "")), *sizes, seconds, short)
+        numbers = () if narrow else (*sizes, seconds)
+        table.add_row(str(row["line"]), row["source"], Text(word, styles.get(status, "")), *numbers, short)
     return table
 
 

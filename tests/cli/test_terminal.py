@@ -102,6 +102,26 @@ def test_a_narrow_terminal(source: Source, tmp_path: Path, columns: int, shows_r
     assert all(re.search(r"/152\.1 kB .*[012]/2 layers", frame) for frame in frames)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("columns", "shows_bar"), [(100, True), (64, True), (48, False)])
+def test_many_checkpoints_on_a_narrow_terminal(tmp_path: Path, columns: int, shows_bar: bool) -> None:
+    """How many have ended is never cut; what is at hand takes the room that is left, and the bar none below 60."""
+    name = "a-folder-with-a-long-name-" * 3
+    sources = [write_source(tmp_path / f"{name}{i}").folder for i in range(2)]
+    (tmp_path / "list").write_text("".join(f"{folder} t{i}\n" for i, folder in enumerate(sources)))
+    arguments = [tmp_path / "list", "--state", tmp_path / "state", "--out", tmp_path / "out", "--device", "cpu"]
+    code, terminal = on_a_terminal([*PROGRAM, "batch", *map(str, arguments)], columns=columns)
+    assert code == 0, terminal.text
+    frames = [f for f in frames_of(terminal, "") if re.search(r"[012]/2 \d:\d\d:\d\d", f)]
+    assert frames
+    assert {len(frame) for frame in frames} == {columns}
+    assert any(re.search(r"…[\w-]*-[01] \d+ %", frame) for frame in frames)
+    assert any("━" in frame for frame in frames) is shows_bar
+    assert ("kB" in terminal.text) is (columns >= 80)
+    assert terminal.text.endswith("2 done")
+    assert terminal.cursor_visible
+
+
 #: What huggingface_hub's own bars say.
 FOREIGN = ("Fetching", "Downloading", "Processing Files", "New Data", "model.safetensors:", "it/s", "%|")
 
