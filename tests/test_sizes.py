@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("marlin_convert", "kernels", "tests", "benchmarks", "tools")
 SOURCES = {".py", ".h", ".cpp", ".inl", ".cu", ".cuh"}
@@ -31,6 +33,7 @@ def test_files() -> None:
     assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
 
 
+@pytest.mark.slow
 def test_functions() -> None:
     long = {
         f"{path.relative_to(ROOT)}: {name}": count

@@ -304,6 +304,7 @@ def test_an_interrupt_while_the_threads_begin(tmp_path: Path, monkeypatch: pytes
     assert set(threading.enumerate()) == before
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_state_file(hub: Hub, tmp_path: Path) -> None:
     """Each checkpoint is converted, and published, by one of them; both end when all is done."""
     hub.accounts[SECRET] = Account("me", orgs={"team": "write"})

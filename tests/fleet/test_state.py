@@ -165,6 +165,7 @@ def test_nothing_is_added_to_another_file(tmp_path: Path, content: str) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", content)]
 
 
+@pytest.mark.slow
 def test_a_state_file_without_an_end(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
         file.truncate(2 << 30)
