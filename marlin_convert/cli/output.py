@@ -148,9 +148,10 @@ class Screen:
             for tensor in plan.copies:
                 self._say(f"  copy    {tensor.name}  {tensor.dtype} {list(tensor.shape)}")
         copied = sum(t.nbytes for t in plan.copies)
+        parts = sorted({tensor.name.rpartition(".")[2] for tensor in plan.dropped})
         self._say(
             f"{len(plan.layers)} layers to convert, {len(plan.copies)} tensors to copy ({size(copied)}), "
-            f"{len(plan.dropped)} dropped ({', '.join(sorted(plan.source_format.dropped))})"
+            f"{len(plan.dropped)} dropped ({', '.join(parts) or 'none'})"
         )
         self._beside(plan)
         self._say(f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out")

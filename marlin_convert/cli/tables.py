@@ -25,7 +25,7 @@ SHORT_TABLE = 12
 
 def plan_table(source: str, plan: Plan) -> Table:
     """Return what becomes of the layers, those that are alike in one row."""
-    title = f"{source} → {FORMAT_NAMES[plan.format]}"
+    title = f"{source}, {plan.source_title} → {FORMAT_NAMES[plan.format]}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading, justify in (
         ("layers", "right"),

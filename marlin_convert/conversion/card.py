@@ -173,7 +173,7 @@ def _body(plan: Plan, card: CardFacts) -> str:
     sections = [
         f"# {_plain(card.source.label.split('/')[-1])} in Marlin format",
         (
-            f"{_source_link(card.source)}, a {_widths(plan)}-bit {plan.source_format.title} checkpoint, "
+            f"{_source_link(card.source)}, a {_widths(plan)}-bit {plan.source_title} checkpoint, "
             "repacked into the tile order of the "
             "[Marlin](https://github.com/IST-DASLab/marlin) kernel. Nothing was quantized again: the codes and the "
             "scales are the source's own."

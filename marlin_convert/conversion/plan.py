@@ -114,6 +114,11 @@ class Plan:
         raise UnsupportedError("\n".join([text, *lines]))
 
     @property
+    def source_title(self) -> str:
+        """What sentences call the source."""
+        return self.source_format.called(self.settings)
+
+    @property
     def extended(self) -> bool:
         return self.format is Format.MARLIN_EXT
 
@@ -353,6 +358,7 @@ def plan_as_dict(plan: Plan, source: str) -> dict[str, Any]:
     facts = plan.layer_facts
     return {
         "source": source,
+        "source_format": plan.source_format.name,
         "already_marlin": plan.already_marlin,
         "convertible": not plan.refusals and not plan.already_marlin,
         "format": plan.format.value,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..checkpoint.reader import Checkpoint, Tensor
+from ..formats import auto_round
 from ..formats.gptq_config import GPTQSettings
 from ..formats.stored import StoredLayer
 from ..options import ZeroPointReading
@@ -68,6 +69,11 @@ class SourceFormat(ABC):
     def claimed_by(self, config: Mapping[str, Any]) -> bool:
         """Tell whether a quantization config says that its checkpoint has this format."""
         return False
+
+    def called(self, settings: GPTQSettings) -> str:
+        """Return what sentences call a checkpoint of this format whose configs say `settings`: by the quantizer that
+        has a config of its own over another's tensors, else by the format."""
+        return auto_round.NAME if auto_round.is_config(settings.raw) else self.title
 
     @abstractmethod
     def require_complete(self, tensors: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..text import shortened
 
+NAME = "AutoRound"
 METHODS = ("auto-round", "auto_round", "autoround", "intel/auto-round")
 
 #: GPTQ's packings → the checkpoint_format in whose way zero points are stored.
@@ -41,14 +42,14 @@ def title(config: Mapping[str, Any]) -> str:
     """Return what sentences call a checkpoint of this config."""
     named = packing(config)
     whose = "AWQ's" if named in AWQ_PACKINGS else "compressed-tensors'" if named in CT_PACKINGS else "GPTQ's"
-    return f"AutoRound in {whose} packing"
+    return f"{NAME} in {whose} packing"
 
 
 def require_supported(where: str, config: Mapping[str, Any]) -> None:
     """Raise UnsupportedError for what no Marlin checkpoint can hold, by name."""
 
     def refuse(what: str) -> None:
-        raise UnsupportedError(f"{where}: an AutoRound checkpoint {what}; {_AGAIN}.")
+        raise UnsupportedError(f"{where}: an {NAME} checkpoint {what}; {_AGAIN}.")
 
     named, kind, activations = packing(config), str(config.get("data_type") or "int"), config.get("act_bits")
     if kind not in _INTEGER_TYPES or named.startswith(_FLOAT_PACKINGS):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from marlin_convert.conversion.restore import restore
 from marlin_convert.errors import UnsupportedError
 from marlin_convert.options import Format, Options
 from tests.support import format_reader, source_definitions
+from tests.support.plans import plan_of
 
 DATA = Path(__file__).parents[1] / "data" / "sources"
 NAMES = (
@@ -128,6 +130,16 @@ def test_everything_else_is_as_in_the_source(converted: tuple[str, Path]) -> Non
     parts = (".qweight", ".qzeros", ".scales", ".g_idx", "_packed", "_scale", "_shape", "_zero_point", "_g_idx")
     plain = {key: value for key, value in source.items() if not key.endswith(parts)}
     assert {key: value for key, value in result.items() if ".marlin_" not in key} == plain
+
+
+def test_the_card_and_the_plan_call_the_source_by_its_name(converted: tuple[str, Path]) -> None:
+    name, out = converted
+    method = json.loads((DATA / name / "config.json").read_text(encoding="utf-8"))["quantization_config"][
+        "quant_method"
+    ]
+    title = {"gptq": "GPTQ", "awq": "AWQ", "auto-round": "AutoRound"}.get(method, method)
+    assert re.search(rf"a [48 and]+-bit {title} checkpoint", (out / "README.md").read_text(encoding="utf-8"))
+    assert plan_of(DATA / name).source_title == title
 
 
 def test_restored_bit_for_bit(converted: tuple[str, Path], tmp_path: Path) -> None:
