@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.reader import Checkpoint, Tensor
-from ..checkpoint.writer import OutTensor, Shards
 from ..errors import SourceError
 from ..formats import awq
 from ..formats.gptq_config import AWQ_METHODS, ROUNDED, GPTQSettings, parse_settings
-from ..formats.layout import TILE_K, TILE_N, pack_gptq_rows, permute_scales, tile_codes, unpermute_scales, zero_point
+from ..formats.layout import TILE_K, TILE_N, pack_gptq_rows, tile_codes, unpermute_scales, zero_point
 from ..formats.stored import StoredLayer
 from ..native import cpu
 from ..options import ZeroPointReading
+from .awq_restored import RESTORED
 from .blocks import Buffers, group_strips
 from .inspect import SCALE_DTYPES, LayerInspection, rows_per_group
 from .layer import Layer
-from .restored import NUMPY, RestoredGroups, RestoredLayer
+from .restored import RestoredLayer
 from .source_format import Noted, SourceFormat, commonest
 from .source_layer import Kept, SourceLayer, Words, ZeroPoints
 
@@ -226,9 +226,9 @@ class AWQFormat(SourceFormat):
         return found
 
     def restored(self, stored: StoredLayer[Tensor], noted: Noted) -> RestoredLayer:
-        layout = noted.dtype(stored.name, "layout", tuple(_RESTORED))
+        layout = noted.dtype(stored.name, "layout", tuple(RESTORED))
         width = noted.dtype(stored.name, "zeros_width", [str(i) for i in range(1, stored.K)])
-        found = _RESTORED[layout or "gemm"](
+        found = RESTORED[layout or "gemm"](
             stored,
             noted.dtype(stored.name, "scales_dtype", SCALE_DTYPES) or stored.scales.dtype,
             0 if width is None else int(width),
@@ -315,105 +315,3 @@ class AWQInspection(LayerInspection):
                 )
             return layer
         return self.asymmetric(layer)
-
-
-@dataclass(frozen=True)
-class RestoredAWQ(RestoredLayer):
-    """A Marlin layer that becomes one of AWQ's; `width` is that of gemv's `qzeros`."""
-
-    width: int
-
-    def fits(self) -> bool:
-        """Tell whether the layout can hold the layer."""
-        return self.N % awq.PER_WORD == 0 and self.K % awq.PER_WORD == 0
-
-    @property
-    def out(self) -> dict[str, OutTensor]:
-        return {
-            "qweight": self.tensor("qweight", "I32", self.K, self.N // awq.PER_WORD),
-            "qzeros": self.tensor("qzeros", "I32", self.G, self.N // awq.PER_WORD),
-            "scales": self.tensor("scales", self.scales_dtype, self.G, self.N),
-        }
-
-    def write_rows(self, shards: Shards, k0: int, words: Words, buffers: Buffers) -> int:
-        shape = (len(words) * awq.PER_WORD, self.N // awq.PER_WORD)
-        packed = cpu.gptq_to_awq(words, buffers.array("awq", shape, np.int32))
-        shards.write(f"{self.name}.qweight", packed, k0 * packed.shape[1] * 4)
-        return packed.nbytes
-
-    def write_columns(self, shards: Shards, n0: int, words: Words, buffers: Buffers) -> int:
-        raise NotImplementedError("its rows are written")
-
-    def write_groups(self, shards: Shards, groups: Iterator[RestoredGroups]) -> int:
-        written = 0
-        for strip in groups:
-            for part, array in (("scales", strip.scales), ("qzeros", awq.words(strip.zeros))):
-                shards.write(f"{self.name}.{part}", array, strip.first * array.shape[1] * array.itemsize)
-                written += array.nbytes
-        return written
-
-    def write_order(self, shards: Shards, g_idx: npt.NDArray[np.int32]) -> int:
-        return 0
-
-
-class RestoredGEMV(RestoredAWQ):
-    """One of the layout gemv."""
-
-    by_columns = True
-
-    def fits(self) -> bool:
-        return self.K % awq.PER_WORD == 0 and self.width * awq.PER_WORD >= self.G
-
-    @property
-    def out(self) -> dict[str, OutTensor]:
-        return {
-            "qweight": self.tensor("qweight", "I32", self.N, self.K // awq.PER_WORD),
-            "qzeros": self.tensor("qzeros", "I32", self.N, self.width),
-            "scales": self.tensor("scales", self.scales_dtype, self.N, self.width * awq.PER_WORD),
-        }
-
-    def write_columns(self, shards: Shards, n0: int, words: Words, buffers: Buffers) -> int:
-        packed: Words = buffers.array("awq", (words.shape[1], len(words)), np.int32)
-        shards.write(f"{self.name}.qweight", cpu.transpose(words, packed), n0 * packed.shape[1] * 4)
-        return packed.nbytes
-
-    def write_groups(self, shards: Shards, groups: Iterator[RestoredGroups]) -> int:
-        scales = np.zeros((self.N, self.width * awq.PER_WORD), NUMPY[self.scales_dtype])
-        zeros = np.zeros((self.G, self.N), np.uint8)
-        for strip in groups:
-            scales[:, strip.first : strip.first + len(strip.scales)] = strip.scales.T
-            zeros[strip.first : strip.first + len(strip.zeros)] = strip.zeros
-        qzeros = awq.gemv_zero_words(zeros, self.width)
-        shards.write(f"{self.name}.scales", scales)
-        shards.write(f"{self.name}.qzeros", qzeros)
-        return scales.nbytes + qzeros.nbytes
-
-
-class RestoredTiles(RestoredAWQ):
-    """One of AutoAWQ's layout marlin."""
-
-    def fits(self) -> bool:
-        return self.K % TILE_K == 0 and self.N % TILE_N == 0 and self.stored.zeros is None
-
-    @property
-    def out(self) -> dict[str, OutTensor]:
-        return {
-            "qweight": self.tensor("qweight", "I32", self.K // TILE_K, self.N * 2),
-            "scales": self.tensor("scales", self.scales_dtype, self.G, self.N),
-        }
-
-    def write_rows(self, shards: Shards, k0: int, words: Words, buffers: Buffers) -> int:
-        B = cpu.pack(words)
-        shards.write(f"{self.name}.qweight", B, k0 * self.N // 2)
-        return B.nbytes
-
-    def write_groups(self, shards: Shards, groups: Iterator[RestoredGroups]) -> int:
-        written = 0
-        for strip in groups:
-            s = permute_scales(strip.scales, self.G)
-            shards.write(f"{self.name}.scales", s, strip.first * self.N * s.itemsize)
-            written += s.nbytes
-        return written
-
-
-_RESTORED: dict[str, type[RestoredAWQ]] = {"gemm": RestoredAWQ, "gemv": RestoredGEMV, "marlin": RestoredTiles}
