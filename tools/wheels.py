@@ -3,8 +3,9 @@
     python tools/wheels.py [--out dist] [--only x86_64|aarch64] [--root DIR]
 
 One wheel for each machine type, for every Python and every torch, that installs on any Linux with glibc 2.28 or newer
-(manylinux_2_28): the CPU library, and with nvcc here the CUDA library with all architectures for this machine's type.
-auditwheel says whether a wheel keeps that promise; one that does not, or has more than 12 MB, is not kept.
+(manylinux_2_28): the CPU library, and with nvcc here the CUDA library with all architectures. For another machine type
+than this one's, nvcc (13.0 or newer) compiles across; the CUDA runtime for it is what NVIDIA publishes as a package for
+pip. auditwheel says whether a wheel keeps that promise; one that does not, or has more than 12 MB, is not kept.
 
 What a library needs of glibc is decided by the system that it is compiled in. Where this one has a newer glibc than
 2.28, the compilers run in a Debian 11 (glibc 2.31) that debootstrap makes in DIR; that takes root's rights. Of what
@@ -21,12 +22,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 GLIBC = (2, 28)
 MOST_BYTES = 12_000_000
 RELEASE, PACKAGES = "bullseye", ("g++", "g++-aarch64-linux-gnu")
+CUDA_RUNTIME = "nvidia-cuda-runtime"  # NVIDIA's package for pip
 COMPILERS = {"x86_64": "g++", "aarch64": "aarch64-linux-gnu-g++"}
 
 #: Mathematics of glibc 2.29, by the names that it had before.
@@ -102,6 +105,27 @@ def sources(folder: Path) -> Path:
     return folder
 
 
+def runtime_flags(machine: str, nvcc: str, folder: Path) -> list[str]:
+    """Where nvcc finds the CUDA runtime of another machine type, as its flags: the headers are those of its own
+    toolkit; the library is that of the same release in NVIDIA's package, which is fetched into `folder`."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+\.\d+)", said)
+    if release is None or float(release[1]) < 13:
+        raise Failure(f"{machine}: {nvcc} is not of CUDA 13.0 or newer; set MARLIN_NO_CUDA=1, or use --only.")
+    shutil.rmtree(folder, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    platforms = [word for tag in ("manylinux2014", "manylinux_2_28") for word in ("--platform", f"{tag}_{machine}")]
+    run([*pip, *platforms, f"{CUDA_RUNTIME}=={release[1]}.*"])
+    (package,) = folder.glob("*.whl")
+    with zipfile.ZipFile(package) as archive:
+        archive.extractall(folder)
+    (library,) = folder.rglob("libcudart_static.a")
+    dry = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+    shown = subprocess.run(dry, capture_output=True, text=True, check=False).stderr
+    headers = re.findall(r'^#\$ (?:SYSTEM_)?INCLUDES=.*?(/[^"]+)"', shown, re.MULTILINE)
+    return [*(f"-I{folder}" for folder in headers), f"-L{library.parent}"]
+
+
 def wheel(machine: str, work: Path, out: Path, root: Path | None) -> Path:
     """Build, judge and keep the wheel for a machine type."""
     built, bin = work / f"built-{machine}", work / f"bin-{machine}"
@@ -111,10 +135,13 @@ def wheel(machine: str, work: Path, out: Path, root: Path | None) -> Path:
     project = sources(work / f"project-{machine}")
     env = {**os.environ, "MARLIN_CUDA_ARCHS": "all"}
     native = machine == platform.machine()
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([*filter(None, [_cuda_bin()]), os.environ["PATH"]]))
-    if not native or nvcc is None:
+    nvcc = find_nvcc()
+    nvcc_flags: list[str] = []
+    if nvcc is None:
         env["MARLIN_NO_CUDA"] = "1"
-        print(f"{machine}: without the CUDA library ({'nvcc is not here' if native else 'it is compiled there'})")
+        print(f"{machine}: without the CUDA library: nvcc is not here, or MARLIN_NO_CUDA is set")
+    elif not native:
+        nvcc_flags += runtime_flags(machine, nvcc, work / f"cuda-{machine}")
     if not native:
         env["_PYTHON_HOST_PLATFORM"] = f"linux-{machine}"
     if root is not None:
@@ -123,9 +150,10 @@ def wheel(machine: str, work: Path, out: Path, root: Path | None) -> Path:
         header = work / "old_names.h"
         header.write_text(_OLD_NAMES)
         env |= {"CXX": f"{compiler} -include {header}", "NVCC_CCBIN": str(compiler)}
-        env["NVCC_APPEND_FLAGS"] = f"-Xcompiler -include,{header}"
+        nvcc_flags += ["-Xcompiler", f"-include,{header}"]
     elif not native:
-        env["CXX"] = COMPILERS[machine]
+        env |= {"CXX": COMPILERS[machine], "NVCC_CCBIN": COMPILERS[machine]}
+    env["NVCC_APPEND_FLAGS"] = " ".join([*filter(None, [env.get("NVCC_APPEND_FLAGS")]), *nvcc_flags])
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "--wheel-dir", str(built)]
     run([*pip, str(project)], env=env, cwd=work)
     (made,) = built.glob("*.whl")
@@ -143,9 +171,12 @@ def wheel(machine: str, work: Path, out: Path, root: Path | None) -> Path:
     return kept
 
 
-def _cuda_bin() -> str | None:
+def find_nvcc() -> str | None:
+    """As setup.py does."""
+    if os.environ.get("MARLIN_NO_CUDA", "") not in ("", "0"):
+        return None
     home = os.environ.get("CUDA_HOME")
-    return str(Path(home) / "bin") if home else None
+    return (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None) or shutil.which("nvcc")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import gradio as gr
 from gradio.utils import get_space
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import HTMLResponse
 
 from ..errors import MarlinConvertError, OptionError
 from ..options import Format, PublishTarget, QuantMethod, ZeroPointReading
@@ -165,7 +166,8 @@ class Page:
             if where == BRANCH and not (branch or "").strip():
                 raise OptionError("name the branch to publish on.")
             if not (own or _given(token)):
-                raise OptionError("log in, or give a token that may write: the result is published in your account.")
+                needed = "log in" if self.space else "log in, or give a token that may write"
+                raise OptionError(f"{needed}: the result is published in your account.")
             target = PublishTarget(
                 (name or "").strip() or job.result["name"], bool(private), branch.strip() if where == BRANCH else None,
                 where == PULL_REQUEST,
@@ -256,7 +258,7 @@ def serve(host: str, port: int, work_dir: Path | None, *, browser: bool, say: Ca
         _, address, _ = page.blocks.queue(max_size=200).launch(
             server_name=host, server_port=port or None, prevent_thread_lock=True, quiet=True, ssr_mode=False,
             footer_links=[], show_error=False, share=False, run_history=False, theme=_theme(), css=show.CSS,
-            app_kwargs={"middleware": guard},
+            app_kwargs={"middleware": guard, "exception_handlers": _login_problems() if page.space else {}},
         )  # fmt: skip
         address += f"?key={quote(key)}" if key else ""
         say(address)
@@ -265,6 +267,18 @@ def serve(host: str, port: int, work_dir: Path | None, *, browser: bool, say: Ca
         threading.Event().wait()
     finally:
         jobs.close()
+
+
+def _login_problems() -> dict[Any, Any]:
+    """Return what answers a login that the Hub ended without one, as Starlette's `exception_handlers`: Gradio itself
+    would answer nobody's fault as its own (500)."""
+    from authlib.integrations.starlette_client import OAuthError
+
+    def answer(_: Any, error: Any) -> HTMLResponse:
+        why = show.note(f"You are not logged in: {str(error.description or error.error)[:200]}.")
+        return HTMLResponse(f'<title>{TITLE}</title>{why}<p><a href="/">Back to the page</a></p>', 403)
+
+    return {OAuthError: answer}
 
 
 def _theme() -> gr.themes.Base:

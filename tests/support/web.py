@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.support.cli import PATIENCE, running
+import pytest
+
+from tests.support.cli import PATIENCE, SECRET, running
 from tests.support.hub_server import Hub
 
 if TYPE_CHECKING:
@@ -29,6 +33,19 @@ WAIT = 1000 * PATIENCE
 def browser() -> str | None:
     """Return a Chromium that is installed; CHROMIUM names another."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+#: The marks of tests that use the page.
+NEEDS_A_BROWSER = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed"),
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
+    pytest.mark.skipif(browser() is None, reason="no Chromium is installed"),
+]
+
+#: Whose token is whose.
+ALICE, BOB, READER = f"{SECRET}_alice", f"{SECRET}_bob", f"{SECRET}_reader"
 
 
 class Server:
@@ -61,10 +78,27 @@ def serving(hub: Hub, folder: Path, *arguments: object, **environment: str) -> I
         log.open("a") as stderr,
         running([*command, *arguments], env=env, stdout=subprocess.PIPE, stderr=stderr, cwd=folder) as process,
     ):
-        line = process.stdout.readline() if process.stdout else ""
-        found = re.search(r"http://\S+", line)
-        assert found, (line, log.read_text())
+        # In a Space, Gradio says something of its own before.
+        said = iter(process.stdout or ())
+        found = next((x for x in (re.search(r"http://\S+", line) for line in said) if x), None)
+        assert found, log.read_text()
         yield Server(process, found[0], log, work_dir)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that these have."""
+    found = []
+    for path in Path("/proc").glob(f"{pid}/task/*/children"):
+        for child in map(int, path.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
 
 
 class Visitor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,43 +13,15 @@ import pytest
 
 from marlin_convert.cli.commands import DEMO_FOLDER
 from marlin_convert.options import REPORT_FILE, VERIFY_FILE
-from tests.support.cli import PATIENCE, SECRET
+from tests.support.cli import SECRET
 from tests.support.gptq_checkpoints import GPTQLayer, two_layers, write_source
-from tests.support.hub_server import Account, Hub
-from tests.support.web import Server, Visitor, browser, serving
+from tests.support.hub_server import Hub
+from tests.support.web import ALICE, BOB, NEEDS_A_BROWSER, READER, Server, Visitor, descendants, serving, until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed"),
-    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
-    pytest.mark.skipif(browser() is None, reason="no Chromium is installed"),
-]
-
-#: Whose token is whose.
-ALICE, BOB, READER = f"{SECRET}_alice", f"{SECRET}_bob", f"{SECRET}_reader"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # No name leads anywhere: the page fetches nothing that it could not do without.
-        arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-        started = playwright.chromium.launch(executable_path=browser(), args=arguments)
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def filled(hub: Hub) -> Hub:
-    hub.add("org/gptq", DEMO_FOLDER)
-    hub.accounts |= {ALICE: Account("alice"), BOB: Account("bob"), READER: Account("reader", role="read")}
-    return hub
+pytestmark = NEEDS_A_BROWSER
 
 
 @pytest.fixture
@@ -77,13 +47,6 @@ def visit(chromium: Browser, server: Server) -> Iterator[Callable[..., Visitor]]
     yield visit
     for context in contexts:
         context.close()
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def uploads(hub: Hub) -> list[str]:
@@ -195,7 +158,7 @@ def test_a_refused_source_says_why_and_offers_no_conversion(
     [
         ("org/nothing", "org/nothing: no such repository, or it is private and needs a token of yours"),
         ("org/gated", "ask for access at"),
-        ("/etc", "is not a repository on the Hub; write it like owner/name"),
+        ("/etc", "'/etc' is not a repository on the Hub; write it like owner/name"),
         ("..", "is not a repository on the Hub"),
         ("", "is not a repository on the Hub"),
         ("https://huggingface.co/datasets/org/data", "the address of a dataset, not of a model"),
@@ -304,15 +267,6 @@ def test_a_token_is_nowhere_but_in_its_process(
     assert not [path for path in files if path.name in ("token", "stored_tokens")]
     filled.rate = None
     visitor.published()
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and those that these have."""
-    found = []
-    for path in Path("/proc").glob(f"{pid}/task/*/children"):
-        for child in map(int, path.read_text().split()):
-            found += [child, *descendants(child)]
-    return found
 
 
 def test_at_phone_width(visit: Callable[..., Visitor]) -> None:
