@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-web web-pictures space lint reference picture figures docs check wheels clean
+.PHONY: demo test test-web web-pictures space lint reference picture figures conversion-figures docs check wheels clean
 
 demo: $(VENV)/.run
 	$(RUN)/marlin-convert demo --force
@@ -45,8 +45,8 @@ lint: $(VENV)/.dev
 	$(RUN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[bu]*.yml
 
-# The pages of the reference that the program itself writes.
-GENERATED := docs/reference/cli.md docs/reference/exit-codes.md
+# The pages that the program and stored figures write, in whole or in part.
+GENERATED := docs/reference/cli.md docs/reference/exit-codes.md docs/guides/is-it-faster.md
 
 reference: $(VENV)/.dev
 	COLUMNS=100 $(RUN)/cog -r -P $(GENERATED)
@@ -57,6 +57,12 @@ picture: $(VENV)/.dev
 
 # All pictures of the documentation but those of the page: from the demo, and from figures that are kept.
 figures: picture
+	$(RUN)/python tools/figures.py
+
+# How long a conversion takes on this machine, which must be quiet, beside `cp -r`: figures, table and picture.
+conversion-figures: $(VENV)/.dev
+	$(RUN)/python benchmarks/convert.py --verify --json benchmarks/results/conversion.json
+	COLUMNS=100 $(RUN)/cog -r -P docs/guides/is-it-faster.md
 	$(RUN)/python tools/figures.py
 
 # The site, into site/: nothing is fetched, and a link that leads nowhere is an error.
