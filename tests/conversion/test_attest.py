@@ -46,6 +46,21 @@ def test_the_statement(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> 
     assert said["predicate"]["runDetails"]["builder"]["version"] == {"marlin-convert": __version__}
 
 
+def test_in_totos_own_library_reads_the_statement(hub: Hub, online: Callable[..., Run], tmp_path: Path) -> None:
+    """With no field that it does not know, neither in the statement nor in SLSA's predicate."""
+    library = pytest.importorskip("in_toto_attestation.v1.statement", reason="in-toto-attestation is not installed")
+    from google.protobuf.json_format import ParseDict
+    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+    from in_toto_attestation.v1 import statement_pb2
+
+    source(hub, tmp_path / "gptq")
+    file = tmp_path / "statement.json"
+    assert online("org/gptq", tmp_path / "out", "--device", "cpu", "--attest", file).code == 0
+    said = json.loads(file.read_text())
+    library.Statement.copy_from_pb(ParseDict(said, statement_pb2.Statement())).validate()
+    assert ParseDict(said["predicate"], Provenance()).build_definition.build_type == "urn:marlin-convert:conversion:v1"
+
+
 def test_a_statement_about_a_folder(tmp_path: Path, main: Callable[..., Run]) -> None:
     gptq, out, file = tmp_path / "gptq", tmp_path / "out", tmp_path / "statement.json"
     write_source(gptq)
