@@ -91,6 +91,8 @@ class Page:
         self.cancel_button = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel-button")
         self.result = gr.HTML(elem_id="result")
         self.timer = gr.Timer(1.0, active=False)
+        # An answer that overtakes another may show what was before, and stop the timer: this one goes on.
+        self.watch = gr.Timer(5.0)
         self._connect()
 
     def _connect(self) -> None:
@@ -126,7 +128,8 @@ class Page:
             trigger(plan, [self.kept, self.own, *token, *wanted], [self.kept, *shown], **quiet)
         self.convert_button.click(convert, [self.kept, self.own, *token, *target], [self.kept, *shown], **quiet)
         self.cancel_button.click(self.on_cancel, self.kept, None, **quiet)
-        self.timer.tick(self.on_tick, [self.kept, self.seen], shown, **quiet)
+        for timer in (self.timer, self.watch):
+            timer.tick(self.on_tick, [self.kept, self.seen], shown, **quiet)
         self.blocks.load(self.on_load, None, [self.own, *([] if self.space else [self.login])], **quiet).then(
             self.on_tick, [self.kept, self.seen], shown, **quiet
         )

@@ -107,10 +107,14 @@ class Visitor:
     def __init__(self, page: Page, address: str) -> None:
         self.page = page
         page.set_default_timeout(WAIT)
-        # What is drawn obeys only when the page's own first request has been answered.
-        with page.expect_response(re.compile("/gradio_api/(run|queue)/")):
-            page.goto(address)
-        page.get_by_role("button", name="Show the plan").wait_for()
+        self.load(lambda: page.goto(address))
+
+    def load(self, by: Callable[[], object]) -> None:
+        """Do what loads the page, and wait until it obeys: it is drawn before, and is ready only when its own first
+        request has been answered."""
+        self.page.evaluate("window.before = true")
+        by()
+        self.page.wait_for_function(READY)
 
     def ask(self, source: str, token: str = "") -> None:
         """Give a token and a source, and ask for the plan."""
@@ -152,6 +156,10 @@ class Visitor:
         """Return what the browser keeps of this page, all of it."""
         return str(self.page.evaluate(KEPT)) + str(self.page.context.cookies())
 
+
+#: Whether this is another document than the one that was marked, and has had an answer.
+READY = """() => !window.before && performance.getEntriesByType("resource").some(
+  entry => /gradio_api\\/(run|queue)/.test(entry.name) && entry.responseEnd > 0)"""
 
 #: Local and session storage, and every entry of every IndexedDB.
 KEPT = """async () => {

@@ -17,7 +17,7 @@ from tests.support.hub_server import Hub
 from tests.support.web import ALICE, BOB, NEEDS_A_BROWSER, Server, Visitor, descendants, serving, until
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Locator
 
     from tests.support.login import Login
 
@@ -35,14 +35,18 @@ class SpaceVisitor(Visitor):
         self.page.get_by_label("Checkpoint on the Hub").fill(source)
         self.page.get_by_role("button", name="Show the plan").click()
 
-    def give_the_provider(self, answer: str) -> None:
-        """Press the button, and answer the provider's question."""
+    def answers(self, name: str) -> Locator:
+        """Press the button, and return what answers the provider's question."""
         self.page.get_by_role("button", name="Sign in with Hugging Face").click()
-        self.page.get_by_role("link", name=answer, exact=True).click()
+        return self.page.get_by_role("link", name=name, exact=True)
 
     def log_in(self, name: str) -> None:
-        self.give_the_provider(name)
+        self.load(self.answers(name).click)
         self.page.get_by_role("button", name=f"Logout ({name})").wait_for()
+
+    def log_out(self, name: str) -> None:
+        self.load(self.page.get_by_role("button", name=f"Logout ({name})").click)
+        self.page.get_by_role("button", name="Sign in with Hugging Face").wait_for()
 
 
 @pytest.fixture
@@ -99,8 +103,7 @@ def test_a_login_a_conversion_and_a_logout(filled: Hub, login: Login, visit: Cal
     assert visitor.published().inner_text() == "alice/mine"
     assert {r.token for r in filled.requests if r.path.endswith("/whoami-v2")} == {ALICE}
 
-    visitor.page.get_by_role("button", name="Logout (alice)").click()
-    visitor.page.get_by_role("button", name="Sign in with Hugging Face").wait_for()
+    visitor.log_out("alice")
     visitor.ask("alice/private")
     assert "no such repository" in visitor.problem("#plan")
     assert not any(cookie["name"] == "session" for cookie in visitor.page.context.cookies())
@@ -158,9 +161,9 @@ def test_where_the_token_is(filled: Hub, space: Server, tmp_path: Path, visit: C
 
 def test_who_says_no_finds_back_to_the_page(visit: Callable[..., SpaceVisitor]) -> None:
     visitor = visit()
-    visitor.give_the_provider("No")
+    visitor.answers("No").click()
     visitor.page.get_by_text("You are not logged in: The user said no.").wait_for()
-    visitor.page.get_by_role("link", name="Back to the page").click()
+    visitor.load(visitor.page.get_by_role("link", name="Back to the page").click)
     visitor.page.get_by_role("button", name="Sign in with Hugging Face").wait_for()
     visitor.ask("org/gptq")
     visitor.plan()
@@ -170,8 +173,7 @@ def test_a_login_that_has_ended(filled: Hub, login: Login, visit: Callable[..., 
     """The page asks for another login, and lets nothing be done with the old one."""
     login.lasts = 1
     visitor = visit()
-    visitor.give_the_provider("alice")
-    visitor.page.get_by_role("button", name="Show the plan").wait_for()
+    visitor.load(visitor.answers("alice").click)
     visitor.ask("org/gptq")
     visitor.plan()
 
