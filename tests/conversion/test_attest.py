@@ -53,7 +53,7 @@ def test_in_totos_own_library_reads_the_statement(hub: Hub, online: Callable[...
     from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
     from in_toto_attestation.v1 import statement_pb2
 
-    source(hub, tmp_path / "gptq")
+    add_source(hub, tmp_path / "gptq")
     file = tmp_path / "statement.json"
     assert online("org/gptq", tmp_path / "out", "--device", "cpu", "--attest", file).code == 0
     said = json.loads(file.read_text())
