@@ -14,7 +14,7 @@ import pytest
 from marlin_convert.cli.commands import DEMO_FOLDER
 from tests.support.cli import SECRET
 from tests.support.hub_server import Hub
-from tests.support.web import ALICE, BOB, NEEDS_A_BROWSER, Server, Visitor, descendants, serving, until
+from tests.support.web import ALICE, BOB, NEEDS_A_BROWSER, WAIT, Server, Visitor, descendants, serving, until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator
@@ -36,9 +36,19 @@ class SpaceVisitor(Visitor):
         self.page.get_by_role("button", name="Show the plan").click()
 
     def answers(self, name: str) -> Locator:
-        """Press the button, and return what answers the provider's question."""
+        """Press the button, and return what answers the provider's question.
+
+        Where the server is slow, Gradio takes it for gone and loads its page again, over what the button began.
+        """
+        from playwright.sync_api import TimeoutError as NothingCame
+
+        link = self.page.get_by_role("link", name=name, exact=True)
+        with suppress(NothingCame):
+            self.page.get_by_role("button", name="Sign in with Hugging Face").click()
+            link.wait_for(timeout=WAIT / 5)
+            return link
         self.page.get_by_role("button", name="Sign in with Hugging Face").click()
-        return self.page.get_by_role("link", name=name, exact=True)
+        return link
 
     def log_in(self, name: str) -> None:
         self.load(self.answers(name).click)
