@@ -18,7 +18,8 @@ from transformers.models.auto import configuration_auto
 #: Auto classes in the order in which one is chosen for a config.
 AUTO_CLASSES = (
     "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM",
-    "AutoModelForSpeechSeq2Seq", "AutoModelForMaskedLM", "AutoModel",
+    "AutoModelForSpeechSeq2Seq", "AutoModelForMaskedLM", "AutoModel", "AutoModelForDepthEstimation",
+    "AutoModelForKeypointDetection", "AutoModelForObjectDetection", "AutoModelForTextToWaveform", "AutoBackbone",
 )  # fmt: skip
 
 
@@ -88,6 +89,11 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4v": {"text_config": {"rope_parameters": {"mrope_section": [4, 6, 6]}}},
     "nemotron": {"num_key_value_heads": 4},
     "hunyuan_vl_text": {"head_dim": 32},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "reformer": {"is_decoder": True},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "hunyuan_vl": {"text_config": {"head_dim": 32}},
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "decision_transformer": {"vocab_size": 512},
 }  # fmt: skip
@@ -124,7 +130,20 @@ def small(settings: dict[str, Any], without: str = "") -> dict[str, Any]:
     for key, value in result.items():
         if str(key).endswith(("layer_types", "block_types", "layers_block_type")) and isinstance(value, list) and value:
             result[key] = (list(dict.fromkeys(value)) * layers)[:layers]
+    _keep_stages(result, layers)
     return result
+
+
+def _keep_stages(settings: dict[str, Any], layers: int) -> None:
+    """Let a backbone have a layer for each of its results, where those of its last layers are asked for."""
+    asked = settings.get("out_features")
+    numbers = [int(name.removeprefix("stage")) for name in asked or () if re.fullmatch(r"stage\d+", str(name))]
+    if not numbers or max(numbers) <= layers or "num_hidden_layers" not in settings:
+        return
+    layers = settings["num_hidden_layers"] = max(layers, len(numbers))
+    settings["out_features"] = [f"stage{layers - len(numbers) + i + 1}" for i in range(len(numbers))]
+    for name in ("out_indices", "stage_names"):
+        settings.pop(name, None)
 
 
 def model_types() -> list[str]:
