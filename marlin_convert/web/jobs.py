@@ -116,7 +116,7 @@ class Jobs:
             if len(queue) >= LONGEST_QUEUE:
                 raise MarlinConvertError(f"{LONGEST_QUEUE} others are waiting already; come back later.")
             theirs = [x for x in self._jobs.values() if x.owner == job.owner and not x.over and x.order.target]
-            if order.target and job.owner and not order.own and theirs:
+            if order.target and job.owner and not order.local_user and theirs:
                 raise MarlinConvertError("one conversion of yours is waiting or under way; wait for it, or cancel it.")
             self._jobs[job.id] = job
             queue.append(job)
@@ -182,11 +182,11 @@ class Jobs:
     def _run(self, job: Job) -> None:
         folder = self.folder / job.id
         try:
-            place = _prepared(folder, private=not job.order.own)
+            place = _prepared(folder, private=not job.order.local_user)
             command = child.python("marlin_convert.web.worker", str(folder))
             with subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", cwd=place,
-                env=_environment(folder, private=not job.order.own), start_new_session=True,
+                env=_environment(folder, private=not job.order.local_user), start_new_session=True,
             ) as process:  # fmt: skip
                 assert process.stdin is not None
                 assert process.stdout is not None

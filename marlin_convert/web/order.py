@@ -13,8 +13,8 @@ from ..options import Format, HubAccess, Options, PublishTarget, QuantMethod, Ze
 class Order:
     """A repository to plan or, with a `target`, to convert and publish. The token is nobody else's to see.
 
-    `own` says that it comes from the user of this computer, whose login and cache it may use; without, there is no
-    more than the token.
+    `local_user` says that it comes from the user of this computer, whose login and cache it may use; without, there is
+    no more than the token.
     """
 
     source: str
@@ -24,7 +24,7 @@ class Order:
     quant_method: QuantMethod = QuantMethod.GPTQ
     target: PublishTarget | None = None
     force: bool = False
-    own: bool = False
+    local_user: bool = False
     token: str | None = field(default=None, repr=False)
 
     @property

@@ -54,7 +54,7 @@ class Page:
 
     def _build(self) -> None:
         self.kept = gr.BrowserState({"plan": "", "conversion": ""}, storage_key="marlin-convert")
-        self.own, self.seen = gr.State(False), gr.State({})
+        self.local_user, self.seen = gr.State(False), gr.State({})
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}")
         if self.space:
             gr.LoginButton(elem_id="login")
@@ -114,23 +114,23 @@ class Page:
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         if self.space:
             # Gradio passes the visitor's token because of this annotation.
-            def plan_logged_in(kept: Any, own: bool, login: gr.OAuthToken | None, *asked: Any) -> Any:
-                return self.on_plan(kept, own, login.token if login else None, *asked)
+            def plan_logged_in(kept: Any, local_user: bool, login: gr.OAuthToken | None, *asked: Any) -> Any:
+                return self.on_plan(kept, local_user, login.token if login else None, *asked)
 
-            def convert_logged_in(kept: Any, own: bool, login: gr.OAuthToken | None, *asked: Any) -> Any:
-                return self.on_convert(kept, own, login.token if login else None, *asked)
+            def convert_logged_in(kept: Any, local_user: bool, login: gr.OAuthToken | None, *asked: Any) -> Any:
+                return self.on_convert(kept, local_user, login.token if login else None, *asked)
 
             plan, convert = plan_logged_in, convert_logged_in
         else:
             plan, convert, token = self.on_plan, self.on_convert, [self.token]
         self.where.change(lambda where: gr.update(visible=where == BRANCH), self.where, self.branch, **quiet)
         for trigger in (self.plan_button.click, self.source.submit):
-            trigger(plan, [self.kept, self.own, *token, *wanted], [self.kept, *shown], **quiet)
-        self.convert_button.click(convert, [self.kept, self.own, *token, *target], [self.kept, *shown], **quiet)
+            trigger(plan, [self.kept, self.local_user, *token, *wanted], [self.kept, *shown], **quiet)
+        self.convert_button.click(convert, [self.kept, self.local_user, *token, *target], [self.kept, *shown], **quiet)
         self.cancel_button.click(self.on_cancel, self.kept, None, **quiet)
         for timer in (self.timer, self.watch):
             timer.tick(self.on_tick, [self.kept, self.seen], shown, **quiet)
-        self.blocks.load(self.on_load, None, [self.own, *([] if self.space else [self.login])], **quiet).then(
+        self.blocks.load(self.on_load, None, [self.local_user, *([] if self.space else [self.login])], **quiet).then(
             self.on_tick, [self.kept, self.seen], shown, **quiet
         )
 
@@ -139,14 +139,14 @@ class Page:
     def on_load(self, request: gr.Request) -> Any:
         """Tell whether it is this computer's user who looks, which their address tells."""
         given = request.query_params.get("key") or ""
-        own = self._key is not None and hmac.compare_digest(given.encode(), self._key.encode())
+        local_user = self._key is not None and hmac.compare_digest(given.encode(), self._key.encode())
         if self.space:
-            return own
+            return local_user
         text = "Without a token, the login of this computer is used (hf auth login)."
-        return own, gr.update(value=show.note(text), visible=own)
+        return local_user, gr.update(value=show.note(text), visible=local_user)
 
     def on_plan(
-        self, kept: Any, own: bool, token: str | None, source: str, revision: str, format: str, reading: str,
+        self, kept: Any, local_user: bool, token: str | None, source: str, revision: str, format: str, reading: str,
         quant_method: str,
     ) -> Any:  # fmt: skip
         def order() -> Order:
@@ -154,13 +154,21 @@ class Page:
             return Order(
                 name, at, Format.chosen(format, "format"),
                 None if reading == NO_READING else ZeroPointReading.chosen(reading, "zero points"),
-                QuantMethod.chosen(quant_method, "quant_method"), own=own, token=_given(token),
+                QuantMethod.chosen(quant_method, "quant_method"), local_user=local_user, token=_given(token),
             )  # fmt: skip
 
         return self._submitted(kept, "plan", order)
 
     def on_convert(
-        self, kept: Any, own: bool, token: str | None, name: str, private: bool, where: str, branch: str, force: bool
+        self,
+        kept: Any,
+        local_user: bool,
+        token: str | None,
+        name: str,
+        private: bool,
+        where: str,
+        branch: str,
+        force: bool,
     ) -> Any:
         def order() -> Order:
             job = self.jobs.get(_ids(kept)["plan"])
@@ -168,7 +176,7 @@ class Page:
                 raise OptionError("ask for the plan again: this page does not know it any more.")
             if where == BRANCH and not (branch or "").strip():
                 raise OptionError("name the branch to publish on.")
-            if not (own or _given(token)):
+            if not (local_user or _given(token)):
                 needed = "log in" if self.space else "log in, or give a token that may write"
                 raise OptionError(f"{needed}: the result is published in your account.")
             target = PublishTarget(
@@ -179,7 +187,7 @@ class Page:
             # The commit that was shown is converted, whatever has been committed since.
             return Order(
                 planned.source, job.result["commit"], planned.format, planned.zero_points, planned.quant_method,
-                target, bool(force), own=own, token=_given(token),
+                target, bool(force), local_user=local_user, token=_given(token),
             )  # fmt: skip
 
         return self._submitted(kept, "conversion", order)
@@ -194,11 +202,11 @@ class Page:
         try:
             job = self.jobs.submit(order())
         except MarlinConvertError as error:
-            said = show.problem(error.message[:1].upper() + error.message[1:])
+            message = show.problem(error.message[:1].upper() + error.message[1:])
             nothing = [gr.skip()] * 7
-            shown = [gr.skip(), said, gr.update(visible=False), *nothing[:5]]
+            shown = [gr.skip(), message, gr.update(visible=False), *nothing[:5]]
             if kind == "conversion":
-                shown = [gr.skip(), gr.skip(), gr.skip(), gr.skip(), said, *nothing[:3]]
+                shown = [gr.skip(), gr.skip(), gr.skip(), gr.skip(), message, *nothing[:3]]
             return gr.skip(), *shown
         ids[kind] = job.id
         return ids, *self.on_tick(ids, {})
@@ -235,8 +243,8 @@ def _given(token: str | None) -> str | None:
 
 def _ids(kept: Any) -> dict[str, str]:
     """Return what the browser remembers, whatever it sends."""
-    said = kept if isinstance(kept, dict) else {}
-    return {kind: str(said.get(kind) or "") for kind in ("plan", "conversion")}
+    jobs = kept if isinstance(kept, dict) else {}
+    return {kind: str(jobs.get(kind) or "") for kind in ("plan", "conversion")}
 
 
 def _state(job: Any) -> str:
