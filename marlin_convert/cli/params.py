@@ -5,6 +5,7 @@ Groups are decorators: `@hub_options` gives a command --revision, --token and --
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
@@ -120,10 +121,13 @@ class MainGroup(click.Group):
         return super().parse_args(ctx, args)
 
     def _refuse_mistyped(self, word: str) -> None:
-        """Say which command was meant, for a word that is no folder and no Hub id of anybody's."""
+        """Say which command was meant, for a word that is no folder, near none and no Hub id of anybody's."""
         commands = [name for name, command in self.commands.items() if not command.hidden]
-        near = difflib.get_close_matches(word, commands, 1, 0.65)
-        if near and "/" not in word and not os.path.lexists(word):
+        folders: list[str] = []
+        with contextlib.suppress(OSError):
+            folders = [entry.name for entry in os.scandir() if entry.is_dir()]
+        near = difflib.get_close_matches(word, [*commands, *folders], 1, 0.65)
+        if near and near[0] in commands and "/" not in word and not os.path.lexists(word):
             raise click.UsageError(f"There is no command {word!r}; did you mean `marlin-convert {near[0]}`?")
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

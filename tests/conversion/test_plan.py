@@ -286,6 +286,7 @@ def test_plan_as_dict(tmp_path: Path) -> None:
     plan = planned(tmp_path, layers, {"norm.weight": torch.ones(3, 5)})
     assert json.loads(json.dumps(plan_as_dict(plan, "the/source"))) == {
         "source": "the/source",
+            "source_format": "gptq",
         "already_marlin": False,
         "convertible": False,
         "format": "marlin",
