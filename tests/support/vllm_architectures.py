@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import transformers
 from transformers import PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
 #: What every configuration gets that has such a field.
 SMALL: dict[str, Any] = {
@@ -118,6 +119,7 @@ LINEARS = (
 
 def configuration(name: str) -> PretrainedConfig:
     """The tiny configuration of an entry of ARCHITECTURES."""
-    kind = CONFIG_MAPPING[name.split(",")[0]]
+    # Not by AutoConfig, with which engines register classes of their own.
+    kind = getattr(transformers, CONFIG_MAPPING_NAMES[name.split(",")[0]])
     fields = {*inspect.signature(kind.__init__).parameters, *getattr(kind, "__dataclass_fields__", {})}
     return kind(**{key: value for key, value in SMALL.items() if key in fields} | ARCHITECTURES[name])
